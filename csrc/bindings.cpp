@@ -1,0 +1,102 @@
+// The only file that knows Python. Addresses arrive as integers, already checked by robust_moe_kernels; the interpreter lock
+// is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "attack_step/attack_step.h"
+#include "gate/gate.h"
+#include "permute/permute.h"
+#include "routing/routing.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void pgd_step_cpu(bool l2, Address x, Address grad, Address x0, Address out, int64_t samples, int64_t size, double eps,
+                  double alpha, int image_dtype, int grad_dtype, int threads) {
+  const rmk::StepArgs args{at<void>(x), at<void>(grad), at<void>(x0), at<void>(out), samples, size,
+                           eps,         alpha,          image_dtype,  grad_dtype,    threads};
+  l2 ? rmk::pgd_step_l2_cpu(args) : rmk::pgd_step_linf_cpu(args);
+}
+
+void random_start_cpu(bool l2, Address x0, Address sample_index, Address out, int64_t samples, int64_t size, double eps,
+                      uint64_t seed, uint32_t stream, int image_dtype, int threads) {
+  const rmk::StartArgs args{at<void>(x0), at<const int64_t>(sample_index), at<void>(out), samples, size, eps, seed,
+                            stream,       image_dtype,                     threads};
+  l2 ? rmk::random_start_l2_cpu(args) : rmk::random_start_linf_cpu(args);
+}
+
+void gate_forward_cpu(Address logits, int64_t rows, int64_t experts, int64_t top_k, int mode, int dtype, int threads,
+                      Address scores, Address indices, Address weights, Address mean_scores, Address argmax_fraction,
+                      Address mean_entropy, Address mean_square_lse, Address nonfinite) {
+  rmk::gate_forward_cpu({at<void>(logits), rows, experts, top_k, mode, dtype, threads, at<void>(scores),
+                         at<int64_t>(indices), at<void>(weights), at<void>(mean_scores), at<void>(argmax_fraction),
+                         at<void>(mean_entropy), at<void>(mean_square_lse), at<int32_t>(nonfinite)});
+}
+
+void gate_backward_cpu(Address logits, Address scores, Address indices, Address d_scores, Address d_weights,
+                       Address d_mean_scores, Address d_mean_entropy, Address d_mean_square_lse, Address d_logits,
+                       int64_t rows, int64_t experts, int64_t top_k, int mode, int dtype, int threads) {
+  rmk::gate_backward_cpu({at<void>(logits), at<void>(scores), at<int64_t>(indices), at<void>(d_scores),
+                          at<void>(d_weights), at<void>(d_mean_scores), at<void>(d_mean_entropy),
+                          at<void>(d_mean_square_lse), at<void>(d_logits), rows, experts, top_k, mode, dtype, threads});
+}
+
+rmk::SortArgs sort_args(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
+                        Address offsets, Address invalid) {
+  return {at<const int64_t>(experts), pairs,
+          num_experts,                at<int64_t>(order),
+          at<int64_t>(inverse),       at<int64_t>(offsets),
+          at<int32_t>(invalid)};
+}
+
+void sort_by_expert_cpu(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
+                        Address offsets, Address invalid) {
+  rmk::sort_by_expert_cpu(sort_args(experts, pairs, num_experts, order, inverse, offsets, invalid));
+}
+
+#ifdef RMK_CUDA
+void sort_by_expert_cuda(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
+                         Address offsets, Address invalid, Address stream) {
+  rmk::sort_by_expert_cuda(sort_args(experts, pairs, num_experts, order, inverse, offsets, invalid), stream);
+}
+#endif
+
+using Permute = void (*)(const rmk::PermuteArgs&);
+
+template <Permute kernel>
+void permute(Address samples, Address rows, Address order, Address inverse, Address weights, Address out, int64_t batch,
+             int64_t top_k, int64_t size, int dtype, int threads) {
+  kernel({at<void>(samples), at<void>(rows), at<const int64_t>(order), at<const int64_t>(inverse), at<void>(weights),
+          at<void>(out), batch, top_k, size, dtype, threads});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of robust_moe_kernels; every argument is checked by the Python side.";
+#ifdef RMK_CUDA
+  m.attr("cuda_built") = true;
+#else
+  m.attr("cuda_built") = false;
+#endif
+  m.def("pgd_step_cpu", &pgd_step_cpu, NoGil());
+  m.def("random_start_cpu", &random_start_cpu, NoGil());
+  m.def("gate_forward_cpu", &gate_forward_cpu, NoGil());
+  m.def("gate_backward_cpu", &gate_backward_cpu, NoGil());
+  m.def("sort_by_expert_cpu", &sort_by_expert_cpu, NoGil());
+#ifdef RMK_CUDA
+  m.def("sort_by_expert_cuda", &sort_by_expert_cuda, NoGil());
+#endif
+  m.def("dispatch_rows_cpu", &permute<rmk::dispatch_rows_cpu>, NoGil());
+  m.def("combine_rows_cpu", &permute<rmk::combine_rows_cpu>, NoGil());
+  m.def("row_dot_cpu", &permute<rmk::row_dot_cpu>, NoGil());
+}

@@ -1,0 +1,106 @@
+// Element types by code, as robust_moe_kernels/native.py numbers them, and their conversion to arithmetic types.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace rmk {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Arithmetic happens in float, or in double for double.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline float load(const float* p) { return *p; }
+inline double load(const double* p) { return *p; }
+inline float load(const BFloat16* p) { return bits_to_float(static_cast<uint32_t>(p->bits) << 16); }
+inline float load(const Half* p) {
+  const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
+  const uint32_t rest = p->bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, NaN
+  // Shifting the exponent field into place and rescaling by 2^112 is exact for normal and subnormal numbers alike.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 5.192296858534828e33f));
+}
+
+inline void store(float* p, float value) { *p = value; }
+inline void store(double* p, double value) { *p = value; }
+inline void store(BFloat16* p, float value) {
+  const uint32_t bits = float_to_bits(value);
+  if (value != value) {
+    p->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);
+  } else {
+    p->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest, ties to even
+  }
+}
+inline void store(Half* p, float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) {
+    p->bits = static_cast<uint16_t>(sign | 0x7e00u);
+  } else if (rest >= 0x477ff000u) {  // 65520 and above round to infinity
+    p->bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (rest < 0x38800000u) {  // below 2^-14: adding 0.5 aligns the subnormal's last bit with the float's
+    p->bits = static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u));
+  } else {
+    p->bits = static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
+  }
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<T>{}) with the element type of a code.
+template <typename F>
+void with_dtype(int code, F&& f) {
+  switch (code) {
+    case 0:
+      return f(Type<float>{});
+    case 1:
+      return f(Type<double>{});
+    case 2:
+      return f(Type<Half>{});
+    case 3:
+      return f(Type<BFloat16>{});
+    default:
+      throw std::invalid_argument("dtype code: expected 0 to 3, got " + std::to_string(code));
+  }
+}
+
+// The same for the types images have.
+template <typename F>
+void with_image_dtype(int code, F&& f) {
+  switch (code) {
+    case 0:
+      return f(Type<float>{});
+    case 1:
+      return f(Type<double>{});
+    default:
+      throw std::invalid_argument("image dtype code: expected 0 or 1, got " + std::to_string(code));
+  }
+}
+
+}  // namespace rmk

@@ -1,0 +1,1 @@
+"""Adversarial training and evaluation of mixture-of-experts vision models."""

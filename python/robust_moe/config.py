@@ -1,0 +1,377 @@
+"""Configuration of a run: typed dataclasses, read from YAML, overridden by ``key=value``.
+
+Every field says its unit. An unknown key is refused with the nearest valid name. Merging, type checks and the YAML
+round trip are OmegaConf's; the range checks of single fields live in each dataclass's ``check``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+__all__ = [
+    "AttackConfig",
+    "AugmentConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "MethodConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "choose",
+    "config_from_dict",
+    "flatten",
+    "load_config",
+    "parse_fraction",
+    "preset_names",
+    "save_config",
+]
+
+T = TypeVar("T")
+ACCELERATORS = ("auto", "cpu", "cuda")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, what was expected and what came."""
+
+
+def parse_fraction(text: str | float, name: str = "value") -> Fraction:
+    """An exact number from ``"8/255"``, ``"0.1"`` or ``0.1``; so that 8/255 stays 8/255 in every report."""
+    try:
+        return Fraction(str(text).replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{name}: expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+def choose(table: Mapping[str, T], name: str, key: str) -> T:
+    """``table[name]``; a name that is not in the table is refused with the nearest one that is."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{key}: expected one of {', '.join(table)}, got {name!r}{hint}")
+
+
+def _require(ok: bool, key: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of training images, drawn on the device for a whole batch."""
+
+    flip: bool = False  # mirror left-right with probability 1/2
+    crop_padding: int = 0  # pixels of zero padding on each side before a random crop of the original size; 0: off
+    color_jitter: float = 0.0  # brightness, contrast and saturation are each scaled by U(1-j, 1+j); 0: off
+    cutout: int = 0  # side in pixels of one square set to zero; 0: off
+
+    def check(self, key: str) -> None:
+        _require(self.crop_padding >= 0, f"{key}.crop_padding", "pixels >= 0", self.crop_padding)
+        _require(0 <= self.color_jitter < 1, f"{key}.color_jitter", "a number in [0, 1)", self.color_jitter)
+        _require(self.cutout >= 0, f"{key}.cutout", "pixels >= 0", self.cutout)
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how they are split."""
+
+    name: str = "digits"  # a key of robust_moe.data.DATASETS
+    root: str | None = None  # folder of the files; unused by the embedded digits
+    image_size: int | None = None  # side in pixels that images are resized to; None: the data set's own (digits: 16)
+    validation_fraction: float = 0.1  # share of the training images held out to choose the checkpoint
+    train_limit: int | None = None  # use only n training images (after the split), the first of every class; None: all
+    test_limit: int | None = None  # likewise for the test images
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def check(self, key: str) -> None:
+        ok = 0 <= self.validation_fraction < 1
+        _require(ok, f"{key}.validation_fraction", "a share in [0, 1)", self.validation_fraction)
+        for name in ("image_size", "train_limit", "test_limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{key}.{name}", "null or a count >= 1", value)
+        self.augment.check(f"{key}.augment")
+
+
+@dataclass
+class MoEConfig:
+    """Which blocks or convolutions become a mixture of experts, and how it routes (docs: FusedBlockMoE)."""
+
+    layers: list[str] = field(default_factory=list)  # module names, e.g. [layer4.1]; empty: a dense model
+    num_experts: int = 4  # E
+    top_k: int = 2  # k, experts a sample is sent to
+    gate: str = "gap_fc"  # a key of robust_moe_kernels.modules.GATES
+    renormalize: bool = True  # divide the kept scores by their sum (k >= 2)
+    straight_through: bool = True  # k = 1: forward weight exactly 1, gradient through the score
+    noise_std: float = 0.0  # standard deviation of the score noise in units of a row's own; 0: off
+    init: str = "fresh"  # "fresh": experts initialised independently; "copy": each starts as the replaced block
+    balance: str = "entropy"  # a key of robust_moe_kernels.modules.BALANCE_LOSSES, or "none"
+    balance_weight: float = 0.5  # factor of the balance loss in the training loss
+
+    def check(self, key: str) -> None:
+        _require(self.num_experts >= 1, f"{key}.num_experts", "a count >= 1", self.num_experts)
+        _require(1 <= self.top_k <= self.num_experts, f"{key}.top_k", f"1 <= k <= {self.num_experts}", self.top_k)
+        _require(self.noise_std >= 0, f"{key}.noise_std", "a number >= 0", self.noise_std)
+        _require(self.balance_weight >= 0, f"{key}.balance_weight", "a number >= 0", self.balance_weight)
+
+
+@dataclass
+class ModelConfig:
+    """A CIFAR-style residual network (3x3 stem, no max-pool), input normalisation inside."""
+
+    name: str = "resnet_small"  # a key of robust_moe.models.MODELS
+    width: int | None = None  # channels of the first stage; None: the architecture's own (64; small: 16)
+    blocks: list[int] | None = None  # residual blocks a stage; None: the architecture's own
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def check(self, key: str) -> None:
+        _require(self.width is None or self.width >= 1, f"{key}.width", "null or channels >= 1", self.width)
+        ok = self.blocks is None or (len(self.blocks) > 0 and min(self.blocks) >= 1)
+        _require(ok, f"{key}.blocks", "null or a list of counts >= 1", self.blocks)
+        self.moe.check(f"{key}.moe")
+
+
+@dataclass
+class AttackConfig:
+    """An attack in pixel space; images are in [0, 1]."""
+
+    name: str = "pgd"  # a key of robust_moe.attacks.ATTACKS
+    eps: str = "8/255"  # radius of the ball, a number or an exact fraction
+    steps: int = 7  # gradient steps
+    alpha: str | None = None  # step size, as eps; None: 2.5 * eps / steps
+    norm: str = "Linf"  # "Linf" or "L2"
+    random_start: bool = True  # start uniformly inside the ball
+    restarts: int = 1  # independent starts; each sample keeps its worst
+
+    def check(self, key: str) -> None:
+        _require(parse_fraction(self.eps, f"{key}.eps") >= 0, f"{key}.eps", "a radius >= 0", self.eps)
+        if self.alpha is not None:
+            _require(parse_fraction(self.alpha, f"{key}.alpha") >= 0, f"{key}.alpha", "a step >= 0", self.alpha)
+        _require(self.steps >= 0, f"{key}.steps", "a count >= 0", self.steps)
+        _require(self.restarts >= 1, f"{key}.restarts", "a count >= 1", self.restarts)
+        _require(self.norm in ("Linf", "L2"), f"{key}.norm", "Linf or L2", self.norm)
+
+
+@dataclass
+class MethodConfig:
+    """How a batch becomes a loss."""
+
+    name: str = "pgd_at"  # a key of robust_moe.methods.METHODS
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(alpha="2/255"))  # used by adversarial methods
+    attack_mode: str = "eval"  # the model's mode while adversarial images are made: "eval" or "train"
+
+    def check(self, key: str) -> None:
+        _require(self.attack_mode in ("eval", "train"), f"{key}.attack_mode", "eval or train", self.attack_mode)
+        self.attack.check(f"{key}.attack")
+
+
+@dataclass
+class OptimConfig:
+    """Stochastic gradient descent and its schedule, stepped once a batch."""
+
+    lr: float = 0.1  # peak learning rate
+    momentum: float = 0.9  # SGD momentum
+    nesterov: bool = True  # Nesterov's form of it
+    weight_decay: float = 5e-4  # L2 penalty on every parameter
+    schedule: str = "polynomial"  # a key of robust_moe.engine.SCHEDULES: polynomial, cosine or constant
+    power: float = 1.0  # exponent of the polynomial decay to zero
+    warmup_epochs: float = 0.0  # epochs of linear rise from zero
+    grad_clip: float | None = None  # largest global gradient norm; None: no clipping
+
+    def check(self, key: str) -> None:
+        _require(self.lr > 0, f"{key}.lr", "a rate > 0", self.lr)
+        _require(0 <= self.momentum < 1, f"{key}.momentum", "a number in [0, 1)", self.momentum)
+        _require(self.weight_decay >= 0, f"{key}.weight_decay", "a number >= 0", self.weight_decay)
+        _require(self.warmup_epochs >= 0, f"{key}.warmup_epochs", "epochs >= 0", self.warmup_epochs)
+        _require(self.power > 0, f"{key}.power", "an exponent > 0", self.power)
+        ok = self.grad_clip is None or self.grad_clip > 0
+        _require(ok, f"{key}.grad_clip", "null or a norm > 0", self.grad_clip)
+        ok = self.momentum > 0 or not self.nesterov
+        _require(ok, f"{key}.nesterov", "false when optim.momentum is 0", self.nesterov)
+
+
+@dataclass
+class EvalConfig:
+    """What is measured on validation images while training and on test images at the end."""
+
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(steps=20, alpha="2/255"))
+    every: int = 1  # epochs between validations
+    batch_size: int = 256  # images
+    limit: int | None = None  # validate on the first n images only; None: all
+
+    def check(self, key: str) -> None:
+        _require(self.every >= 1, f"{key}.every", "epochs >= 1", self.every)
+        _require(self.batch_size >= 1, f"{key}.batch_size", "a count >= 1", self.batch_size)
+        _require(self.limit is None or self.limit >= 1, f"{key}.limit", "null or a count >= 1", self.limit)
+        self.attack.check(f"{key}.attack")
+
+
+@dataclass
+class RunConfig:
+    """Where and how long."""
+
+    out: str = "runs/train"  # the run folder
+    seed: int = 0  # of every random choice: weights, order, augmentation, attacks
+    epochs: int = 15  # passes over the training images
+    batch_size: int = 128  # images a step, over all devices
+    max_steps: int | None = None  # stop after this many optimiser steps; None: by epochs
+    log_every: int = 20  # steps between log lines; only there does the host wait for the device
+    checkpoint_every: int = 1  # epochs between checkpoints
+    checkpoint_steps: int | None = None  # steps between further checkpoints inside an epoch; None: none
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
+    devices: int = 1  # processes, one a device
+    precision: str = "32-true"  # Fabric's: 32-true, bf16-mixed, 16-mixed
+    threads: int | None = None  # CPU threads; None: PyTorch's choice
+
+    def check(self, key: str) -> None:
+        for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "devices"):
+            _require(getattr(self, name) >= 1, f"{key}.{name}", "a count >= 1", getattr(self, name))
+        _require(self.seed >= 0, f"{key}.seed", "a number >= 0", self.seed)
+        for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            _require(value in known, f"{key}.{name}", f"one of {', '.join(known)}", value)
+        for name in ("max_steps", "threads", "checkpoint_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{key}.{name}", "null or a count >= 1", value)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides the numbers of a training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` for the first value out of its range."""
+        for section in dataclasses.fields(self):
+            getattr(self, section.name).check(section.name)
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = resources.files("robust_moe") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def _read_yaml(source: str | Path) -> Any:
+    path = Path(source)
+    if not path.is_file():
+        preset = resources.files("robust_moe") / "presets" / f"{source}.yaml"
+        if not preset.is_file():
+            near = difflib.get_close_matches(str(source), preset_names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"config: expected a YAML file or one of {', '.join(preset_names())}, got {str(source)!r}{hint}"
+            )
+        path = Path(str(preset))
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # a YAML parser raises many types
+        raise ConfigError(f"config: {path} is not readable YAML: {error}") from error
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"config: expected sections such as 'run:' in {path}, got a list")
+    return tree
+
+
+def _known_keys(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all fields below a dataclass."""
+    names = []
+    for item in dataclasses.fields(cls):
+        names.append(prefix + item.name)
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        if dataclasses.is_dataclass(default):
+            names += _known_keys(type(default), f"{prefix}{item.name}.")
+    return names
+
+
+def _dotted(tree: Any, prefix: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return []
+    found = []
+    for key, value in tree.items():
+        found.append(f"{prefix}{key}")
+        found += _dotted(value, f"{prefix}{key}.")
+    return found
+
+
+def _refuse_unknown(tree: Any, where: str) -> None:
+    known = _known_keys(TrainConfig)
+    for key in _dotted(OmegaConf.to_container(tree)):
+        if key in known:
+            continue
+        last = key.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+        near = near or [name for name in known if name.rsplit(".", 1)[-1] == last]
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _merge(layers: list[tuple[Any, str]], overrides: list[str] | None) -> TrainConfig:
+    """Defaults, then ``layers`` (each with the name that errors use), then overrides; checked."""
+    parsed = []
+    for item in overrides or []:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"override: expected key=value, got {item!r}")
+        try:
+            parsed.append((OmegaConf.from_dotlist([item]), "override"))
+        except Exception as error:  # the value is parsed as YAML
+            raise ConfigError(f"override: {item!r} is not readable: {str(error).splitlines()[0]}") from error
+    try:
+        merged = OmegaConf.structured(TrainConfig)
+        for layer, where in [*layers, *parsed]:
+            _refuse_unknown(layer, where)
+            merged = OmegaConf.merge(merged, layer)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, TrainConfig)
+    config.check()
+    return config
+
+
+def load_config(source: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
+    """Defaults, then the YAML file or preset ``source``, then ``overrides`` such as ``["run.epochs=3"]``.
+
+    Raises :class:`ConfigError` for an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    return _merge([] if source is None else [(_read_yaml(source), str(source))], overrides)
+
+
+def config_from_dict(tree: dict[str, Any], overrides: list[str] | None = None, where: str = "config") -> TrainConfig:
+    """A configuration from the nested dict that a checkpoint keeps, with ``key=value`` overrides on top."""
+    layer = OmegaConf.create(tree)
+    return _merge([(layer, where)], overrides)
+
+
+def flatten(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by dotted name, e.g. ``{"data.name": "digits", ...}``; lists stay whole."""
+    tree = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        below = flatten(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{key}.{name}" if name else key: leaf for name, leaf in below.items()}
+    return flat
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Write ``config`` as YAML that :func:`load_config` reads back to an equal object."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

@@ -1,0 +1,51 @@
+"""Attack steps over the compiled extension (CPU)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels import native
+
+__all__ = ["pgd_step", "random_start", "why_not"]
+
+why_not = native.why_not_cpu
+
+
+def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str) -> Tensor:
+    out = torch.empty_like(x)
+    samples = x.shape[0]
+    native.extension().pgd_step_cpu(
+        norm == "L2",
+        x.data_ptr(),
+        grad.data_ptr(),
+        x0.data_ptr(),
+        out.data_ptr(),
+        samples,
+        x.numel() // max(samples, 1),
+        eps,
+        alpha,
+        native.dtype_code(x),
+        native.dtype_code(grad),
+        native.threads(),
+    )
+    return out
+
+
+def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream: int, norm: str) -> Tensor:
+    out = torch.empty_like(x0)
+    samples = x0.shape[0]
+    native.extension().random_start_cpu(
+        norm == "L2",
+        x0.data_ptr(),
+        sample_index.data_ptr(),
+        out.data_ptr(),
+        samples,
+        x0.numel() // max(samples, 1),
+        eps,
+        seed & 0xFFFFFFFFFFFFFFFF,
+        stream,
+        native.dtype_code(x0),
+        native.threads(),
+    )
+    return out

@@ -1,0 +1,154 @@
+"""Top-k gate: softmax, selection, weights and the batch statistics of the balance losses, in one pass over the logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_tensor
+from robust_moe_kernels.dispatch import AUTO, Op
+from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIGHT_THROUGH
+
+__all__ = ["GATE", "GateOutput", "top_k_gate"]
+
+GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
+
+
+class GateOutput(NamedTuple):
+    """What :func:`top_k_gate` returns; floats are float32 (float64 for float64 logits)."""
+
+    scores: Tensor  # [B, E] softmax over all experts
+    indices: Tensor  # [B, k] int64, best first
+    weights: Tensor  # [B, k] factor of each chosen expert
+    mean_scores: Tensor  # [E] P, the mean of scores over the batch
+    argmax_fraction: Tensor  # [E] f, share of rows whose best expert it is; no gradient
+    mean_entropy: Tensor  # [] mean over rows of H(scores), nats
+    mean_square_lse: Tensor  # [] mean over rows of logsumexp(logits)^2
+    nonfinite: Tensor  # [] int32, rows with a NaN or infinite logit
+
+
+def top_k_gate(
+    logits: Tensor, top_k: int, renormalize: bool = True, straight_through: bool = True, impl: str = AUTO
+) -> GateOutput:
+    """Route each row to its k highest logits (2509.05086 section 3).
+
+    Softmax runs over all experts before the selection. Ties go to the lowest index. The weights of the kept experts are
+
+    - k >= 2, or k = 1 with ``straight_through=False``: the kept scores, divided by their sum if ``renormalize`` (the
+      release adds 1e-5 to that sum, we do not: k of E scores sum to at least k/E, so the weights sum to 1);
+    - k = 1 with ``straight_through``: exactly 1 forward, the score's gradient backward. Without it and with
+      ``renormalize`` a single weight is the constant 1 and the gate gets no task gradient.
+
+    A NaN or infinite logit is an error: on the CPU at once, on a GPU the row is counted in ``nonfinite`` without
+    waiting for the device and the caller reads it when it next reads anything
+    (``robust_moe_kernels.modules.check_finite``).
+
+    Args:
+        logits: [B, E], any floating dtype; float16 and bfloat16 are computed in float32.
+        top_k: 1 <= k <= E.
+        impl: "auto", "reference", "native" (CPU) or "triton".
+
+    Returns:
+        :class:`GateOutput`. ``scores``, ``weights``, ``mean_scores``, ``mean_entropy`` and ``mean_square_lse`` are
+        differentiable (once) with respect to ``logits``.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, k outside 1..E, non-finite logits on the CPU.
+        ImplementationUnavailable: a named implementation cannot run here.
+    """
+    expect_tensor(logits, "logits")
+    expect_dtype(logits, "logits", FLOATS)
+    expect(logits.dim() == 2 and logits.shape[1] >= 1, "logits", "shape [B, E] with E >= 1", list(logits.shape))
+    expect(1 <= top_k <= logits.shape[1], "top_k", f"1 <= k <= E = {logits.shape[1]}", top_k)
+    mode = RENORMALIZE if renormalize else KEEP
+    if top_k == 1 and straight_through:
+        mode = STRAIGHT_THROUGH
+    return GateOutput(*torch.ops.robust_moe_kernels.top_k_gate(logits, top_k, mode, impl))
+
+
+_FORWARD = "robust_moe_kernels::top_k_gate"
+_BACKWARD = "robust_moe_kernels::top_k_gate_backward"
+torch.library.define(
+    _FORWARD,
+    "(Tensor logits, int top_k, int mode, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor logits, Tensor scores, Tensor indices, Tensor? d_scores, Tensor? d_weights, Tensor? d_mean_scores,"
+    " Tensor? d_mean_entropy, Tensor? d_mean_square_lse, int mode, str impl) -> Tensor",
+)
+
+
+@torch.library.impl(_FORWARD, "default")
+def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
+    outputs = GATE.choose(impl, logits.device.type).forward(logits.contiguous(), top_k, mode)
+    if logits.device.type == "cpu" and outputs[-1].item():
+        raise ValueError(f"logits: expected finite gate scores, got NaN or infinity in {outputs[-1].item()} row(s)")
+    return outputs
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
+    rows, experts = logits.shape
+    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shapes = ((rows, experts), (rows, top_k), (rows, top_k), (experts,), (experts,), (), (), ())
+    kinds = (kind, torch.int64, kind, kind, kind, kind, kind, torch.int32)
+    return tuple(logits.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, kinds, strict=True))
+
+
+@torch.library.impl(_BACKWARD, "default")
+def _backward(
+    logits: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    d_scores: Tensor | None,
+    d_weights: Tensor | None,
+    d_mean_scores: Tensor | None,
+    d_mean_entropy: Tensor | None,
+    d_mean_square_lse: Tensor | None,
+    mode: int,
+    impl: str,
+) -> Tensor:
+    gradients = (d_scores, d_weights, d_mean_scores, d_mean_entropy, d_mean_square_lse)
+    dense = (None if gradient is None else gradient.contiguous() for gradient in gradients)
+    chosen = GATE.choose(impl, logits.device.type)
+    return chosen.backward(logits.contiguous(), scores.contiguous(), indices.contiguous(), *dense, mode)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _top_k, ctx.mode, ctx.impl = inputs
+    scores, indices, _weights, _mean_scores, argmax_fraction, _entropy, _square, nonfinite = output
+    ctx.save_for_backward(logits, scores, indices)
+    ctx.mark_non_differentiable(indices, argmax_fraction, nonfinite)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_scores, _, d_weights, d_mean_scores, _, d_mean_entropy, d_mean_square_lse, _ = gradients
+    logits, scores, indices = ctx.saved_tensors
+    d_logits = torch.ops.robust_moe_kernels.top_k_gate_backward(
+        logits,
+        scores,
+        indices,
+        d_scores,
+        d_weights,
+        d_mean_scores,
+        d_mean_entropy,
+        d_mean_square_lse,
+        ctx.mode,
+        ctx.impl,
+    )
+    return d_logits, None, None, None
+
+
+torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast(_FORWARD, _device, torch.float32)

@@ -1,0 +1,82 @@
+"""The specification of the top-k gate, in plain PyTorch (2509.05086 section 3; the release's softmax-then-top-k)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "why_not"]
+
+KEEP, RENORMALIZE, STRAIGHT_THROUGH = 0, 1, 2  # what becomes of the kept scores; numbered as in csrc/gate/gate.h
+
+
+def why_not(device_type: str) -> str | None:
+    return None
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+    experts = logits.shape[1]
+    rows = max(logits.shape[0], 1)
+    values = logits.to(_accumulator(logits))
+    scores = values.softmax(-1)
+    # Ranked by logit, not by score: two logits may round to one score. A NaN ranks as minus infinity, so that indices
+    # stay valid; ties go to the lowest index because the sort is stable.
+    key = torch.where(values.isnan(), -torch.inf, values)
+    indices = key.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    kept = scores.gather(1, indices)
+    if mode == KEEP:
+        weights = kept
+    elif mode == RENORMALIZE:
+        weights = kept / kept.sum(-1, keepdim=True)
+    else:
+        weights = torch.ones_like(kept)
+    first = torch.nn.functional.one_hot(indices[:, 0], experts)
+    lse = values.logsumexp(-1)
+    entropy = -torch.special.xlogy(scores, scores).sum(-1)
+    return (
+        scores,
+        indices,
+        weights,
+        scores.sum(0) / rows,
+        first.sum(0).to(scores.dtype) / rows,
+        entropy.sum() / rows,
+        lse.square().sum() / rows,
+        (~values.isfinite()).any(-1).sum().to(torch.int32),
+    )
+
+
+def backward(
+    logits: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    d_scores: Tensor | None,
+    d_weights: Tensor | None,
+    d_mean_scores: Tensor | None,
+    d_mean_entropy: Tensor | None,
+    d_mean_square_lse: Tensor | None,
+    mode: int,
+) -> Tensor:
+    rows = max(logits.shape[0], 1)
+    slope = torch.zeros_like(scores) if d_scores is None else d_scores.clone()
+    if d_mean_scores is not None:
+        slope += d_mean_scores / rows
+    if d_weights is not None:
+        d_kept = d_weights
+        if mode == RENORMALIZE:
+            kept = scores.gather(1, indices)
+            total = kept.sum(-1, keepdim=True)
+            d_kept = (d_weights - (d_weights * kept / total).sum(-1, keepdim=True)) / total
+        slope = slope.scatter_add(1, indices, d_kept)
+    d_logits = scores * (slope - (scores * slope).sum(-1, keepdim=True))
+    lse = logits.to(scores.dtype).logsumexp(-1, keepdim=True)
+    if d_mean_entropy is not None:
+        log_scores = torch.where(scores > 0, logits.to(scores.dtype) - lse, 0.0)
+        entropy = -(scores * log_scores).sum(-1, keepdim=True)
+        d_logits -= scores * (log_scores + entropy) * (d_mean_entropy / rows)
+    if d_mean_square_lse is not None:
+        d_logits += scores * (2.0 * lse) * (d_mean_square_lse / rows)
+    return d_logits.to(logits.dtype)

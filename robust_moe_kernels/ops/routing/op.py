@@ -1,0 +1,80 @@
+"""Routing: the (sample, slot) pairs of a batch, stably sorted by expert, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.checks import expect, expect_dtype, expect_tensor
+from robust_moe_kernels.dispatch import AUTO, Op
+
+__all__ = ["ROUTING", "Route", "sort_by_expert"]
+
+ROUTING = Op(__package__, cpu=("native", "reference"), cuda=("native", "triton", "reference"))
+
+
+class Route(NamedTuple):
+    """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64."""
+
+    order: Tensor  # [R] pair at each sorted row; its sample is order // k
+    inverse: Tensor  # [R] sorted row of each pair
+    offsets: Tensor  # [E+1] rows offsets[e]:offsets[e+1] belong to expert e
+    invalid: Tensor  # [] int32, pairs whose expert is out of range; their rows come after offsets[E]
+    top_k: int  # k
+
+    @property
+    def counts(self) -> Tensor:
+        """[E] rows of each expert."""
+        return self.offsets.diff()
+
+
+def sort_by_expert(indices: Tensor, num_experts: int, impl: str = AUTO) -> Route:
+    """Sort the pairs of a batch by expert; pairs of one expert keep the order of their samples.
+
+    Args:
+        indices: expert of each pair [B, k], int64, in [0, num_experts).
+        num_experts: E >= 1.
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
+
+    Returns:
+        :class:`Route`. On a GPU a pair out of range is sorted behind all experts and counted in ``invalid``, without
+        waiting for the device.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, E < 1, on the CPU an expert out of range.
+        ImplementationUnavailable: a named implementation cannot run here.
+    """
+    expect_tensor(indices, "indices")
+    expect_dtype(indices, "indices", (torch.int64,))
+    expect(indices.dim() == 2 and indices.shape[1] >= 1, "indices", "shape [B, k] with k >= 1", list(indices.shape))
+    expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
+    return Route(*torch.ops.robust_moe_kernels.sort_by_expert(indices, num_experts, impl), indices.shape[1])
+
+
+_NAME = "robust_moe_kernels::sort_by_expert"
+torch.library.define(_NAME, "(Tensor indices, int num_experts, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+@torch.library.impl(_NAME, "default")
+def _sort_by_expert(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
+    chosen = ROUTING.choose(impl, indices.device.type)
+    outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts)
+    if indices.device.type == "cpu" and outputs[-1].item():
+        raise ValueError(
+            f"indices: expected experts in [0, {num_experts}), got values from {indices.min().item()} to"
+            f" {indices.max().item()}"
+        )
+    return outputs
+
+
+@torch.library.register_fake(_NAME)
+def _sort_by_expert_fake(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
+    pairs = indices.shape[0] * indices.shape[1]
+    return (
+        indices.new_empty(pairs),
+        indices.new_empty(pairs),
+        indices.new_empty(num_experts + 1),
+        indices.new_empty((), dtype=torch.int32),
+    )

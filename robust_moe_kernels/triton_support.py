@@ -1,0 +1,64 @@
+"""What every Triton implementation shares: where it can run, launching on the right device, and its list of builds.
+
+Importing this module imports Triton; only ``triton_impl`` modules do so.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["Build", "on_device", "triton_type", "why_not"]
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One shipped configuration of a kernel, enough to compile it for any target without a GPU."""
+
+    kernel: Any  # the @triton.jit function
+    signature: dict[str, str]  # argument -> Triton type; constexpr arguments as "constexpr"
+    constants: dict[str, Any]  # constexpr argument -> value
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
+
+    def __str__(self) -> str:
+        types = ",".join(sorted({kind for kind in self.signature.values() if kind.startswith("*")}))
+        constants = ",".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{self.kernel.__name__}[{types}][{constants}]"
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not(device_type: str) -> str | None:
+    """Reason why Triton kernels cannot run on a device type, or ``None``."""
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu":
+        return None if interpreting() else "Triton needs a GPU (on the CPU only its interpreter, TRITON_INTERPRET=1)"
+    return f"Triton kernels are written for CUDA devices, not {device_type}"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's device current, so that a kernel is launched where its data is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def triton_type(dtype: torch.dtype) -> str:
+    """Triton's name of a dtype, as in a kernel signature: ``fp32``."""
+    return _TYPES[dtype]

@@ -1,0 +1,145 @@
+"""Builds ``robust_moe_kernels._C``: C++17 always, CUDA where nvcc is found. No PyTorch is needed or linked.
+
+Environment
+    RMK_BUILD=auto  (default) C++, and CUDA when nvcc is on the PATH or under CUDA_HOME
+              cpu   C++ only
+              cuda  C++ and CUDA; fails when nvcc is missing
+              none  no extension: the pure-Python package
+    MAX_JOBS        compilers run at once (default: the number of processors)
+    RMK_CUDA_ARCHS  compute capabilities, default "80;90;100"; PTX is added for the last
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None) or shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def cuda_library_dirs(nvcc: Path) -> list[str]:
+    """Where the toolkit of ``nvcc`` keeps its static libraries; asked of nvcc itself, which may be a wrapper."""
+    asked = subprocess.run([str(nvcc), "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    home = next(line.split("TOP=", 1)[1] for line in asked.stderr.splitlines() if "TOP=" in line)
+    return [str(folder) for folder in (Path(home, "lib64"), Path(home, "lib")) if folder.is_dir()]
+
+
+def build_mode() -> str:
+    """``none``, ``cpu`` or ``cuda``."""
+    asked = os.environ.get("RMK_BUILD", "auto")
+    if asked not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"RMK_BUILD: expected auto, cpu, cuda or none, got {asked!r}")
+    if asked == "auto":
+        return "cuda" if find_nvcc() else "cpu"
+    if asked == "cuda" and not find_nvcc():
+        sys.exit("RMK_BUILD=cuda: expected nvcc on the PATH or under CUDA_HOME, found none")
+    return asked
+
+
+class BuildNative(build_ext):
+    """Compiles each translation unit in a thread of its own, then links once."""
+
+    def build_extension(self, ext: Extension) -> None:
+        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        sources = [Path(source) for source in ext.sources]
+        with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+            objects = list(pool.map(lambda source: self._compile(ext, source), sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=ext.libraries,
+            library_dirs=ext.library_dirs,
+            extra_postargs=ext.extra_link_args,
+            target_lang="c++",
+        )
+
+    def _compile(self, ext: Extension, source: Path) -> str:
+        if source.suffix == ".cu":
+            return self._compile_cuda(ext, source)
+        objects = self.compiler.compile(
+            [str(source)],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=ext.extra_compile_args,
+            depends=ext.depends,
+        )
+        return objects[0]
+
+    def _compile_cuda(self, ext: Extension, source: Path) -> str:
+        target = Path(self.build_temp, source.with_suffix(".cu.o"))
+        inputs = [source, *map(Path, ext.depends)]
+        if target.exists() and all(target.stat().st_mtime >= path.stat().st_mtime for path in inputs):
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        archs = os.environ.get("RMK_CUDA_ARCHS", "80;90;100").split(";")
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        command = [str(find_nvcc()), "-std=c++17", "-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-fPIC", *codes]
+        command += [f"-I{folder}" for folder in ext.include_dirs]
+        command += ["-c", str(source), "-o", str(target)]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+        return str(target)
+
+
+def extension(mode: str) -> Extension:
+    import pybind11
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h"))
+    macros: list[tuple[str, str | None]] = []
+    libraries: list[str] = []
+    library_dirs: list[str] = []
+    link_args: list[str] = []
+    if sys.platform == "win32":
+        compile_args = ["/std:c++17", "/O2", "/fp:precise"]
+    else:
+        # Without contraction a*b+c rounds twice on every machine, as PyTorch's separate kernels do: bit equality.
+        compile_args = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+        link_args = ["-pthread"]
+    if mode == "cuda":
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        sources += sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cu"))
+        macros.append(("RMK_CUDA", "1"))
+        libraries += ["cudart_static", "rt", "dl"]
+        library_dirs += cuda_library_dirs(nvcc)
+    return Extension(
+        "robust_moe_kernels._C",
+        sources=sources,
+        depends=headers,
+        include_dirs=[str(CSRC), pybind11.get_include()],
+        define_macros=macros,
+        libraries=libraries,
+        library_dirs=library_dirs,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        language="c++",
+    )
+
+
+MODE = build_mode()
+setup(
+    packages=[
+        *find_packages(include=["robust_moe_kernels", "robust_moe_kernels.*"]),
+        *find_packages("python", include=["robust_moe", "robust_moe.*"]),
+    ],
+    package_data={"robust_moe": ["presets/*.yaml"]},
+    ext_modules=[] if MODE == "none" else [extension(MODE)],
+    cmdclass={"build_ext": BuildNative},
+)
