@@ -1,4 +1,4 @@
-"""Top-k gate: softmax, selection, weights and the batch statistics of the balance losses, in one pass over the logits."""
+"""Top-k gate: softmax, selection, weights and the statistics of the balance losses, in one pass over the logits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,29 @@
+"""Drop-in mixture-of-experts layers and what training them needs."""
+
+from robust_moe_kernels.modules.balance import BALANCE_LOSSES
+from robust_moe_kernels.modules.gates import GATES, ConvGapGate, GapFcGate
+from robust_moe_kernels.modules.model import (
+    balance_loss,
+    check_finite,
+    gates_without_gradient,
+    moe_layers,
+    replace_blocks,
+)
+from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+
+__all__ = [
+    "BALANCE_LOSSES",
+    "GATES",
+    "ConvGapGate",
+    "FusedBlockMoE",
+    "FusedConvMoE",
+    "GapFcGate",
+    "MoELayer",
+    "RoutingRecord",
+    "balance_loss",
+    "check_finite",
+    "gates_without_gradient",
+    "moe_layers",
+    "replace_blocks",
+]

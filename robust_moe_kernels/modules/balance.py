@@ -1,0 +1,102 @@
+"""Balance losses: pure functions of a gate's statistics. Natural logarithms; P [E] is the batch mean of the scores.
+
+E = 4 experts, three routings: all scores uniform / one-hot, balanced / one-hot, all on one expert:
+
+    entropy           -ln 4 / -ln 4 / 0        the paper's (2509.05086): uniform use, says nothing of single samples
+    kl                0 / 0 / ln 4             the same, shifted to a minimum of 0
+    switch            0 / 0 / 3                Fedus et al., 2101.03961
+    entropy_released  0 / -ln 4 / 0            what the paper's code computes: also drives single samples to one-hot
+    importance        0 / 0 / 3                Shazeer et al., 1701.06538
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+
+__all__ = [
+    "BALANCE_LOSSES",
+    "entropy_loss",
+    "importance_loss",
+    "kl_loss",
+    "load_loss",
+    "released_entropy_loss",
+    "switch_loss",
+    "z_loss",
+]
+
+
+def entropy_loss(mean_scores: Tensor) -> Tensor:
+    """-H(P) for P [E]."""
+    return torch.special.xlogy(mean_scores, mean_scores).sum()
+
+
+def kl_loss(mean_scores: Tensor) -> Tensor:
+    """KL(P || uniform) = ln E - H(P) for P [E]."""
+    return entropy_loss(mean_scores) + math.log(mean_scores.numel())
+
+
+def switch_loss(mean_scores: Tensor, argmax_fraction: Tensor) -> Tensor:
+    """E * sum_i f_i P_i - 1, with f [E] the share of samples whose best expert is i (a constant)."""
+    return mean_scores.numel() * (argmax_fraction.detach() * mean_scores).sum() - 1.0
+
+
+def released_entropy_loss(mean_scores: Tensor, mean_entropy: Tensor) -> Tensor:
+    """mean_b H(s_b) - H(P)."""
+    return mean_entropy + entropy_loss(mean_scores)
+
+
+def _square_variation(values: Tensor) -> Tensor:
+    """CV^2: population variance over squared mean."""
+    return values.var(correction=0) / values.mean().square()
+
+
+def importance_loss(mean_scores: Tensor) -> Tensor:
+    """CV^2 of the experts' importance, sum_b s_b; CV^2 does not depend on its scale, so P [E] will do."""
+    return _square_variation(mean_scores)
+
+
+def load_loss(clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, top_k: int) -> Tensor:
+    """CV^2 of the experts' expected load: sum_b P(expert i is in the top k when its own noise is drawn anew).
+
+    Args:
+        clean_logits, noisy_logits: [B, E] before and after the score noise.
+        noise_scale: standard deviation [B, 1] of that noise, > 0.
+        top_k: k < E; for k = E every expert is always chosen and the loss is 0.
+    """
+    experts = clean_logits.shape[1]
+    if top_k == experts:
+        return clean_logits.sum() * 0.0
+    best = noisy_logits.topk(top_k + 1, dim=1)
+    # The value an expert must beat: the k-th best of the others.
+    chosen = torch.zeros_like(noisy_logits, dtype=torch.bool).scatter_(1, best.indices[:, :top_k], True)
+    threshold = torch.where(chosen, best.values[:, top_k, None], best.values[:, top_k - 1, None])
+    probability = torch.special.ndtr((clean_logits - threshold) / noise_scale.clamp_min(1e-12))
+    return _square_variation(probability.sum(0))
+
+
+def z_loss(mean_square_lse: Tensor) -> Tensor:
+    """mean_b logsumexp(logits_b)^2 (Zoph et al., 2202.08906): keeps logits small."""
+    return mean_square_lse
+
+
+def _load(routing: RoutingRecord) -> Tensor:
+    if routing.noise_scale is None:
+        raise ValueError("kind: the load balance loss needs score noise; expected noise_std > 0 and training mode")
+    return load_loss(routing.clean_logits, routing.logits, routing.noise_scale, routing.indices.shape[1])
+
+
+BALANCE_LOSSES: dict[str, Callable[[RoutingRecord], Tensor]] = {
+    "entropy": lambda r: entropy_loss(r.mean_scores),
+    "kl": lambda r: kl_loss(r.mean_scores),
+    "switch": lambda r: switch_loss(r.mean_scores, r.argmax_fraction),
+    "entropy_released": lambda r: released_entropy_loss(r.mean_scores, r.mean_entropy),
+    "importance": lambda r: importance_loss(r.mean_scores),
+    "load": _load,
+    "z": lambda r: z_loss(r.mean_square_lse),
+}

@@ -1,0 +1,138 @@
+"""Experts with stacked parameters: every tensor of the replaced module with a leading dimension E.
+
+Rows arrive sorted by expert with a list of counts; each expert runs on its own contiguous segment, whole, and the
+results are concatenated once. No masks, no zeros, no work for an expert without rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d"]
+
+
+def _stack(tensor: Tensor, num_experts: int) -> Tensor:
+    return tensor.detach().expand(num_experts, *tensor.shape).clone()
+
+
+class Experts(nn.Module, ABC):
+    """E copies of a module, run by segments. Subclasses say how one expert computes."""
+
+    def __init__(self, template: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        # The replaced module without its numbers, to rebuild single experts; in a tuple, so that it is no submodule.
+        self._template = (copy.deepcopy(template).to("meta"),)
+
+    @abstractmethod
+    def unbind(self) -> list[Any]:
+        """Each expert's parameters, as ``run`` takes them; unbound once a forward, so that gradients are stacked
+        once."""
+
+    @abstractmethod
+    def run(self, x: Tensor, parameters: Any) -> Tensor:
+        """One expert on its rows [n, C, H, W]."""
+
+    def reset(self) -> None:
+        """Initialise every expert's convolutions independently; normalisation keeps the replaced module's
+        parameters."""
+        for module in self.modules():
+            if isinstance(module, StackedConv2d):
+                module.reset()
+
+    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's -> [R, C', H', W']."""
+        segments = rows.split(counts)
+        outputs = [
+            self.run(segment, parameters)
+            for segment, parameters in zip(segments, self.unbind(), strict=True)
+            if segment.shape[0]
+        ]
+        if not outputs:  # an empty batch still has an output shape
+            return self.one(0, rows)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """All of x [B, C, H, W] through one expert."""
+        return self.run(x, self.unbind()[expert])
+
+    def extract(self, expert: int) -> nn.Module:
+        """One expert as an ordinary module of the replaced type, with its own copy of the parameters."""
+        module = copy.deepcopy(self._template[0])
+        state = {name: value[expert].detach().clone() for name, value in self.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        return module.train(self.training).requires_grad_(True)
+
+
+class StackedConv2d(Experts):
+    """E convolutions of one geometry. State: ``weight`` [E, O, I/groups, kh, kw], ``bias`` [E, O] or None."""
+
+    def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
+        super().__init__(conv, num_experts)
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"conv: expected padding_mode 'zeros', got {conv.padding_mode!r}")
+        self.weight = nn.Parameter(_stack(conv.weight, num_experts))
+        self.bias = None if conv.bias is None else nn.Parameter(_stack(conv.bias, num_experts))
+        self.in_channels: int = conv.in_channels
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def unbind(self) -> list[Any]:
+        biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
+        return list(zip(self.weight.unbind(0), biases, strict=True))
+
+    def run(self, x: Tensor, parameters: tuple[Tensor, Tensor | None]) -> Tensor:
+        return F.conv2d(x, *parameters, self.stride, self.padding, self.dilation, self.groups)
+
+    def reset(self) -> None:
+        """Draw every expert anew: He normal by fan-out, as ResNets are initialised; zero bias."""
+        for weight in self.weight.data:
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class StackedBatchNorm2d(nn.Module):
+    """E batch normalisations; each sees its own expert's rows only.
+
+    In training, an expert without rows keeps its running statistics. An expert with a single value a channel (n*H*W =
+    1) has variance 0: its output is its bias, no gradient flows to its input, its running mean moves and its running
+    variance, whose unbiased estimate does not exist, stays.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, num_experts: int) -> None:
+        super().__init__()
+        if not norm.affine or not norm.track_running_stats or norm.momentum is None:
+            raise ValueError(
+                "norm: expected BatchNorm2d with affine=True, track_running_stats=True and a numeric momentum, got"
+                f" affine={norm.affine}, track_running_stats={norm.track_running_stats}, momentum={norm.momentum}"
+            )
+        self.weight = nn.Parameter(_stack(norm.weight, num_experts))
+        self.bias = nn.Parameter(_stack(norm.bias, num_experts))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, _stack(getattr(norm, name), num_experts))
+        self.eps, self.momentum = norm.eps, norm.momentum
+
+    def unbind(self) -> list[Any]:
+        """Per-expert (index, weight, bias)."""
+        return list(zip(range(self.weight.shape[0]), self.weight.unbind(0), self.bias.unbind(0), strict=True))
+
+    def run(self, x: Tensor, parameters: tuple[int, Tensor, Tensor]) -> Tensor:
+        """One expert's normalisation of its rows [n, C, H, W]."""
+        expert, weight, bias = parameters
+        if x.shape[0] == 0:
+            return x
+        # .data: all experts share one buffer, and a counted in-place change of one slice would invalidate what autograd
+        # keeps of the others.
+        mean, variance = self.running_mean.data[expert], self.running_var.data[expert]
+        if self.training:
+            self.num_batches_tracked.data[expert] += 1
+            if x.numel() == x.shape[1]:
+                mean.lerp_(x.detach().flatten().to(mean.dtype), self.momentum)
+                return bias.view(1, -1, 1, 1).expand_as(x).to(x.dtype)
+        return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)

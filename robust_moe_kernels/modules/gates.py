@@ -1,0 +1,65 @@
+"""Gates: an image's feature map in, one logit an expert out.
+
+A gate is computed in the precision of its own parameters, outside autocast: in bfloat16 two experts' logits often
+round to the same number, and a rounding decides the route.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["GATES", "ConvGapGate", "GapFcGate", "build_gate", "score_noise_scale"]
+
+
+class GapFcGate(nn.Module):
+    """Global average pool, then one linear layer (2509.05086, "GAP-FC").
+
+    forward: [B, C, H, W], any float -> logits [B, E] in the parameters' dtype.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_channels, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc(x.to(self.fc.weight.dtype).mean((2, 3)))
+
+
+class ConvGapGate(nn.Module):
+    """3x3 convolution to E channels, no padding, no bias, then global average pool (2509.05086, "Conv-GAP").
+
+    forward: [B, C, H, W] with H, W >= 3, any float -> logits [B, E] in the parameters' dtype.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, num_experts, kernel_size=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 3:
+            raise ValueError(f"x: expected maps of at least 3x3 for the conv_gap gate, got {list(x.shape[2:])}")
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv(x.to(self.conv.weight.dtype)).mean((2, 3))
+
+
+GATES: dict[str, type[nn.Module]] = {"gap_fc": GapFcGate, "conv_gap": ConvGapGate}
+
+
+def build_gate(gate: str | nn.Module, in_channels: int, num_experts: int) -> nn.Module:
+    """A gate by its name in ``GATES``, or the given module (feature map -> logits [B, E]) itself."""
+    if isinstance(gate, nn.Module):
+        return gate
+    if gate not in GATES:
+        raise ValueError(f"gate: expected one of {', '.join(GATES)} or a module, got {gate!r}")
+    return GATES[gate](in_channels, num_experts)
+
+
+def score_noise_scale(logits: Tensor, noise_std: float) -> Tensor:
+    """Standard deviation [B, 1] of the score noise: ``noise_std`` in units of each row's own spread, no gradient.
+
+    The release draws N(0, 0.1) on scores standardised per row; this adds the same noise in logit units, so that the
+    ranking is the release's and the temperature of the softmax does not change.
+    """
+    return noise_std * logits.detach().std(dim=1, keepdim=True, correction=0)

@@ -1,0 +1,117 @@
+"""Mixture-of-experts layers inside a model: swap them in, find them, sum their losses, check them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe_kernels.modules.balance import BALANCE_LOSSES
+from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+
+__all__ = ["balance_loss", "check_finite", "gates_without_gradient", "moe_layers", "replace_blocks"]
+
+
+def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any) -> nn.Module:
+    """Swap blocks or convolutions of a model, in place, for mixtures of experts.
+
+    Args:
+        model: any module.
+        names: one or more submodule names, such as "layer4.1" (a block) or "layer4.1.conv2" (a convolution).
+        options: those of :meth:`FusedBlockMoE.from_block`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a name that is no submodule (the nearest is offered), or a module that cannot be replaced; the
+        model is
+            unchanged then.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    known = dict(model.named_modules())
+    layers: dict[str, MoELayer] = {}
+    for name in names:
+        if not name or name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"names: expected the name of a submodule, got {name!r}{hint}")
+        module = known[name]
+        if isinstance(module, nn.Conv2d):
+            layers[name] = FusedConvMoE.from_conv(module, **options)
+        else:
+            layers[name] = FusedBlockMoE.from_block(module, **options)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return model
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """Every mixture-of-experts layer of a model by its name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def _records(model: nn.Module) -> dict[str, RoutingRecord]:
+    """The last routing of every layer. Raises RuntimeError where there was no forward."""
+    records = {}
+    for name, layer in moe_layers(model).items():
+        if layer.routing is None:
+            raise RuntimeError(f"model: expected a forward through {name or 'the layer'!r} first, got none")
+        records[name] = layer.routing
+    return records
+
+
+def balance_loss(model: nn.Module, kind: str = "entropy") -> Tensor:
+    """Sum of a balance loss over all mixture-of-experts layers, from their last forward.
+
+    Args:
+        model: after a forward.
+        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load or z.
+
+    Returns:
+        A scalar on the graph of that forward; 0 for a model without such layers.
+
+    Raises:
+        ValueError: an unknown kind. RuntimeError: a layer that no forward has reached.
+    """
+    if kind not in BALANCE_LOSSES:
+        near = difflib.get_close_matches(str(kind), BALANCE_LOSSES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"kind: expected one of {', '.join(BALANCE_LOSSES)}, got {kind!r}{hint}")
+    losses = [BALANCE_LOSSES[kind](record) for record in _records(model).values()]
+    return sum(losses[1:], losses[0]) if losses else torch.zeros(())
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise if a gate's scores were NaN or infinite in the last forward. Waits for the device once; call it where the
+    host reads a result anyway.
+
+    Raises:
+        FloatingPointError: names the layers and how many rows. RuntimeError: a layer that no forward has reached.
+    """
+    records = _records(model)
+    if not records:
+        return
+    rows = torch.stack([record.nonfinite for record in records.values()]).tolist()
+    broken = [f"{name} ({count} rows)" for name, count in zip(records, rows, strict=True) if count]
+    if broken:
+        raise FloatingPointError(f"gate scores: expected finite numbers, got NaN or infinity in {', '.join(broken)}")
+
+
+def gates_without_gradient(model: nn.Module) -> list[str]:
+    """Names of the layers whose gate has parameters and got no gradient, or only zeros, in the last backward.
+
+    Reads the device. With one expert, or a fixed one, there is nothing to learn and the layer is not listed.
+    """
+    found = []
+    for name, layer in moe_layers(model).items():
+        parameters = [p for p in layer.gate.parameters() if p.requires_grad]
+        if layer.num_experts == 1 or layer.fixed_expert is not None or not parameters:
+            continue
+        if not any(p.grad is not None and bool(p.grad.any()) for p in parameters):
+            found.append(name)
+    return found

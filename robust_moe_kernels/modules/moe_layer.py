@@ -1,0 +1,221 @@
+"""The mixture-of-experts layer: gate, sort, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.experts import Experts, StackedConv2d
+from robust_moe_kernels.modules.gates import build_gate, score_noise_scale
+from robust_moe_kernels.modules.residual import ResidualExperts
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.ops.gate import top_k_gate
+from robust_moe_kernels.ops.permute import combine, dispatch
+from robust_moe_kernels.ops.routing import sort_by_expert
+
+__all__ = ["FusedBlockMoE", "FusedConvMoE", "MoELayer"]
+
+INITS = ("copy", "fresh")
+
+
+class MoELayer(nn.Module):
+    """F(x) = sum_i g_i(x) e_i(x) over the k experts the gate chooses for each sample (2509.05086 section 3).
+
+    Every sample's whole map goes to its experts. State dict: ``gate.*`` as the gate names it and ``experts.*``, the
+    replaced module's own names with a leading dimension E; nothing else.
+
+    Args:
+        gate: module, [B, C, H, W] -> logits [B, E].
+        experts: E stacked experts.
+        top_k: k, 1 <= k <= E.
+        renormalize: divide the k kept scores by their sum.
+        straight_through: for k = 1, forward weight exactly 1 and the score's gradient.
+        noise_std: standard deviation of the score noise in training, in units of each row's own spread; 0: none.
+
+    forward: [B, C, H, W] -> what the replaced module returns, dtype and memory format as the experts leave them.
+    Until the experts' convolutions are one grouped kernel, the segments' sizes are read on the host: once a forward,
+    on a GPU, the host waits for the gate.
+
+    Raises:
+        ValueError: an argument out of range; a forward on input of the wrong shape; non-finite gate scores (on a GPU
+        when
+            ``check_finite`` reads the flag).
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        experts: Experts,
+        top_k: int = 2,
+        renormalize: bool = True,
+        straight_through: bool = True,
+        noise_std: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_experts = experts.num_experts
+        expect(1 <= top_k <= num_experts, "top_k", f"1 <= k <= num_experts = {num_experts}", top_k)
+        expect(noise_std >= 0, "noise_std", "a number >= 0", noise_std)
+        if top_k == 1 < num_experts and renormalize and not straight_through:
+            warnings.warn(
+                "top_k=1 with renormalize=True and straight_through=False: the only weight is the constant 1, so the"
+                " gate gets no gradient from the task; use straight_through=True or renormalize=False",
+                stacklevel=2,
+            )
+        self.gate = gate
+        self.experts = experts
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.straight_through = straight_through
+        self.noise_std = noise_std
+        self.routing: RoutingRecord | None = None
+        self._fixed_expert: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.experts.num_experts
+
+    @property
+    def fixed_expert(self) -> int | None:
+        """The expert that takes every sample with weight 1, gate unused; ``None``: the gate decides."""
+        return self._fixed_expert
+
+    @fixed_expert.setter
+    def fixed_expert(self, expert: int | None) -> None:
+        if expert is not None:
+            self._expect_expert(expert, "fixed_expert")
+        self._fixed_expert = expert
+
+    def expert(self, index: int) -> nn.Module:
+        """Expert ``index`` as an ordinary module of the replaced type, with its own copy of the parameters."""
+        self._expect_expert(index, "index")
+        return self.experts.extract(index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.experts.in_channels
+        expect(x.dim() == 4 and x.shape[1] == channels, "x", f"shape [B, {channels}, H, W]", list(x.shape))
+        if self._fixed_expert is not None:
+            self.routing = RoutingRecord.fixed(x, self._fixed_expert, self.num_experts)
+            return self.experts.one(self._fixed_expert, x)
+        self.routing = self._decide(x)
+        route = sort_by_expert(self.routing.indices, self.num_experts)
+        rows = self.experts(dispatch(x, route), route.counts.tolist())
+        return combine(rows, route, self.routing.weights)
+
+    def _decide(self, x: Tensor) -> RoutingRecord:
+        clean = self.gate(x)
+        expect(
+            clean.shape == (x.shape[0], self.num_experts),
+            "gate(x)",
+            f"logits of shape [{x.shape[0]}, {self.num_experts}]",
+            list(clean.shape),
+        )
+        noise_scale = None
+        logits = clean
+        if self.training and self.noise_std > 0:
+            noise_scale = score_noise_scale(clean, self.noise_std)
+            logits = clean + noise_scale * torch.randn_like(clean)
+        out = top_k_gate(logits, self.top_k, self.renormalize, self.straight_through)
+        return RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
+
+    def _expect_expert(self, index: int, argument: str) -> None:
+        ok = isinstance(index, int) and 0 <= index < self.num_experts
+        expect(ok, argument, f"an expert in 0..{self.num_experts - 1}", index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last forward's record hangs on its graph: neither copied nor pickled.
+        return {**self.__dict__, "routing": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, top_k={self.top_k}, renormalize={self.renormalize},"
+            f" straight_through={self.straight_through}, noise_std={self.noise_std}"
+        )
+
+    @classmethod
+    def _build(cls, experts: Experts, gate: str | nn.Module, like: Tensor, init: str, **options: Any) -> Self:
+        expect(init in INITS, "init", f"one of {', '.join(INITS)}", repr(init))
+        built = build_gate(gate, experts.in_channels, experts.num_experts)
+        if init == "fresh":
+            experts.reset()
+        return cls(built, experts, **options).to(like.device, like.dtype)
+
+
+class FusedBlockMoE(MoELayer):
+    """A residual block as a mixture of experts, each with its own weights, batch norm and skip (2509.05086,
+    "BlockMoE")."""
+
+    @classmethod
+    def from_block(
+        cls,
+        block: nn.Module,
+        num_experts: int = 4,
+        top_k: int = 2,
+        gate: str | nn.Module = "gap_fc",
+        renormalize: bool = True,
+        straight_through: bool = True,
+        noise_std: float = 0.0,
+        init: str = "copy",
+    ) -> Self:
+        """Replace a torchvision or timm BasicBlock or Bottleneck.
+
+        With ``init="copy"`` every expert starts as the block, and with ``renormalize`` the layer computes what the
+        block did: a trained network keeps its function. ``init="fresh"`` draws each expert's convolutions anew, to
+        train from scratch.
+
+        Args:
+            block: the block; not changed. Its device, dtype and mode are taken over.
+            num_experts: E >= 1.
+            top_k, renormalize, straight_through, noise_std: see :class:`MoELayer`.
+            gate: a name in ``GATES`` ("gap_fc", "conv_gap") or a module, [B, C, H, W] -> logits [B, E].
+            init: "copy" or "fresh".
+
+        Raises:
+            ValueError: an argument out of range, or a block of another kind (see :class:`ResidualExperts`).
+        """
+        expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
+        layer = cls._build(
+            ResidualExperts(block, num_experts),
+            gate,
+            block.conv1.weight,
+            init,
+            top_k=top_k,
+            renormalize=renormalize,
+            straight_through=straight_through,
+            noise_std=noise_std,
+        )
+        return layer.train(block.training)
+
+
+class FusedConvMoE(MoELayer):
+    """A convolution as a mixture of experts; the normalisation after it stays shared (2509.05086, "ConvMoE")."""
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        num_experts: int = 4,
+        top_k: int = 2,
+        gate: str | nn.Module = "gap_fc",
+        renormalize: bool = True,
+        straight_through: bool = True,
+        noise_std: float = 0.0,
+        init: str = "copy",
+    ) -> Self:
+        """Replace a Conv2d; arguments and errors as :meth:`FusedBlockMoE.from_block`."""
+        expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
+        layer = cls._build(
+            StackedConv2d(conv, num_experts),
+            gate,
+            conv.weight,
+            init,
+            top_k=top_k,
+            renormalize=renormalize,
+            straight_through=straight_through,
+            noise_std=noise_std,
+        )
+        return layer.train(conv.training)

@@ -1,0 +1,131 @@
+"""Residual blocks as experts: what may be replaced, and how one expert computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d
+
+__all__ = ["ResidualExperts"]
+
+_PASSIVE = (nn.Identity, nn.ReLU)  # children that need no parameters: activations, and what timm leaves switched off
+
+
+class ResidualExperts(Experts):
+    """E residual blocks in place of one: torchvision's and timm's BasicBlock and Bottleneck, any stride, with or
+    without downsampling (convolution and normalisation, after an average pool in timm's "d" variants).
+
+    State: the block's own names with a leading dimension E, e.g. ``conv1.weight`` [E, O, I, 3, 3],
+    ``bn1.running_mean`` [E, O], ``downsample.0.weight``. Whether a block really computes
+    relu(bn2(conv2(relu(bn1(conv1(x))))) + skip(x)) cannot be read off its attributes (pre-activation blocks have the
+    same), so the constructor runs both on one random input and compares.
+
+    Raises:
+        ValueError: a block with other parts (squeeze-and-excitation, drop path, other activations or normalisations),
+        or
+            another order of computation.
+    """
+
+    def __init__(self, block: nn.Module, num_experts: int) -> None:
+        super().__init__(block, num_experts)
+        depth = 3 if hasattr(block, "conv3") else 2
+        expected = {f"{kind}{i}" for kind in ("conv", "bn") for i in range(1, depth + 1)}
+        children = dict(block.named_children())
+        if not expected <= children.keys():
+            raise ValueError(
+                "block: expected a BasicBlock or Bottleneck (conv1, bn1, conv2, bn2, ...), got"
+                f" {type(block).__name__} with {', '.join(children) or 'no children'}"
+            )
+        self.depth = depth
+        for name, child in children.items():
+            if name in expected:
+                self.add_module(name, _stacked(child, num_experts, name))
+            elif name == "downsample":
+                self.downsample = _stacked_downsample(child, num_experts)
+            elif not isinstance(child, _PASSIVE):
+                raise ValueError(
+                    f"block.{name}: expected a convolution, a batch norm, a downsample or a ReLU, got"
+                    f" {type(child).__name__}"
+                )
+        if not hasattr(self, "downsample"):
+            self.downsample = None
+        self.in_channels: int = block.conv1.in_channels
+        _probe(block, self)
+
+    def unbind(self) -> list[Any]:
+        indices = range(1, self.depth + 1)
+        layers = [(getattr(self, f"conv{i}").unbind(), getattr(self, f"bn{i}").unbind()) for i in indices]
+        skips = [] if self.downsample is None else [module.unbind() for module in _stacks(self.downsample)]
+        return [
+            ([(convs[e], norms[e]) for convs, norms in layers], [skip[e] for skip in skips])
+            for e in range(self.num_experts)
+        ]
+
+    def run(self, x: Tensor, parameters: Any) -> Tensor:
+        layers, skips = parameters
+        y = x
+        for i, (conv, norm) in enumerate(layers, start=1):
+            y = getattr(self, f"bn{i}").run(getattr(self, f"conv{i}").run(y, conv), norm)
+            if i < self.depth:
+                y = torch.relu(y)
+        return torch.relu(y + self._skip(x, skips))
+
+    def _skip(self, x: Tensor, skips: list[Any]) -> Tensor:
+        if self.downsample is None:
+            return x
+        stacked = iter(skips)
+        for module in self.downsample:
+            x = module.run(x, next(stacked)) if isinstance(module, StackedConv2d | StackedBatchNorm2d) else module(x)
+        return x
+
+
+def _stacks(modules: nn.Sequential) -> list[Any]:
+    return [module for module in modules if isinstance(module, StackedConv2d | StackedBatchNorm2d)]
+
+
+def _stacked(module: nn.Module, num_experts: int, name: str) -> nn.Module:
+    if isinstance(module, nn.Conv2d):
+        return StackedConv2d(module, num_experts)
+    if isinstance(module, nn.BatchNorm2d):
+        return StackedBatchNorm2d(module, num_experts)
+    raise ValueError(f"block.{name}: expected Conv2d or BatchNorm2d, got {type(module).__name__}")
+
+
+def _stacked_downsample(module: nn.Module, num_experts: int) -> nn.Sequential | None:
+    if isinstance(module, nn.Identity):
+        return None
+    if not isinstance(module, nn.Sequential):
+        raise ValueError(f"block.downsample: expected a Sequential, got {type(module).__name__}")
+    passive = (nn.AvgPool2d, nn.Identity)
+    return nn.Sequential(
+        *(
+            child if isinstance(child, passive) else _stacked(child, num_experts, f"downsample.{name}")
+            for name, child in module.named_children()
+        )
+    )
+
+
+@torch.no_grad()
+def _probe(block: nn.Module, experts: ResidualExperts) -> None:
+    """Refuse a block that computes something else than its parts suggest. Eval mode, so no statistics move."""
+    weight = block.conv1.weight
+    if weight.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, experts.in_channels, 8, 8, generator=generator).to(weight.device, weight.dtype)
+    modes = [(module, module.training) for module in (*block.modules(), *experts.modules())]
+    try:
+        wanted, got = block.eval()(x), experts.eval().one(0, x)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    # Same operations in the same order: equal up to the library's choice of algorithm.
+    bound = 1e3 * torch.finfo(weight.dtype).eps * wanted.abs().max().clamp_min(1.0)
+    if wanted.shape != got.shape or not bool(((wanted - got).abs() <= bound).all()):
+        raise ValueError(
+            f"block: expected {type(block).__name__} to compute relu(bn(conv(... x)) + skip(x)); on a random input it"
+            " computes something else (a pre-activation block?)"
+        )
