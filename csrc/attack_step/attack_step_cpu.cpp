@@ -6,37 +6,39 @@
 
 #include "attack_step/philox.h"
 #include "common/dtype.h"
+#include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/restrict.h"
 
 namespace rmk {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements a thread: about 20 microseconds of streaming, see parallel.h
 
+// Comparisons that let a NaN through and that compilers turn into one vector instruction each.
 template <typename T>
-T clamp_unit(T value) {
-  return std::min(std::max(value, T(0)), T(1));
+T clamp(T value, T low, T high) {
+  const T raised = value < low ? low : value;
+  return high < raised ? high : raised;
 }
 
-// Projects a step's end z to the ball and to [0, 1].
-template <typename T>
-T project_linf(T z, T centre, T eps) {
-  return clamp_unit(centre + std::min(std::max(z - centre, -eps), eps));
+template <typename T, typename G>
+void step_linf_range(const T* RMK_RESTRICT x, const G* RMK_RESTRICT grad, const T* RMK_RESTRICT x0, T* RMK_RESTRICT out,
+                     int64_t count, T eps, T alpha) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto g = load(grad + i);
+    // Arithmetic, not branches: signs are random, and only this form becomes vector code (with the flags of setup.py).
+    const T sign = static_cast<T>(g > 0 ? 1 : 0) - static_cast<T>(g < 0 ? 1 : 0);
+    out[i] = clamp(x0[i] + clamp(x[i] + alpha * sign - x0[i], -eps, eps), T(0), T(1));
+  }
 }
 
 template <typename T, typename G>
 void step_linf(const StepArgs& a) {
-  const T* x = static_cast<const T*>(a.x);
-  const T* x0 = static_cast<const T*>(a.x0);
-  const G* grad = static_cast<const G*>(a.grad);
-  T* out = static_cast<T*>(a.out);
-  const T eps = static_cast<T>(a.eps), alpha = static_cast<T>(a.alpha);
-  parallel_for(a.samples * a.size, kGrain, a.threads, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto g = load(grad + i);
-      const T step = g > 0 ? alpha : (g < 0 ? -alpha : T(0));
-      out[i] = project_linf(x[i] + step, x0[i], eps);
-    }
+  parallel_for(a.samples * a.size, kGrain, a.threads, [&a](int64_t begin, int64_t end) {
+    step_linf_range(static_cast<const T*>(a.x) + begin, static_cast<const G*>(a.grad) + begin,
+                    static_cast<const T*>(a.x0) + begin, static_cast<T*>(a.out) + begin, end - begin,
+                    static_cast<T>(a.eps), static_cast<T>(a.alpha));
   });
 }
 
@@ -44,31 +46,31 @@ void step_linf(const StepArgs& a) {
 int64_t sample_grain(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)); }
 
 template <typename T, typename G>
+void delta_l2(const T* RMK_RESTRICT x, const G* RMK_RESTRICT grad, const T* RMK_RESTRICT x0, T* RMK_RESTRICT delta,
+              int64_t count, T alpha, T scale) {
+  for (int64_t i = 0; i < count; ++i) delta[i] = x[i] + alpha * (static_cast<T>(load(grad + i)) * scale) - x0[i];
+}
+
+// out holds a displacement and becomes the image x0 + out * scale.
+template <typename T>
+void displace(const T* RMK_RESTRICT x0, T* RMK_RESTRICT out, int64_t count, T scale) {
+  for (int64_t i = 0; i < count; ++i) out[i] = clamp(x0[i] + out[i] * scale, T(0), T(1));
+}
+
+// A norm that may divide.
+double norm_of_square(double square) { return std::max(std::sqrt(square), 1e-12); }
+
+template <typename T, typename G>
 void step_l2(const StepArgs& a) {
-  const T* x = static_cast<const T*>(a.x);
-  const T* x0 = static_cast<const T*>(a.x0);
-  const G* grad = static_cast<const G*>(a.grad);
-  T* out = static_cast<T*>(a.out);
-  const T alpha = static_cast<T>(a.alpha);
-  const double eps = a.eps;
-  const int64_t size = a.size;
-  parallel_for(a.samples, sample_grain(size), a.threads, [=](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t row = s * size;
-      double square = 0;
-      for (int64_t i = row; i < row + size; ++i) {
-        const double g = load(grad + i);
-        square += g * g;
-      }
-      const T scale = static_cast<T>(1.0 / std::max(std::sqrt(square), 1e-12));
-      double length = 0;
-      for (int64_t i = row; i < row + size; ++i) {
-        const T delta = x[i] + alpha * (static_cast<T>(load(grad + i)) * scale) - x0[i];
-        out[i] = delta;
-        length += static_cast<double>(delta) * delta;
-      }
-      const T shrink = static_cast<T>(std::min(1.0, eps / std::max(std::sqrt(length), 1e-12)));
-      for (int64_t i = row; i < row + size; ++i) out[i] = clamp_unit(x0[i] + out[i] * shrink);
+  parallel_for(a.samples, sample_grain(a.size), a.threads, [&a](int64_t begin, int64_t end) {
+    for (int64_t row = begin * a.size; row < end * a.size; row += a.size) {
+      const G* grad = static_cast<const G*>(a.grad) + row;
+      const T* x0 = static_cast<const T*>(a.x0) + row;
+      T* out = static_cast<T*>(a.out) + row;
+      const T scale = static_cast<T>(1.0 / norm_of_square(sum_of_products(grad, grad, a.size)));
+      delta_l2(static_cast<const T*>(a.x) + row, grad, x0, out, a.size, static_cast<T>(a.alpha), scale);
+      const double shrink = std::min(1.0, a.eps / norm_of_square(sum_of_products(out, out, a.size)));
+      displace(x0, out, a.size, static_cast<T>(shrink));
     }
   });
 }
@@ -97,7 +99,7 @@ void start_linf(const StartArgs& a) {
         const auto draw = words(a, s, static_cast<uint32_t>(i / 4));
         for (int64_t j = i; j < std::min(i + 4, a.size); ++j) {
           const T noise = (T(2) * uniform<T>(draw[static_cast<size_t>(j - i)]) - T(1)) * eps;
-          out[s * a.size + j] = clamp_unit(x0[s * a.size + j] + noise);
+          out[s * a.size + j] = clamp(x0[s * a.size + j] + noise, T(0), T(1));
         }
       }
     }
@@ -115,27 +117,20 @@ void normals(uint32_t word0, uint32_t word1, T* pair) {
 
 template <typename T>
 void start_l2(const StartArgs& a) {
-  const T* x0 = static_cast<const T*>(a.x0);
-  T* out = static_cast<T*>(a.out);
-  const double eps = a.eps;
-  parallel_for(a.samples, sample_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
+  parallel_for(a.samples, sample_grain(a.size), a.threads, [&a](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      const int64_t row = s * a.size;
-      double square = 0;
+      T* out = static_cast<T*>(a.out) + s * a.size;
       for (int64_t i = 0; i < a.size; i += 4) {
         const auto draw = words(a, s, static_cast<uint32_t>(i / 4));
         T normal[4];
         normals(draw[0], draw[1], normal);
         normals(draw[2], draw[3], normal + 2);
-        for (int64_t j = i; j < std::min(i + 4, a.size); ++j) {
-          out[row + j] = normal[j - i];
-          square += static_cast<double>(normal[j - i]) * normal[j - i];
-        }
+        std::copy_n(normal, std::min<int64_t>(4, a.size - i), out + i);
       }
       const double u = uniform<double>(words(a, s, 0xFFFFFFFFu)[0]) + 5.9604644775390625e-8;
-      const double radius = eps * std::pow(u, 1.0 / static_cast<double>(a.size));
-      const T scale = static_cast<T>(radius / std::max(std::sqrt(square), 1e-12));
-      for (int64_t i = row; i < row + a.size; ++i) out[i] = clamp_unit(x0[i] + out[i] * scale);
+      const double radius = a.eps * std::pow(u, 1.0 / static_cast<double>(a.size));
+      const double norm = norm_of_square(sum_of_products(out, out, a.size));
+      displace(static_cast<const T*>(a.x0) + s * a.size, out, a.size, static_cast<T>(radius / norm));
     }
   });
 }

@@ -4,7 +4,9 @@
 #include <cstring>
 
 #include "common/dtype.h"
+#include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/restrict.h"
 
 namespace rmk {
 namespace {
@@ -22,8 +24,8 @@ void dispatch(const PermuteArgs& a) {
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t pair = a.order[r];
-      const T* from = samples + pair / a.top_k * a.size;
-      T* to = out + r * a.size;
+      const T* RMK_RESTRICT from = samples + pair / a.top_k * a.size;
+      T* RMK_RESTRICT to = out + r * a.size;
       if (weights == nullptr) {
         std::memcpy(to, from, sizeof(T) * static_cast<size_t>(a.size));
       } else {
@@ -45,7 +47,7 @@ void combine(const PermuteArgs& a) {
       for (int64_t start = 0; start < a.size; start += kBlock) {
         const int64_t count = std::min(kBlock, a.size - start);
         for (int64_t j = 0; j < a.top_k; ++j) {
-          const T* from = rows + a.inverse[b * a.top_k + j] * a.size + start;
+          const T* RMK_RESTRICT from = rows + a.inverse[b * a.top_k + j] * a.size + start;
           const A weight = weights == nullptr ? A(1) : weights[b * a.top_k + j];
           if (j == 0) {
             for (int64_t i = 0; i < count; ++i) sum[i] = weight * load(from + i);
@@ -67,15 +69,7 @@ void dot(const PermuteArgs& a) {
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       const T* x = samples + pair / a.top_k * a.size;
-      const T* y = rows + a.inverse[pair] * a.size;
-      double lanes[8] = {};  // independent sums, so that the compiler may use vectors without reordering anything
-      int64_t i = 0;
-      for (; i + 8 <= a.size; i += 8) {
-        for (int64_t j = 0; j < 8; ++j) lanes[j] += static_cast<double>(load(x + i + j)) * load(y + i + j);
-      }
-      double sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-      for (; i < a.size; ++i) sum += static_cast<double>(load(x + i)) * load(y + i);
-      out[pair] = static_cast<A>(sum);
+      out[pair] = static_cast<A>(sum_of_products(x, rows + a.inverse[pair] * a.size, a.size));
     }
   });
 }

@@ -1,0 +1,127 @@
+"""Random changes of training images, for a whole batch at once.
+
+What to do with each image is drawn first, on the CPU; then it is done, on any device, without a loop over images. So
+the draw is the same whatever the device, and a test can repeat it image by image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AugmentConfig
+
+__all__ = ["AugmentDraw", "apply_augmentation", "draw_augmentation"]
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the grey of a colour
+
+
+class AugmentDraw(NamedTuple):
+    """What happens to each of B images; None: this change is off."""
+
+    flip: Tensor | None  # bool [B]: mirror left-right
+    crop: Tensor | None  # int64 [B, 2]: row and column of the crop's corner in the padded image, 0..2*padding
+    padding: int  # pixels of zeros around the image before the crop
+    color: Tensor | None  # float32 [B, 3]: factors of brightness, contrast, saturation
+    cutout: Tensor | None  # int64 [B, 2]: row and column of the square's centre
+    side: int  # the square's, in pixels
+
+    def select(self, index: slice) -> AugmentDraw:
+        """The draw of some of the images."""
+        return AugmentDraw(*(v[index] if isinstance(v, Tensor) else v for v in self))
+
+    def to(self, device: torch.device | str) -> AugmentDraw:
+        return AugmentDraw(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+
+
+def draw_augmentation(
+    config: AugmentConfig, batch: int, height: int, width: int, generator: torch.Generator
+) -> AugmentDraw:
+    """Draw the changes of ``batch`` images of ``height`` x ``width`` pixels; tensors on the CPU.
+
+    ``generator`` is a CPU generator. The numbers of one kind of change do not depend on which others are on.
+    """
+    if config.crop_padding >= min(height, width):
+        raise ValueError(
+            f"augment.crop_padding: expected < {min(height, width)} pixels, the side of the images, got "
+            f"{config.crop_padding}"
+        )
+    flip = torch.rand(batch, generator=generator) < 0.5
+    crop = torch.randint(2 * config.crop_padding + 1, (batch, 2), generator=generator)
+    color = 1 + config.color_jitter * (2 * torch.rand(batch, 3, generator=generator) - 1)
+    centre = torch.stack([torch.randint(side, (batch,), generator=generator) for side in (height, width)], dim=1)
+    return AugmentDraw(
+        flip=flip if config.flip else None,
+        crop=crop if config.crop_padding else None,
+        padding=config.crop_padding,
+        color=color if config.color_jitter else None,
+        cutout=centre if config.cutout else None,
+        side=config.cutout,
+    )
+
+
+def apply_augmentation(images: Tensor, draw: AugmentDraw) -> Tensor:
+    """Crop, mirror, jitter and cut out, in this order: float [B, C, H, W] in [0, 1] -> the same, on its device."""
+    draw = draw.to(images.device)
+    if draw.flip is not None or draw.crop is not None:
+        images = _crop_flip(images, draw)
+    if draw.color is not None:
+        images = _jitter(images, draw.color)
+    if draw.cutout is not None:
+        images = _cut_out(images, draw.cutout, draw.side)
+    return images
+
+
+def _crop_flip(images: Tensor, draw: AugmentDraw) -> Tensor:
+    """Both are one gather: the pixel that each row and column of the result is read from."""
+    batch, channels, height, width = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device).expand(batch, -1)  # [B, H]
+    columns = torch.arange(width, device=device).expand(batch, -1)  # [B, W]
+    if draw.flip is not None:
+        columns = torch.where(draw.flip[:, None], width - 1 - columns, columns)
+    if draw.crop is not None:
+        images = F.pad(images, [draw.padding] * 4)
+        rows = rows + draw.crop[:, :1]
+        columns = columns + draw.crop[:, 1:]
+    sample = torch.arange(batch, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return images[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Brightness: towards black; contrast: towards the image's mean grey; saturation: towards each pixel's grey.
+
+    Each is clamped to [0, 1], as in torchvision's ColorJitter, but in this order always. Images of one channel have no
+    saturation.
+    """
+    brightness, contrast, saturation = factors.to(images.dtype)[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1]
+    images = (images * brightness).clamp(0, 1)
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    images = (mean + contrast * (images - mean)).clamp(0, 1)
+    if images.shape[1] == 3:
+        grey = _grey(images)
+        images = (grey + saturation * (images - grey)).clamp(0, 1)
+    return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 1, H, W]; only three channels are a colour."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
+    weights = images.new_tensor(LUMA)[None, :, None, None]
+    return (images * weights).sum(dim=1, keepdim=True)
+
+
+def _cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
+    """Zero a square around ``centre``, cut off at the border (DeVries and Taylor, arXiv:1708.04552)."""
+    first = centre - side // 2  # [B, 2]
+    inside = []
+    for axis, length in enumerate(images.shape[2:]):
+        offset = torch.arange(length, device=images.device) - first[:, axis, None]  # [B, length]
+        inside.append((offset >= 0) & (offset < side))
+    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]  # [B, 1, H, W]
+    return images.masked_fill(square, 0)

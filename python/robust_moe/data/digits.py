@@ -1,0 +1,31 @@
+"""Handwritten digits: 1,797 real grey images of 8x8 pixels that lie inside scikit-learn's wheel (no download).
+
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998; its
+test part, as ``sklearn.datasets.load_digits``. Each pixel counts the ink in a 4x4 cell, 0..16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import DataConfig
+from .image_set import ImageSet, import_extra, resize
+from .splits import stratified_split
+
+__all__ = ["load_digits"]
+
+IMAGE_SIZE = 16  # 8x8 leaves one pixel after three halvings
+TEST_IMAGES = 360  # of 1,797: a fifth
+SPLIT_SEED = 1797  # fixed: every run is tested on the same images, whatever its seed
+
+
+def load_digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """1,437 training and 360 test images, 1 channel, 10 classes, ``config.image_size`` pixels (default 16)."""
+    datasets = import_extra("sklearn.datasets", "scikit-learn", "data.name=digits")
+    ink, digit = datasets.load_digits(return_X_y=True)
+    levels = torch.from_numpy(ink).reshape(-1, 1, 8, 8) * (255 / 16)  # 0..16 -> 0..255
+    images = resize(levels.round().to(torch.uint8), config.image_size or IMAGE_SIZE)
+    labels = torch.from_numpy(digit).to(torch.int64)
+    whole = ImageSet(images, labels, tuple(str(d) for d in range(10)), "digits")
+    train, test = stratified_split(labels, TEST_IMAGES, SPLIT_SEED)
+    return whole.subset(train), whole.subset(test)

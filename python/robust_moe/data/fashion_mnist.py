@@ -1,0 +1,87 @@
+"""Fashion-MNIST from IDX files in a folder, plain or gzipped.
+
+Source: H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", arXiv:1708.07747. IDX: two zero bytes, a type code, the
+number of dimensions, one big-endian uint32 a dimension, then the values.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import DataConfig
+from .image_set import DataError, ImageSet, check_labels, resize
+
+__all__ = ["load_fashion_mnist", "read_idx"]
+
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+WHERE = "e.g. /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist"
+
+
+def load_fashion_mnist(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """60,000 training and 10,000 test images, 1 channel, 28x28 pixels, 10 classes, from ``config.root``."""
+    if config.root is None:
+        raise DataError(f"data.root: expected the folder of Fashion-MNIST's IDX files, got null; {WHERE}")
+    root = Path(config.root)
+    return _load_part(root, "train", config), _load_part(root, "t10k", config)
+
+
+def _load_part(root: Path, part: str, config: DataConfig) -> ImageSet:
+    image_file = _find(root, f"{part}-images-idx3-ubyte")
+    label_file = _find(root, f"{part}-labels-idx1-ubyte")
+    images, labels = read_idx(image_file, 3), read_idx(label_file, 1).to(torch.int64)
+    if len(images) != len(labels):
+        raise DataError(f"{label_file}: expected {len(images)} labels, as images in {image_file}, got {len(labels)}")
+    check_labels(labels, len(CLASS_NAMES), label_file)
+    return ImageSet(resize(images.unsqueeze(1), config.image_size), labels, CLASS_NAMES, "fashion_mnist")
+
+
+def _find(root: Path, name: str) -> Path:
+    for path in (root / name, root / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(f"{root / name}: expected this file or {name}.gz, got neither; data.root is the folder, {WHERE}")
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """The values of an IDX file of bytes with ``ndim`` dimensions: uint8 tensor of the shape it states.
+
+    Raises :class:`DataError` for a damaged gzip stream, a wrong magic number, and too few or too many bytes.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: expected a whole gzip stream, got: {error}") from error
+    magic = bytes([0, 0, 8, ndim])  # 8: unsigned bytes
+    if data[:4] != magic:
+        raise DataError(
+            f"{path}: expected the magic number {magic.hex()} (bytes in {ndim} dimensions), got {data[:4].hex()!r}"
+        )
+    start = 4 + 4 * ndim
+    if len(data) < start:
+        raise DataError(f"{path}: expected a header of {start} bytes, got {len(data)} bytes: truncated")
+    shape = [int(size) for size in np.frombuffer(data, ">u4", ndim, offset=4)]
+    expected = start + math.prod(shape)
+    if len(data) != expected:
+        what = "truncated" if len(data) < expected else "trailing bytes"
+        raise DataError(f"{path}: expected {expected} bytes for shape {shape}, got {len(data)}: {what}")
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())

@@ -1,0 +1,148 @@
+"""Labelled images in memory, and the checks and resizing that every source shares."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "DataError",
+    "ImageSet",
+    "Splits",
+    "check_labels",
+    "import_extra",
+    "nearest",
+    "resize",
+    "stratified_counts",
+]
+
+
+class DataError(RuntimeError):
+    """Data that cannot be used; the message names the file (and row), what was expected and what came."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images, kept as bytes.
+
+    images: uint8 [N, C, H, W], 0..255
+    labels: int64 [N], positions in ``class_names``
+    class_names: one name a class
+    name: the data set's, e.g. ``cifar10``
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise ValueError(f"images: expected uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels: expected int64 [{len(self.images)}], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+            raise ValueError(
+                f"labels: expected 0..{self.num_classes - 1}, got {int(self.labels.min())}..{int(self.labels.max())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """The images at ``index`` (int64 [M]), in that order."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def head(self, count: int) -> ImageSet:
+        """``count`` images: the first of every class, in the classes' shares of this set, in its order.
+
+        Balanced, so that it means something for a set that is sorted by class too; a pure function of the set, so that
+        runs with different seeds are measured on the same images. The whole set if it has no more than ``count``.
+        """
+        if count < 1:
+            raise ValueError(f"count: expected at least 1, got {count}")
+        if count >= len(self):
+            return self
+        wanted = stratified_counts(self.labels, count)
+        kept = [torch.nonzero(self.labels == c).flatten()[:n] for c, n in enumerate(wanted)]
+        return self.subset(torch.cat(kept).sort().values)
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The three parts of a data set; ``val`` is held out of the training images and may be empty."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+
+def stratified_counts(labels: Tensor, count: int) -> list[int]:
+    """How many of ``count`` images each class gets so that every class keeps its share of ``labels`` (int64 [N]).
+
+    Largest remainders, ties to the lowest class: the counts sum to ``count`` exactly and none exceeds its class.
+    """
+    total = len(labels)
+    if not 0 <= count <= total:
+        raise ValueError(f"count: expected 0..{total}, got {count}")
+    sizes = torch.bincount(labels).tolist()
+    counts = [size * count // total for size in sizes] if total else []
+    by_remainder = sorted(range(len(sizes)), key=lambda c: (-(sizes[c] * count % total), c))
+    for c in by_remainder[: count - sum(counts)]:
+        counts[c] += 1
+    return counts
+
+
+def resize(images: Tensor, size: int | None) -> Tensor:
+    """uint8 [N, C, H, W] -> uint8 [N, C, size, size], bilinear (antialiased when shrinking); ``None``: unchanged."""
+    if size is None or tuple(images.shape[2:]) == (size, size):
+        return images
+    out = images.new_empty(*images.shape[:2], size, size)
+    for chunk, target in zip(images.split(2048), out.split(2048), strict=True):  # bounds the float copy
+        scaled = F.interpolate(chunk.float(), size=(size, size), mode="bilinear", antialias=True)
+        target.copy_(scaled.round_().clamp_(0, 255))
+    return out
+
+
+def check_labels(labels: Tensor, num_classes: int, file: object, unit: str = "row") -> None:
+    """Raise :class:`DataError` for the first label outside ``0..num_classes-1``."""
+    bad = torch.nonzero((labels < 0) | (labels >= num_classes)).flatten()
+    if len(bad):
+        row = int(bad[0])
+        raise DataError(f"{file}: {unit} {row}: expected a label in 0..{num_classes - 1}, got {int(labels[row])}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'cifar10'?"``, or nothing when no known name is close."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def import_extra(module: str, package: str, purpose: str) -> ModuleType:
+    """Import a package that only the trainer's extra installs; :class:`DataError` says how to get it.
+
+    torchvision raises RuntimeError, not ImportError, beside a PyTorch build that is not its own.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        raise DataError(
+            f"{purpose}: expected {package} to import (pip install 'robust-moe-kernels[train]'), got: {error}"
+        ) from error

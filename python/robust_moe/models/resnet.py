@@ -1,0 +1,121 @@
+"""Residual networks for small images.
+
+K. He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, with the stem of CIFAR work: a 3x3
+convolution of stride 1 and no pooling. Attributes, layer names and state_dict keys are torchvision's, so blocks and
+weights pass between the two; torchvision itself is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .normalize import Normalize
+
+__all__ = ["BasicBlock", "Bottleneck", "ResNet"]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a skip: [B, inplanes, H, W] -> [B, planes, H/stride, W/stride]."""
+
+    expansion = 1  # output channels / planes
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + skip)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions beside a skip: [B, inplanes, H, W] -> [B, 4*planes, H/stride, W/stride].
+
+    The stride is the 3x3 convolution's, as in torchvision (the paper has it in the first 1x1).
+    """
+
+    expansion = 4  # output channels / planes
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + skip)
+
+
+class ResNet(nn.Module):
+    """Images float [B, C, H, W] in [0, 1] -> logits [B, num_classes].
+
+    block: :class:`BasicBlock` or :class:`Bottleneck`
+    blocks: residual blocks a stage; stage i is ``layer{i}`` (from 1), its planes are ``width * 2**(i-1)``, and every
+        stage but the first halves height and width
+    width: planes of the first stage
+    mean, std: of the images, a number a channel C
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        blocks: Sequence[int],
+        width: int,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.conv1 = nn.Conv2d(len(mean), width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        channels = width
+        self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
+        for i, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
+            stage, channels = _stage(block, channels, width * 2**i, count, stride=1 if i == 0 else 2)
+            self.add_module(name, stage)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(self.normalize(x))))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _stage(
+    block: type[BasicBlock | Bottleneck], channels: int, planes: int, count: int, stride: int
+) -> tuple[nn.Sequential, int]:
+    """``count`` blocks and their output channels; only the first may have a stride or change the channels."""
+    out = planes * block.expansion
+    downsample = None
+    if stride != 1 or channels != out:
+        downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+    first = block(channels, planes, stride, downsample)
+    return nn.Sequential(first, *(block(out, planes) for _ in range(count - 1))), out

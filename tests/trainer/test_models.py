@@ -1,0 +1,166 @@
+"""Models: torchvision's networks as oracle, published parameter counts, experts in the places named."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from robust_moe.config import ModelConfig, MoEConfig
+from robust_moe.models import MODELS, Normalize, build_model
+from robust_moe_kernels.modules import GATES, FusedBlockMoE, moe_layers
+
+CIFAR100 = {"num_classes": 100, "channels": 3, "image_size": 32}
+TINY = {"num_classes": 10, "channels": 1, "image_size": 16}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def cifar_stem(model: nn.Module) -> nn.Module:
+    """torchvision's network with the stem of CIFAR work."""
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_networks_equal_torchvisions(name: str):
+    torch.manual_seed(0)
+    mean, std = (0.5, 0.375, 0.25), (0.25, 0.5, 0.125)  # exact in float32, in which the buffers are made
+    ours = build_model(ModelConfig(name=name), 10, 3, 16, mean, std).double()
+    theirs = cifar_stem(getattr(torchvision.models, name)(num_classes=10)).double()
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("normalize.")}
+    theirs.load_state_dict(state)  # strict: the same keys and shapes
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    scaled = torchvision.transforms.functional.normalize(images, mean, std)
+    for mode in (True, False):  # train, and eval with the statistics that training left
+        ours.train(mode)
+        theirs.train(mode)
+        torch.testing.assert_close(ours(images), theirs(scaled), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.bn1.running_mean, theirs.bn1.running_mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "moe", "millions"),
+    [
+        ("resnet18", MoEConfig(), 11.22),
+        ("resnet50", MoEConfig(), 23.7),
+        ("resnet18", MoEConfig(layers=["layer4.1"], num_experts=4), 25.4),
+    ],
+    ids=["resnet18", "resnet50", "resnet18 with 4 experts"],
+)
+def test_parameter_counts_are_the_published_ones(name: str, moe: MoEConfig, millions: float):
+    """Of "Robust Experts", arXiv:2509.05086, and its code, for CIFAR-100; they round to one or two decimals."""
+    with torch.device("meta"):
+        count = parameters(build_model(ModelConfig(name=name, moe=moe), **CIFAR100)) / 1e6
+    assert count == pytest.approx(millions, abs=0.005 if millions == 11.22 else 0.05)
+
+
+def test_the_small_network_has_the_default_place_for_experts():
+    model = build_model(ModelConfig(moe=MoEConfig(layers=["layer4.1"])), **TINY)
+    assert parameters(build_model(ModelConfig(), **TINY)) == pytest.approx(0.60e6, abs=0.005e6)
+    assert list(moe_layers(model)) == ["layer4.1"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_width_and_depth_come_from_the_configuration(name: str):
+    model = build_model(ModelConfig(name=name, width=4, blocks=[1, 2]), **TINY)
+    assert [len(model.layer1), len(model.layer2)] == [1, 2]
+    assert not hasattr(model, "layer3")
+    assert model.conv1.weight.shape == (4, 1, 3, 3)
+    expansion = model.layer1[0].expansion
+    assert model.fc.in_features == 8 * expansion
+    sizes = []
+    for stage in (model.layer1, model.layer2):
+        stage.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1:]))
+    model(torch.rand(3, 1, 16, 16)).sum().backward()
+    assert sizes == [(4 * expansion, 16, 16), (8 * expansion, 8, 8)]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_normalisation_lives_inside_and_travels_in_the_state_dict():
+    plain = build_model(ModelConfig(width=4), **TINY).eval()
+    scaled = build_model(ModelConfig(width=4), **TINY, mean=[0.25], std=[0.5]).eval()
+    images = torch.rand(2, 1, 16, 16)
+    state = copy.deepcopy(scaled.state_dict())
+    scaled.load_state_dict(plain.state_dict())  # mean 0, std 1
+    assert torch.equal(scaled(images), plain(images))
+    scaled.load_state_dict({**plain.state_dict(), "normalize.mean": state["normalize.mean"]})
+    assert torch.equal(scaled(images), plain(images - 0.25))
+
+
+def test_weights_come_from_the_global_generator():
+    torch.manual_seed(3)
+    one = build_model(ModelConfig(width=4), **TINY)
+    torch.manual_seed(3)
+    other = build_model(ModelConfig(width=4), **TINY)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_experts_that_copy_their_block_change_nothing():
+    torch.manual_seed(0)
+    moe = MoEConfig(layers=["layer4.1"], num_experts=3, top_k=3, init="copy")
+    model = build_model(ModelConfig(width=4, moe=moe), **TINY).eval()
+    layer = model.layer4[1]
+    assert isinstance(layer, FusedBlockMoE)
+    assert (layer.num_experts, layer.top_k) == (3, 3)
+    images = torch.rand(5, 1, 16, 16)
+    mixed = model(images)  # all weights sum to one and all experts agree
+    assert layer.routing.indices.shape == (5, 3)
+    model.layer4[1] = layer.expert(0)
+    torch.testing.assert_close(model(images), mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_every_setting_of_the_mixture_reaches_it():
+    """Each differs from its default, so that one that is not passed on shows."""
+    settings = {"num_experts": 5, "top_k": 3, "renormalize": False, "straight_through": False, "noise_std": 0.3}
+    moe = MoEConfig(layers=["layer3.0", "layer4.1"], gate="conv_gap", init="fresh", **settings)
+    model = build_model(ModelConfig(width=4, moe=moe), **TINY)
+    assert set(moe_layers(model)) == {"layer3.0", "layer4.1"}
+    for layer in moe_layers(model).values():
+        assert {name: getattr(layer, name) for name in settings} == settings
+        assert isinstance(layer.gate, GATES["conv_gap"])
+        first, second = layer.expert(0), layer.expert(1)
+        assert not torch.equal(first.conv1.weight, second.conv1.weight)  # not copies
+
+
+BAD = {
+    "name": ({"config": ModelConfig(name="resnet-18")}, r"model.name: expected one of .*did you mean 'resnet18'"),
+    "classes": ({"num_classes": 0}, "num_classes: expected a count >= 1, got 0"),
+    "pixels": ({"image_size": 4}, "image_size: expected >= 8 pixels for 4 stages"),
+    "mean": ({"mean": [0.5, 0.5]}, "mean: expected 1 numbers, a channel each, got 2"),
+    "std": ({"std": [0.0]}, "std: expected numbers > 0"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_arguments_are_named(kind: str):
+    change, message = BAD[kind]
+    with pytest.raises(ValueError, match=message):
+        build_model(**{"config": ModelConfig(), **TINY, **change})
+
+
+def test_normalize_refuses_unequal_lengths():
+    with pytest.raises(ValueError, match="std: expected 2 channels, as mean, got 1"):
+        Normalize([0.0, 0.0], [1.0])
+
+
+def test_models_and_data_import_without_optional_packages():
+    """In a fresh process in which they cannot be imported, as beside a PyTorch build that torchvision does not fit."""
+    code = (
+        "import sys\n"
+        "for name in ('torchvision', 'sklearn', 'pyarrow', 'PIL'): sys.modules[name] = None\n"
+        "import torch, robust_moe.data\n"
+        "from robust_moe.config import ModelConfig\n"
+        "from robust_moe.models import build_model\n"
+        "print(build_model(ModelConfig(width=2), 10, 1, 16).eval()(torch.rand(3, 1, 16, 16)).isfinite().sum().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "30", done.stderr
