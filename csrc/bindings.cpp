@@ -1,5 +1,5 @@
-// The only file that knows Python. Addresses arrive as integers, already checked by robust_moe_kernels; the interpreter lock
-// is released while a kernel runs.
+// The only file that knows Python. Addresses arrive as integers, already checked by robust_moe_kernels; the interpreter
+// lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -29,8 +29,9 @@ void pgd_step_cpu(bool l2, Address x, Address grad, Address x0, Address out, int
 
 void random_start_cpu(bool l2, Address x0, Address sample_index, Address out, int64_t samples, int64_t size, double eps,
                       uint64_t seed, uint32_t stream, int image_dtype, int threads) {
-  const rmk::StartArgs args{at<void>(x0), at<const int64_t>(sample_index), at<void>(out), samples, size, eps, seed,
-                            stream,       image_dtype,                     threads};
+  const rmk::StartArgs args{
+      at<void>(x0), at<const int64_t>(sample_index), at<void>(out), samples, size, eps, seed, stream, image_dtype,
+      threads};
   l2 ? rmk::random_start_l2_cpu(args) : rmk::random_start_linf_cpu(args);
 }
 
@@ -52,10 +53,9 @@ void gate_backward_cpu(Address logits, Address scores, Address indices, Address 
 
 rmk::SortArgs sort_args(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
                         Address offsets, Address invalid) {
-  return {at<const int64_t>(experts), pairs,
-          num_experts,                at<int64_t>(order),
-          at<int64_t>(inverse),       at<int64_t>(offsets),
-          at<int32_t>(invalid)};
+  return {
+      at<const int64_t>(experts), pairs, num_experts, at<int64_t>(order), at<int64_t>(inverse), at<int64_t>(offsets),
+      at<int32_t>(invalid)};
 }
 
 void sort_by_expert_cpu(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,

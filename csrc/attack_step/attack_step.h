@@ -1,5 +1,5 @@
-// Steps of projected-gradient attacks. Images x, x0 and out are [samples, size], dense, float or double; grad may have any
-// element type. The specification is robust_moe_kernels/ops/attack_step/reference_impl.py.
+// Steps of projected-gradient attacks. Images x, x0 and out are [samples, size], dense, float or double; grad may have
+// any element type. The specification is robust_moe_kernels/ops/attack_step/reference_impl.py.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,8 @@
-#include "attack_step/attack_step.h"
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 
+#include "attack_step/attack_step.h"
 #include "attack_step/philox.h"
 #include "common/dtype.h"
 #include "common/lanes.h"

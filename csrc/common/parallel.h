@@ -9,8 +9,8 @@
 
 namespace rmk {
 
-// Calls f(begin, end) for contiguous chunks of [0, n), each of at least `grain` items but the last, on at most `threads`
-// threads. f must not throw. What f computes for an item must not depend on the chunk it is in.
+// Calls f(begin, end) for contiguous chunks of [0, n), each of at least `grain` items but the last, on at most
+// `threads` threads. f must not throw. What f computes for an item must not depend on the chunk it is in.
 template <typename F>
 void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
   if (n <= 0) return;

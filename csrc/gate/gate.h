@@ -14,19 +14,19 @@ struct GateArgs {
   int dtype;
   int threads;
   // Outputs, float (double for double logits).
-  void* scores;            // [rows, experts]
-  int64_t* indices;        // [rows, top_k]
-  void* weights;           // [rows, top_k]
-  void* mean_scores;       // [experts]
-  void* argmax_fraction;   // [experts]
-  void* mean_entropy;      // []
-  void* mean_square_lse;   // []
-  int32_t* nonfinite;      // [], rows with a NaN or an infinity
+  void* scores;           // [rows, experts]
+  int64_t* indices;       // [rows, top_k]
+  void* weights;          // [rows, top_k]
+  void* mean_scores;      // [experts]
+  void* argmax_fraction;  // [experts]
+  void* mean_entropy;     // []
+  void* mean_square_lse;  // []
+  int32_t* nonfinite;     // [], rows with a NaN or an infinity
 };
 
 struct GateBackwardArgs {
-  const void* logits;   // [rows, experts]
-  const void* scores;   // [rows, experts]
+  const void* logits;  // [rows, experts]
+  const void* scores;  // [rows, experts]
   const int64_t* indices;
   const void* d_scores;           // [rows, experts] or null
   const void* d_weights;          // [rows, top_k] or null

@@ -1,5 +1,3 @@
-#include "gate/gate.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,6 +6,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "gate/gate.h"
 
 namespace rmk {
 namespace {
@@ -160,7 +159,8 @@ void backward(const GateBackwardArgs& a) {
       T* d_logits = static_cast<T*>(a.d_logits) + b * E;
       for (int64_t e = 0; e < E; ++e) {
         const A log_score = s[e] > 0 ? static_cast<A>(load(logits + e)) - lse : A(0);
-        const A slope = d_score[static_cast<size_t>(e)] - inner - d_entropy * (log_score + entropy) + d_square * 2 * lse;
+        const A slope =
+            d_score[static_cast<size_t>(e)] - inner - d_entropy * (log_score + entropy) + d_square * 2 * lse;
         store(d_logits + e, s[e] * slope);
       }
     }

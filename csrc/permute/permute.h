@@ -1,5 +1,5 @@
-// Rows gathered by expert and back. A row is `size` consecutive elements, one sample's feature map. The specification is
-// robust_moe_kernels/ops/permute/reference_impl.py.
+// Rows gathered by expert and back. A row is `size` consecutive elements, one sample's feature map. The specification
+// is robust_moe_kernels/ops/permute/reference_impl.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,3 @@
-#include "permute/permute.h"
-
 #include <algorithm>
 #include <cstring>
 
@@ -7,6 +5,7 @@
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/restrict.h"
+#include "permute/permute.h"
 
 namespace rmk {
 namespace {

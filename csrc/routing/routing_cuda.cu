@@ -1,6 +1,6 @@
-// One block per expert, and one for the pairs out of range. Each block reads all pairs twice: first it counts those that
-// belong before its own (its offset), then it ranks its own in order. No atomics, no exchange between blocks, one launch: for
-// the few thousand pairs of a batch the reads come from the L2 cache and the launch itself is the cost.
+// One block per expert, and one for the pairs out of range. Each block reads all pairs twice: first it counts those
+// that belong before its own (its offset), then it ranks its own in order. No atomics, no exchange between blocks, one
+// launch: for the few thousand pairs of a batch the reads come from the L2 cache and the launch itself is the cost.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(SortArgs a) {
 }  // namespace
 
 void sort_by_expert_cuda(const SortArgs& args, std::uintptr_t stream) {
-  sort_kernel<<<static_cast<unsigned>(args.num_experts + 1), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  sort_kernel<<<static_cast<unsigned>(args.num_experts + 1), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      args);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string("sort_by_expert: CUDA refused the launch: ") + cudaGetErrorString(status));

@@ -1,0 +1,23 @@
+"""Fails unless the installed package works without triton, torchvision and, for RMK_BUILD=none, its extension."""
+
+import importlib.util
+import sys
+
+import torch
+
+from robust_moe_kernels import FusedConvMoE, env
+from robust_moe_kernels.ops.attack_step import pgd_step
+
+mode = sys.argv[1]
+assert importlib.util.find_spec("triton") is None and importlib.util.find_spec("torchvision") is None
+rows = env.report()
+for row in rows:
+    expected = row.device == "cpu" and row.impl in (("reference",) if mode == "none" else ("reference", "native"))
+    assert row.available == expected, row
+    assert row.available or row.reason, row
+layer = FusedConvMoE.from_conv(torch.nn.Conv2d(3, 8, 3, padding=1), num_experts=3)
+x = torch.rand(5, 3, 6, 6, requires_grad=True)
+layer(x).sum().backward()
+stepped = pgd_step(x, x.grad, x, 8 / 255, 2 / 255)
+assert stepped.shape == x.shape and (stepped - x).abs().max() > 0
+print(f"RMK_BUILD={mode}: {sum(row.available for row in rows)} implementations run, torch {torch.__version__}")

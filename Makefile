@@ -1,0 +1,37 @@
+# make demo   install into .venv and train, attack and plot a small robust mixture of experts (minutes, no GPU needed)
+# make test   install into .venv and run the whole test suite
+# make bench  the benchmarks, written to benchmarks/results
+# make lint   ruff and clang-format, as CI runs them
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/robust-moe demo
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+bench: $(VENV)/.installed
+	$(RUN) -m benchmarks --out benchmarks/results
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed in place, so that Python edits need no new installation; C++ edits do.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml setup.py $(SOURCES)
+	$(RUN) -m pip install --editable ".[train,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info robust_moe_kernels/_C*.so

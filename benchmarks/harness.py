@@ -1,0 +1,142 @@
+"""Timing that can be trusted: correct first, variants in turn, inputs rotated past the cache, medians with their
+spread."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_moe.provenance import provenance
+
+__all__ = ["Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
+
+Run = Callable[[int], object]  # called with the number of the repetition, to choose its input
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a benchmark is run."""
+
+    device: torch.device
+    repeats: int  # timed runs of each variant
+    quick: bool  # smaller sweeps, to see that everything works
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case."""
+
+    case: dict[str, Any]  # what was computed: sizes, mode, threads
+    variant: str  # by what
+    median_ms: float
+    low_ms: float  # 10th percentile
+    high_ms: float  # 90th percentile
+    ratio: float  # median of (this variant's time / the first variant's time of the same round)
+    repeats: int
+    extra: dict[str, Any]  # such as peak memory
+
+
+def check_close(name: str, got: Tensor, wanted: Tensor, relative: float) -> None:
+    """The gate: no timing of a variant whose result is wrong. Raises AssertionError with the error found.
+
+    ``relative`` bounds ||got - wanted|| / ||wanted||; NaN never passes.
+    """
+    got, wanted = got.detach().double(), wanted.detach().double()
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    if not error <= relative:
+        raise AssertionError(f"{name}: expected a relative error of at most {relative:.1e}, got {error:.1e}; not timed")
+
+
+def _seconds(run: Run, number: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(number)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run(number)
+    return time.perf_counter() - begin
+
+
+def compare(
+    case: dict[str, Any], variants: dict[str, Run], options: Options, extra: dict[str, dict[str, Any]] | None = None
+) -> list[Row]:
+    """Time variants of one case in turn, A B C A B C, so that a drift of the machine's speed hits all alike.
+
+    ``ratio`` compares runs of the same round with the first variant.
+    """
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-2, options.repeats):  # two rounds of warm-up
+        for name in names:
+            elapsed = _seconds(variants[name], number, options.device)
+            if number >= 0:
+                times[name].append(elapsed)
+    rows = []
+    for name in names:
+        ordered = sorted(times[name])
+        tenth = len(ordered) // 10
+        pairs = [mine / first for mine, first in zip(times[name], times[names[0]], strict=True)]
+        rows.append(
+            Row(
+                case=case,
+                variant=name,
+                median_ms=1e3 * statistics.median(ordered),
+                low_ms=1e3 * ordered[tenth],
+                high_ms=1e3 * ordered[-1 - tenth],
+                ratio=statistics.median(pairs),
+                repeats=options.repeats,
+                extra=(extra or {}).get(name, {}),
+            )
+        )
+    return rows
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Largest amount of memory allocated through PyTorch at once during ``run``, above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def show(rows: list[Row]) -> None:
+    """Print rows as a table, one case a paragraph."""
+    last = None
+    for row in rows:
+        if row.case != last:
+            last = row.case
+            print("\n" + ", ".join(f"{key} {value}" for key, value in row.case.items()))
+        memory = f"  {row.extra['peak_mib']:8.1f} MiB" if "peak_mib" in row.extra else ""
+        spread = f"{row.low_ms:.3f}..{row.high_ms:.3f}"
+        print(f"  {row.variant:24} {row.median_ms:10.3f} ms  ({spread:>22})  x{row.ratio:.2f}{memory}", flush=True)
+
+
+def save(name: str, rows: list[Row], device: torch.device, folder: Path) -> Path:
+    """Write the rows with what they came from to ``folder/NAME.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    record = {"benchmark": name, **provenance(device), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
