@@ -32,8 +32,8 @@ __all__ = [
 
 
 def entropy_loss(mean_scores: Tensor) -> Tensor:
-    """-H(P) for P [E]."""
-    return torch.special.xlogy(mean_scores, mean_scores).sum()
+    """-H(P) for P [E]; the gradient is finite at P_i = 0 too, where the softmax behind P multiplies it by 0."""
+    return (mean_scores * mean_scores.clamp_min(torch.finfo(mean_scores.dtype).tiny).log()).sum()
 
 
 def kl_loss(mean_scores: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ def load_loss(clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, t
 
     Args:
         clean_logits, noisy_logits: [B, E] before and after the score noise.
-        noise_scale: standard deviation [B, 1] of that noise, > 0.
+        noise_scale: standard deviation [B, 1] of that noise. It is 0 for a row of equal logits: every expert has the
+            chance k/E there and no gradient.
         top_k: k < E; for k = E every expert is always chosen and the loss is 0.
     """
     experts = clean_logits.shape[1]
@@ -76,7 +77,9 @@ def load_loss(clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, t
     # The value an expert must beat: the k-th best of the others.
     chosen = torch.zeros_like(noisy_logits, dtype=torch.bool).scatter_(1, best.indices[:, :top_k], True)
     threshold = torch.where(chosen, best.values[:, top_k, None], best.values[:, top_k - 1, None])
-    probability = torch.special.ndtr((clean_logits - threshold) / noise_scale.clamp_min(1e-12))
+    spread = noise_scale > 0
+    margin = (clean_logits - threshold) / torch.where(spread, noise_scale, 1.0)
+    probability = torch.where(spread, torch.special.ndtr(margin), top_k / experts)
     return _square_variation(probability.sum(0))
 
 

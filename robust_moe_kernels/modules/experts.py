@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,10 @@ class StackedConv2d(Experts):
     """E convolutions of one geometry. State: ``weight`` [E, O, I/groups, kh, kw], ``bias`` [E, O] or None."""
 
     def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
+        # A subclass with another forward, or a weight that is computed (weight norm), would lose that silently.
+        plain = isinstance(conv, nn.Conv2d) and {"weight"} <= conv.state_dict().keys() <= {"weight", "bias"}
+        if not plain or (type(conv).forward, type(conv)._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
+            raise ValueError(f"conv: expected a plain torch.nn.Conv2d, got {type(conv).__name__}")
         super().__init__(conv, num_experts)
         if conv.padding_mode != "zeros":
             raise ValueError(f"conv: expected padding_mode 'zeros', got {conv.padding_mode!r}")
@@ -81,6 +86,13 @@ class StackedConv2d(Experts):
         self.bias = None if conv.bias is None else nn.Parameter(_stack(conv.bias, num_experts))
         self.in_channels: int = conv.in_channels
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(memory_format=torch.channels_last) is for 4-d tensors and refuses 5-d ones: show it E*O filters instead.
+        def by_filter(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else fn(tensor)
+
+        return super()._apply(by_filter, recurse)
 
     def unbind(self) -> list[Any]:
         biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)

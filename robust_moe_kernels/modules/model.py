@@ -28,11 +28,14 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
         The same model.
 
     Raises:
-        ValueError: a name that is no submodule (the nearest is offered), or a module that cannot be replaced; the
-        model is
-            unchanged then.
+        ValueError: a name that is no submodule (the nearest is offered) or lies inside another one named, or a module
+            that cannot be replaced; the model is unchanged then.
     """
     names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        inner = next((other for other in names if other.startswith(f"{name}.")), None)
+        if inner is not None:
+            raise ValueError(f"names: expected modules apart from each other, got {inner!r} inside {name!r}")
     known = dict(model.named_modules())
     layers: dict[str, MoELayer] = {}
     for name in names:

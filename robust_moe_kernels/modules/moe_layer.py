@@ -123,7 +123,7 @@ class MoELayer(nn.Module):
         return RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
 
     def _expect_expert(self, index: int, argument: str) -> None:
-        ok = isinstance(index, int) and 0 <= index < self.num_experts
+        ok = type(index) is int and 0 <= index < self.num_experts
         expect(ok, argument, f"an expert in 0..{self.num_experts - 1}", index)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d
 
@@ -24,9 +26,8 @@ class ResidualExperts(Experts):
     same), so the constructor runs both on one random input and compares.
 
     Raises:
-        ValueError: a block with other parts (squeeze-and-excitation, drop path, other activations or normalisations),
-        or
-            another order of computation.
+        ValueError: a block with other parts (squeeze-and-excitation, drop path, other activations or normalisations)
+            or another order of computation.
     """
 
     def __init__(self, block: nn.Module, num_experts: int) -> None:
@@ -100,30 +101,46 @@ def _stacked_downsample(module: nn.Module, num_experts: int) -> nn.Sequential | 
     if not isinstance(module, nn.Sequential):
         raise ValueError(f"block.downsample: expected a Sequential, got {type(module).__name__}")
     passive = (nn.AvgPool2d, nn.Identity)
-    return nn.Sequential(
-        *(
-            child if isinstance(child, passive) else _stacked(child, num_experts, f"downsample.{name}")
-            for name, child in module.named_children()
-        )
-    )
+    stacked = nn.Sequential()  # under the same names: they are the state's keys
+    for name, child in module.named_children():
+        kept = isinstance(child, passive)
+        stacked.add_module(name, copy.deepcopy(child) if kept else _stacked(child, num_experts, f"downsample.{name}"))
+    return stacked
 
 
 @torch.no_grad()
 def _probe(block: nn.Module, experts: ResidualExperts) -> None:
-    """Refuse a block that computes something else than its parts suggest. Eval mode, so no statistics move."""
-    weight = block.conv1.weight
-    if weight.device.type == "meta":
+    """Refuse a block that computes something else than its parts suggest.
+
+    Both run on parameters drawn for the purpose, of at least single precision: a last normalisation that starts at zero
+    would hide the whole branch, half precision most differences. Eval mode; nothing of the block changes.
+    """
+    device, kind = block.conv1.weight.device, torch.promote_types(block.conv1.weight.dtype, torch.float32)
+    if device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, experts.in_channels, 8, 8, generator=generator).to(weight.device, weight.dtype)
+
+    def draw(like: Tensor) -> Tensor:
+        if like.dim() < 2:  # a normalisation's parameters and statistics, a bias
+            value = torch.rand(like.shape, generator=generator) + 0.5
+        else:
+            value = torch.randn(like.shape, generator=generator) / like[0].numel() ** 0.5
+        return value.to(device, kind)
+
+    state = {name: draw(value) for name, value in block.state_dict().items() if value.is_floating_point()}
+    names = experts.state_dict().keys() & state.keys()
+    stacked = {name: state[name].expand(experts.num_experts, *state[name].shape) for name in names}
+    x = torch.randn(2, experts.in_channels, 8, 8, generator=generator).to(device, kind)
+    counts = [len(x)] + [0] * (experts.num_experts - 1)
     modes = [(module, module.training) for module in (*block.modules(), *experts.modules())]
     try:
-        wanted, got = block.eval()(x), experts.eval().one(0, x)
+        wanted = functional_call(block.eval(), state, (x.clone(),))
+        got = functional_call(experts.eval(), stacked, (x, counts))
     finally:
         for module, mode in modes:
             module.training = mode
     # Same operations in the same order: equal up to the library's choice of algorithm.
-    bound = 1e3 * torch.finfo(weight.dtype).eps * wanted.abs().max().clamp_min(1.0)
+    bound = 1e3 * torch.finfo(kind).eps * wanted.abs().max().clamp_min(1.0)
     if wanted.shape != got.shape or not bool(((wanted - got).abs() <= bound).all()):
         raise ValueError(
             f"block: expected {type(block).__name__} to compute relu(bn(conv(... x)) + skip(x)); on a random input it"
