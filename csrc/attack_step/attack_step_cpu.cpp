@@ -68,7 +68,8 @@ void step_l2(const StepArgs& a) {
       T* out = static_cast<T*>(a.out) + row;
       const T scale = static_cast<T>(1.0 / norm_of_square(sum_of_products(grad, grad, a.size)));
       delta_l2(static_cast<const T*>(a.x) + row, grad, x0, out, a.size, static_cast<T>(a.alpha), scale);
-      const double shrink = std::min(1.0, a.eps / norm_of_square(sum_of_products(out, out, a.size)));
+      // In this order std::min hands on a NaN.
+      const double shrink = std::min(a.eps / norm_of_square(sum_of_products(out, out, a.size)), 1.0);
       displace(x0, out, a.size, static_cast<T>(shrink));
     }
   });

@@ -57,16 +57,16 @@ class Forward {
       key[static_cast<size_t>(e)] = std::isnan(value) ? -std::numeric_limits<A>::infinity() : value;
       peak = value > peak || std::isnan(value) ? value : peak;
     }
-    A total = 0;
+    double total = 0;  // double: a running float sum loses digits with E, PyTorch's pairwise one does not
     for (int64_t e = 0; e < E; ++e) {
       scores[e] -= peak;
       total += std::exp(scores[e]);
     }
-    const A log_total = std::log(total);
-    A entropy = 0;
+    const double log_total = std::log(total);
+    double entropy = 0;
     for (int64_t e = 0; e < E; ++e) {
-      const A log_score = scores[e] - log_total;
-      scores[e] = std::exp(scores[e]) / total;
+      const double log_score = scores[e] - log_total;
+      scores[e] = static_cast<A>(std::exp(scores[e]) / total);
       if (scores[e] > 0) entropy -= scores[e] * log_score;
       partial.score[static_cast<size_t>(e)] += scores[e];
     }
@@ -77,14 +77,14 @@ class Forward {
     });
     int64_t* indices = a_.indices + b * k;
     A* weights = static_cast<A*>(a_.weights) + b * k;
-    A kept = 0;
+    double kept = 0;
     for (int64_t j = 0; j < k; ++j) {
       indices[j] = order[static_cast<size_t>(j)];
       kept += scores[indices[j]];
     }
     for (int64_t j = 0; j < k; ++j) {
       const A score = scores[indices[j]];
-      weights[j] = a_.mode == 0 ? score : (a_.mode == 1 ? score / kept : A(1));
+      weights[j] = a_.mode == 0 ? score : (a_.mode == 1 ? static_cast<A>(score / kept) : A(1));
     }
     partial.first[static_cast<size_t>(indices[0])] += 1;
     partial.entropy += entropy;
@@ -139,29 +139,31 @@ void backward(const GateBackwardArgs& a) {
       }
       if (a.d_weights) {
         const A* d_w = static_cast<const A*>(a.d_weights) + b * k;
-        A kept = 1, shared = 0;
+        double kept = 1, shared = 0;
         if (a.mode == 1) {
           kept = 0;
           for (int64_t j = 0; j < k; ++j) kept += s[indices[j]];
           for (int64_t j = 0; j < k; ++j) shared += d_w[j] * (s[indices[j]] / kept);
         }
-        for (int64_t j = 0; j < k; ++j) d_score[static_cast<size_t>(indices[j])] += (d_w[j] - shared) / kept;
+        for (int64_t j = 0; j < k; ++j) {
+          d_score[static_cast<size_t>(indices[j])] += static_cast<A>((d_w[j] - shared) / kept);
+        }
       }
       A peak = load(logits);
       for (int64_t e = 1; e < E; ++e) peak = std::max<A>(peak, load(logits + e));
-      A total = 0, inner = 0, entropy = 0;
+      double total = 0, inner = 0, entropy = 0;
       for (int64_t e = 0; e < E; ++e) total += std::exp(static_cast<A>(load(logits + e)) - peak);
-      const A lse = peak + std::log(total);
+      const A lse = static_cast<A>(peak + std::log(total));
       for (int64_t e = 0; e < E; ++e) {
-        inner += s[e] * d_score[static_cast<size_t>(e)];
-        if (s[e] > 0) entropy -= s[e] * (static_cast<A>(load(logits + e)) - lse);
+        inner += static_cast<double>(s[e]) * d_score[static_cast<size_t>(e)];
+        if (s[e] > 0) entropy -= static_cast<double>(s[e]) * (static_cast<A>(load(logits + e)) - lse);
       }
       T* d_logits = static_cast<T*>(a.d_logits) + b * E;
       for (int64_t e = 0; e < E; ++e) {
         const A log_score = s[e] > 0 ? static_cast<A>(load(logits + e)) - lse : A(0);
-        const A slope =
+        const double slope =
             d_score[static_cast<size_t>(e)] - inner - d_entropy * (log_score + entropy) + d_square * 2 * lse;
-        store(d_logits + e, s[e] * slope);
+        store(d_logits + e, static_cast<A>(s[e] * slope));
       }
     }
   });

@@ -6,6 +6,8 @@ A program of its own because kernels decorated under TRITON_INTERPRET=1, as the 
 compiled.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import re
@@ -18,35 +20,88 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from robust_moe_kernels.triton_support import Build
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+COUNTS = {
+    "registers": r"Used (\d+) registers",
+    "shared": r"(\d+) bytes smem",
+    "spill_stores": r"(\d+) bytes spill stores",
+    "spill_loads": r"(\d+) bytes spill loads",
+}
 
 
-def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes a thread, shared bytes a block, as the assembler reports them.
+def parse_log(log: str) -> dict[str, int]:
+    """Registers and spilled bytes a thread, shared bytes a block, from what ``ptxas -v`` prints for one kernel.
 
     A stack frame alone is no spill: the argument reduction of a sine keeps a small table there.
     """
+    counts = {name: sum(map(int, re.findall(pattern, log))) for name, pattern in COUNTS.items()}
+    if "spill stores" not in log or not counts["registers"]:
+        raise ValueError(f"ptxas -v: expected registers and spills, got {log!r}")
+    return counts
+
+
+def resources(ptx: str, capability: int) -> dict[str, int]:
+    """What the assembler reports for one kernel."""
     suffix = "a" if capability >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         assembler = TOOLS / ("ptxas-blackwell" if capability >= 100 else "ptxas")
         command = [str(assembler), "-v", f"--gpu-name=sm_{capability}{suffix}", str(source), "-o", str(source) + ".o"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    counts = {"registers": r"Used (\d+) registers", "shared": r"(\d+) bytes smem"}
-    counts |= {"spill_stores": r"(\d+) bytes spill stores", "spill_loads": r"(\d+) bytes spill loads"}
-    return {name: sum(map(int, re.findall(pattern, log))) for name, pattern in counts.items()}
+        return parse_log(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """32-bit multiplications that an address depends on: such a product overflows beyond 2^31 elements.
+
+    Follows every ``tt.addptr`` offset back through the arithmetic that made it, but not through memory: a loaded index
+    has the width of its type. Doubling a number of experts is let pass.
+    """
+    made = {}
+    for line in ttir.splitlines():
+        name, equals, body = line.strip().partition(" = ")
+        if equals and name.startswith("%"):
+            made[name.split(":")[0]] = body.split(" loc(")[0]
+    found, seen = [], set()
+    waiting = [operand for body in made.values() if body.startswith("tt.addptr") for operand in _operands(body)]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in made:
+            continue
+        seen.add(name)
+        body = made[name]
+        narrow = body.startswith("arith.muli") and body.rstrip(">").endswith("i32")
+        if narrow and "%c2_i32" not in _operands(body):
+            found.append(f"{name} = {body}")
+        if not body.startswith("tt.load"):
+            waiting.extend(_operands(body))
+    return found
+
+
+def _operands(body: str) -> list[str]:
+    return re.findall(r"%[\w$.]+", body)
+
+
+def report(build: Build, capability: int) -> dict[str, object]:
+    """Compiles one configuration for one GPU."""
+    source = ASTSource(fn=build.kernel, signature=build.signature, constexprs=build.constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "build": str(build),
+        **resources(ptx, capability),
+        "mma": len(re.findall(r"\b(?:wgmma|tcgen05)\.mma|\bmma\.sync", ptx)),
+        "narrow": narrow_products(compiled.asm["ttir"]),
+    }
 
 
 def main() -> None:
     op, capability = sys.argv[1], int(sys.argv[2])
     module = importlib.import_module(f"robust_moe_kernels.ops.{op}.triton_impl")
     for build in module.builds():
-        source = ASTSource(fn=build.kernel, signature=build.signature, constexprs=build.constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
-        ptx = compiled.asm["ptx"]
-        tensor_cores = len(re.findall(r"\b(?:wgmma|tcgen05)\.mma|\bmma\.sync", ptx))
-        print(json.dumps({"build": str(build), **resources(ptx, capability), "mma": tensor_cores}), flush=True)
+        print(json.dumps(report(build, capability)), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _l2_norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x.reshape(x.shape[0], -1).double(), dim=1)
+    norm = torch.linalg.vector_norm(x.reshape(x.shape[0], x.shape[1:].numel()).double(), dim=1)
     return _per_sample(norm.clamp_min(_TINY), x)
 
 

@@ -149,6 +149,11 @@ def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return d_logits, None, None, None
 
 
+def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+    raise RuntimeError("top_k_gate is differentiable once; a derivative of its gradient was asked for")
+
+
 torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+torch.library.register_autograd(_BACKWARD, _twice)  # without it PyTorch warns and returns a wrong number
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast(_FORWARD, _device, torch.float32)

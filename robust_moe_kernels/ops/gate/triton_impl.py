@@ -22,7 +22,7 @@ __all__ = ["backward", "builds", "forward", "why_not"]
 why_not = triton_support.why_not
 
 _TILE = 1024  # scores a program holds, 8 a thread; 2048 spilled in float64 (sm_80, E = 32)
-_OPTIONS = {"num_warps": 4}
+_HALF_TILE = (8, 128)  # padded E at which the full tile spills 4 to 8 bytes (ptxas of sm_80 and sm_90)
 _EXTRA = 3  # partial sums besides 2E: entropy, squared logsumexp, non-finite rows
 
 
@@ -120,11 +120,12 @@ def _finish_kernel(
     first = tl.zeros((EXPERTS,), tl.float64)
     rest = tl.zeros((4,), tl.float64)
     lane = tl.arange(0, 4)
-    for program in range(programs):
-        base = partial_ptr + program * width
+    base = partial_ptr
+    for _ in range(programs):
         score += tl.load(base + column, mask=mask, other=0.0).to(tl.float64)
         first += tl.load(base + experts + column, mask=mask, other=0.0).to(tl.float64)
         rest += tl.load(base + 2 * experts + lane, mask=lane < 3, other=0.0).to(tl.float64)
+        base += width  # a pointer, so 64-bit
     tl.store(mean_scores_ptr + column, (score / rows).to(kind), mask=mask)
     tl.store(argmax_fraction_ptr + column, (first / rows).to(kind), mask=mask)
     tl.store(mean_entropy_ptr + lane, (rest / rows).to(kind), mask=lane == 0)
@@ -202,7 +203,13 @@ def _backward_kernel(
 def _tile(experts: int) -> tuple[int, int]:
     """(rows a program, experts padded to a power of two)."""
     padded = triton.next_power_of_2(experts)
-    return max(1, min(32, _TILE // padded)), padded
+    rows = max(1, min(32, _TILE // padded))
+    return rows // 2 if padded in _HALF_TILE else rows, padded
+
+
+def _options(padded: int) -> dict[str, int]:
+    """Four warps up to 1024 experts; above, where one row is the tile, as many more as keep 8 scores a thread."""
+    return {"num_warps": max(4, min(16, padded // 256))}
 
 
 def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
@@ -220,9 +227,11 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
         if rows:
             _forward_kernel[(programs,)](
                 logits, scores, indices, weights, partial, rows, experts, top_k,
-                MODE=mode, ROWS=tile, EXPERTS=padded, **_OPTIONS,
+                MODE=mode, ROWS=tile, EXPERTS=padded, **_options(padded),
             )  # fmt: skip
-        _finish_kernel[(1,)](partial, *means, nonfinite, programs, max(rows, 1), experts, EXPERTS=padded, **_OPTIONS)
+        _finish_kernel[(1,)](
+            partial, *means, nonfinite, programs, max(rows, 1), experts, EXPERTS=padded, **_options(padded)
+        )
     return scores, indices, weights, *means, nonfinite
 
 
@@ -248,28 +257,34 @@ def backward(
     with on_device(logits):
         _backward_kernel[(triton.cdiv(rows, tile),)](
             logits, scores, indices, *pointers, d_logits, rows, experts, indices.shape[1],
-            mode, *present, ROWS=tile, EXPERTS=padded, **_OPTIONS,
+            mode, *present, ROWS=tile, EXPERTS=padded, **_options(padded),
         )  # fmt: skip
     return d_logits
 
 
 def builds() -> Iterator[Build]:
-    """Configurations as they are launched, for the compile test: small, odd and large E."""
-    for logits, kind in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
-        for experts in (1, 4, 32, 512):
-            tile, padded = _tile(experts)
-            sizes = {"rows": "i32", "experts": "i32", "top_k": "i32"}
-            shape = {"ROWS": tile, "EXPERTS": padded}
-            constexpr = dict.fromkeys(("MODE", *shape), "constexpr")
-            pointers = {"logits_ptr": f"*{logits}", "scores_ptr": f"*{kind}", "indices_ptr": "*i64"}
-            forward_signature = {**pointers, "weights_ptr": f"*{kind}", "partial_ptr": f"*{kind}", **sizes, **constexpr}
-            yield Build(_forward_kernel, forward_signature, {"MODE": 1, **shape}, _OPTIONS)
-            names = ("d_scores_ptr", "d_weights_ptr", "d_mean_ptr", "d_entropy_ptr", "d_square_ptr")
-            flags = dict.fromkeys(("HAS_SCORES", "HAS_WEIGHTS", "HAS_MEAN", "HAS_ENTROPY", "HAS_SQUARE"), True)
-            backward_signature = {**pointers, **dict.fromkeys(names, f"*{kind}"), "d_logits_ptr": f"*{logits}", **sizes}
-            backward_signature |= dict.fromkeys(("MODE", *flags, *shape), "constexpr")
-            yield Build(_backward_kernel, backward_signature, {"MODE": 1, **flags, **shape}, _OPTIONS)
+    """Configurations as they are launched, for the compile test: small E, large E and where the tile is special."""
+    sizes = {"fp32": (1, 4, 8, 16, 64, 128, 512, 1024), "bf16": (64,), "fp64": (8, 128, 512)}
+    for logits, several in sizes.items():
+        for experts in several:
+            yield from _builds(logits, "fp64" if logits == "fp64" else "fp32", experts)
     stats = ("partial_ptr", "mean_scores_ptr", "argmax_fraction_ptr", "mean_entropy_ptr", "mean_square_lse_ptr")
-    signature = {**dict.fromkeys(stats, "*fp32"), "nonfinite_ptr": "*i32", "programs": "i32", "rows": "i32"}
-    signature |= {"experts": "i32", "EXPERTS": "constexpr"}
-    yield Build(_finish_kernel, signature, {"EXPERTS": 4}, _OPTIONS)
+    for kind in ("fp32", "fp64"):
+        signature = {**dict.fromkeys(stats, f"*{kind}"), "nonfinite_ptr": "*i32", "programs": "i32", "rows": "i32"}
+        signature |= {"experts": "i32", "EXPERTS": "constexpr"}
+        yield Build(_finish_kernel, signature, {"EXPERTS": 4}, _options(4))
+
+
+def _builds(logits: str, kind: str, experts: int) -> Iterator[Build]:
+    tile, padded = _tile(experts)
+    sizes = {"rows": "i32", "experts": "i32", "top_k": "i32"}
+    shape = {"ROWS": tile, "EXPERTS": padded}
+    constexpr = dict.fromkeys(("MODE", *shape), "constexpr")
+    pointers = {"logits_ptr": f"*{logits}", "scores_ptr": f"*{kind}", "indices_ptr": "*i64"}
+    forward_signature = {**pointers, "weights_ptr": f"*{kind}", "partial_ptr": f"*{kind}", **sizes, **constexpr}
+    yield Build(_forward_kernel, forward_signature, {"MODE": 1, **shape}, _options(padded))
+    names = ("d_scores_ptr", "d_weights_ptr", "d_mean_ptr", "d_entropy_ptr", "d_square_ptr")
+    flags = dict.fromkeys(("HAS_SCORES", "HAS_WEIGHTS", "HAS_MEAN", "HAS_ENTROPY", "HAS_SQUARE"), True)
+    backward_signature = {**pointers, **dict.fromkeys(names, f"*{kind}"), "d_logits_ptr": f"*{logits}", **sizes}
+    backward_signature |= dict.fromkeys(("MODE", *flags, *shape), "constexpr")
+    yield Build(_backward_kernel, backward_signature, {"MODE": 1, **flags, **shape}, _options(padded))

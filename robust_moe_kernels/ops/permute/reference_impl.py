@@ -47,7 +47,7 @@ def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None
 
 
 def row_dot(samples: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    batch = samples.shape[0]
+    batch, size = samples.shape[0], samples.shape[1:].numel()
     kind = _accumulator(samples)
-    pairs = rows.index_select(0, inverse).reshape(batch, top_k, -1).double()
-    return (samples.reshape(batch, 1, -1).double() * pairs).sum(-1).to(kind)
+    pairs = rows.index_select(0, inverse).reshape(batch, top_k, size).double()
+    return (samples.reshape(batch, 1, size).double() * pairs).sum(-1).to(kind)

@@ -70,7 +70,7 @@ def _combine_kernel(
         value = tl.load(rows_ptr + row * size + column, mask=mask, other=0.0).to(KIND)
         if HAS_WEIGHTS:
             value = tl.load(weights_ptr + sample * top_k + j) * value
-        total += value
+        total = tl.where(j == 0, value, total + value)  # not 0 + value: -0.0 stays -0.0, as in the reference
     tl.store(out_ptr + sample * size + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,0 +1,197 @@
+"""Every documented error of the ops: one sentence that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from robust_moe_kernels.dispatch import IMPLEMENTATIONS, ImplementationUnavailable
+from robust_moe_kernels.ops import OPS
+from robust_moe_kernels.ops.attack_step import pgd_step, random_start
+from robust_moe_kernels.ops.gate import top_k_gate
+from robust_moe_kernels.ops.permute import combine, dispatch
+from robust_moe_kernels.ops.routing import Route, sort_by_expert
+
+LOGITS = torch.zeros(3, 4)
+INDICES = torch.zeros(3, 2, dtype=torch.int64)
+IMAGES = torch.full((2, 3, 4, 4), 0.5)
+META = torch.device("meta")  # a second device that every machine has
+
+
+def route() -> Route:
+    return sort_by_expert(torch.tensor([[0, 1], [1, 2], [2, 0]]), 3)
+
+
+def gate(**changes) -> object:
+    return top_k_gate(**{"logits": LOGITS, "top_k": 2} | changes)
+
+
+def sort(**changes) -> object:
+    return sort_by_expert(**{"indices": INDICES, "num_experts": 4} | changes)
+
+
+def send(**changes) -> object:
+    return dispatch(**{"x": torch.zeros(3, 5), "route": route()} | changes)
+
+
+def merge(**changes) -> object:
+    return combine(**{"y": torch.zeros(6, 5), "route": route(), "weights": torch.ones(3, 2)} | changes)
+
+
+def step(**changes) -> object:
+    return pgd_step(**{"x": IMAGES, "grad": IMAGES, "x0": IMAGES, "eps": 0.1, "alpha": 0.05} | changes)
+
+
+def start(**changes) -> object:
+    return random_start(**{"x0": IMAGES, "eps": 0.1, "seed": 0} | changes)
+
+
+class Bad(NamedTuple):
+    call: Callable[..., object]
+    changes: dict[str, object]
+    error: type[Exception]
+    message: str
+
+
+TYPES = "float32 or float64 or float16 or bfloat16"
+BAD = (
+    Bad(gate, {"logits": [[1.0, 2.0]]}, TypeError, "logits: expected a tensor, got list"),
+    Bad(gate, {"logits": INDICES}, TypeError, f"logits: expected dtype {TYPES}, got int64"),
+    Bad(gate, {"logits": torch.zeros(4)}, ValueError, "logits: expected shape [B, E] with E >= 1, got [4]"),
+    Bad(gate, {"logits": torch.zeros(2, 3, 4)}, ValueError, "logits: expected shape [B, E] with E >= 1, got [2, 3, 4]"),
+    Bad(gate, {"logits": torch.zeros(3, 0)}, ValueError, "logits: expected shape [B, E] with E >= 1, got [3, 0]"),
+    Bad(gate, {"top_k": 0}, ValueError, "top_k: expected 1 <= k <= E = 4, got 0"),
+    Bad(gate, {"top_k": -1}, ValueError, "top_k: expected 1 <= k <= E = 4, got -1"),
+    Bad(gate, {"top_k": 5}, ValueError, "top_k: expected 1 <= k <= E = 4, got 5"),
+    Bad(sort, {"indices": [[0, 1]]}, TypeError, "indices: expected a tensor, got list"),
+    Bad(sort, {"indices": INDICES.int()}, TypeError, "indices: expected dtype int64, got int32"),
+    Bad(sort, {"indices": INDICES[0]}, ValueError, "indices: expected shape [B, k] with k >= 1, got [2]"),
+    Bad(sort, {"indices": INDICES[:, :0]}, ValueError, "indices: expected shape [B, k] with k >= 1, got [3, 0]"),
+    Bad(sort, {"num_experts": 0}, ValueError, "num_experts: expected E >= 1, got 0"),
+    Bad(sort, {"indices": INDICES - 1}, ValueError, "indices: expected experts in [0, 4), got values from -1 to -1"),
+    Bad(sort, {"indices": INDICES + 4}, ValueError, "indices: expected experts in [0, 4), got values from 4 to 4"),
+    Bad(send, {"x": None}, TypeError, "x: expected a tensor, got NoneType"),
+    Bad(send, {"x": torch.zeros(3, 5).int()}, TypeError, f"x: expected dtype {TYPES}, got int32"),
+    Bad(send, {"x": torch.zeros(4, 5)}, ValueError, "x: expected shape [3, ...], got [4, 5]"),
+    Bad(send, {"x": torch.zeros(3)}, ValueError, "x: expected shape [3, ...], got [3]"),
+    Bad(
+        send,
+        {"x": torch.zeros(3, 5, device=META)},
+        ValueError,
+        "route: expected a tensor on meta (the device of x), got cpu",
+    ),
+    Bad(merge, {"y": 1.0}, TypeError, "y: expected a tensor, got float"),
+    Bad(merge, {"y": torch.zeros(6, 5).bool()}, TypeError, f"y: expected dtype {TYPES}, got bool"),
+    Bad(merge, {"y": torch.zeros(3, 5)}, ValueError, "y: expected shape [6, ...], got [3, 5]"),
+    Bad(merge, {"weights": None}, TypeError, "weights: expected a tensor, got NoneType"),
+    Bad(merge, {"weights": torch.ones(3, 2).int()}, TypeError, f"weights: expected dtype {TYPES}, got int32"),
+    Bad(merge, {"weights": torch.ones(6)}, ValueError, "weights: expected shape [3, 2] ([B, k]), got [6]"),
+    Bad(merge, {"weights": torch.ones(2, 3)}, ValueError, "weights: expected shape [3, 2] ([B, k]), got [2, 3]"),
+    Bad(
+        merge,
+        {"weights": torch.ones(3, 2, device=META)},
+        ValueError,
+        "weights: expected a tensor on cpu (the device of y), got meta",
+    ),
+    Bad(step, {"x": "image"}, TypeError, "x: expected a tensor, got str"),
+    Bad(step, {"x": IMAGES.bfloat16()}, TypeError, "x: expected dtype float32 or float64, got bfloat16"),
+    Bad(step, {"x": IMAGES.byte()}, TypeError, "x: expected dtype float32 or float64, got uint8"),
+    Bad(step, {"x": IMAGES[0, 0, 0]}, ValueError, "x: expected at least 2 dimensions [B, ...], got shape [4]"),
+    Bad(step, {"grad": None}, TypeError, "grad: expected a tensor, got NoneType"),
+    Bad(step, {"grad": IMAGES.long()}, TypeError, f"grad: expected dtype {TYPES}, got int64"),
+    Bad(
+        step,
+        {"grad": IMAGES[:1]},
+        ValueError,
+        "grad: expected shape [2, 3, 4, 4] (the shape of x), got [1, 3, 4, 4]",
+    ),
+    Bad(step, {"x0": 0.5}, TypeError, "x0: expected a tensor, got float"),
+    Bad(step, {"x0": IMAGES.double()}, TypeError, "x0: expected dtype float32, got float64"),
+    Bad(step, {"x0": IMAGES[0]}, ValueError, "x0: expected shape [2, 3, 4, 4] (the shape of x), got [3, 4, 4]"),
+    Bad(
+        step,
+        {"grad": IMAGES.to(META)},
+        ValueError,
+        "grad: expected a tensor on cpu (the device of x), got meta",
+    ),
+    Bad(step, {"x0": IMAGES.to(META)}, ValueError, "x0: expected a tensor on cpu (the device of x), got meta"),
+    Bad(step, {"eps": -0.1}, ValueError, "eps: expected a finite number >= 0, got -0.1"),
+    Bad(step, {"eps": float("nan")}, ValueError, "eps: expected a finite number >= 0, got nan"),
+    Bad(step, {"eps": float("inf")}, ValueError, "eps: expected a finite number >= 0, got inf"),
+    Bad(step, {"alpha": -1}, ValueError, "alpha: expected a finite number >= 0, got -1"),
+    Bad(step, {"alpha": float("nan")}, ValueError, "alpha: expected a finite number >= 0, got nan"),
+    Bad(step, {"norm": "linf"}, ValueError, "norm: expected one of Linf, L2, got 'linf'"),
+    Bad(start, {"x0": IMAGES.half()}, TypeError, "x0: expected dtype float32 or float64, got float16"),
+    Bad(start, {"x0": IMAGES[0, 0, 0]}, ValueError, "x0: expected at least 2 dimensions [B, ...], got shape [4]"),
+    Bad(start, {"eps": -1.0}, ValueError, "eps: expected a finite number >= 0, got -1.0"),
+    Bad(start, {"stream": -1}, ValueError, "stream: expected an integer in [0, 2^32), got -1"),
+    Bad(start, {"stream": 2**32}, ValueError, "stream: expected an integer in [0, 2^32), got 4294967296"),
+    Bad(start, {"seed": 2**64}, ValueError, "seed: expected a 64-bit integer, got 18446744073709551616"),
+    Bad(start, {"seed": -(2**63) - 1}, ValueError, "seed: expected a 64-bit integer, got -9223372036854775809"),
+    Bad(start, {"norm": "L1"}, ValueError, "norm: expected one of Linf, L2, got 'L1'"),
+    Bad(start, {"sample_index": [0, 1]}, TypeError, "sample_index: expected a tensor, got list"),
+    Bad(
+        start,
+        {"sample_index": torch.arange(2, dtype=torch.int32)},
+        TypeError,
+        "sample_index: expected dtype int64, got int32",
+    ),
+    Bad(start, {"sample_index": torch.arange(3)}, ValueError, "sample_index: expected shape [2] ([B]), got [3]"),
+    Bad(
+        start,
+        {"sample_index": torch.arange(2, device=META)},
+        ValueError,
+        "sample_index: expected a tensor on cpu (the device of x0), got meta",
+    ),
+)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: f"{bad.call.__name__}-{bad.message.split(', got')[0][:60]}")
+def test_message(bad):
+    with pytest.raises(bad.error, match="^" + re.escape(bad.message) + "$"):
+        bad.call(**bad.changes)
+
+
+CALLS = {"gate": (gate,), "routing": (sort,), "permute": (send, merge), "attack_step": (step, start)}
+
+
+def test_every_op_is_called_here():
+    assert set(CALLS) == set(OPS)
+
+
+@pytest.mark.parametrize("call", [call for calls in CALLS.values() for call in calls], ids=lambda call: call.__name__)
+def test_good_input_passes(call):
+    """The defaults of the table above are valid, so each row fails for its own reason."""
+    for impl in ("auto", "reference"):
+        call(impl=impl)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_named_implementation_never_falls_back(name, monkeypatch):
+    """Each implementation in turn is unable to run: naming it raises with the reason, whatever else could run."""
+    for impl in IMPLEMENTATIONS:
+        op = OPS[name]
+        with monkeypatch.context() as patch:
+            why_not = lambda asked, device, broken=impl: "it is out of order" if asked == broken else None  # noqa: E731
+            patch.setattr(op, "why_not", why_not)
+            type(op).choose.cache_clear()
+            for call in CALLS[name]:
+                with pytest.raises(ImplementationUnavailable) as caught:
+                    call(impl=impl)
+                assert str(caught.value) == f"{name}: impl='{impl}' cannot run on cpu: it is out of order"
+        type(op).choose.cache_clear()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_unknown_implementation_is_refused(name):
+    for call in CALLS[name]:
+        with pytest.raises(ImplementationUnavailable, match=r"impl='cuda'.*expected one of reference, native, triton"):
+            call(impl="cuda")
+
+
+def test_unavailable_is_a_runtime_error():
+    assert issubclass(ImplementationUnavailable, RuntimeError)

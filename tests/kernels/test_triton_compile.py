@@ -1,0 +1,110 @@
+"""Every shipped Triton configuration compiles for three GPU generations, spills no register and addresses in 64 bits.
+
+No GPU is needed. Each op and GPU is a process of its own, two at a time, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from robust_moe_kernels.ops import OPS
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+HERE = Path(__file__).parent
+CAPABILITIES = (80, 90, 100)
+
+
+def in_fresh_process(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def compilations() -> dict[tuple[str, int], Future[str]]:
+    """Output of compile_builds.py for every (op, GPU)."""
+    program = str(HERE / "compile_builds.py")
+    pool = ThreadPoolExecutor(max_workers=2)
+    jobs = [(op, capability) for op in OPS for capability in CAPABILITIES]
+    futures = {(op, gpu): pool.submit(in_fresh_process, program, op, str(gpu)) for op, gpu in jobs}
+    pool.shutdown(wait=False)
+    return futures
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_spilling(op, capability, compilations):
+    builds = [json.loads(line) for line in compilations[op, capability].result().splitlines()]
+    assert builds
+    for build in builds:
+        assert 0 < build["registers"] <= 255, build
+    assert [build for build in builds if build["spill_stores"] or build["spill_loads"]] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_row_offsets_are_64_bit(op, compilations):
+    """No address depends on a 32-bit product, which would overflow beyond 2^31 elements."""
+    builds = [json.loads(line) for line in compilations[op, 90].result().splitlines()]
+    assert {build["build"]: build["narrow"] for build in builds if build["narrow"]} == {}
+
+
+PLANTED = """
+import dataclasses, json, sys
+import compile_builds
+from robust_moe_kernels.ops.permute.triton_impl import builds
+
+build = next(build for build in builds() if "row_dot" in str(build) and "fp64" in str(build))
+for options in ({}, {"maxnreg": 24}):
+    starved = dataclasses.replace(build, options=build.options | options)
+    print(json.dumps(compile_builds.report(starved, int(sys.argv[1]))))
+"""
+
+
+def test_the_check_sees_a_spill():
+    """The same kernel with too few registers to live in: what the test above would report."""
+    roomy, starved = (json.loads(line) for line in in_fresh_process("-c", PLANTED, "90").splitlines())
+    assert roomy["spill_stores"] == roomy["spill_loads"] == 0
+    assert starved["registers"] <= 24
+    assert starved["spill_stores"] > 0
+    assert starved["spill_loads"] > 0
+
+
+NARROW = """
+import json
+import triton, triton.language as tl
+import compile_builds
+from robust_moe_kernels.triton_support import Build
+
+@triton.jit
+def narrow(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * size + tl.arange(0, BLOCK)
+    tl.store(y_ptr + place, tl.load(x_ptr + place))
+
+@triton.jit
+def wide(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, BLOCK)
+    tl.store(y_ptr + place, tl.load(x_ptr + place))
+
+signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "size": "i32", "BLOCK": "constexpr"}
+for kernel in (narrow, wide):
+    print(json.dumps(compile_builds.report(Build(kernel, signature, {"BLOCK": 128}), 90)["narrow"]))
+"""
+
+
+def test_the_check_sees_a_32_bit_offset(tmp_path):
+    program = tmp_path / "planted.py"  # Triton reads a kernel's source from its file
+    program.write_text(NARROW)
+    narrow, wide = (json.loads(line) for line in in_fresh_process(str(program)).splitlines())
+    assert len(narrow) == 1
+    assert "arith.muli" in narrow[0]
+    assert wide == []
