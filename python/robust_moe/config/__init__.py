@@ -1,0 +1,43 @@
+"""Configuration of a run: typed dataclasses, read from YAML, overridden by ``key=value``.
+
+Every field says its unit. An unknown key is refused with the nearest valid name. Merging, type checks and the YAML
+round trip are OmegaConf's; the range checks of single fields live in each dataclass's ``check``.
+"""
+
+from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, save_config
+from robust_moe.config.schema import (
+    AttackConfig,
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    MethodConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    choose,
+    parse_fraction,
+)
+
+__all__ = [
+    "AttackConfig",
+    "AugmentConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "MethodConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "choose",
+    "config_from_dict",
+    "flatten",
+    "load_config",
+    "parse_fraction",
+    "preset_names",
+    "save_config",
+]

@@ -1,0 +1,20 @@
+"""The training engine: loop, schedules, checkpoints, metrics."""
+
+from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from robust_moe.engine.log import MetricLog, read_metrics
+from robust_moe.engine.progress import Reporter
+from robust_moe.engine.schedules import SCHEDULES, learning_rate
+from robust_moe.engine.trainer import Trainer, TrainResult
+
+__all__ = [
+    "SCHEDULES",
+    "CheckpointError",
+    "MetricLog",
+    "Reporter",
+    "TrainResult",
+    "Trainer",
+    "learning_rate",
+    "load_checkpoint",
+    "read_metrics",
+    "save_checkpoint",
+]

@@ -1,0 +1,116 @@
+"""Checkpoints: written whole or not at all, read without running any code, checked before use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "load_model_state", "save_checkpoint"]
+
+FORMAT = 1  # of the dict; raised when a reader of the old one would misread the new one
+KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, written or used; the message names the file, what was expected and got."""
+
+
+def save_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write ``state`` (plain types and tensors) to ``path`` atomically.
+
+    The bytes go to a temporary file in the same folder, are forced to the disk, and only then take the name: a full
+    disk, a kill or a power cut leaves the file that was there before.
+
+    Raises:
+        CheckpointError: it could not be written; an earlier file at ``path`` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns some failed writes into RuntimeError
+        kept = "the last good one is kept" if path.exists() else "there is no earlier one"
+        raise CheckpointError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to the disk, where the system can do that for a folder."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint written by :func:`save_checkpoint`; no code in the file is run.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, of a newer format, or is not such a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a checkpoint file, found {'a folder' if path.is_dir() else 'nothing'}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch itself does not look at the checksums
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: expected a whole checkpoint, got a truncated or damaged file ({error})"
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: expected a whole checkpoint, got a wrong checksum in its entry {damaged!r}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        unknown = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds a {unknown[1]}" if unknown else type(error).__name__
+        raise CheckpointError(
+            f"{path}: expected plain types and tensors, got a file that is refused ({what})"
+        ) from error
+    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+    if missing:
+        raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
+    return state
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Load ``state`` into ``model``, which must have exactly those names and shapes.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture; the first few differences are shown. The model is
+            not changed then.
+    """
+    own = model.state_dict()
+    wrong = [f"{name}: expected in the checkpoint, got nothing" for name in own if name not in state]
+    wrong += [f"{name}: not in the model, got it in the checkpoint" for name in state if name not in own]
+    wrong += [
+        f"{name}: expected shape {list(tensor.shape)}, got {list(state[name].shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(state)

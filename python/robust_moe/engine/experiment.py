@@ -1,0 +1,82 @@
+"""From a configuration, or from a checkpoint, to data and model: shared by training, evaluation and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robust_moe.config import ConfigError, TrainConfig, config_from_dict
+from robust_moe.data import DataError, ImageSet, Splits, channel_statistics, load_splits
+from robust_moe.engine.checkpoint import load_checkpoint, load_model_state
+from robust_moe.models import build_model
+
+__all__ = ["describe_data", "load_experiment", "make_model", "resolve_device"]
+
+
+def describe_data(images: ImageSet) -> dict[str, Any]:
+    """What a model has to know about its images, as plain types; kept in every checkpoint."""
+    mean, std = channel_statistics(images)
+    return {
+        "name": images.name,
+        "class_names": list(images.class_names),
+        "channels": images.channels,
+        "image_size": min(images.images.shape[2:]),
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+def make_model(config: TrainConfig, data: dict[str, Any]) -> nn.Module:
+    """The network of ``config`` for images as described; weights from PyTorch's global generator.
+
+    Raises:
+        ConfigError: an unknown name, or layers that cannot be mixtures of experts.
+    """
+    size = {"num_classes": len(data["class_names"]), "channels": data["channels"], "image_size": data["image_size"]}
+    try:
+        return build_model(config.model, **size, mean=data["mean"], std=data["std"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """``auto``: the GPU if there is one. ConfigError if ``cuda`` was asked for and there is none."""
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.accelerator: expected a CUDA device for 'cuda', PyTorch sees none; use cpu or auto")
+    use_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def load_experiment(
+    path: str | Path, overrides: list[str] | None = None
+) -> tuple[TrainConfig, nn.Module, Splits, dict[str, Any]]:
+    """(configuration, model in eval mode on its device, data, checkpoint) from a checkpoint file or a run folder.
+
+    A folder stands for its best.pt, or last.pt where there was no validation. ``overrides`` such as
+    ``["data.root=/data"]`` go on top of the configuration in the checkpoint.
+
+    Raises:
+        CheckpointError: an unreadable file, or one that does not fit the model or the data.
+        ConfigError, DataError: as in training.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt" if (path / "best.pt").is_file() else path / "last.pt"
+    checkpoint = load_checkpoint(path)
+    config = config_from_dict(checkpoint["config"], overrides, where=str(path))
+    device = resolve_device(config.run.accelerator)
+    splits = load_splits(config.data, config.run.seed)
+    data = checkpoint["data"]
+    for name, expected, got in (
+        ("class names", list(data["class_names"]), list(splits.test.class_names)),
+        ("channels", data["channels"], splits.test.channels),
+        ("image size", data["image_size"], min(splits.test.images.shape[2:])),
+    ):
+        if expected != got:
+            raise DataError(f"data.name={config.data.name}: expected {name} {expected} as in {path}, got {got}")
+    model = make_model(config, data)
+    load_model_state(model, checkpoint["model"], path)
+    return config, model.to(device).eval(), splits, checkpoint

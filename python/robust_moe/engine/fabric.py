@@ -1,0 +1,72 @@
+"""Devices, precision and signals: what Lightning Fabric and the operating system are asked for."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+
+from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.engine.experiment import resolve_device
+
+__all__ = ["StopRequest", "make_fabric"]
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Fabric for ``config.run``; with several devices one process a device, gradients averaged (DDP).
+
+    Raises:
+        ConfigError: more devices than there are, or a batch that does not divide over them.
+    """
+    run = config.run
+    device = resolve_device(run.accelerator)
+    if device.type == "cuda" and run.devices > torch.cuda.device_count():
+        raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {run.devices}")
+    if run.batch_size % run.devices:
+        raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
+    strategy: str | DDPStrategy = "auto"
+    if run.devices > 1:
+        # an expert that no image of a process is sent to has no gradient there
+        strategy = DDPStrategy(find_unused_parameters=bool(config.model.moe.layers))
+    return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)
+
+
+class StopRequest:
+    """While active, SIGINT and SIGTERM ask the loop to stop at the next safe point; a second one interrupts at once.
+
+    Outside of the main thread, where Python has no signals, it never asks.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric = fabric
+        self.requested = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def agreed(self, at_interval: bool) -> bool:
+        """Whether to stop now. Several processes agree at logging intervals only: it costs a wait for all of them."""
+        if self.fabric.world_size == 1:
+            return self.requested
+        if not at_interval:
+            return False
+        flag = torch.tensor(float(self.requested), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)

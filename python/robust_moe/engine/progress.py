@@ -1,0 +1,86 @@
+"""Progress on screen: bars with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Reporter"]
+
+SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
+
+
+class _Task:
+    """One counted piece of work; a context manager, advanced by calling it."""
+
+    def __init__(self, reporter: Reporter, name: str, total: int, done: int) -> None:
+        self._reporter, self._name, self._total, self._start = reporter, name, total, done
+        self._done, self._note = done, ""
+        self._began = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> _Task:
+        if self._reporter.bars:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._reporter.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=self._total, completed=self._done, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, advance: int = 1, note: str | None = None) -> None:
+        self._done += advance
+        self._note = self._note if note is None else note
+        if self._bar is not None:
+            self._bar.update(self._task, advance=advance, note=self._note)
+        elif self._due():
+            self._printed = time.monotonic()
+            left = (self._printed - self._began) / (self._done - self._start) * (self._total - self._done)
+            text = f"{self._name}: {self._done}/{self._total}, ETA {int(left) // 60}:{int(left) % 60:02d}"
+            self._reporter.line(f"{text}  {self._note}".rstrip())
+
+    def _due(self) -> bool:
+        waited = time.monotonic() - self._printed > SECONDS_BETWEEN_LINES
+        return self._reporter.enabled and self._done < self._total and waited
+
+
+class Reporter:
+    """What a run says on screen.
+
+    Args:
+        enabled: False: says nothing but warnings (tests; all processes but the first).
+        console: where; None: standard output.
+    """
+
+    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
+        self.enabled = enabled
+        self.console = console or Console(highlight=False)
+
+    @property
+    def bars(self) -> bool:
+        return self.enabled and self.console.is_terminal
+
+    def task(self, name: str, total: int, done: int = 0) -> _Task:
+        """``with reporter.task("epoch 1/15", 90) as advance: ...; advance(1, note="loss 2.3")``."""
+        return _Task(self, name, total, done)
+
+    def line(self, text: str) -> None:
+        if self.enabled:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)

@@ -1,0 +1,323 @@
+"""The training loop: devices, precision, checkpoints, validation, guards."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from robust_moe.attacks import ATTACKS
+from robust_moe.config import TrainConfig, choose, save_config
+from robust_moe.data import Batch, BatchLoader, load_splits
+from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
+from robust_moe.engine.experiment import describe_data, make_model
+from robust_moe.engine.fabric import StopRequest, make_fabric
+from robust_moe.engine.guards import describe_collapse, state_is_finite
+from robust_moe.engine.log import MetricLog
+from robust_moe.engine.progress import Reporter
+from robust_moe.engine.rng import derive_seed, seed_all
+from robust_moe.engine.schedules import SCHEDULES, learning_rate
+from robust_moe.engine.state import RunState, clear_run, find_checkpoint
+from robust_moe.engine.validation import Validation
+from robust_moe.methods import build_method
+from robust_moe_kernels.modules import check_finite, gates_without_gradient
+
+__all__ = ["TrainResult", "Trainer"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of :meth:`Trainer.fit` ended."""
+
+    folder: Path
+    finished: bool  # False: stopped by a signal; fitting again goes on from there
+    steps: int  # optimiser steps done, in all calls
+    best: dict[str, Any]  # of the best validation: robust, clean (shares), epoch (1 is the first), step; {}: none
+    seconds: float  # wall clock of this call
+
+
+class _Interrupted(Exception):
+    """A signal asked to stop in the middle of a validation."""
+
+
+class Trainer:
+    """Trains as a configuration says and leaves a run folder behind.
+
+    ``config.yaml``; ``metrics.jsonl`` and TensorBoard events; ``last.pt``, to go on from; ``best.pt``, by the robust
+    accuracy on validation images, then the clean one, then the earliest; ``crash.pt`` if the loss
+    became NaN. A run that is killed and fitted again gives the numbers of one that was not, on the same software and
+    device.
+
+    Args:
+        config: checked; every name is looked up before anything is written.
+        reporter: what is said on screen; None: progress on standard output.
+
+    Raises:
+        ConfigError: a name or value that cannot be run.
+    """
+
+    def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
+        config.check()
+        choose(SCHEDULES, config.optim.schedule, "optim.schedule")
+        self.config = config
+        self.folder = Path(config.run.out)
+        self.reporter = reporter or Reporter()
+        self.method = build_method(config)
+        choose(ATTACKS, config.eval.attack.name, "eval.attack.name")
+
+    def fit(self, resume: bool = True) -> TrainResult:
+        """Train to the end, or until SIGINT or SIGTERM, which save and stop.
+
+        Args:
+            resume: go on from ``last.pt`` if there is one; False: remove an earlier run's files and start anew.
+
+        Raises:
+            CheckpointError: ``last.pt`` is damaged, or of another configuration; or a checkpoint cannot be written.
+            DataError: the data cannot be read.
+            FloatingPointError: a loss, gradient or gate became NaN or infinite.
+        """
+        began = time.perf_counter()
+        run = self.config.run
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        self._set_up(resume)
+        try:
+            with StopRequest(self.fabric) as self.stop, torch.backends.cudnn.flags(deterministic=True):
+                finished = self._run()
+        finally:
+            self.log.close()
+        state = self.state
+        return TrainResult(self.folder, finished, state.step, dict(state.best), time.perf_counter() - began)
+
+    # --- setting up ---
+
+    def _set_up(self, resume: bool) -> None:
+        config = self.config
+        self.fabric = fabric = make_fabric(config)
+        fabric.launch()
+        self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
+        source = find_checkpoint(self.folder) if resume else None
+        checkpoint = None if source is None else load_checkpoint(source)
+        splits = load_splits(config.data, config.run.seed)
+        data = describe_data(splits.train)
+        self.validation = Validation(config, splits, fabric.device)
+        self.loader = BatchLoader(
+            splits.train,
+            config.run.batch_size,
+            device=fabric.device,
+            shuffle=True,
+            augment=config.data.augment,
+            seed=config.run.seed,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            drop_last=len(splits.train) >= config.run.batch_size,  # a last batch of one image would upset BN
+        )
+        self.total_steps = min(config.run.epochs * len(self.loader), config.run.max_steps or 2**62)
+        seed_all(config.run.seed)
+        self.model = make_model(config, data)
+        optim = config.optim
+        optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            weight_decay=optim.weight_decay,
+        )
+        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)
+        seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
+        self.state = RunState(config, data, self.model, optimizer, fabric.strategy.precision)
+        lines = 0
+        if checkpoint is not None:
+            self.state.load_state_dict(checkpoint, source, fabric.global_rank, fabric.device)
+            lines = checkpoint["log_lines"]
+            self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
+        elif fabric.is_global_zero:
+            clear_run(self.folder)
+        fabric.barrier()
+        self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
+        if fabric.is_global_zero:
+            save_config(config, self.folder / "config.yaml")
+        if len(self.validation) == 0:
+            self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
+        self._warned: set[tuple[str, str]] = set()
+
+    # --- the loop ---
+
+    def _run(self) -> bool:
+        state = self.state
+        while state.step < self.total_steps or state.batch > 0:
+            try:
+                self._train_epoch()
+                self._finish_epoch()
+            except _Interrupted:
+                self._save("last.pt")
+                self.reporter.line(f"stopped after {state.step} of {self.total_steps} steps; the same command goes on")
+                return False
+        return True
+
+    def _train_epoch(self) -> None:
+        """The batches of this epoch that are left; raises :class:`_Interrupted` after the step that a signal met."""
+        state, run = self.state, self.config.run
+        left = min(len(self.loader) - state.batch, self.total_steps - state.step)
+        name = f"epoch {state.epoch + 1}/{run.epochs}"
+        with self.reporter.task(name, state.batch + left, state.batch) as advance:
+            for batch in self.loader.epoch(state.epoch, state.batch):
+                if state.step >= self.total_steps:
+                    break
+                with self._crash_report():
+                    self._step(batch)
+                note = None
+                if state.step % run.log_every == 0 or state.step == self.total_steps:
+                    note = self._write_interval()
+                self.optimizer.zero_grad(set_to_none=True)
+                advance(1, note)
+                if run.checkpoint_steps and state.step % run.checkpoint_steps == 0:
+                    self._save("last.pt")
+                if self.stop.agreed(at_interval=note is not None):
+                    raise _Interrupted
+
+    def _step(self, batch: Batch) -> None:
+        state, config = self.state, self.config
+        rate = learning_rate(config.optim, state.step, self.total_steps, len(self.loader))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        with self.fabric.autocast():
+            # the attack works on the bare model: a distributed wrapper would wait for weight gradients
+            seed = derive_seed(config.run.seed, "attack", state.step)
+            output = self.method(self.model, batch, seed, forward=self.wrapped)
+        self.fabric.backward(output.loss)
+        if config.optim.grad_clip is not None:
+            self.fabric.clip_gradients(
+                self.wrapped, self.optimizer, max_norm=config.optim.grad_clip, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        flag = {} if output.nonfinite is None else {"attack_nonfinite": output.nonfinite}
+        state.interval.add({**output.logs, **flag})
+        state.running.add(output.logs)
+        state.step += 1
+        state.batch += 1
+
+    def _write_interval(self) -> str:
+        """One "train" line; the only place in the loop where the host waits for the device."""
+        state = self.state
+        values = self._finite_means()
+        check_finite(self.model)
+        for layer in gates_without_gradient(self.model):
+            self._warn_once(("gradient", layer), f"{layer}: its gate gets no gradient, so its routing does not learn")
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.log.write("train", state.step, {"epoch": state.epoch + 1, **values})
+        state.interval.reset()
+        return f"loss {values['task_loss']:.3f}  accuracy {values['accuracy']:.3f}"
+
+    def _finite_means(self) -> dict[str, float]:
+        """Means since the last line; a NaN stops the run, with the state it was in beside the last good one."""
+        state = self.state
+        means = state.interval.read(self._mean_of_processes)
+        attacked = means.pop("attack_nonfinite", 0.0)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad or attacked:
+            what = "the attack's gradient" if attacked else ", ".join(bad)
+            self._crash(
+                f"{what}: expected finite numbers, got NaN or infinity in the {state.interval.count} steps up to "
+                f"{state.step}"
+            )
+        return means
+
+    @contextmanager
+    def _crash_report(self) -> Iterator[None]:
+        """Leaves crash.pt when what is inside refuses NaN itself: a gate on the CPU, the scorer."""
+        try:
+            yield
+        except (FloatingPointError, ValueError) as error:
+            self._finite_means()  # names the loss, if that was lost first
+            self._crash(f"after step {self.state.step}: {error}", type(error), error)
+
+    def _crash(self, text: str, kind: type[Exception] = FloatingPointError, cause: Exception | None = None) -> NoReturn:
+        crash = self.folder / "crash.pt"
+        if self.fabric.is_global_zero:
+            save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
+        raise kind(f"{text}; the state is in {crash}, the last good one in {self.folder / 'last.pt'}") from cause
+
+    def _mean_of_processes(self, values: Tensor) -> Tensor:
+        return self.fabric.all_reduce(values, reduce_op="mean") if self.fabric.world_size > 1 else values
+
+    # --- ends of epochs ---
+
+    def _finish_epoch(self) -> None:
+        state, config = self.state, self.config
+        last = state.step >= self.total_steps
+        self._finite_means()  # never validate, nor save, a state that is already lost
+        values: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= {f"train_{name}": value for name, value in state.running.read(self._mean_of_processes).items()}
+        improved = False
+        if last or (state.epoch + 1) % config.eval.every == 0:
+            # on one process: the others' BN statistics differ until the next training step
+            with self._crash_report():
+                validated = self._validate() if self.fabric.is_global_zero else {}
+            validated = self.fabric.broadcast(validated)
+            values |= validated
+            if validated:
+                score = {"robust": validated["val_robust"], "clean": validated["val_clean"]}
+                improved = not state.best or tuple(score.values()) > (state.best["robust"], state.best["clean"])
+            if improved:
+                state.best = {**score, "epoch": state.epoch + 1, "step": state.step}
+        self.log.write("epoch", state.step, values)
+        state.running.reset()
+        state.epoch, state.batch = state.epoch + 1, 0
+        self._announce(values)
+        if improved:
+            self._save("best.pt")
+        if last or state.epoch % config.run.checkpoint_every == 0:
+            self._save("last.pt")
+
+    def _validate(self) -> dict[str, float]:
+        """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images."""
+        epoch, result = self.state.epoch + 1, None
+        if len(self.validation):
+            with self.reporter.task(f"validation {epoch}", len(self.validation)) as advance:
+                result = self.validation.accuracy(self.model, self._interruptible(advance))
+        for split, name, shares in self.validation.routing(self.model, result):
+            line = {"epoch": epoch, "split": split, "layer": name, "collapsed": shares.collapsed}
+            self.log.write("routing", self.state.step, line | {"selected": shares.selected, "first": shares.first})
+            if shares.collapsed:
+                self._warn_once(("collapse", name), describe_collapse(name, shares))
+        if result is None:
+            return {}
+        return {"val_clean": result.clean, "val_robust": result.robust, "val_seconds": result.seconds}
+
+    def _interruptible(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+        def on_batch(count: int) -> None:
+            advance(count)
+            if self.stop.agreed(at_interval=False):
+                raise _Interrupted
+
+        return on_batch
+
+    def _announce(self, values: dict[str, Any]) -> None:
+        parts = [f"epoch {values['epoch']}/{self.config.run.epochs}", f"loss {values['train_task_loss']:.3f}"]
+        for name, label in (("val_clean", "val clean"), ("val_robust", "val robust")):
+            if name in values:
+                parts.append(f"{label} {values[name]:.1%}")
+        self.reporter.line("  ".join(parts))
+
+    def _warn_once(self, key: tuple[str, str], text: str) -> None:
+        if key not in self._warned and self.fabric.is_global_zero:
+            self._warned.add(key)
+            self.reporter.warn(text)
+
+    def _save(self, name: str) -> None:
+        self._finite_means()
+        if not state_is_finite(self.model):  # the last update may have broken what the loss has not seen yet
+            self._crash(f"weights: expected finite numbers, got NaN or infinity after step {self.state.step}")
+        content = self.state.state_dict(self.log.lines)  # gathers random states: on every process
+        if self.fabric.is_global_zero:
+            save_checkpoint(content, self.folder / name)
+        self.fabric.barrier()

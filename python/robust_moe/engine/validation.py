@@ -1,0 +1,43 @@
+"""What is measured at the end of an epoch: accuracy on validation images, the experts' shares of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from robust_moe.attacks import build_attack
+from robust_moe.config import TrainConfig
+from robust_moe.data import Splits
+from robust_moe.engine.rng import derive_seed
+from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, routing_shares
+
+__all__ = ["Validation"]
+
+
+class Validation:
+    """Measures a model as ``config.eval`` says, on the same images with the same random starts every time."""
+
+    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device) -> None:
+        limit = config.eval.limit
+        self.val = splits.val if limit is None else splits.val.head(limit)
+        self.test = splits.test if limit is None else splits.test.head(limit)
+        self.attack = build_attack(config.eval.attack, seed=derive_seed(config.run.seed, "validation"))
+        self.how: dict[str, Any] = {"batch_size": config.eval.batch_size, "device": device}
+
+    def __len__(self) -> int:
+        """Validation images; may be 0."""
+        return len(self.val)
+
+    def accuracy(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> EvalResult:
+        """On the validation images, of which there must be some."""
+        return evaluate(model, self.val, self.attack, **self.how, on_batch=on_batch)
+
+    def routing(self, model: nn.Module, validated: EvalResult | None) -> Iterator[tuple[str, str, LayerRouting]]:
+        """(split, layer, shares of the clean images) of every MoE layer; test images are routed, never scored."""
+        for name, shares in ({} if validated is None else validated.routing).items():
+            yield "val", name, shares
+        for name, shares in routing_shares(model, self.test, **self.how).items():
+            yield "test", name, shares

@@ -1,0 +1,166 @@
+"""Figures of runs, as PNG: training curves, experts' shares of inputs, clean against robust accuracy.
+
+Pure functions of metric lines (:func:`robust_moe.engine.read_metrics`) and result files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+__all__ = ["plot_comparison", "plot_routing", "plot_training"]
+
+CLEAN, ROBUST, NEUTRAL = "#2b6cb0", "#c2410c", "#4a5568"  # also told apart in grey and by the colour-blind
+RUNS = ("#2b6cb0", "#c2410c", "#2f855a", "#6b46c1", "#b7791f", "#0e7490")
+MARKERS = "osD^vP"
+Line = Mapping[str, Any]
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=12, fontweight="bold", color="#1a202c")
+    return figure
+
+
+def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(True, color="#e2e8f0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=NEUTRAL, labelcolor=NEUTRAL)
+
+
+def _series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
+    points = [(line["epoch"], line[name]) for line in lines if name in line]
+    return [epoch for epoch, _ in points], [value for _, value in points]
+
+
+def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Training") -> None:
+    """Loss a training epoch, and clean and robust accuracy on validation images, from a run's ``"epoch"`` lines.
+
+    Raises:
+        ValueError: no such lines.
+    """
+    if not lines:
+        raise ValueError("lines: expected at least one epoch of metrics, got none")
+    epochs, balance = _series(lines, "train_balance_loss")
+    panels = 3 if epochs else 2  # the balance loss has a scale of its own
+    figure = _figure(4.6 * panels, 3.8, title)
+    left, right, *third = figure.subplots(1, panels)
+    left.plot(*_series(lines, "train_task_loss"), "-o", color=CLEAN, markersize=3.5)
+    _tidy(left, "epoch", "training cross-entropy")
+    for axes in third:
+        axes.plot(epochs, balance, "-o", color=NEUTRAL, markersize=3.5)
+        _tidy(axes, "epoch", "training balance loss")
+    for name, label, color, style in (
+        ("val_clean", "clean", CLEAN, "-o"),
+        ("val_robust", "robust", ROBUST, "-s"),
+    ):
+        right.plot(*_series(lines, name), style, color=color, markersize=3.5, label=label)
+    epochs, robust = _series(lines, "val_robust")
+    if epochs:
+        best = int(np.argmax(robust))
+        right.axvline(epochs[best], color=NEUTRAL, linewidth=0.9, linestyle=":")
+        right.plot(epochs[best], robust[best], "*", color=ROBUST, markersize=13, label=f"best: {robust[best]:.1%}")
+    right.set_ylim(0, 1.02)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.legend(frameon=False, loc="lower right")
+    _tidy(right, "epoch", "validation accuracy")
+    for axes in (left, right, *third):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path)
+
+
+def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", title: str | None = None) -> None:
+    """Share of the ``split``'s images that each expert is sent, a row an expert, a column an epoch, a map a layer.
+
+    From a run's ``"routing"`` lines. An image is sent to top_k experts, so an expert's share is top_k / E when all are
+    used alike; the colour scale is centred there.
+
+    Raises:
+        ValueError: no such lines.
+    """
+    chosen = [line for line in lines if line["split"] == split]
+    if not chosen:
+        raise ValueError(f"lines: expected routing of {split!r} images, got none (a dense model has none)")
+    layers = list(dict.fromkeys(line["layer"] for line in chosen))
+    count = len({line["epoch"] for line in chosen})
+    experts = max(len(line["selected"]) for line in chosen)
+    heights = max(2.2, 0.42 * experts + 1.1)
+    figure = _figure(
+        max(6.0, 2.6 + 0.42 * count), heights * len(layers) + 0.4, title or f"Share of {split} inputs per expert"
+    )
+    for axes, layer in zip(figure.subplots(len(layers), 1, squeeze=False)[:, 0], layers, strict=True):
+        own = sorted((line for line in chosen if line["layer"] == layer), key=lambda line: line["epoch"])
+        shares = np.array([line["selected"] for line in own]).T  # [E, epochs]
+        balanced = shares.sum(0).mean() / len(shares)
+        image = axes.imshow(shares, aspect="auto", cmap="RdYlBu_r", vmin=0, vmax=min(1.0, 2 * balanced))
+        if shares.size <= 160:
+            for (row, column), share in np.ndenumerate(shares):
+                shade = "white" if abs(share / balanced - 1) > 0.6 else "#1a202c"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=shade)
+        step = max(1, len(own) // 15)
+        axes.set_xticks(range(0, len(own), step), [str(line["epoch"]) for line in own[::step]])
+        axes.set_yticks(range(len(shares)), [str(expert) for expert in range(len(shares))])
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("expert")
+        axes.set_title(f"{layer}   (even use: {balanced:.0%} each)", fontsize=10, color=NEUTRAL)
+        bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.01)
+        bar.outline.set_visible(False)
+    figure.savefig(path)
+
+
+def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | Path, title: str = "Accuracy") -> None:
+    """Clean against robust accuracy of several (name, results), as bars and as points, with 95 % intervals.
+
+    Raises:
+        ValueError: no rows, or one without an attack.
+    """
+    if not rows or any(results["robust"] is None for _, results in rows):
+        raise ValueError("rows: expected results of attacked models, got none or one without an attack")
+    figure = _figure(9.5, 4.0, title)
+    left, right = figure.subplots(1, 2)
+    places = np.arange(len(rows))
+    for offset, name, color in ((-0.19, "clean", CLEAN), (0.19, "robust", ROBUST)):
+        shares = np.array([results[name] for _, results in rows])
+        bars = left.bar(places + offset, shares, 0.36, color=color, label=name, yerr=_errors(rows, name), capsize=3)
+        left.bar_label(bars, [f"{share:.1%}" for share in shares], label_type="center", color="white", fontsize=9)
+    left.set_xticks(places, [name for name, _ in rows])
+    left.set_ylim(0, 1.02)
+    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    _tidy(left, "", "test accuracy")
+    left.grid(False, axis="x")
+    clean_errors, robust_errors = _errors(rows, "clean"), _errors(rows, "robust")
+    for number, (name, results) in enumerate(rows):
+        right.errorbar(
+            results["clean"],
+            results["robust"],
+            xerr=clean_errors[:, number : number + 1],
+            yerr=robust_errors[:, number : number + 1],
+            fmt=MARKERS[number % len(MARKERS)],
+            color=RUNS[number % len(RUNS)],
+            markersize=8,
+            capsize=3,
+            linewidth=1,
+            label=name,
+        )
+    right.legend(frameon=False, loc="best")
+    _tidy(right, "clean accuracy", "robust accuracy")
+    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for axes in (left, right):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.savefig(path)
+
+
+def _errors(rows: Sequence[tuple[str, Mapping[str, Any]]], name: str) -> np.ndarray:
+    """Distances [2, rows] from each share down and up to the ends of its interval."""
+    shares = np.array([results[name] for _, results in rows])
+    low, high = np.array([results[f"{name}_interval"] for _, results in rows]).T
+    return np.clip(np.stack([shares - low, high - shares]), 0, None)

@@ -1,0 +1,411 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_moe.attacks import ATTACKS, PGD, attack_mode, build_attack
+from robust_moe.config import AttackConfig, ConfigError
+from robust_moe.models import BasicBlock
+from robust_moe_kernels.modules import FusedBlockMoE, replace_blocks
+
+
+class Network(nn.Module):
+    """Convolution, batch norm, dropout, linear; counts its forwards and the backwards that reach its input."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 5)
+        self.forwards = self.backwards = 0
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        if x.requires_grad:
+            x.register_hook(self._count)
+        x = self.drop(torch.relu(self.bn(self.conv(x))))
+        return self.fc(x.mean((2, 3)))
+
+    def _count(self, grad: Tensor) -> None:
+        self.backwards += 1
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    model = Network()
+    model(torch.rand(16, 2, 6, 6))  # BN statistics that are not the identity
+    model.forwards = 0
+    return model
+
+
+def batch(count: int = 7, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(count, 2, 6, 6, generator=generator, dtype=dtype), torch.arange(count) % 5
+
+
+def plain_pgd(model, x0, y, eps, alpha, steps, norm):
+    """The definition, a line a step."""
+    x = x0.clone()
+    for _ in range(steps):
+        x.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
+        with torch.no_grad():
+            if norm == "Linf":
+                delta = (x + alpha * grad.sign() - x0).clamp(-eps, eps)
+            else:
+                delta = x + alpha * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1) - x0
+                length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                delta = delta * (eps / length).clamp(max=1)
+            x = (x0 + delta).clamp(0, 1)
+    return x
+
+
+def test_linf_without_random_start_is_the_plain_loop_bit_for_bit(network):
+    network.eval()
+    x, y = batch()
+    expected = plain_pgd(network, x, y, 8 / 255, 2 / 255, 5, "Linf")
+    assert torch.equal(PGD(8 / 255, 5, 2 / 255, random_start=False)(network, x, y), expected)
+
+
+def test_l2_without_random_start_is_the_plain_loop_to_rounding():
+    torch.manual_seed(0)
+    model = Network(torch.float64).eval()
+    x, y = batch(dtype=torch.float64)
+    expected = plain_pgd(model, x, y, 0.7, 0.2, 6, "L2")
+    got = PGD(0.7, 6, 0.2, norm="L2", random_start=False)(model, x, y)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_closed_form_on_a_linear_model():
+    # two classes, logits (w.x, -w.x): the loss of class 0 rises against w, by eps*sign(w) at every pixel
+    weight = torch.tensor([1.0, -2.0, 0.5, -0.25])
+    model = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([weight, -weight]))
+    x = torch.full((3, 4), 0.5)
+    got = PGD(0.1, 3, random_start=False)(model, x, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(got, x - 0.1 * weight.sign(), rtol=0, atol=1e-7)
+    got = PGD(0.1, 3, norm="L2", random_start=False)(model, x, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(got, x - 0.1 * weight / weight.norm(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_result_is_in_the_ball_and_the_box(norm, dtype, restarts):
+    torch.manual_seed(0)
+    model = Network(dtype).eval()
+    x, y = batch(dtype=dtype)
+    x[0], x[1] = 0.0, 1.0  # at the edges of the box
+    got = PGD(0.3, 4, norm=norm, restarts=restarts)(model, x, y)
+    delta = got - x
+    reach = delta.abs().flatten(1).amax(1) if norm == "Linf" else delta.flatten(1).norm(dim=1)
+    assert reach.max() <= 0.3 * (1 + 1e-6)
+    assert reach.max() > 0.2  # it went somewhere
+    assert got.min() >= 0
+    assert got.max() <= 1
+    assert got.dtype == dtype
+    assert not got.requires_grad
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_exact_pass_counts(network, restarts, steps):
+    x, y = batch()
+    attack = PGD(8 / 255, steps, restarts=restarts)
+    attack(network, x, y)
+    scored = restarts if restarts > 1 else 0  # one forward a restart to find each sample's worst
+    assert (network.forwards, network.backwards) == (restarts * steps + scored, restarts * steps)
+    assert attack.passes == (network.forwards, network.backwards)
+
+
+def state(model: nn.Module) -> dict:
+    return {
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+    }
+
+
+def assert_same_state(before: dict, after: dict) -> None:
+    assert before["training"] == after["training"]
+    assert before["requires_grad"] == after["requires_grad"]
+    for old, new in zip(before["grad"], after["grad"], strict=True):
+        assert (old is None) == (new is None)
+        assert old is None or torch.equal(old, new)
+    for name, value in before["state"].items():
+        assert torch.equal(value, after["state"][name]), name
+
+
+def test_the_model_comes_back_exactly_as_found(network):
+    network.train()
+    network.bn.eval()  # a frozen BN inside a training model
+    network.fc.weight.requires_grad_(False)  # a frozen layer
+    network.conv.weight.grad = torch.ones_like(network.conv.weight)
+    x, y = batch()
+    before = state(network)
+    PGD(8 / 255, 3, restarts=2)(network, x, y)
+    assert_same_state(before, state(network))
+
+
+def test_the_model_comes_back_after_an_error_inside_it(network):
+    network.train()
+    network.bn.eval()
+    before = state(network)
+    with pytest.raises(RuntimeError, match="channels"), attack_mode(network):
+        network(torch.rand(1, 3, 6, 6))
+    assert_same_state(before, state(network))
+
+
+def test_no_weight_gradient_is_computed(network):
+    # a parameter that needs no gradient has none computed; the input's still flows
+    seen = []
+    original = Network.forward
+
+    def forward(self, x):
+        seen.append(([p.requires_grad for p in self.parameters()], x.requires_grad, self.training))
+        return original(self, x)
+
+    network.train()
+    network.forward = forward.__get__(network)
+    x, y = batch()
+    PGD(8 / 255, 2)(network, x, y)
+    assert len(seen) == 2
+    for parameters, image, training in seen:
+        assert not any(parameters)
+        assert image
+        assert not training
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_train_mode_moves_bn_statistics_once_a_forward(network):
+    network.eval()
+    x, y = batch()
+    before = int(network.bn.num_batches_tracked)
+    PGD(8 / 255, 3, mode="train")(network, x, y)
+    assert int(network.bn.num_batches_tracked) == before + 3
+    assert not network.training
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("random_start", [True, False])
+def test_works_where_gradients_are_off(network, context, random_start):
+    x, y = batch()
+    attack = PGD(8 / 255, 3, random_start=random_start)
+    expected = attack(network, x, y)
+    with context():
+        got = attack(network, x + 0, y + 0)  # tensors made in here
+    assert torch.equal(got, expected)
+
+
+def test_deterministic_and_keyed_by_seed_index_and_restart(network):
+    x, y = batch()
+    index = torch.arange(7) + 100
+    first = PGD(0.1, 2, seed=1)(network, x, y, index)
+    assert torch.equal(first, PGD(0.1, 2, seed=1)(network, x, y, index))
+    assert not torch.equal(first, PGD(0.1, 2, seed=2)(network, x, y, index))
+    assert not torch.equal(first, PGD(0.1, 2, seed=1)(network, x, y, index + 1))
+    starts = PGD(0.1, 0, seed=1)
+    one, two = (starts.start(x, index, 1, restart) for restart in (0, 1))
+    assert not torch.equal(one, two)
+    crafted = PGD(0.1, 2, seed=9).craft(network, x, y, index, seed=1)
+    assert torch.equal(crafted.images, first)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_independent_of_batch_size_and_order(restarts):
+    torch.manual_seed(0)
+    model = Network(torch.float64).eval()  # fp64: the model's own batch dependence stays far below a sign flip
+    x, y = batch(12, torch.float64)
+    index = torch.arange(12)
+    attack = PGD(0.1, 4, restarts=restarts)
+    whole = attack(model, x, y, index)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    parts = torch.empty_like(whole)
+    for part in order.split(5):
+        parts[part] = attack(model, x[part], y[part], index[part])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+
+
+def test_restarts_keep_each_samples_worst(network):
+    network.eval()
+    x, y = batch(32)
+    attack = PGD(0.05, 2, restarts=4)
+    candidates = []
+    for restart in range(4):
+        one = PGD(0.05, 2)
+        one.start = lambda x0, index, seed, _, r=restart: attack.start(x0, index, seed, r)
+        candidates.append(one(network, x, y))
+    with torch.no_grad():
+        logits = [network(candidate) for candidate in candidates]
+    # misclassified counts before any loss
+    keys = [(l.argmax(1) != y) * 1e3 + F.cross_entropy(l, y, reduction="none").double() for l in logits]
+    worst = torch.stack(keys).argmax(0)
+    expected = torch.stack(candidates)[worst, torch.arange(32)]
+    assert len(worst.unique()) > 1  # the case is not trivial
+    assert torch.equal(attack(network, x, y), expected)
+
+
+def test_more_steps_and_larger_eps_hurt_more(network):
+    network.eval()
+    x, y = batch(64)
+
+    def loss(eps: float, steps: int) -> float:
+        with torch.no_grad():
+            return F.cross_entropy(network(PGD(eps, steps, eps / 4)(network, x, y)), y).item()
+
+    clean = F.cross_entropy(network(x), y).item()
+    assert clean < loss(0.02, 4) < loss(0.1, 4)
+    assert loss(0.1, 1) < loss(0.1, 8)
+
+
+def test_zero_radius_and_zero_steps_return_a_copy(network):
+    x, y = batch()
+    for attack in (PGD(0.0, 3), PGD(0.1, 0, random_start=False)):
+        got = attack(network, x, y)
+        assert torch.equal(got, x)
+        assert got.data_ptr() != x.data_ptr()
+    assert PGD(0.1, 2)(network, x[:0], y[:0]).shape == (0, 2, 6, 6)
+
+
+def test_through_a_routed_block():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), BasicBlock(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    replace_blocks(model, "1", num_experts=3, top_k=2, init="fresh")
+    assert isinstance(model[1], FusedBlockMoE)
+    model.train()
+    x, y = batch(16)
+    before = state(model)
+    got = PGD(0.1, 4)(model, x, y)
+    assert_same_state(before, state(model))
+    model.eval()
+    with torch.no_grad():
+        assert F.cross_entropy(model(got), y) > F.cross_entropy(model(x), y)
+
+
+def test_images_stay_float32_under_bfloat16_autocast(network):
+    x, y = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = PGD(2 / 255, 3)(network, x, y)
+    assert got.dtype == torch.float32
+    # the steps were not rounded to bf16, whose spacing near 1 is 1/256
+    assert (got != got.bfloat16().float()).float().mean() > 0.5
+    assert (got - x).abs().max() <= 2 / 255 + 1e-6
+
+
+class Broken(Network):
+    """Gives NaN for one image of the batch from its ``when``-th forward on."""
+
+    when = 1
+
+    def forward(self, x):
+        out = super().forward(x)
+        return (
+            out * torch.where(torch.arange(len(x)) == 1, torch.nan, 1.0)[:, None] if self.forwards >= self.when else out
+        )
+
+
+@pytest.mark.parametrize(("when", "restarts"), [(1, 1), (3, 1), (3, 2)])  # at once; at the last step; when scored
+def test_nan_never_passes_for_an_attack(when, restarts):
+    torch.manual_seed(0)
+    model = Broken()
+    model.when = when
+    x, y = batch()
+    steps = 3 if restarts == 1 else 2
+    with pytest.raises(FloatingPointError, match="non-finite"):
+        PGD(0.1, steps, restarts=restarts)(model, x, y)
+    assert bool(PGD(0.1, steps, restarts=restarts).craft(model, x, y).nonfinite)
+    assert model.training
+
+
+X, Y = batch(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((X * 255, Y), ["x:", "[0, 1]", "to 25"]),  # bytes as floats
+        ((X - 0.5, Y), ["x:", "[0, 1]", "-0."]),  # normalised images
+        ((X.where(X < 0.9, torch.nan), Y), ["x:", "finite", "nan"]),
+        ((X.where(X < 0.9, torch.inf), Y), ["x:", "[0, 1]", "inf"]),
+        ((X.bfloat16(), Y), ["x:", "float32", "bfloat16"]),  # would lose a 2/255 step
+        (((X * 255).to(torch.uint8), Y), ["x:", "float32", "uint8"]),
+        ((X[0, 0, 0], Y), ["x:", "[B, C, H, W]", "[6]"]),
+        ((X, Y.int()), ["y:", "int64", "int32"]),
+        ((X, Y[:3]), ["y:", "[4]", "[3]"]),
+        ((X, F.one_hot(Y)), ["y:", "[4]", "[4, 4]"]),
+        ((X, Y - 1), ["y:", ">= 0", "-1"]),
+        ((X, Y + 3), ["y:", "below 5", "6"]),  # more classes than logits
+        ((X, Y, torch.arange(3)), ["sample_index:", "[4]", "[3]"]),
+        ((X, Y, torch.arange(4.0)), ["sample_index:", "int64", "float32"]),
+    ],
+)
+def test_bad_inputs_name_argument_expected_and_got(network, arguments, words):
+    network.train()
+    before = state(network)
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        PGD(0.1, 1)(network, *arguments)
+    for word in words:
+        assert word in str(error.value)
+    assert_same_state(before, state(network))
+
+
+def test_model_that_gives_no_logits_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected logits of shape \[4, classes\], got shape \[4, 2, 6, 6\]"):
+        PGD(0.1, 1)(nn.Identity(), X, Y)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eps": -0.1}, ["eps", ">= 0", "-0.1"]),
+        ({"eps": float("nan")}, ["eps", "finite", "nan"]),
+        ({"alpha": -1.0}, ["alpha", ">= 0", "-1"]),
+        ({"steps": -1}, ["steps", ">= 0", "-1"]),
+        ({"restarts": 0}, ["restarts", ">= 1", "0"]),
+        ({"restarts": 2, "random_start": False}, ["restarts", "without a random start"]),
+        ({"norm": "L1"}, ["norm", "Linf, L2", "L1"]),
+        ({"mode": "test"}, ["mode", "eval, train", "test"]),
+    ],
+)
+def test_bad_settings_name_argument_expected_and_got(settings, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        PGD(**{"eps": 0.1, "steps": 2, **settings})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_default_step_size():
+    assert PGD(8 / 255, 20).alpha == 2.5 * (8 / 255) / 20
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_of_the_table_obeys_the_rules(name, network):
+    attack = build_attack(AttackConfig(name=name, eps="8/255", steps=2, alpha="2/255"), seed=3)
+    x, y = batch()
+    network.train()
+    before = state(network)
+    got = attack(network, x, y)
+    assert_same_state(before, state(network))
+    assert (got - x).abs().max() <= 8 / 255 + 1e-6
+    assert got.min() >= 0
+    assert got.max() <= 1
+    assert torch.equal(got, attack(network, x, y))
+
+
+def test_built_attack_has_the_configured_settings():
+    attack = build_attack(
+        AttackConfig(eps="8/255", steps=3, alpha="2/255", norm="L2", restarts=2), seed=5, mode="train"
+    )
+    assert (attack.eps, attack.alpha, attack.norm, attack.restarts) == (8 / 255, 2 / 255, "L2", 2)
+    assert (attack.seed, attack.mode, attack.steps, attack.random_start) == (5, "train", 3, True)
+    with pytest.raises(ConfigError, match=r"attack.name: expected one of pgd, got 'pdg'; did you mean 'pgd'"):
+        build_attack(AttackConfig(name="pdg"))

@@ -1,0 +1,112 @@
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from robust_moe.config import (
+    ConfigError,
+    TrainConfig,
+    choose,
+    config_from_dict,
+    flatten,
+    load_config,
+    parse_fraction,
+    preset_names,
+    save_config,
+)
+
+
+def test_overrides_beat_the_file_which_beats_the_defaults(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 0.2, momentum: 0.5}\n")
+    config = load_config(path, ["optim.lr=0.3", "model.moe.layers=[layer4.1]", "optim.lr=0.4"])
+    assert (config.optim.lr, config.optim.momentum) == (0.4, 0.5)
+    assert config.optim.weight_decay == TrainConfig().optim.weight_decay
+    assert config.model.moe.layers == ["layer4.1"]
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
+    config = load_config(preset)
+    save_config(config, tmp_path / "copy.yaml")
+    assert load_config(tmp_path / "copy.yaml") == config
+    nested: dict = {}
+    for key, value in flatten(config).items():
+        node = nested
+        *sections, leaf = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    assert config_from_dict(nested) == config
+    assert config != TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["unknown key 'optim.lrr'", "did you mean 'optim.lr'"]),  # a slip of the finger
+        ("lr=1", ["unknown key 'lr'", "optim.lr"]),  # the section forgotten
+        ("optim.lr.x=1", ["unknown key 'optim.lr.x'"]),  # below a leaf
+        ("model=3", ["model", "section", "3"]),  # a value for a section
+        ("model.moe=null", ["model.moe", "section", "None"]),
+        ("optim.lr=fast", ["optim.lr", "fast"]),  # wrong type
+        ("run.epochs=1.5", ["run.epochs", "1.5"]),
+        ("optim.lr=-1", ["optim.lr", "> 0", "-1"]),  # out of range
+        ("run.epochs=0", ["run.epochs", ">= 1", "0"]),
+        ("model.moe.top_k=5", ["model.moe.top_k", "k <= 4", "5"]),  # k > E
+        ("model.moe.num_experts=0", ["model.moe.num_experts", ">= 1", "0"]),
+        ("method.attack.eps=-1/255", ["method.attack.eps", ">= 0", "-1/255"]),
+        ("method.attack.eps=8/0", ["method.attack.eps", "fraction", "8/0"]),
+        ("eval.attack.norm=L1", ["eval.attack.norm", "Linf or L2", "L1"]),
+        ("method.attack_mode=evil", ["method.attack_mode", "eval or train", "evil"]),
+        ("run.precision=fp8", ["run.precision", "bf16-mixed", "fp8"]),
+        ("optim.momentum=0", ["optim.nesterov", "false", "momentum is 0"]),  # nesterov needs momentum
+        ("optim.lr", ["key=value", "optim.lr"]),  # no value
+        ("=1", ["key=value"]),
+        ("optim.lr=[1", ["optim.lr=[1", "not readable"]),  # broken YAML
+    ],
+)
+def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optim: {lrr: 1}", ["optim.lrr", "did you mean 'optim.lr'"]),
+        ("- a\n- b", ["sections", "list"]),
+        ("a: [", ["not readable YAML"]),
+        ("run: 3", ["run", "section", "3"]),
+    ],
+)
+def test_bad_files_are_named(text: str, words: list[str], tmp_path: Path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    for word in [str(path), *words]:
+        assert word in str(error.value)
+
+
+def test_unknown_preset_offers_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'digits-blockmoe'"):
+        load_config("digits-blokmoe")
+
+
+def test_choose_offers_the_nearest():
+    assert choose({"a": 1}, "a", "key") == 1
+    with pytest.raises(
+        ConfigError, match=r"method.name: expected one of standard, pgd_at, got 'pgdat'; did you mean 'pgd_at'"
+    ):
+        choose({"standard": 0, "pgd_at": 1}, "pgdat", "method.name")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8/255", Fraction(8, 255)), (" 8 / 255 ", Fraction(8, 255)), (0.1, Fraction(1, 10)), ("1e-3", Fraction(1, 1000))],
+)
+def test_fractions_are_exact(text, value):
+    assert parse_fraction(text) == value

@@ -1,0 +1,196 @@
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from robust_moe.attacks import PGD
+from robust_moe.config import AttackConfig
+from robust_moe.data import ImageSet
+from robust_moe.engine.experiment import make_model
+from robust_moe.evaluation import (
+    LayerRouting,
+    evaluate,
+    make_results,
+    predict,
+    results_table,
+    routing_shares,
+    wilson_interval,
+    write_results,
+)
+from robust_moe.evaluation.results import attack_name, describe_attack
+
+DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
+
+
+def image_set(count: int = 30) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 10, tuple("0123456789"), "noise")
+
+
+class Brightness(nn.Module):
+    """Class 1 if the mean pixel is above one half, else class 0; logits are its distance from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x):
+        distance = self.scale * (x.mean((1, 2, 3)) - 0.5)
+        return torch.stack([-distance, distance], 1)
+
+
+def grey(levels: list[int], labels: list[int]) -> ImageSet:
+    images = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    return ImageSet(images, torch.tensor(labels), ("dark", "bright"), "grey")
+
+
+def test_accuracies_by_hand():
+    # half is 127.5; eps = 0.1 moves a grey image by 25.5 levels towards the other class
+    images = grey([10, 110, 145, 240, 240, 120], [0, 0, 1, 1, 0, 1])
+    result = evaluate(Brightness(), images, PGD(0.1, 3, 0.1), batch_size=4)
+    assert result.clean_mask.tolist() == [True, True, True, True, False, False]
+    assert result.robust_mask.tolist() == [True, False, False, True, False, False]
+    assert (result.count, result.clean, result.robust) == (6, 4 / 6, 2 / 6)  # over all six, not over the four
+
+
+def test_a_misclassified_image_is_never_robust():
+    class Contrary(Brightness):
+        def forward(self, x):
+            # wrong on the image itself, right wherever an attack goes
+            moved = (x * 255 - (x * 255).round()).abs().amax((1, 2, 3)) > 1e-3
+            return torch.where(moved[:, None], 1.0, -1.0) * super().forward(x)
+
+    result = evaluate(Contrary(), grey([240, 250], [1, 1]), PGD(0.05, 1))
+    assert (result.clean, result.robust) == (0.0, 0.0)
+
+
+def test_scoring_is_in_eval_mode_full_precision_and_leaves_the_model_alone(tiny):
+    torch.manual_seed(0)
+    model = make_model(tiny(), DATA).train()
+    model.bn1.eval()
+    flags = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        result = evaluate(model, image_set(), PGD(0.1, 2), batch_size=7)
+        labels, nonfinite = predict(model, torch.rand(5, 1, 8, 8))
+    assert [module.training for module in model.modules()] == flags
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not nonfinite.any()
+    with torch.no_grad():
+        x = image_set().images.float() / 255
+        expected = model.eval()(x).argmax(1) == image_set().labels
+    assert torch.equal(result.clean_mask, expected)
+    assert labels.dtype == torch.int64
+
+
+def test_independent_of_batch_size(tiny):
+    torch.manual_seed(0)
+    model = make_model(tiny(), DATA).eval()
+    whole = evaluate(model, image_set(), PGD(0.02, 2), batch_size=30)
+    parts = evaluate(model, image_set(), PGD(0.02, 2), batch_size=4)
+    assert torch.equal(whole.clean_mask, parts.clean_mask)
+    assert torch.equal(whole.robust_mask, parts.robust_mask)
+    assert whole.routing == parts.routing
+
+
+def test_routing_counts_are_those_of_the_layer(tiny):
+    torch.manual_seed(0)
+    model = make_model(tiny("model.moe.num_experts=3"), DATA).eval()
+    images = image_set()
+    result = evaluate(model, images, PGD(0.1, 1), batch_size=8)
+    with torch.no_grad():
+        model(images.images.float() / 255)
+    indices = model.get_submodule("layer2.1").routing.indices
+    shares = result.routing["layer2.1"]
+    for expert in range(3):
+        assert shares.selected[expert] == pytest.approx((indices == expert).sum().item() / 30)
+        assert shares.first[expert] == pytest.approx((indices[:, 0] == expert).sum().item() / 30)
+    assert routing_shares(model, images, batch_size=8) == result.routing
+    assert routing_shares(Brightness(), images) == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "collapsed"),
+    [([0.81, 0.19], True), ([0.8, 0.2], False), ([0.25] * 4, False), ([1.0], False)],  # one expert cannot collapse
+)
+def test_collapse_is_more_than_four_fifths_of_first_choices(first, collapsed):
+    assert LayerRouting(selected=first, first=first).collapsed is collapsed
+
+
+def test_nan_never_counts_as_robust_or_even_as_wrong():
+    model = Brightness()
+    with torch.no_grad():
+        model.scale.fill_(torch.nan)
+    for attack in (None, PGD(0.1, 1)):
+        with pytest.raises(FloatingPointError, match=r"NaN or infinity for \d+ image.*never counts as robust"):
+            evaluate(model, grey([10, 240], [0, 1]), attack)
+
+
+def test_empty_set_is_refused():
+    with pytest.raises(ValueError, match="images: expected at least one image"):
+        evaluate(Brightness(), grey([1], [0]).subset(torch.tensor([], dtype=torch.int64)))
+
+
+def test_wilson_interval_solves_its_equation():
+    z = 1.959963984540054
+    for share, count in ((0.847, 360), (0.5, 10), (0.0, 50), (1.0, 50)):
+        low, high = wilson_interval(share, count)
+        for end in (low, high):
+            if 0 < end < 1:
+                assert abs(end - share) == pytest.approx(z * math.sqrt(end * (1 - end) / count))
+        assert 0 <= low <= share <= high <= 1
+
+
+def test_result_file_has_the_numbers_settings_and_masks(tmp_path):
+    images = grey([10, 120, 135, 240], [0, 0, 1, 1])
+    config = AttackConfig(eps="8/255", steps=20, alpha=None)
+    attack = PGD(8 / 255, 20, seed=5)
+    result = evaluate(Brightness(), images, attack)
+    results = make_results(
+        result,
+        model={"name": "brightness", "parameters": 1},
+        data={"name": "grey", "split": "test"},
+        attack=describe_attack(config, attack),
+        source="x.pt",
+        device="cpu",
+    )
+    write_results(results, result, tmp_path / "results.json")
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert read["attack"]["eps"] == "8/255"
+    assert read["attack"]["alpha"] == "1/255"  # 2.5 * 8/255 / 20, exactly
+    assert (read["attack"]["seed"], read["attack"]["steps"]) == (5, 20)
+    assert read["attack"]["passes_per_image"] == {"forward": 20, "backward": 20}
+    assert (read["clean"], read["robust"], read["count"]) == (1.0, 0.5, 4)
+    assert read["robust_interval"] == list(wilson_interval(0.5, 4))
+    assert read["versions"]["torch"] == torch.__version__
+    assert {"git", "hardware", "dtype", "seconds", "routing"} <= read.keys()
+    with np.load(tmp_path / read["masks"], allow_pickle=False) as masks:
+        assert masks["clean"].tolist() == [True] * 4
+        assert masks["robust"].tolist() == [True, False, False, True]
+
+
+def test_table_shows_percentages_with_intervals():
+    row = {
+        "model": {"parameters": 1_490_000},
+        "count": 360,
+        "clean": 0.989,
+        "robust": None,
+        "clean_interval": [0.972, 0.996],
+        "seconds": 1.25,
+        "attack": None,
+    }
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(results_table([("dense", row)], "Title"))
+    text = console.export_text()
+    assert "98.9 [97.2, 99.6]" in text
+    assert "1.49 M" in text
+    assert attack_name(row) == "no attack"
+    attack = {"name": "pgd", "steps": 20, "restarts": 2, "norm": "Linf", "eps": "8/255"}
+    assert attack_name({"attack": attack}) == "PGD-20 x2, Linf eps = 8/255"
