@@ -10,6 +10,7 @@ Environment
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+RUNS_ON_X86 = sys.platform != "win32" and platform.machine() in ("x86_64", "AMD64")
 
 
 def find_nvcc() -> Path | None:
@@ -34,6 +36,17 @@ def cuda_library_dirs(nvcc: Path) -> list[str]:
     asked = subprocess.run([str(nvcc), "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
     home = next(line.split("TOP=", 1)[1] for line in asked.stderr.splitlines() if "TOP=" in line)
     return [str(folder) for folder in (Path(home, "lib64"), Path(home, "lib")) if folder.is_dir()]
+
+
+def instruction_set(source: Path) -> list[str]:
+    """Flags of a file whose name ends in an instruction set; which of them runs is decided when it runs."""
+    if not RUNS_ON_X86:
+        return []
+    sets = {"_avx512": ["-mavx512f", "-mfma"], "_avx2": ["-mavx2", "-mfma"]}
+    for suffix, flags in sets.items():
+        if source.stem.endswith(suffix):
+            return [*flags, "-ffp-contract=fast"]
+    return []
 
 
 def build_mode() -> str:
@@ -75,7 +88,7 @@ class BuildNative(build_ext):
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=ext.extra_compile_args,
+            extra_postargs=[*ext.extra_compile_args, *instruction_set(source)],
             depends=ext.depends,
         )
         return objects[0]
@@ -101,8 +114,10 @@ def extension(mode: str) -> Extension:
     import pybind11
 
     sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h"))
-    macros: list[tuple[str, str | None]] = []
+    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".inl"))
+    macros: list[tuple[str, str | None]] = [("RMK_X86", "1")] if RUNS_ON_X86 else []
+    if not RUNS_ON_X86:
+        sources = [name for name in sources if not name.endswith(("_avx512.cpp", "_avx2.cpp"))]
     libraries: list[str] = []
     library_dirs: list[str] = []
     link_args: list[str] = []

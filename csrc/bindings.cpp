@@ -5,6 +5,9 @@
 #include <cstdint>
 
 #include "attack_step/attack_step.h"
+#include "expert_block/expert_block.h"
+#include "expert_conv/expert_conv.h"
+#include "expert_conv/gemm.h"
 #include "gate/gate.h"
 #include "permute/permute.h"
 #include "routing/routing.h"
@@ -79,6 +82,76 @@ void permute(Address samples, Address rows, Address order, Address inverse, Addr
           at<void>(out), batch, top_k, size, dtype, threads});
 }
 
+using Conv = void (*)(const rmk::ConvArgs&);
+
+template <Conv kernel>
+void expert_conv(Address input, Address sample, Address weight, Address offsets, Address output, Address d_input,
+                 Address d_weight, int64_t experts, int64_t in_channels, int64_t out_channels, int64_t height,
+                 int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_h, int64_t kernel_w,
+                 int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+                 int64_t dilation_w, int64_t stride_e, int64_t stride_o, int64_t stride_i, int64_t stride_tap,
+                 int threads) {
+  kernel({at<const float>(input),
+          at<const int64_t>(sample),
+          at<const float>(weight),
+          at<const int64_t>(offsets),
+          at<float>(output),
+          at<float>(d_input),
+          at<float>(d_weight),
+          experts,
+          in_channels,
+          out_channels,
+          height,
+          width,
+          out_height,
+          out_width,
+          kernel_h,
+          kernel_w,
+          stride_h,
+          stride_w,
+          pad_h,
+          pad_w,
+          dilation_h,
+          dilation_w,
+          stride_e,
+          stride_o,
+          stride_i,
+          stride_tap,
+          threads});
+}
+
+void column_sums_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address value,
+                     Address other, Address scale, Address shift, Address sum, Address sum_product) {
+  rmk::column_sums_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(value),
+                       at<const float>(other), at<const float>(scale), at<const float>(shift), at<double>(sum),
+                       at<double>(sum_product));
+}
+
+void scale_shift_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address z,
+                     Address scale, Address shift, bool relu, Address out) {
+  rmk::scale_shift_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(z),
+                       at<const float>(scale), at<const float>(shift), relu, at<float>(out));
+}
+
+void norm_backward_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address d,
+                       Address z, Address p, Address q, Address r, Address scale, Address shift, Address out) {
+  rmk::norm_backward_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(d),
+                         at<const float>(z), at<const float>(p), at<const float>(q), at<const float>(r),
+                         at<const float>(scale), at<const float>(shift), at<float>(out));
+}
+
+using Head = void (*)(const rmk::HeadArgs&);
+
+template <Head kernel>
+void head(Address z, Address scale, Address shift, Address x, Address skip_scale, Address skip_shift, Address order,
+          Address expert, Address inverse, Address weights, Address out, Address d_out, Address d_rows,
+          Address d_weights, int64_t batch, int64_t top_k, int64_t pixels, int64_t channels, int threads) {
+  kernel({at<const float>(z), at<const float>(scale), at<const float>(shift), at<const float>(x),
+          at<const float>(skip_scale), at<const float>(skip_shift), at<const int64_t>(order), at<const int64_t>(expert),
+          at<const int64_t>(inverse), at<const float>(weights), at<float>(out), at<const float>(d_out),
+          at<float>(d_rows), at<float>(d_weights), batch, top_k, pixels, channels, threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -99,4 +172,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("dispatch_rows_cpu", &permute<rmk::dispatch_rows_cpu>, NoGil());
   m.def("combine_rows_cpu", &permute<rmk::combine_rows_cpu>, NoGil());
   m.def("row_dot_cpu", &permute<rmk::row_dot_cpu>, NoGil());
+  m.def("gemm_name", [] { return rmk::gemm_kernels().name; }, "Instruction set of the matrix kernels in use.");
+  m.def("expert_conv_forward_cpu", &expert_conv<rmk::expert_conv_forward_cpu>, NoGil());
+  m.def("expert_conv_dgrad_cpu", &expert_conv<rmk::expert_conv_dgrad_cpu>, NoGil());
+  m.def("expert_conv_wgrad_cpu", &expert_conv<rmk::expert_conv_wgrad_cpu>, NoGil());
+  m.def("column_sums_cpu", &column_sums_cpu, NoGil());
+  m.def("scale_shift_cpu", &scale_shift_cpu, NoGil());
+  m.def("norm_backward_cpu", &norm_backward_cpu, NoGil());
+  m.def("head_forward_cpu", &head<rmk::head_forward_cpu>, NoGil());
+  m.def("head_backward_cpu", &head<rmk::head_backward_cpu>, NoGil());
 }

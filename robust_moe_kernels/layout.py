@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["dense", "dense_format", "rows_like"]
+__all__ = ["Geometry", "channels_last", "channels_last_empty", "dense", "dense_format", "rows_like"]
 
 
 def dense_format(tensor: Tensor) -> torch.memory_format:
@@ -24,3 +26,36 @@ def rows_like(x: Tensor, rows: int) -> Tensor:
     """An uninitialised tensor of ``rows`` maps like those of the dense tensor x, in its memory format."""
     strides = (x.shape[1:].numel(), *x.stride()[1:])
     return x.new_empty_strided((rows, *x.shape[1:]), strides)
+
+
+class Geometry(NamedTuple):
+    """Stride, zero padding and dilation of a convolution, each (vertical, horizontal)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def output_size(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output map."""
+        sizes = zip((height, width), kernel, self.stride, self.padding, self.dilation, strict=True)
+        high, wide = ((size + 2 * pad - step * (k - 1) - 1) // stride + 1 for size, k, stride, pad, step in sizes)
+        return high, wide
+
+    def output_like(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """An uninitialised channels-last output for input x [*, I, H, W] and weight [E, O, I, kh, kw]."""
+        size = self.output_size(x.shape[2], x.shape[3], tuple(weight.shape[3:]))
+        return channels_last_empty(x, (rows, weight.shape[1], *size))
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """[N, C, H, W] with C innermost and no gaps: the tensor itself if it is laid out so, else a copy."""
+    n, c, h, w = tensor.shape
+    if tensor.stride() == (h * w * c, 1, w * c, c):
+        return tensor
+    return channels_last_empty(tensor, (n, c, h, w)).copy_(tensor)
+
+
+def channels_last_empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """An uninitialised channels-last tensor [N, C, H, W] with the dtype and device of ``like``."""
+    n, c, h, w = shape
+    return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))

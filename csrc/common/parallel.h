@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -26,6 +27,21 @@ void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
     workers.emplace_back([&f, n, c, chunks] { f(n * c / chunks, n * (c + 1) / chunks); });
   }
   f(int64_t{0}, n / chunks);
+  for (auto& worker : workers) worker.join();
+}
+
+// Calls work(next) on at most `threads` threads; next() hands out task numbers 0 .. tasks-1 in order, then -1. For
+// tasks of unequal length, longest first. What a task computes must not depend on the thread that takes it.
+template <typename F>
+void parallel_tasks(int64_t tasks, int threads, F&& work) {
+  std::atomic<int64_t> counter{0};
+  const auto next = [&counter, tasks]() {
+    const int64_t task = counter.fetch_add(1, std::memory_order_relaxed);
+    return task < tasks ? task : int64_t{-1};
+  };
+  std::vector<std::thread> workers;
+  for (int64_t t = 1; t < std::min<int64_t>(threads, tasks); ++t) workers.emplace_back([&] { work(next); });
+  work(next);
   for (auto& worker : workers) worker.join();
 }
 

@@ -1,25 +1,53 @@
 """Experts with stacked parameters: every tensor of the replaced module with a leading dimension E.
 
-Rows arrive sorted by expert with a list of counts; each expert runs on its own contiguous segment, whole, and the
-results are concatenated once. No masks, no zeros, no work for an expert without rows.
+Where the engine can compute them (float32 on the CPU), all experts run in one grouped operation. Elsewhere rows arrive
+sorted by expert with a list of counts and each expert runs on its own contiguous segment, whole. Either way: no masks,
+no zeros, no work for an expert without rows.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d"]
+from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
+from robust_moe_kernels.ops.permute import combine, dispatch
+from robust_moe_kernels.ops.routing import Route
+
+__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d", "engine_computes"]
 
 
 def _stack(tensor: Tensor, num_experts: int) -> Tensor:
     return tensor.detach().expand(num_experts, *tensor.shape).clone()
+
+
+def _output_innermost(weight: Tensor) -> Tensor:
+    """Filters [E, O, I, kh, kw] laid out as [E, kh, kw, I, O]: the order in which the engine reads and writes them."""
+    return _innermost_view(_innermost(weight).contiguous())
+
+
+def _innermost(weight: Tensor) -> Tensor:
+    return weight.permute(0, 3, 4, 2, 1)
+
+
+def _innermost_view(weight: Tensor) -> Tensor:
+    return weight.permute(0, 4, 3, 1, 2)
+
+
+def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether the grouped engine runs on this input: float32 on the CPU, outside autocast, with the extension."""
+    return (
+        EXPERT_CONV.why_not("native", x.device.type) is None
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(tensor.dtype == torch.float32 for tensor in (x, *parameters))
+    )
 
 
 class Experts(nn.Module, ABC):
@@ -59,6 +87,13 @@ class Experts(nn.Module, ABC):
             return self.one(0, rows)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
+        """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k] -> [B, C', H', W'].
+
+        Reads the segments' sizes on the host: on a GPU, the host waits for the gate.
+        """
+        return combine(self(dispatch(x, route), route.counts.tolist()), route, weights)
+
     def one(self, expert: int, x: Tensor) -> Tensor:
         """All of x [B, C, H, W] through one expert."""
         return self.run(x, self.unbind()[expert])
@@ -66,7 +101,10 @@ class Experts(nn.Module, ABC):
     def extract(self, expert: int) -> nn.Module:
         """One expert as an ordinary module of the replaced type, with its own copy of the parameters."""
         module = copy.deepcopy(self._template[0])
-        state = {name: value[expert].detach().clone() for name, value in self.state_dict().items()}
+        state = {
+            name: value[expert].detach().clone(memory_format=torch.contiguous_format)
+            for name, value in self.state_dict().items()
+        }
         module.load_state_dict(state, assign=True)
         return module.train(self.training).requires_grad_(True)
 
@@ -82,17 +120,45 @@ class StackedConv2d(Experts):
         super().__init__(conv, num_experts)
         if conv.padding_mode != "zeros":
             raise ValueError(f"conv: expected padding_mode 'zeros', got {conv.padding_mode!r}")
-        self.weight = nn.Parameter(_stack(conv.weight, num_experts))
+        self.weight = nn.Parameter(_output_innermost(_stack(conv.weight, num_experts)))
         self.bias = None if conv.bias is None else nn.Parameter(_stack(conv.bias, num_experts))
         self.in_channels: int = conv.in_channels
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(memory_format=torch.channels_last) is for 4-d tensors and refuses 5-d ones: show it E*O filters instead.
-        def by_filter(tensor: Tensor) -> Tensor:
-            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else fn(tensor)
+        # As a matrix: fn keeps the layout then, and .to(memory_format=torch.channels_last), which refuses five
+        # dimensions, has nothing to change.
+        def as_matrix(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            stored = _innermost(tensor).contiguous()
+            return _innermost_view(fn(stored.flatten(0, 3)).unflatten(0, stored.shape[:4]))
 
-        return super()._apply(by_filter, recurse)
+        return super()._apply(as_matrix, recurse)
+
+    def geometry(self) -> tuple[int, ...] | None:
+        """Stride, padding and dilation for the engine, or ``None`` for what it does not compute (groups, odd
+        "same")."""
+        padding = self.padding
+        if self.groups != 1:
+            return None
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[3:], strict=True)]
+            if padding == "same" and any(r % 2 for r in reach):
+                return None
+            padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
+        return (*self.stride, *padding, *self.dilation)
+
+    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
+        geometry = self.geometry()
+        if geometry is None or not engine_computes(x, self.parameters()):
+            return super().mix(x, route, weights)
+        rows = expert_conv(dispatch(x, route), self.weight, route.offsets, geometry[:2], geometry[2:4], geometry[4:])
+        if self.bias is not None:
+            expert = torch.searchsorted(route.offsets[1:], torch.arange(len(rows), device=x.device), right=True)
+            rows = rows + self.bias.index_select(0, expert)[:, :, None, None]
+        out = combine(rows, route, weights)
+        return out.contiguous(memory_format=dense_format(x))
 
     def unbind(self) -> list[Any]:
         biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
@@ -133,6 +199,16 @@ class StackedBatchNorm2d(nn.Module):
     def unbind(self) -> list[Any]:
         """Per-expert (index, weight, bias)."""
         return list(zip(range(self.weight.shape[0]), self.weight.unbind(0), self.bias.unbind(0), strict=True))
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics by a batch's mean and biased variance [E, C] over ``count`` [E, 1] values
+        each."""
+        momentum = self.momentum
+        self.running_mean.data = torch.where(count > 0, self.running_mean.lerp(mean, momentum), self.running_mean)
+        unbiased = variance * (count / (count - 1).clamp_min(1)).to(variance.dtype)
+        self.running_var.data = torch.where(count > 1, self.running_var.lerp(unbiased, momentum), self.running_var)
+        self.num_batches_tracked.data += (count > 0).flatten().to(self.num_batches_tracked.dtype)
 
     def run(self, x: Tensor, parameters: tuple[int, Tensor, Tensor]) -> Tensor:
         """One expert's normalisation of its rows [n, C, H, W]."""

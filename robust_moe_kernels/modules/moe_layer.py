@@ -14,7 +14,6 @@ from robust_moe_kernels.modules.gates import build_gate, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.gate import top_k_gate
-from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import sort_by_expert
 
 __all__ = ["FusedBlockMoE", "FusedConvMoE", "MoELayer"]
@@ -103,8 +102,7 @@ class MoELayer(nn.Module):
             return self.experts.one(self._fixed_expert, x)
         self.routing = self._decide(x)
         route = sort_by_expert(self.routing.indices, self.num_experts)
-        rows = self.experts(dispatch(x, route), route.counts.tolist())
-        return combine(rows, route, self.routing.weights)
+        return self.experts.mix(x, route, self.routing.weights)
 
     def _decide(self, x: Tensor) -> RoutingRecord:
         clean = self.gate(x)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d
+from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d, engine_computes
+from robust_moe_kernels.modules.routed_block import Layer, Plan, routed_block
+from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["ResidualExperts"]
 
@@ -73,6 +76,44 @@ class ResidualExperts(Experts):
             if i < self.depth:
                 y = torch.relu(y)
         return torch.relu(y + self._skip(x, skips))
+
+    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
+        stages = self._stages()
+        if stages is None or not engine_computes(x, self.parameters()) or x.shape[0] == 0:
+            return super().mix(x, route, weights)
+        pools, layers = stages
+        plan = Plan(
+            tuple(Layer(geometry, norm.eps) for _, norm, geometry in layers), len(layers) > self.depth, self.training
+        )
+        x_skip = pools(x) if len(pools) else None
+        tensors = [
+            tensor
+            for conv, norm, _ in layers
+            for tensor in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        ]
+        out, statistics = routed_block(x, x_skip, weights, route, plan, tensors)
+        if self.training:
+            for (_, norm, _), (mean, variance, count) in zip(layers, statistics, strict=True):
+                norm.track(mean, variance, count)
+        return out.contiguous(memory_format=dense_format(x))
+
+    def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, tuple[int, ...]]]] | None:
+        """(pooling before the skip's convolution, every convolution with its norm and geometry, the skip's last);
+        ``None`` where the engine does not compute the block: biases, groups, a skip of another form."""
+        pairs = [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.depth + 1)]
+        pools = nn.Sequential()
+        if self.downsample is not None:
+            modules = list(self.downsample)
+            stacked = _stacks(self.downsample)
+            kinds = [type(module) for module in stacked]
+            if kinds != [StackedConv2d, StackedBatchNorm2d] or modules[-2:] != stacked:
+                return None
+            pools = nn.Sequential(*modules[:-2])
+            pairs.append((stacked[0], stacked[1]))
+        layers = [(conv, norm, conv.geometry()) for conv, norm in pairs]
+        if any(conv.bias is not None or geometry is None for conv, _, geometry in layers):
+            return None
+        return pools, layers
 
     def _skip(self, x: Tensor, skips: list[Any]) -> Tensor:
         if self.downsample is None:

@@ -1,0 +1,268 @@
+"""A routed residual block and its gradient, composed of the engine's raw operations.
+
+Forward: convolution gathers each row's sample as it reads; batch-norm statistics per expert; ReLU; the last operation
+adds the skip, applies the ReLU and sums a sample's k rows. No dispatched copy of the input, no output rows. Saved for
+the backward are the input, the convolutions' outputs and [E, C] tables; what lies between is computed again, at a pass
+over memory each. Only the gradients that are asked for are computed: with frozen parameters no weight gradient exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.ops.expert_block import column_sums, head_backward, head_forward, norm_backward, scale_shift
+from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_wgrad
+from robust_moe_kernels.ops.routing import Route
+
+__all__ = ["Layer", "Plan", "routed_block"]
+
+_FIXED = 7  # arguments of the autograd function before the layers' tensors
+_PER_LAYER = 5  # convolution weight; norm weight, bias, running mean, running variance
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution and its batch norm: what is not a tensor."""
+
+    geometry: tuple[int, ...]  # stride, padding, dilation, each (vertical, horizontal)
+    eps: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A block: its layers in order, the one of the skip last if there is one."""
+
+    layers: tuple[Layer, ...]
+    downsample: bool
+    training: bool
+
+    @property
+    def depth(self) -> int:
+        """Layers of the main path."""
+        return len(self.layers) - self.downsample
+
+
+@dataclass
+class _Norm:
+    """A batch norm as a scale and shift, with what its gradient needs; all [E, C]."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+    variance: Tensor  # biased, of the batch; the running one in evaluation
+
+
+def _normalize(z: Tensor, route_offsets: Tensor, parameters: tuple[Tensor, ...], layer: Layer, training: bool) -> _Norm:
+    weight, bias, running_mean, running_variance = parameters
+    if training:
+        count = _count(z, route_offsets)
+        total, square = column_sums(z, z, route_offsets, None, None, AUTO)
+        mean = total / count.clamp_min(1)
+        variance = (square / count.clamp_min(1) - mean.square()).clamp_min(
+            0
+        )  # float64 sums: no cancellation to speak of
+    else:
+        mean, variance = running_mean.double(), running_variance.double()
+    rstd = (variance + layer.eps).rsqrt()
+    if training:
+        rstd = torch.where(count == 1, 0.0, rstd)  # a single value: the output is the bias, see StackedBatchNorm2d
+    scale = weight.double() * rstd
+    shift = bias.double() - mean * scale
+    kind = z.dtype if z.dtype == torch.float64 else torch.float32
+    return _Norm(*(table.to(kind) for table in (scale, shift, mean, rstd, variance)))
+
+
+def _count(z: Tensor, offsets: Tensor) -> Tensor:
+    """Values per channel [E, 1] that each expert's batch norm sees."""
+    return offsets.diff()[:, None].double() * (z.shape[2] * z.shape[3])
+
+
+class _RoutedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_skip: Tensor | None,
+        weights: Tensor,
+        order: Tensor,
+        inverse: Tensor,
+        offsets: Tensor,
+        plan: Plan,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        sample = order // weights.shape[1]
+        layers = [tensors[i : i + _PER_LAYER] for i in range(0, len(tensors), _PER_LAYER)]
+        zs, norms = [], []
+        source, index = x, sample
+        for i, (layer, parameters) in enumerate(zip(plan.layers, layers, strict=True)):
+            if i == plan.depth:  # the skip
+                source, index = x if x_skip is None else x_skip, sample
+            z = conv_forward(source, parameters[0], offsets, index, list(layer.geometry), AUTO)
+            norm = _normalize(z, offsets, parameters[1:], layer, plan.training)
+            zs.append(z)
+            norms.append(norm)
+            if i < plan.depth - 1:
+                source, index = scale_shift(z, offsets, norm.scale, norm.shift, True, AUTO), None
+        last = norms[plan.depth - 1]
+        skip, skip_scale, skip_shift = x, None, None
+        if plan.downsample:
+            skip, skip_scale, skip_shift = zs[-1], norms[-1].scale, norms[-1].shift
+        out = head_forward(
+            zs[plan.depth - 1],
+            last.scale,
+            last.shift,
+            skip,
+            skip_scale,
+            skip_shift,
+            order,
+            inverse,
+            offsets,
+            weights,
+            AUTO,
+        )
+        tables = [table for norm in norms for table in (norm.scale, norm.shift, norm.mean, norm.rstd)]
+        weights_of_layers = [parameters[0] for parameters in layers]
+        ctx.save_for_backward(x, x_skip, weights, order, inverse, offsets, *zs, *tables, *weights_of_layers)
+        ctx.plan = plan
+        counts = [_count(z, offsets) for z in zs]
+        statistics = [t for norm, count in zip(norms, counts, strict=True) for t in (norm.mean, norm.variance, count)]
+        ctx.mark_non_differentiable(*statistics)
+        return out, *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _Backward(ctx).run(d_out)
+
+
+class _Backward:
+    """One backward pass; the attributes are what the forward saved."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.plan: Plan = ctx.plan
+        self.needs = ctx.needs_input_grad
+        count = len(self.plan.layers)
+        self.x, self.x_skip, self.weights, self.order, self.inverse, self.offsets, *rest = ctx.saved_tensors
+        self.zs, rest = rest[:count], rest[count:]
+        self.tables, self.filters = [rest[i : i + 4] for i in range(0, 4 * count, 4)], rest[4 * count :]
+        self.sample = self.order // self.weights.shape[1]
+        self.gradients: list[Tensor | None] = [None] * (_FIXED + _PER_LAYER * count)
+
+    def run(self, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        plan, depth = self.plan, self.plan.depth
+        scale, shift, *_ = self.tables[depth - 1]
+        skip, skip_scale, skip_shift = self.x, None, None
+        if plan.downsample:
+            skip, (skip_scale, skip_shift, *_) = self.zs[-1], self.tables[-1]
+        d_rows, d_weights = head_backward(
+            d_out, self.zs[depth - 1], scale, shift, skip, skip_scale, skip_shift, self.order, self.inverse,
+            self.offsets, self.weights, AUTO,
+        )  # fmt: skip
+        self.gradients[2] = d_weights if self.needs[2] else None
+        wants_x, wants_skip = self.needs[0], self.needs[1] if self.x_skip is not None else self.needs[0]
+        d_x = self._main_path(d_rows, wants_x)
+        d_skip = self._skip_path(d_rows, wants_skip) if plan.downsample else (d_rows if wants_skip else None)
+        if self.x_skip is not None:
+            self.gradients[1] = None if d_skip is None else self._sum_rows(d_skip)
+        elif d_x is not None and d_skip is not None:
+            d_x += d_skip
+        self.gradients[0] = None if d_x is None else self._sum_rows(d_x)
+        return tuple(self.gradients)
+
+    def _sum_rows(self, rows: Tensor) -> Tensor:
+        top_k = self.weights.shape[1]
+        return torch.ops.robust_moe_kernels.combine(rows, self.order, self.inverse, None, top_k, AUTO)
+
+    def _main_path(self, d: Tensor, wants_x: bool) -> Tensor | None:
+        for i in reversed(range(self.plan.depth)):
+            if not (wants_x or self._layers_want(0, i + 1)):
+                return None
+            d_z = self._through_norm(i, d, relu=i < self.plan.depth - 1)
+            if self.needs[self._argument(i)]:
+                if i == 0:
+                    source, index = self.x, self.sample
+                else:
+                    scale, shift, *_ = self.tables[i - 1]
+                    source, index = scale_shift(self.zs[i - 1], self.offsets, scale, shift, True, AUTO), None
+                self._filter_gradient(i, source, d_z, index)
+            if i == 0:
+                return self._through_conv(i, d_z, self.x.shape) if wants_x else None
+            if wants_x or self._layers_want(0, i):
+                d = self._through_conv(i, d_z, self.zs[i - 1].shape)
+        raise AssertionError("a block has at least one layer")
+
+    def _skip_path(self, d: Tensor, wants_x: bool) -> Tensor | None:
+        i = self.plan.depth
+        if not (wants_x or self._layers_want(i, i + 1)):
+            return None
+        source = self.x if self.x_skip is None else self.x_skip
+        d_z = self._through_norm(i, d, relu=False)
+        if self.needs[self._argument(i)]:
+            self._filter_gradient(i, source, d_z, self.sample)
+        return self._through_conv(i, d_z, source.shape) if wants_x else None
+
+    def _argument(self, i: int) -> int:
+        """Position of layer i's first tensor among the function's arguments."""
+        return _FIXED + _PER_LAYER * i
+
+    def _layers_want(self, first: int, last: int) -> bool:
+        return any(self.needs[self._argument(first) : self._argument(last)])
+
+    def _through_norm(self, i: int, d: Tensor, relu: bool) -> Tensor:
+        """Gradient before layer i's batch norm from the one after it (and its ReLU); keeps those of weight and bias."""
+        scale, shift, mean, rstd = self.tables[i]
+        z = self.zs[i]
+        mask = (scale, shift) if relu else (None, None)
+        wants = self.needs[self._argument(i) + 1] or self.needs[self._argument(i) + 2]
+        q = r = None
+        if self.plan.training or wants:
+            total, product = column_sums(d, z, self.offsets, *mask, AUTO)
+            d_weight = (product - mean * total) * rstd
+            self.gradients[self._argument(i) + 1] = d_weight.to(scale.dtype) if wants else None
+            self.gradients[self._argument(i) + 2] = total.to(scale.dtype) if wants else None
+            if self.plan.training:
+                count = _count(z, self.offsets).clamp_min(1)
+                q64 = -scale * rstd * d_weight / count
+                r = (-scale * total / count - q64 * mean).to(scale.dtype)
+                q = q64.to(scale.dtype)
+        return norm_backward(d, z, self.offsets, scale, q, r, *mask, AUTO)
+
+    def _filter_gradient(self, i: int, source: Tensor, d_z: Tensor, index: Tensor | None) -> None:
+        geometry = list(self.plan.layers[i].geometry)
+        self.gradients[self._argument(i)] = conv_wgrad(
+            source, d_z, self.offsets, index, self.filters[i], geometry, AUTO
+        )
+
+    def _through_conv(self, i: int, d_z: Tensor, shape: torch.Size) -> Tensor:
+        geometry = list(self.plan.layers[i].geometry)
+        return conv_dgrad(d_z, self.filters[i], self.offsets, shape[2], shape[3], geometry, AUTO)
+
+
+def routed_block(
+    x: Tensor, x_skip: Tensor | None, weights: Tensor, route: Route, plan: Plan, tensors: list[Tensor]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """A routed residual block: sum over each sample's k experts of weight * relu(main(x) + skip(x)).
+
+    Args:
+        x: [B, C, H, W].
+        x_skip: what a downsampling skip reads, if it is not x itself (a pooled x): [B, C, H', W'].
+        weights: [B, k], in x's dtype (float32 for lower precisions).
+        route: of the same batch.
+        plan: the block.
+        tensors: for each layer, convolution weight [E, O, I, kh, kw]; norm weight, bias, running mean and variance [E,
+        O].
+
+    Returns:
+        [B, O, H', W'] channels-last, differentiable once in x, x_skip, weights and the layers' weights and biases; and
+        for each layer (mean, biased variance, count): what its batch norm saw, [E, O] and [E, 1] (in evaluation the
+        running ones).
+    """
+    out, *flat = _RoutedBlock.apply(x, x_skip, weights, route.order, route.inverse, route.offsets, plan, *tensors)
+    return out, list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))

@@ -1,0 +1,92 @@
+"""The grouped convolution over the compiled extension (CPU, float32): tap skipping, see csrc/expert_conv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels import native
+from robust_moe_kernels.layout import Geometry, channels_last_empty
+
+__all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+
+why_not = native.why_not_cpu
+
+
+def why_not_case(x: Tensor, weight: Tensor) -> str | None:
+    """Reason why these operands cannot be computed here, or ``None``."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"the native convolution computes float32, not {x.dtype} with {weight.dtype}"
+    return None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tap_stride(weight: Tensor) -> int | None:
+    """Distance from one filter tap to the next, or ``None`` where there is no single one."""
+    _, _, _, kernel_h, kernel_w = weight.shape
+    if kernel_w == 1:
+        return weight.stride(3)
+    return weight.stride(4) if kernel_h == 1 or weight.stride(3) == kernel_w * weight.stride(4) else None
+
+
+def _uniform_taps(weight: Tensor) -> Tensor:
+    return weight if _tap_stride(weight) is not None else weight.contiguous()
+
+
+def _run(
+    kernel: str, offsets: Tensor, filters: Tensor, sizes: tuple[int, int, int, int], geometry: Geometry, **tensors: Any
+) -> None:
+    getattr(native.extension(), kernel)(
+        _address(tensors.get("input")),
+        _address(tensors.get("sample")),
+        _address(tensors.get("weight")),
+        offsets.data_ptr(),
+        _address(tensors.get("output")),
+        _address(tensors.get("d_input")),
+        _address(tensors.get("d_weight")),
+        filters.shape[0],
+        filters.shape[2],
+        filters.shape[1],
+        *sizes,
+        filters.shape[3],
+        filters.shape[4],
+        *geometry.stride,
+        *geometry.padding,
+        *geometry.dilation,
+        *filters.stride()[:3],
+        _tap_stride(filters),
+        native.threads(),
+    )
+
+
+def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+    weight = _uniform_taps(weight)
+    out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
+    sizes = (x.shape[2], x.shape[3], out.shape[2], out.shape[3])
+    _run("expert_conv_forward_cpu", offsets, weight, sizes, geometry, input=x, sample=sample, weight=weight, output=out)
+    return out
+
+
+def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+    weight = _uniform_taps(weight)
+    d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
+    sizes = (height, width, d_out.shape[2], d_out.shape[3])
+    _run("expert_conv_dgrad_cpu", offsets, weight, sizes, geometry, weight=weight, output=d_out, d_input=d_x)
+    return d_x
+
+
+def wgrad(
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry
+) -> Tensor:
+    d_weight = torch.empty_like(_uniform_taps(weight))
+    sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
+    _run(
+        "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry,
+        input=x, sample=sample, output=d_out, d_weight=d_weight,
+    )  # fmt: skip
+    return d_weight

@@ -1,0 +1,174 @@
+"""Grouped convolution of rows sorted by expert: every expert's rows with its own filters, in one call.
+
+Three raw operations (``forward``, ``dgrad``, ``wgrad``) that a fused block composes as it needs them, and
+``expert_conv``, the differentiable function made of them. All maps are channels-last. No operation waits for the
+device, except the reference.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_tensor
+from robust_moe_kernels.dispatch import AUTO, ImplementationUnavailable, Op
+from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty
+
+__all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_wgrad", "expert_conv"]
+
+EXPERT_CONV = Op(__package__, cpu=("native", "reference"), cuda=("reference",))
+
+
+def expert_conv(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    impl: str = AUTO,
+) -> Tensor:
+    """Convolve each expert's rows with its own filters.
+
+    Args:
+        x: rows [R, I, H, W] sorted by expert, any floating dtype; computed channels-last.
+        weight: [E, O, I, kh, kw], dtype of x. Fastest where the output channels lie innermost in memory
+            (``modules.experts`` keeps them so).
+        offsets: [E+1] int64, rows ``offsets[e]:offsets[e+1]`` are expert e's; ``offsets[E] == R``.
+        stride, padding (zeros), dilation: (vertical, horizontal).
+        impl: "auto", "reference" or "native" (CPU, float32).
+
+    Returns:
+        [R, O, H', W'], channels-last. Differentiable (once) in x and weight; an expert without rows has gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        ImplementationUnavailable: a named implementation cannot run here, or not on these operands.
+    """
+    expect_tensor(x, "x")
+    expect_dtype(x, "x", FLOATS)
+    expect(x.dim() == 4, "x", "shape [R, I, H, W]", list(x.shape))
+    expect_tensor(weight, "weight")
+    expect_dtype(weight, "weight", (x.dtype,))
+    ok = weight.dim() == 5 and weight.shape[2] == x.shape[1]
+    expect(ok, "weight", f"shape [E, O, {x.shape[1]}, kh, kw]", list(weight.shape))
+    expect_tensor(offsets, "offsets")
+    expect_dtype(offsets, "offsets", (torch.int64,))
+    expect(offsets.shape == (weight.shape[0] + 1,), "offsets", f"shape [{weight.shape[0] + 1}]", list(offsets.shape))
+    expect_same_device(weight, "weight", x, "x")
+    expect_same_device(offsets, "offsets", x, "x")
+    expect(min(stride) >= 1, "stride", "numbers >= 1", stride)
+    expect(min(padding) >= 0, "padding", "numbers >= 0", padding)
+    expect(min(dilation) >= 1, "dilation", "numbers >= 1", dilation)
+    size = Geometry(stride, padding, dilation).output_size(x.shape[2], x.shape[3], tuple(weight.shape[3:]))
+    expect(min(size) >= 1, "x", "maps that give an output of at least 1x1", f"{list(x.shape)} -> {list(size)}")
+    return _Conv.apply(x, weight, offsets, [*stride, *padding, *dilation], impl)
+
+
+def _geometry(numbers: list[int]) -> Geometry:
+    a, b, c, d, e, f = numbers
+    return Geometry((a, b), (c, d), (e, f))
+
+
+def _choose(impl: str, x: Tensor, weight: Tensor) -> ModuleType:
+    """The implementation for these operands: the first of the device's that can compute them, or the named one."""
+    device = x.device.type
+    if impl != AUTO:
+        module = EXPERT_CONV.choose(impl, device)
+        reason = module.why_not_case(x, weight)
+        if reason is not None:
+            raise ImplementationUnavailable(f"expert_conv: impl={impl!r} cannot run: {reason}")
+        return module
+    for name in EXPERT_CONV.order(device):
+        if EXPERT_CONV.why_not(name, device) is None:
+            module = EXPERT_CONV.choose(name, device)
+            if module.why_not_case(x, weight) is None:
+                return module
+    return EXPERT_CONV.choose("reference", device)
+
+
+_G = "int[] geometry, str impl"
+torch.library.define(
+    "robust_moe_kernels::expert_conv_forward",
+    f"(Tensor x, Tensor weight, Tensor offsets, Tensor? sample, {_G}) -> Tensor",
+)
+torch.library.define(
+    "robust_moe_kernels::expert_conv_dgrad",
+    f"(Tensor d_out, Tensor weight, Tensor offsets, int height, int width, {_G}) -> Tensor",
+)
+torch.library.define(
+    "robust_moe_kernels::expert_conv_wgrad",
+    f"(Tensor x, Tensor d_out, Tensor offsets, Tensor? sample, Tensor weight, {_G}) -> Tensor",
+)
+
+
+@torch.library.impl("robust_moe_kernels::expert_conv_forward", "default")
+def _forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: list[int], impl: str
+) -> Tensor:
+    return _choose(impl, x, weight).forward(channels_last(x), weight, offsets, sample, _geometry(geometry))
+
+
+@torch.library.register_fake("robust_moe_kernels::expert_conv_forward")
+def _forward_fake(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: list[int], impl: str
+) -> Tensor:
+    return _geometry(geometry).output_like(x, weight, x.shape[0] if sample is None else sample.shape[0])
+
+
+@torch.library.impl("robust_moe_kernels::expert_conv_dgrad", "default")
+def _dgrad(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: list[int], impl: str
+) -> Tensor:
+    chosen = _choose(impl, d_out, weight)
+    return chosen.dgrad(channels_last(d_out), weight, offsets, height, width, _geometry(geometry))
+
+
+@torch.library.register_fake("robust_moe_kernels::expert_conv_dgrad")
+def _dgrad_fake(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: list[int], impl: str
+) -> Tensor:
+    return channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
+
+
+@torch.library.impl("robust_moe_kernels::expert_conv_wgrad", "default")
+def _wgrad(
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: list[int], impl: str
+) -> Tensor:
+    chosen = _choose(impl, x, weight)
+    return chosen.wgrad(channels_last(x), channels_last(d_out), offsets, sample, weight, _geometry(geometry))
+
+
+@torch.library.register_fake("robust_moe_kernels::expert_conv_wgrad")
+def _wgrad_fake(
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: list[int], impl: str
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+conv_forward = torch.ops.robust_moe_kernels.expert_conv_forward
+conv_dgrad = torch.ops.robust_moe_kernels.expert_conv_dgrad
+conv_wgrad = torch.ops.robust_moe_kernels.expert_conv_wgrad
+
+
+class _Conv(torch.autograd.Function):
+    """``expert_conv`` without its checks; computes only the gradients that are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, geometry: list[int], impl: str) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        ctx.geometry, ctx.impl = geometry, impl
+        return conv_forward(x, weight, offsets, None, geometry, impl)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, offsets = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = conv_dgrad(d_out, weight, offsets, x.shape[2], x.shape[3], ctx.geometry, ctx.impl)
+        if ctx.needs_input_grad[1]:
+            d_weight = conv_wgrad(x, d_out, offsets, None, weight, ctx.geometry, ctx.impl)
+        return d_x, d_weight, None, None, None

@@ -1,0 +1,62 @@
+"""The specification of the grouped convolution: PyTorch's own, one expert's contiguous rows at a time.
+
+Reads the segments' sizes on the host. Rows are [R, I, H, W] sorted by expert, weights [E, O, I, kh, kw].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robust_moe_kernels.layout import Geometry, channels_last_empty
+
+__all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+
+
+def why_not(device_type: str) -> str | None:
+    return None
+
+
+def why_not_case(x: Tensor, weight: Tensor) -> str | None:
+    return None
+
+
+def _segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has any."""
+    ends = offsets.tolist()
+    for expert, (begin, end) in enumerate(pairwise(ends)):
+        if end > begin:
+            yield expert, slice(begin, end)
+
+
+def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+    rows = x if sample is None else x.index_select(0, sample)
+    out = geometry.output_like(x, weight, rows.shape[0])
+    for expert, part in _segments(offsets):
+        out[part] = F.conv2d(rows[part], weight[expert], None, geometry.stride, geometry.padding, geometry.dilation)
+    return out
+
+
+def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+    d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
+    for expert, part in _segments(offsets):
+        d_x[part] = torch.nn.grad.conv2d_input(
+            d_x[part].shape, weight[expert], d_out[part], geometry.stride, geometry.padding, geometry.dilation
+        )
+    return d_x
+
+
+def wgrad(
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry
+) -> Tensor:
+    rows = x if sample is None else x.index_select(0, sample)
+    d_weight = torch.zeros_like(weight)
+    for expert, part in _segments(offsets):
+        d_weight[expert] = torch.nn.grad.conv2d_weight(
+            rows[part], weight[expert].shape, d_out[part], geometry.stride, geometry.padding, geometry.dilation
+        )
+    return d_weight
