@@ -336,9 +336,9 @@ def test_an_empty_batch_has_an_output_and_a_backward(name: str, training: bool, 
 
 @mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_convolutions_see_each_sample_once_an_expert(monkeypatch, training: bool):
-    """Dispatch by sorting: k*B rows in all; an expert without rows runs nothing."""
+    """Dispatch by sorting: k*B rows in all; an expert without rows runs nothing. In float64, which runs by segments."""
     torch.manual_seed(0)
-    moe = FusedBlockMoE.from_block(strided(own_resnet.BasicBlock, 8, 6), 7, 2, init="fresh").train(training)
+    moe = FusedBlockMoE.from_block(strided(own_resnet.BasicBlock, 8, 6).double(), 7, 2, init="fresh").train(training)
     calls: dict[tuple[int, ...], list[int]] = {}  # by the shape of a filter bank: conv1, conv2 and the skip differ
     conv2d = torch.nn.functional.conv2d
 
@@ -347,7 +347,7 @@ def test_convolutions_see_each_sample_once_an_expert(monkeypatch, training: bool
         return conv2d(x, weight, *rest)
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", counting)
-    moe(torch.randn(5, 8, 6, 6))
+    moe(torch.randn(5, 8, 6, 6, dtype=torch.float64))
     counts = moe.routing.indices.flatten().bincount(minlength=7).tolist()
     assert 0 in counts, "the case needs an expert without rows"
     assert sum(counts) == 5 * 2
@@ -358,10 +358,11 @@ def test_convolutions_see_each_sample_once_an_expert(monkeypatch, training: bool
 @mark.parametrize("top_k", [1, 2])
 @mark.parametrize("num_experts", [2, 16])
 def test_work_is_that_of_k_blocks_for_any_number_of_experts(num_experts: int, top_k: int):
+    """In float64, which runs by segments: PyTorch counts its own convolutions only."""
     torch.manual_seed(0)
-    block = own_resnet.BasicBlock(8, 8)
+    block = own_resnet.BasicBlock(8, 8).double()
     moe = FusedBlockMoE.from_block(block, num_experts, top_k, init="fresh")
-    x = torch.randn(6, 8, 5, 5, requires_grad=True)
+    x = torch.randn(6, 8, 5, 5, dtype=torch.float64, requires_grad=True)
 
     def convolution_flops(module: nn.Module) -> dict:
         with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,145 @@
+"""The grouped engine against the loop over segments: every kind of block, every gradient, every statistic.
+
+Truth is the segments' loop in float64. The bound is twice the error that the same loop makes in float32, plus 2e-6 of
+the largest value: 32 ulp, for sums of a few hundred products whose order differs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, experts, residual
+
+RESNET18, RESNET50 = torchvision.models.resnet18(), torchvision.models.resnet50()
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "BasicBlock": lambda: RESNET18.layer1[0],
+    "BasicBlock, stride 2": lambda: RESNET18.layer2[0],
+    "Bottleneck": lambda: RESNET50.layer1[1],
+    "Bottleneck, stride 2": lambda: RESNET50.layer2[0],
+    "timm, pooled skip": lambda: timm.create_model("resnet26d").layer2[0],
+    "convolution with bias": lambda: nn.Conv2d(64, 96, 3, 2, 1),
+    "1x1, same padding": lambda: nn.Conv2d(64, 70, 1, padding="same"),
+}
+# (k, B): one row in all, ragged counts with idle experts, every expert on every sample
+SIZES = [(1, 1), (2, 7), (4, 16)]
+
+
+@contextmanager
+def without_engine() -> Iterator[None]:
+    found = experts.engine_computes
+    experts.engine_computes = residual.engine_computes = lambda *_: False
+    try:
+        yield
+    finally:
+        experts.engine_computes = residual.engine_computes = found
+
+
+def layer(name: str, top_k: int) -> MoELayer:
+    torch.manual_seed(0)
+    block = BLOCKS[name]()
+    if isinstance(block, nn.Conv2d):
+        return FusedConvMoE.from_conv(block, 4, top_k, init="fresh")
+    return FusedBlockMoE.from_block(block, 4, top_k, init="fresh")
+
+
+def everything(moe: MoELayer, x: Tensor) -> dict[str, Tensor | None]:
+    """Output, all gradients of a fixed weighting of it, all buffers afterwards."""
+    moe = copy.deepcopy(moe)
+    x = x.clone().requires_grad_()
+    y = moe(x)
+    (y * torch.arange(y.numel(), dtype=y.dtype).sin().view_as(y)).sum().backward()
+    found = {"output": y.detach(), "x": x.grad}
+    found |= {name: parameter.grad for name, parameter in moe.named_parameters()}
+    return found | {f"buffer {name}": buffer for name, buffer in moe.named_buffers()}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("top_k", "batch"), SIZES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_engine_equals_segments(name: str, top_k: int, batch: int, training: bool):
+    moe = layer(name, top_k).train(training)
+    x = torch.randn(batch, moe.experts.in_channels, 6, 5)
+    assert experts.engine_computes(x, moe.parameters())
+    got = everything(moe, x)
+    with without_engine():
+        single, truth = everything(moe, x), everything(moe.double(), x.double())
+    for key, wanted in truth.items():
+        if wanted is None:
+            assert got[key] is None, key
+            continue
+        wanted = wanted.double()
+        scale = wanted.abs().max().clamp_min(1e-30)
+        error, allowed = ((found[key].double() - wanted).abs().max() / scale for found in (got, single))
+        assert error <= 2 * allowed + 2e-6, f"{key}: {error:.1e}, segments {allowed:.1e}"
+
+
+class Calls(TorchDispatchMode):
+    """Names of the package's operations that ran, and whether anything read a tensor on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", list(BLOCKS)[:5])
+def test_frozen_parameters_cost_no_weight_gradient(name: str):
+    moe = layer(name, 2).eval().requires_grad_(False)
+    x = torch.randn(5, moe.experts.in_channels, 6, 5, requires_grad=True)
+    with Calls() as calls:
+        torch.autograd.grad(moe(x).sum(), x)
+    ran = {call.removeprefix("robust_moe_kernels::") for call in calls.names if call.startswith("robust_moe_kernels")}
+    assert {"expert_conv_forward", "expert_conv_dgrad"} <= ran
+    assert not ran & {"expert_conv_wgrad", "column_sums"}
+    assert not [call for call in calls.names if "convolution" in call]
+
+
+def test_the_engine_reads_nothing_on_the_host():
+    moe = layer("BasicBlock", 2)
+    x = torch.randn(5, 64, 6, 5, requires_grad=True)
+    with Calls() as calls:
+        moe(x).sum().backward()
+    readers = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select"}
+    assert not readers & set(calls.names)
+
+
+def test_parameters_are_stored_with_output_channels_innermost():
+    moe = layer("BasicBlock", 2)
+    for module in (moe, copy.deepcopy(moe), moe.to(memory_format=torch.channels_last), moe.double().float()):
+        assert module.experts.conv1.weight.stride(1) == 1
+        assert module.expert(0).conv1.weight.is_contiguous()
+
+
+def test_thread_counts_give_the_same_bits():
+    moe = layer("Bottleneck, stride 2", 2)
+    x = torch.randn(9, 256, 6, 5)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(everything(moe, x))
+    finally:
+        torch.set_num_threads(before)
+    gate = {"x", "gate.fc.weight", "gate.fc.bias"}  # the gate's own products are PyTorch's
+    for other in results[1:]:
+        assert all(torch.equal(results[0][key], other[key]) for key in other if key not in gate)
+
+
+def test_no_second_derivative():
+    moe = layer("BasicBlock", 2)
+    x = torch.randn(3, 64, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(moe(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once|once_differentiable"):
+        gradient.sum().backward()
