@@ -141,5 +141,5 @@ def test_no_second_derivative():
     moe = layer("BasicBlock", 2)
     x = torch.randn(3, 64, 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(moe(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"differentiable once|once_differentiable"):
         gradient.sum().backward()
