@@ -6,7 +6,7 @@ import functools
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from robust_moe.config import ConfigError, load_config, preset_names
 from robust_moe.data import DataError
 from robust_moe.demo import run_demo
 from robust_moe.engine import CheckpointError, Reporter, Trainer
+from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.evaluation import results_table
 from robust_moe.provenance import git_revision, versions
 from robust_moe.report import assess, draw
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 
 # What a user can cause and mend: one line, exit status 2. Anything else is a fault of ours and keeps its traceback.
-EXPECTED = (ConfigError, DataError, CheckpointError, FloatingPointError, ValueError)
+EXPECTED = (ConfigError, DataError, CheckpointError, FloatingPointError, ValueError, OSError)
 STOPPED = 130  # exit status of a run that SIGINT or SIGTERM stopped, as shells have it
 
 Overrides = Annotated[
@@ -42,6 +43,11 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an erro
 
 def _console(stderr: bool = False) -> Console:
     return Console(highlight=False, stderr=stderr)
+
+
+def _table(name: str, results: dict[str, Any]) -> Table:
+    data = results["data"]
+    return results_table([(name, results)], f"{data['name']}, {results['count']:,} {data['split']} images")
 
 
 def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +88,7 @@ def train(
     if not outcome.finished:
         raise typer.Exit(STOPPED)
     results = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
-    reporter.console.print(results_table([(outcome.folder.name, results)], f"{results['data']['name']}, test images"))
+    reporter.console.print(_table(outcome.folder.name, results))
     reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)
 
 
@@ -105,12 +111,12 @@ def evaluate_checkpoint(
     for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):
         if value is not None:
             settings.append(f"eval.attack.{name}={value}")
-    folder, stem = (checkpoint, "best") if checkpoint.is_dir() else (checkpoint.parent, checkpoint.stem)
-    out = out or folder / f"results-{stem}-{split}.json"
+    file = checkpoint_file(checkpoint)
+    out = out or file.with_name(f"results-{file.stem}-{split}.json")
     reporter = Reporter(console=_console())
-    results = assess(checkpoint, out, overrides=settings, split=split, reporter=reporter)
-    rows = [(f"{folder.resolve().name}/{stem}", results)]
-    reporter.console.print(results_table(rows, f"{results['data']['name']}, {split} images"))
+    results = assess(file, out, overrides=settings, split=split, reporter=reporter)
+    name = file.resolve().parent.name if file.stem == "best" else file.stem
+    reporter.console.print(_table(name, results))
     reporter.console.print(f"results: {out}", soft_wrap=True)
 
 

@@ -53,6 +53,6 @@ def run_demo(
     rows = list(results.items())
     label = attack_name(rows[0][1])
     plot_comparison(rows, out / "comparison.png", title=f"Handwritten digits: clean and robust accuracy ({label})")
-    console.print(results_table(rows, "Handwritten digits, test images"))
+    console.print(results_table(rows, f"Handwritten digits, {rows[0][1]['count']} test images"))
     console.print(f"run folders, figures and results: {out}", soft_wrap=True)
     return results

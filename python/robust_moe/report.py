@@ -8,7 +8,7 @@ from typing import Any
 
 from robust_moe.attacks import build_attack
 from robust_moe.config import ConfigError
-from robust_moe.engine.experiment import load_experiment
+from robust_moe.engine.experiment import cpu_threads, load_experiment
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import evaluate, make_results, plot_routing, plot_training, write_results
@@ -46,7 +46,8 @@ def assess(
         raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
     device = next(model.parameters()).device
     attack = build_attack(config.eval.attack, seed=config.run.seed)
-    with reporter.task(f"{config.model.name} on {len(images)} {split} images", len(images)) as advance:
+    name = f"{config.model.name} on {len(images)} {split} images"
+    with cpu_threads(config.run.threads), reporter.task(name, len(images)) as advance:
         result = evaluate(
             model, images, attack, batch_size=config.eval.batch_size, device=device, on_batch=lambda n: advance(n)
         )

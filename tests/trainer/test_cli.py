@@ -66,6 +66,7 @@ def test_train_then_eval(config, tmp_path):
         (["train", "CONFIG", "data.name=digit"], "did you mean 'digits'"),
         (["train", "CONFIG", "data.name=parquet", "data.root=/nowhere"], "/nowhere/train.parquet"),
         (["train", "CONFIG", "model.moe.layers=[layer9]"], "layer9"),
+        (["train", "CONFIG", "run.out=/proc/nowhere"], "/proc/nowhere"),  # a folder that cannot be made
         (["eval", "nothing.pt"], "nothing.pt: expected a checkpoint file, found nothing"),
     ],
 )

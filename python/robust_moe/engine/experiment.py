@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from robust_moe.data import DataError, ImageSet, Splits, channel_statistics, loa
 from robust_moe.engine.checkpoint import load_checkpoint, load_model_state
 from robust_moe.models import build_model
 
-__all__ = ["describe_data", "load_experiment", "make_model", "resolve_device"]
+__all__ = ["checkpoint_file", "cpu_threads", "describe_data", "load_experiment", "make_model", "resolve_device"]
 
 
 def describe_data(images: ImageSet) -> dict[str, Any]:
@@ -50,21 +52,42 @@ def resolve_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute on ``count`` CPU threads (None: PyTorch's choice), and go back to as many as before.
+
+    The number of threads decides the order of sums, hence the last bits of every result.
+    """
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """``path``, or for a run folder its best.pt, or its last.pt where there was no validation."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return path / "best.pt" if (path / "best.pt").is_file() else path / "last.pt"
+
+
 def load_experiment(
     path: str | Path, overrides: list[str] | None = None
 ) -> tuple[TrainConfig, nn.Module, Splits, dict[str, Any]]:
     """(configuration, model in eval mode on its device, data, checkpoint) from a checkpoint file or a run folder.
 
-    A folder stands for its best.pt, or last.pt where there was no validation. ``overrides`` such as
-    ``["data.root=/data"]`` go on top of the configuration in the checkpoint.
+    A folder stands for its :func:`checkpoint_file`. ``overrides`` such as ``["data.root=/data"]`` go on top of the
+    configuration in the checkpoint.
 
     Raises:
         CheckpointError: an unreadable file, or one that does not fit the model or the data.
         ConfigError, DataError: as in training.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "best.pt" if (path / "best.pt").is_file() else path / "last.pt"
+    path = checkpoint_file(path)
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint["config"], overrides, where=str(path))
     device = resolve_device(config.run.accelerator)

@@ -8,7 +8,6 @@ from types import FrameType
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.engine.experiment import resolve_device
@@ -28,10 +27,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {run.devices}")
     if run.batch_size % run.devices:
         raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
-    strategy: str | DDPStrategy = "auto"
-    if run.devices > 1:
-        # an expert that no image of a process is sent to has no gradient there
-        strategy = DDPStrategy(find_unused_parameters=bool(config.model.moe.layers))
+    # experts share stacked parameters, so plain DDP finds a gradient for each, also where an expert got no image
+    strategy = "auto" if run.devices == 1 else "ddp"
     return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)
 
 

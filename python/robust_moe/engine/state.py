@@ -78,8 +78,11 @@ class RunState:
             "git": git_revision(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device) -> None:
-        """Continue from ``state``; :class:`CheckpointError` for another configuration or architecture."""
+    def load_state_dict(self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device) -> int:
+        """Continue from ``state``; returns the number of metric lines written by then.
+
+        Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
+        """
         refuse_changes(state["config"], self.config, source)
         load_model_state(self.model, state["model"], source)
         try:
@@ -90,6 +93,7 @@ class RunState:
             self.interval.load_state_dict(state["meters"]["interval"], device)
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
+            return int(state["log_lines"])
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise CheckpointError(f"{source}: expected a whole training state, got {error!r}") from error
 

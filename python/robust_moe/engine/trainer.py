@@ -17,7 +17,7 @@ from robust_moe.attacks import ATTACKS
 from robust_moe.config import TrainConfig, choose, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
-from robust_moe.engine.experiment import describe_data, make_model
+from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
 from robust_moe.engine.fabric import StopRequest, make_fabric
 from robust_moe.engine.guards import describe_collapse, state_is_finite
 from robust_moe.engine.log import MetricLog
@@ -84,15 +84,13 @@ class Trainer:
             FloatingPointError: a loss, gradient or gate became NaN or infinite.
         """
         began = time.perf_counter()
-        run = self.config.run
-        if run.threads is not None:
-            torch.set_num_threads(run.threads)
-        self._set_up(resume)
-        try:
-            with StopRequest(self.fabric) as self.stop, torch.backends.cudnn.flags(deterministic=True):
-                finished = self._run()
-        finally:
-            self.log.close()
+        with cpu_threads(self.config.run.threads):
+            self._set_up(resume)
+            try:
+                with StopRequest(self.fabric) as self.stop, torch.backends.cudnn.flags(deterministic=True):
+                    finished = self._run()
+            finally:
+                self.log.close()
         state = self.state
         return TrainResult(self.folder, finished, state.step, dict(state.best), time.perf_counter() - began)
 
@@ -135,8 +133,7 @@ class Trainer:
         self.state = RunState(config, data, self.model, optimizer, fabric.strategy.precision)
         lines = 0
         if checkpoint is not None:
-            self.state.load_state_dict(checkpoint, source, fabric.global_rank, fabric.device)
-            lines = checkpoint["log_lines"]
+            lines = self.state.load_state_dict(checkpoint, source, fabric.global_rank, fabric.device)
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
         elif fabric.is_global_zero:
             clear_run(self.folder)
@@ -209,7 +206,8 @@ class Trainer:
         """One "train" line; the only place in the loop where the host waits for the device."""
         state = self.state
         values = self._finite_means()
-        check_finite(self.model)
+        with self._crash_report():
+            check_finite(self.model)
         for layer in gates_without_gradient(self.model):
             self._warn_once(("gradient", layer), f"{layer}: its gate gets no gradient, so its routing does not learn")
         values["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -237,7 +235,8 @@ class Trainer:
         try:
             yield
         except (FloatingPointError, ValueError) as error:
-            self._finite_means()  # names the loss, if that was lost first
+            if self.fabric.world_size == 1:  # the others may not have met it, and would not join in the mean
+                self._finite_means()  # names the loss, if that was lost first
             self._crash(f"after step {self.state.step}: {error}", type(error), error)
 
     def _crash(self, text: str, kind: type[Exception] = FloatingPointError, cause: Exception | None = None) -> NoReturn:

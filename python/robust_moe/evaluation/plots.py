@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 __all__ = ["plot_comparison", "plot_routing", "plot_training"]
 
@@ -20,6 +20,7 @@ CLEAN, ROBUST, NEUTRAL = "#2b6cb0", "#c2410c", "#4a5568"  # also told apart in g
 RUNS = ("#2b6cb0", "#c2410c", "#2f855a", "#6b46c1", "#b7791f", "#0e7490")
 MARKERS = "osD^vP"
 Line = Mapping[str, Any]
+_PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")  # as many decimals as the ticks need
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -153,9 +154,10 @@ def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | P
         )
     right.legend(frameon=False, loc="best")
     _tidy(right, "clean accuracy", "robust accuracy")
-    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.xaxis.set_major_locator(MaxNLocator(6))
+    right.xaxis.set_major_formatter(_PERCENT)
     for axes in (left, right):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(_PERCENT)
     figure.savefig(path)
 
 

@@ -105,13 +105,12 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
     """A table for the screen, a row a (name, results): accuracies in percent with their 95 % intervals."""
     attacks = dict.fromkeys(attack_name(results) for _, results in rows)
     table = Table(title=title, caption=f"robust: {'; '.join(attacks)}. [95 % interval]".replace("[", r"\["))
-    for column in ("run", "parameters", "images", "clean %", "robust %", "seconds"):
+    for column in ("run", "weights", "clean %", "robust %", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for name, results in rows:
         table.add_row(
             name,
             f"{results['model']['parameters'] / 1e6:.2f} M",
-            f"{results['count']:,}",
             _percent(results, "clean"),
             _percent(results, "robust"),
             f"{results['seconds']:.1f}",

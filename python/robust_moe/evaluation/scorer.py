@@ -56,15 +56,21 @@ class EvalResult:
         }
 
 
+def _device(model: nn.Module, device: str | torch.device | None = None) -> torch.device:
+    """``device``, or that of the model's parameters (the CPU if it has none)."""
+    if device is not None:
+        return torch.device(device)
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast; every submodule's training flag is put back as found."""
     modules = [(module, module.training) for module in model.modules()]
-    parameter = next(model.parameters(), None)
-    device = "cpu" if parameter is None else parameter.device.type
     try:
         model.eval()
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
             yield
     finally:
         for module, training in modules:
@@ -113,7 +119,7 @@ def evaluate(
     attack: Attack | None = None,
     *,
     batch_size: int = 256,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Clean and robust accuracy of ``model`` over every image of ``images``.
@@ -122,10 +128,11 @@ def evaluate(
     so this is the worst of the points tried. The share is over all N images.
 
     Args:
-        model: maps [B, C, H, W] in [0, 1] to logits; on ``device``; left exactly as found.
+        model: maps [B, C, H, W] in [0, 1] to logits; left exactly as found.
         images: N images; the position in it is the counter of the attack's random start.
         attack: None: clean accuracy only.
         batch_size: images a forward; changes nothing but speed (up to the rounding of the model's own kernels).
+        device: where the images go; None: where the model's parameters are.
         on_batch: called after each batch with the number of its images.
 
     Raises:
@@ -137,7 +144,7 @@ def evaluate(
     began = time.perf_counter()
     clean, robust, bad = [], [], []
     routing = _RoutingCounter(model)
-    for batch in BatchLoader(images, batch_size, device=torch.device(device)).epoch(0):
+    for batch in BatchLoader(images, batch_size, device=_device(model, device)).epoch(0):
         predicted, nonfinite = predict(model, batch.images)
         routing.add()
         clean.append(predicted == batch.labels)
@@ -164,12 +171,12 @@ def evaluate(
 
 
 def routing_shares(
-    model: nn.Module, images: ImageSet, *, batch_size: int = 256, device: str | torch.device = "cpu"
+    model: nn.Module, images: ImageSet, *, batch_size: int = 256, device: str | torch.device | None = None
 ) -> dict[str, LayerRouting]:
     """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run)."""
     routing = _RoutingCounter(model)
     if routing.layers and len(images):
-        for batch in BatchLoader(images, batch_size, device=torch.device(device)).epoch(0):
+        for batch in BatchLoader(images, batch_size, device=_device(model, device)).epoch(0):
             predict(model, batch.images)
             routing.add()
     return routing.shares(max(len(images), 1))

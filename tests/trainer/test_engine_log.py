@@ -1,0 +1,109 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from robust_moe.engine import MetricLog, Reporter, progress, read_metrics
+from robust_moe.engine.meters import Meter
+
+
+def test_lines_and_events_hold_the_same_numbers(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write("train", 5, {"epoch": 1, "loss": 0.25})
+    log.write("routing", 5, {"layer": "layer4.1", "selected": [0.5, 0.5], "collapsed": False})
+    log.write("train", 10, {"epoch": 1, "loss": 0.125})
+    log.close()
+    assert log.lines == 3
+    assert read_metrics(tmp_path, "train") == [
+        {"kind": "train", "step": 5, "epoch": 1, "loss": 0.25},
+        {"kind": "train", "step": 10, "epoch": 1, "loss": 0.125},
+    ]
+    assert [line["kind"] for line in read_metrics(tmp_path)] == ["train", "routing", "train"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 0.25), (10, 0.125)]
+
+
+def test_going_on_drops_what_will_be_done_again(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, {"loss": float(step)})
+    log.close()
+    log = MetricLog(tmp_path, lines=2, step=2)
+    log.write("train", 3, {"loss": 30.0})
+    log.close()
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 30.0]
+    assert log.lines == 3
+    MetricLog(tmp_path).close()  # a new run
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_numbers_that_json_does_not_have_are_refused(tmp_path):
+    log = MetricLog(tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        log.write("train", 1, {"loss": float("nan")})
+    log.close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = MetricLog(tmp_path / "run", enabled=False)
+    log.write("train", 1, {"loss": 1.0})
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_meter_means_and_state():
+    meter = Meter()
+    assert meter.read() == {}
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value), "bad": torch.tensor(value > 5)})
+    assert meter.read() == {"loss": 3.0, "bad": pytest.approx(1 / 3)}
+    copy = Meter()
+    copy.load_state_dict(meter.state_dict(), torch.device("cpu"))
+    copy.add({"loss": torch.tensor(3.0), "bad": torch.tensor(False)})
+    assert copy.read() == {"loss": 3.0, "bad": 0.25}
+    assert meter.count == 3  # the copy is its own
+    assert copy.read(lambda means: means * 2) == {"loss": 6.0, "bad": 0.5}
+    meter.reset()
+    assert meter.read() == {}
+
+
+def test_without_a_terminal_there_are_plain_lines_with_the_time_left(monkeypatch):
+    clock = iter(range(0, 1000, 6))  # each look at the clock is six seconds later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with Reporter(console=Console(file=out, width=100)).task("epoch 1/2", total=8, done=2) as advance:
+        for _ in range(6):
+            advance(1, note="loss 1.0")
+    lines = out.getvalue().splitlines()
+    assert lines
+    assert all(line.startswith("epoch 1/2: ") and "loss 1.0" in line and "ETA " in line for line in lines)
+    assert "8/8" not in out.getvalue()  # the line of the finished epoch says more
+
+
+def test_on_a_terminal_there_is_a_bar():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with Reporter(console=console).task("epoch 1/2", total=4) as advance:
+        advance(4, note="loss 1.0")
+    assert "4/4" in out.getvalue()
+    assert "ETA" in out.getvalue()
+
+
+def test_a_silent_reporter_still_warns():
+    out = io.StringIO()
+    reporter = Reporter(enabled=False, console=Console(file=out, width=100))
+    reporter.line("hello")
+    with reporter.task("epoch", 1) as advance:
+        advance()
+    reporter.warn("careful")
+    assert out.getvalue() == "warning: careful\n"
