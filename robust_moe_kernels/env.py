@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
         "robust-moe-kernels": _version("robust-moe-kernels"),
         "extension": extension,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": _version("triton"),
         "torchvision": _version("torchvision"),
         "CUDA of torch": torch.version.cuda or "none",
