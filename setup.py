@@ -1,7 +1,7 @@
 """Builds ``robust_moe_kernels._C``: C++17 always, CUDA where nvcc is found. No PyTorch is needed or linked.
 
 Environment
-    RMK_BUILD=auto  (default) C++, and CUDA when nvcc is on the PATH or under CUDA_HOME
+    RMK_BUILD=auto  (default) C++, and CUDA when a working nvcc is on the PATH or under CUDA_HOME
               cpu   C++ only
               cuda  C++ and CUDA; fails when nvcc is missing
               none  no extension: the pure-Python package
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-RUNS_ON_X86 = sys.platform != "win32" and platform.machine() in ("x86_64", "AMD64")
+RUNS_ON_X86 = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere one build may be for two machines
 
 
 def find_nvcc() -> Path | None:
@@ -31,11 +32,39 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def cuda_library_dirs(nvcc: Path) -> list[str]:
-    """Where the toolkit of ``nvcc`` keeps its static libraries; asked of nvcc itself, which may be a wrapper."""
-    asked = subprocess.run([str(nvcc), "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
-    home = next(line.split("TOP=", 1)[1] for line in asked.stderr.splitlines() if "TOP=" in line)
-    return [str(folder) for folder in (Path(home, "lib64"), Path(home, "lib")) if folder.is_dir()]
+class Toolkit:
+    """A CUDA compiler that works, what it builds for, its static libraries; RuntimeError says why there is none."""
+
+    def __init__(self) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("found no nvcc on the PATH or under CUDA_HOME")
+        self.nvcc = str(nvcc)
+        asked = (os.environ.get("RMK_CUDA_ARCHS") or "80;90;100").split(";")
+        known = subprocess.run([self.nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        self.archs = [arch for arch in asked if f"compute_{arch}" in known]
+        if not self.archs:
+            raise RuntimeError(f"{self.nvcc} builds for none of {', '.join(asked)}")
+        # Asked of nvcc itself, which may be a wrapper.
+        log = subprocess.run([self.nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        homes = [line.split("TOP=", 1)[1].strip() for line in log.splitlines() if "TOP=" in line]
+        folders = [Path(home, name) for home in homes for name in ("lib64", "lib")]
+        self.library_dirs = [str(folder) for folder in folders if (folder / "libcudart_static.a").is_file()]
+        if not self.library_dirs:
+            raise RuntimeError(f"found no libcudart_static.a beside {self.nvcc}")
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cu")
+            source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+            self.compile(source, Path(folder, "probe.o"), [])
+
+    def compile(self, source: Path, target: Path, include_dirs: list[str]) -> None:
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
+        command = [self.nvcc, "-std=c++17", "-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-fPIC", *codes]
+        command += [f"-I{folder}" for folder in include_dirs]
+        done = subprocess.run([*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.nvcc} failed on {source.name}:\n{done.stderr}")
 
 
 def instruction_set(source: Path) -> list[str]:
@@ -49,23 +78,36 @@ def instruction_set(source: Path) -> list[str]:
     return []
 
 
-def build_mode() -> str:
-    """``none``, ``cpu`` or ``cuda``."""
-    asked = os.environ.get("RMK_BUILD", "auto")
+def build_mode() -> tuple[str, Toolkit | None]:
+    """What to build, "none", "cpu" or "cuda", and for the last the toolkit."""
+    asked = os.environ.get("RMK_BUILD") or "auto"
     if asked not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"RMK_BUILD: expected auto, cpu, cuda or none, got {asked!r}")
-    if asked == "auto":
-        return "cuda" if find_nvcc() else "cpu"
-    if asked == "cuda" and not find_nvcc():
-        sys.exit("RMK_BUILD=cuda: expected nvcc on the PATH or under CUDA_HOME, found none")
-    return asked
+    if asked == "auto" and sys.platform == "win32":  # the CPU kernels are written for GCC and Clang
+        return "none", None
+    if asked in ("cpu", "none") or not {
+        "build",
+        "build_ext",
+        "bdist_wheel",
+        "editable_wheel",
+        "develop",
+        "install",
+    } & set(sys.argv):
+        return ("none" if asked == "none" else "cpu"), None
+    try:
+        return "cuda", Toolkit()
+    except RuntimeError as reason:
+        if asked == "cuda":
+            sys.exit(f"RMK_BUILD=cuda: expected a working CUDA compiler, {reason}")
+        print(f"RMK_BUILD=auto: building without CUDA: {reason}", file=sys.stderr)
+        return "cpu", None
 
 
 class BuildNative(build_ext):
     """Compiles each translation unit in a thread of its own, then links once."""
 
     def build_extension(self, ext: Extension) -> None:
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         sources = [Path(source) for source in ext.sources]
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
             objects = list(pool.map(lambda source: self._compile(ext, source), sources))
@@ -99,18 +141,11 @@ class BuildNative(build_ext):
         if target.exists() and all(target.stat().st_mtime >= path.stat().st_mtime for path in inputs):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("RMK_CUDA_ARCHS", "80;90;100").split(";")
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        command = [str(find_nvcc()), "-std=c++17", "-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-fPIC", *codes]
-        command += [f"-I{folder}" for folder in ext.include_dirs]
-        command += ["-c", str(source), "-o", str(target)]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        TOOLKIT.compile(source, target, ext.include_dirs)
         return str(target)
 
 
-def extension(mode: str) -> Extension:
+def extension() -> Extension:
     import pybind11
 
     sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
@@ -120,22 +155,15 @@ def extension(mode: str) -> Extension:
         sources = [name for name in sources if not name.endswith(("_avx512.cpp", "_avx2.cpp"))]
     libraries: list[str] = []
     library_dirs: list[str] = []
-    link_args: list[str] = []
-    if sys.platform == "win32":
-        compile_args = ["/std:c++17", "/O2", "/fp:precise"]
-    else:
-        # Without contraction a*b+c rounds twice on every machine, as PyTorch's separate kernels do: bit equality.
-        # Nobody reads floating-point exceptions or errno here; without that promise comparisons stay scalar.
-        exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
-        compile_args = ["-std=c++17", "-O3", *exact, "-fvisibility=hidden", "-g0"]
-        link_args = ["-pthread"]
-    if mode == "cuda":
-        nvcc = find_nvcc()
-        assert nvcc is not None
+    # Without contraction a*b+c rounds twice on every machine, as PyTorch's separate kernels do: bit equality.
+    # Nobody reads floating-point exceptions or errno here; without that promise comparisons stay scalar.
+    exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+    compile_args = ["-std=c++17", "-O3", *exact, "-fvisibility=hidden", "-g0"]
+    if TOOLKIT is not None:
         sources += sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cu"))
         macros.append(("RMK_CUDA", "1"))
         libraries += ["cudart_static", "rt", "dl"]
-        library_dirs += cuda_library_dirs(nvcc)
+        library_dirs += TOOLKIT.library_dirs
     return Extension(
         "robust_moe_kernels._C",
         sources=sources,
@@ -145,18 +173,18 @@ def extension(mode: str) -> Extension:
         libraries=libraries,
         library_dirs=library_dirs,
         extra_compile_args=compile_args,
-        extra_link_args=link_args,
+        extra_link_args=["-pthread"],
         language="c++",
     )
 
 
-MODE = build_mode()
+MODE, TOOLKIT = build_mode()
 setup(
     packages=[
         *find_packages(include=["robust_moe_kernels", "robust_moe_kernels.*"]),
         *find_packages("python", include=["robust_moe", "robust_moe.*"]),
     ],
     package_data={"robust_moe": ["presets/*.yaml"]},
-    ext_modules=[] if MODE == "none" else [extension(MODE)],
+    ext_modules=[] if MODE == "none" else [extension()],
     cmdclass={"build_ext": BuildNative},
 )

@@ -6,43 +6,76 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
 
 import torch
 
-from benchmarks import attack_step, block_moe, routing_ops
+from benchmarks import attack_step, block_moe, expert_sweep, routing_ops, train_step
 from benchmarks.harness import Options, Row, save, show
 
-BENCHMARKS: dict[str, Callable[[Options], list[Row]]] = {
-    "block_moe": block_moe.run,
-    "routing_ops": routing_ops.run,
-    "attack_step": attack_step.run,
+
+class Benchmark(NamedTuple):
+    """One entry of the command line."""
+
+    run: Callable[[Options], list[Row]]
+    repeats: int  # timed runs of each variant, unless --repeats says otherwise
+    about: str
+
+
+BENCHMARKS = {
+    "block_moe": Benchmark(block_moe.run, 9, "the layer over E against two loops and a dense block; CPU: ~15 minutes"),
+    "expert_sweep": Benchmark(expert_sweep.run, 5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
+    "train_step": Benchmark(train_step.run, 3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
+    "routing_ops": Benchmark(routing_ops.run, 9, "gate, sort, dispatch and combine: every implementation"),
+    "attack_step": Benchmark(attack_step.run, 9, "one PGD step and its random start: every implementation"),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"which to run: {', '.join(BENCHMARKS)} (default: all)")
+    names = "\n".join(f"  {name:14}{benchmark.about}" for name, benchmark in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Benchmarks: every number is timed after its result was found correct.",
+        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each variant (default: 9)")
+    parser.add_argument(
+        "--repeats", type=int, help="timed runs of each variant (default: 9; expert_sweep 5, train_step 3)"
+    )
+    parser.add_argument("--seconds", type=float, help="a case starts no further round after so long (two at least)")
+    parser.add_argument("--batch", type=int, help="images of train_step (default: 128; on the CPU 32)")
+    parser.add_argument("--compile", action="store_true", help="expert_sweep: also torch.compile of (b) and (d)")
     parser.add_argument("--quick", action="store_true", help="one small case each, to see that everything works")
     parser.add_argument("--out", type=Path, help="folder for NAME.json; without it nothing is written")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"names: expected one of {', '.join(BENCHMARKS)}, got {', '.join(unknown)}")
-    if arguments.repeats < 1:
-        parser.error(f"--repeats: expected a count >= 1, got {arguments.repeats}")
-    options = Options(torch.device(arguments.device), arguments.repeats, arguments.quick)
-    threads = torch.get_num_threads()
+    for name in ("repeats", "batch", "seconds"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name}: expected a number > 0, got {value}")
+    device, threads = torch.device(arguments.device), torch.get_num_threads()
     for name in arguments.names or BENCHMARKS:
         print(f"\n== {name}", flush=True)
-        rows = BENCHMARKS[name](options)
+        benchmark = BENCHMARKS[name]
+        options = Options(
+            device,
+            repeats=arguments.repeats or (1 if arguments.quick else benchmark.repeats),
+            quick=arguments.quick,
+            seconds=arguments.seconds,
+            compile=arguments.compile,
+            batch=arguments.batch,
+        )
+        rows = benchmark.run(options)
         torch.set_num_threads(threads)
         show(rows)
         if arguments.out:
-            print(f"\nwritten: {save(name, rows, options.device, arguments.out)}")
+            print(f"\nwritten: {save(name, rows, device, arguments.out)}")
 
 
 if __name__ == "__main__":

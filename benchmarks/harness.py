@@ -19,6 +19,7 @@ from robust_moe.provenance import provenance
 __all__ = ["Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
 
 Run = Callable[[int], object]  # called with the number of the repetition, to choose its input
+FEWEST = 2  # timed rounds of a case, however slow it is
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Options:
 
     device: torch.device
     repeats: int  # timed runs of each variant
-    quick: bool  # smaller sweeps, to see that everything works
+    quick: bool = False  # smaller sweeps, to see that everything works
+    seconds: float | None = None  # a case starts no further round after so long, warm-up included; None: no limit
+    compile: bool = False  # torch.compile's baselines too, in the benchmarks that have them
+    batch: int | None = None  # batch size of train_step; None: its own choice
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Row:
     low_ms: float  # 10th percentile
     high_ms: float  # 90th percentile
     ratio: float  # median of (this variant's time / the first variant's time of the same round)
-    repeats: int
-    extra: dict[str, Any]  # such as peak memory
+    repeats: int  # timed runs
+    extra: dict[str, Any]  # peak_mib: memory; gflops, share: rate of the work, and its share of the ceiling
 
 
 def check_close(name: str, got: Tensor, wanted: Tensor, relative: float) -> None:
@@ -49,6 +53,8 @@ def check_close(name: str, got: Tensor, wanted: Tensor, relative: float) -> None
 
     ``relative`` bounds ||got - wanted|| / ||wanted||; NaN never passes.
     """
+    if got.shape != wanted.shape:
+        raise AssertionError(f"{name}: expected shape {list(wanted.shape)}, got {list(got.shape)}; not timed")
     got, wanted = got.detach().double(), wanted.detach().double()
     error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not error <= relative:
@@ -69,17 +75,26 @@ def _seconds(run: Run, number: int, device: torch.device) -> float:
 
 
 def compare(
-    case: dict[str, Any], variants: dict[str, Run], options: Options, extra: dict[str, dict[str, Any]] | None = None
+    case: dict[str, Any],
+    variants: dict[str, Run],
+    options: Options,
+    extra: dict[str, dict[str, Any]] | None = None,
+    warmup: int = 2,
 ) -> list[Row]:
     """Time variants of one case in turn, A B C A B C, so that a drift of the machine's speed hits all alike.
 
-    ``ratio`` compares runs of the same round with the first variant.
+    ``ratio`` compares runs of the same round with the first variant. ``warmup`` rounds are not counted. With
+    ``options.seconds`` a slow case gets fewer rounds than ``options.repeats``, two at least (or as many as asked for).
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-2, options.repeats):  # two rounds of warm-up
+    spent = 0.0
+    for number in range(-warmup, options.repeats):
+        if options.seconds is not None and number >= FEWEST and spent > options.seconds:
+            break
         for name in names:
             elapsed = _seconds(variants[name], number, options.device)
+            spent += elapsed
             if number >= 0:
                 times[name].append(elapsed)
     rows = []
@@ -95,7 +110,7 @@ def compare(
                 low_ms=1e3 * ordered[tenth],
                 high_ms=1e3 * ordered[-1 - tenth],
                 ratio=statistics.median(pairs),
-                repeats=options.repeats,
+                repeats=len(ordered),
                 extra=(extra or {}).get(name, {}),
             )
         )
@@ -128,9 +143,11 @@ def show(rows: list[Row]) -> None:
         if row.case != last:
             last = row.case
             print("\n" + ", ".join(f"{key} {value}" for key, value in row.case.items()))
-        memory = f"  {row.extra['peak_mib']:8.1f} MiB" if "peak_mib" in row.extra else ""
+        more = f"  {row.extra['peak_mib']:8.1f} MiB" if "peak_mib" in row.extra else ""
+        more += f"  {row.extra['gflops']:8.1f} GFLOP/s" if "gflops" in row.extra else ""
+        more += f"  {row.extra['share']:4.0%}" if "share" in row.extra else ""
         spread = f"{row.low_ms:.3f}..{row.high_ms:.3f}"
-        print(f"  {row.variant:24} {row.median_ms:10.3f} ms  ({spread:>22})  x{row.ratio:.2f}{memory}", flush=True)
+        print(f"  {row.variant:24} {row.median_ms:10.3f} ms  ({spread:>22})  x{row.ratio:.2f}{more}", flush=True)
 
 
 def save(name: str, rows: list[Row], device: torch.device, folder: Path) -> Path:

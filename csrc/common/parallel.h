@@ -5,33 +5,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace rmk {
 
-// Calls f(begin, end) for contiguous chunks of [0, n), each of at least `grain` items but the last, on at most
-// `threads` threads. f must not throw. What f computes for an item must not depend on the chunk it is in.
-template <typename F>
-void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
-  if (n <= 0) return;
-  grain = std::max<int64_t>(grain, 1);
-  const int64_t chunks = std::clamp<int64_t>(n / grain, 1, std::max(threads, 1));
-  if (chunks == 1) {
-    f(int64_t{0}, n);
-    return;
-  }
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<size_t>(chunks - 1));
-  for (int64_t c = 1; c < chunks; ++c) {
-    workers.emplace_back([&f, n, c, chunks] { f(n * c / chunks, n * (c + 1) / chunks); });
-  }
-  f(int64_t{0}, n / chunks);
-  for (auto& worker : workers) worker.join();
-}
-
-// Calls work(next) on at most `threads` threads; next() hands out task numbers 0 .. tasks-1 in order, then -1. For
-// tasks of unequal length, longest first. What a task computes must not depend on the thread that takes it.
+// Calls work(next) on this thread and up to threads - 1 more; next() hands out task numbers 0 .. tasks-1 in order, then
+// -1. For tasks of unequal length, longest first. What a task computes must not depend on the thread that takes it.
+// Where the system refuses another thread, those that there are do all the work; an exception in `work` is thrown here,
+// after all have ended.
 template <typename F>
 void parallel_tasks(int64_t tasks, int threads, F&& work) {
   std::atomic<int64_t> counter{0};
@@ -39,10 +24,37 @@ void parallel_tasks(int64_t tasks, int threads, F&& work) {
     const int64_t task = counter.fetch_add(1, std::memory_order_relaxed);
     return task < tasks ? task : int64_t{-1};
   };
+  std::exception_ptr error;
+  std::mutex guard;
+  const auto guarded = [&]() {
+    try {
+      work(next);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      error = std::current_exception();
+    }
+  };
   std::vector<std::thread> workers;
-  for (int64_t t = 1; t < std::min<int64_t>(threads, tasks); ++t) workers.emplace_back([&] { work(next); });
-  work(next);
+  const int64_t wanted = std::min<int64_t>(threads, tasks) - 1;
+  try {
+    workers.reserve(static_cast<size_t>(std::max<int64_t>(wanted, 0)));
+    for (int64_t t = 0; t < wanted; ++t) workers.emplace_back(guarded);
+  } catch (const std::system_error&) {  // no more threads to be had
+  }
+  guarded();
   for (auto& worker : workers) worker.join();
+  if (error) std::rethrow_exception(error);
+}
+
+// Calls f(begin, end) for contiguous chunks of [0, n), each of at least `grain` items, on at most `threads` threads.
+// What f computes for an item must not depend on the chunk it is in.
+template <typename F>
+void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
+  if (n <= 0) return;
+  const int64_t chunks = std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, std::max(threads, 1));
+  parallel_tasks(chunks, threads, [&f, n, chunks](auto next) {
+    for (int64_t c = next(); c >= 0; c = next()) f(n * c / chunks, n * (c + 1) / chunks);
+  });
 }
 
 }  // namespace rmk

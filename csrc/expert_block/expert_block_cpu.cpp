@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -72,14 +73,15 @@ void normed_skip_line(const float* RMK_RESTRICT z, const float* RMK_RESTRICT sca
 template <typename F>
 void for_pixels(const Rows& rows, F&& f) {
   const int64_t total = rows.offsets[rows.experts] * rows.pixels;
-  parallel_for(total, std::max<int64_t>(1, kGrain / rows.channels), rows.threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(rows.channels));
-    int64_t expert = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      while (i >= rows.offsets[expert + 1] * rows.pixels) ++expert;
-      f(expert, i, scratch.data());
-    }
-  });
+  parallel_for(total, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, rows.channels)), rows.threads,
+               [&](int64_t begin, int64_t end) {
+                 std::vector<float> scratch(static_cast<size_t>(rows.channels));
+                 int64_t expert = 0;
+                 for (int64_t i = begin; i < end; ++i) {
+                   while (i >= rows.offsets[expert + 1] * rows.pixels) ++expert;
+                   f(expert, i, scratch.data());
+                 }
+               });
 }
 
 // A row's line of channels at one pixel, before it is weighted.
@@ -141,7 +143,7 @@ void column_sums_cpu(const Rows& rows, const float* value, const float* other, c
 
 void scale_shift_cpu(const Rows& rows, const float* z, const float* scale, const float* shift, bool relu, float* out) {
   const int64_t C = rows.channels;
-  const float floor = relu ? 0.0f : -__builtin_inff();
+  const float floor = relu ? 0.0f : -std::numeric_limits<float>::infinity();
   for_pixels(rows, [=](int64_t e, int64_t i, float*) {
     scale_shift_line(z + i * C, scale + e * C, shift + e * C, floor, C, out + i * C);
   });
@@ -162,7 +164,7 @@ void norm_backward_cpu(const Rows& rows, const float* d, const float* z, const f
 }
 
 void head_forward_cpu(const HeadArgs& a) {
-  parallel_for(a.batch * a.pixels, std::max<int64_t>(1, kGrain / (a.channels * a.top_k)), a.threads,
+  parallel_for(a.batch * a.pixels, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, a.channels * a.top_k)), a.threads,
                [&a](int64_t begin, int64_t end) {
                  std::vector<float> line(static_cast<size_t>(a.channels));
                  for (int64_t i = begin; i < end; ++i) {
@@ -178,7 +180,7 @@ void head_forward_cpu(const HeadArgs& a) {
 }
 
 void head_backward_cpu(const HeadArgs& a) {
-  parallel_for(a.batch * a.top_k, std::max<int64_t>(1, kGrain / (a.channels * a.pixels)), a.threads,
+  parallel_for(a.batch * a.top_k, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, a.channels * a.pixels)), a.threads,
                [&a](int64_t begin, int64_t end) {
                  std::vector<float> line(static_cast<size_t>(a.channels));
                  for (int64_t row = begin; row < end; ++row) {

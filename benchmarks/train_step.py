@@ -1,0 +1,141 @@
+"""One whole step of PGD-7 adversarial training: a CIFAR ResNet-18 whose layer4.1 is a BlockMoE.
+
+Ours, the trainer's own method on FusedBlockMoE, against a plain trainer as papers publish it: the masked loop, and an
+attack that calls ``loss.backward()`` and so computes every weight gradient seven times for nothing. Both craft in
+evaluation mode from the same kind of start and train in training mode with the same optimiser, without a balance loss.
+A third line separates the two causes: the plain layer under our attack.
+
+128 images a step on a GPU; 32 by default on a CPU, where a step takes seconds (``--batch``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.baselines import MaskedLoop
+from benchmarks.harness import Options, Row, check_close, compare, peak_bytes
+from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.data import Batch
+from robust_moe.methods import PGDAdversarialTraining
+from robust_moe.models import build_model
+from robust_moe_kernels.ops.attack_step import random_start
+
+__all__ = ["plain_attack", "run"]
+
+LAYER = "layer4.1"
+EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
+INPUTS = 2
+APART = 0.05  # share of pixels that rounding may move: a gradient next to zero has either sign, seven times over
+
+
+def _config(experts: int, width: int) -> TrainConfig:
+    moe = MoEConfig(layers=[LAYER], num_experts=experts, balance="none")
+    attack = AttackConfig(eps="8/255", alpha="2/255", steps=STEPS)
+    return TrainConfig(model=ModelConfig(name="resnet18", width=width, moe=moe), method=MethodConfig(attack=attack))
+
+
+def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
+    """PGD as it is usually written: the whole backward, its weight gradients thrown away."""
+    model.eval()
+    x = start.clone()
+    for _ in range(STEPS):
+        x.requires_grad_()
+        model.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        moved = x.detach() + ALPHA * x.grad.sign()
+        x = (images + (moved - images).clamp(-EPS, EPS)).clamp(0, 1)
+    model.zero_grad()
+    model.train()
+    return x
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    # a learning rate of almost nothing: steps are as expensive as any, and the last times what the first did
+    return torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def _plain_step(model: nn.Module, batches: list[Batch]) -> Callable[[int], object]:
+    optimizer = _optimizer(model)
+
+    def step(number: int) -> None:
+        batch = batches[number % INPUTS]
+        noise = torch.empty_like(batch.images).uniform_(-EPS, EPS)
+        x = plain_attack(model, batch.images, batch.labels, (batch.images + noise).clamp(0, 1))
+        F.cross_entropy(model(x), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()  # at the end: every step allocates its gradients, and its peak memory has them
+
+    return step
+
+
+def _our_step(model: nn.Module, method: PGDAdversarialTraining, batches: list[Batch]) -> Callable[[int], object]:
+    optimizer = _optimizer(model)
+
+    def step(number: int) -> None:
+        method(model, batches[number % INPUTS], step_seed=number + 2**16).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _check(ours: nn.Module, plain: nn.Module, method: PGDAdversarialTraining, batch: Batch) -> None:
+    """The same adversarial images but for pixels whose gradient is next to zero; the same training gradients."""
+    crafted = method.attack.craft(ours, batch.images, batch.labels, batch.index, seed=1).images
+    start = random_start(batch.images, EPS, 1, batch.index)
+    other = plain_attack(plain, batch.images, batch.labels, start)
+    apart = float(((crafted - other).abs() > 1e-6).float().mean())
+    if not apart <= APART:
+        raise AssertionError(
+            f"adversarial images: expected at most {APART:.0%} of pixels apart, got {apart:.1%}; not timed"
+        )
+    found = []
+    for model in (ours, plain):
+        leaf = crafted.clone().requires_grad_()
+        loss = F.cross_entropy(model.train()(leaf), batch.labels)
+        found.append((loss, *torch.autograd.grad(loss, [leaf, model.conv1.weight])))
+    for what, got, wanted in zip(("loss", "image gradient", "first filters' gradient"), *found, strict=True):
+        check_close(f"training step: {what}", got, wanted, 1e-2)
+
+
+def _images(count: int, device: torch.device) -> list[Batch]:
+    torch.manual_seed(0)
+    index = torch.arange(count, device=device)
+    return [
+        Batch(torch.rand(count, 3, 32, 32, device=device), torch.randint(10, (count,), device=device), index)
+        for _ in range(INPUTS)
+    ]
+
+
+def run(options: Options) -> list[Row]:
+    count = options.batch or (8 if options.quick else 128 if options.device.type == "cuda" else 32)
+    batches, rows = _images(count, options.device), []
+    for experts in (4,) if options.quick else (4, 16):
+        config = _config(experts, width=16 if options.quick else 64)
+        torch.manual_seed(experts)
+        ours = build_model(config.model, num_classes=10, channels=3, image_size=32).to(options.device).train()
+        plain, mixed = copy.deepcopy(ours), copy.deepcopy(ours)
+        for model in (plain, mixed):
+            model.set_submodule(LAYER, MaskedLoop(model.get_submodule(LAYER)).train())
+        method = PGDAdversarialTraining(config)
+        _check(ours, plain, method, batches[0])
+        steps = {
+            "ours": _our_step(ours, method, batches),
+            "masked loop, our attack": _our_step(mixed, method, batches),
+            "plain loop trainer": _plain_step(plain, batches),
+        }
+        for step in steps.values():
+            step(0)  # momentum is allocated once
+        peaks = {
+            name: {"peak_mib": peak_bytes(lambda step=step: step(0), options.device) / 2**20}
+            for name, step in steps.items()
+        }
+        case = {"step": f"PGD-{STEPS}", "model": f"resnet18, {LAYER}", "E": experts, "k": config.model.moe.top_k}
+        case |= {"B": count, "width": config.model.width, "threads": torch.get_num_threads()}
+        rows += compare(case, steps, options, peaks, warmup=1)
+    return rows
