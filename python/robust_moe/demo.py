@@ -48,7 +48,7 @@ def run_demo(
         console.rule(preset)
         if not Trainer(config, reporter).fit(resume=True).finished:
             return results
-        results[preset] = assess(out / preset, out / preset / "results.json", reporter=reporter)
+        results[preset], _ = assess(out / preset, out / preset / "results.json", reporter=reporter)
         draw(out / preset)
     rows = list(results.items())
     label = attack_name(rows[0][1])

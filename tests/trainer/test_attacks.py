@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from robust_moe.attacks import ATTACKS, PGD, attack_mode, build_attack
 from robust_moe.config import AttackConfig, ConfigError
 from robust_moe.models import BasicBlock
-from robust_moe_kernels.modules import FusedBlockMoE, replace_blocks
+from robust_moe_kernels.modules import FusedBlockMoE, balance_loss, replace_blocks
 
 
 class Network(nn.Module):
@@ -291,6 +291,30 @@ def test_through_a_routed_block():
         assert F.cross_entropy(model(got), y) > F.cross_entropy(model(x), y)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_routing_record_stays_that_of_the_last_forward(fails):
+    torch.manual_seed(0)
+    model = nn.Sequential(BasicBlock(2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 5))
+    replace_blocks(model, "0", num_experts=3, top_k=2, init="fresh")
+    x, y = batch(16)
+    PGD(0.1, 2)(model, x, y)
+    assert model[0].routing is None  # as before any forward
+    model(x)
+    balance_loss(model).backward()
+    expected = model[0].gate.fc.weight.grad.clone()
+    model.zero_grad()
+    model(x)
+    record = model[0].routing
+    if fails:
+        with pytest.raises(ValueError, match="labels below 5"):
+            PGD(0.1, 2)(model, x, y + 3)
+    else:
+        PGD(0.1, 2)(model, x, y)
+    assert model[0].routing is record
+    balance_loss(model).backward()  # its graph is there too
+    assert torch.equal(model[0].gate.fc.weight.grad, expected)
+
+
 def test_images_stay_float32_under_bfloat16_autocast(network):
     x, y = batch()
     with torch.autocast("cpu", torch.bfloat16):
@@ -374,6 +398,14 @@ def test_model_that_gives_no_logits_is_refused():
         ({"restarts": 2, "random_start": False}, ["restarts", "without a random start"]),
         ({"norm": "L1"}, ["norm", "Linf, L2", "L1"]),
         ({"mode": "test"}, ["mode", "eval, train", "test"]),
+        ({"eps": "8/255"}, ["eps: expected a number", "'8/255'"]),  # text is the configuration's
+        ({"alpha": "2/255"}, ["alpha: expected a number", "'2/255'"]),
+        ({"eps": None}, ["eps: expected a number", "None"]),
+        ({"steps": 2.5}, ["steps: expected an integer", "2.5"]),
+        ({"steps": "7"}, ["steps: expected an integer", "'7'"]),
+        ({"steps": True}, ["steps: expected an integer", "True"]),
+        ({"restarts": 1.0}, ["restarts: expected an integer", "1.0"]),
+        ({"seed": "0"}, ["seed: expected an integer", "'0'"]),
     ],
 )
 def test_bad_settings_name_argument_expected_and_got(settings, words):

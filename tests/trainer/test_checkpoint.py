@@ -160,6 +160,14 @@ def test_missing_foreign_and_newer_files_are_refused_by_name(tmp_path):
         load_checkpoint(tmp_path / "newer.pt")
 
 
+@pytest.mark.parametrize("value", [None, 3, "text", [1, 2], torch.zeros(3)])
+@pytest.mark.parametrize("key", ["config", "data", "model", "position"])
+def test_parts_of_another_kind_are_refused_by_name(tmp_path, key, value):
+    save_checkpoint({**STATE, key: value}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=rf"last.pt: .*dicts; got {key}: {type(value).__name__}"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
 def test_code_in_a_file_is_never_run(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -3,10 +3,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from robust_moe.cli import app
+from robust_moe.commands import app
 from robust_moe.config import save_config
+from robust_moe.engine.experiment import load_experiment
 from robust_moe_kernels.env import report
 
 
@@ -36,7 +38,9 @@ def test_train_then_eval(config, tmp_path):
     options = ("--attack-steps", 3, "--attack-eps", "1/20", "--attack-restarts", 2)
     done = run("eval", folder, *options, "eval.batch_size=16")
     assert done.exit_code == 0, done.output
-    again = json.loads((folder / "results-best-test.json").read_text())
+    (file,) = folder.glob("results-best-test-pgd3x2-1_20-*.json")
+    assert f"results: {file}" in done.output
+    again = json.loads(file.read_text())
     assert again["attack"] | {"steps": 3, "eps": "1/20", "alpha": "1/24", "restarts": 2} == again["attack"]
     assert again["clean"] == results["clean"]  # the same model on the same images
     assert again["routing"] == results["routing"]
@@ -66,7 +70,10 @@ def test_train_then_eval(config, tmp_path):
         (["train", "CONFIG", "data.name=digit"], "did you mean 'digits'"),
         (["train", "CONFIG", "data.name=parquet", "data.root=/nowhere"], "/nowhere/train.parquet"),
         (["train", "CONFIG", "model.moe.layers=[layer9]"], "layer9"),
-        (["train", "CONFIG", "run.out=/proc/nowhere"], "/proc/nowhere"),  # a folder that cannot be made
+        (
+            ["train", "CONFIG", "run.out=/proc/nowhere"],
+            "run.out: expected a folder to write to, got /proc/nowhere",
+        ),  # a folder that cannot be made
         (["eval", "nothing.pt"], "nothing.pt: expected a checkpoint file, found nothing"),
     ],
 )
@@ -79,16 +86,57 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(config, arguments, words)
     assert "Traceback" not in done.stderr
 
 
-def test_eval_refuses_other_architectures_and_damage(config, tmp_path):
+def test_an_evaluation_with_other_settings_has_files_of_its_own(config, tmp_path):
     assert run("train", config).exit_code == 0
     folder = tmp_path / "run"
-    done = run("eval", folder, "model.width=8")
-    assert done.exit_code == 2
-    assert "a checkpoint of another architecture" in done.stderr
-    assert "conv1.weight: expected shape [8, 1, 3, 3], got [4, 1, 3, 3]" in done.stderr
-    done = run("eval", folder, "data.image_size=12")
-    assert done.exit_code == 2
-    assert "expected image size 8" in done.stderr
+
+    def kept():
+        return {path.name: path.read_bytes() for path in folder.glob("results*")}
+
+    # in the name; then what only the digest can tell
+    settings = ("", "eval.attack.steps=3", "eval.attack.alpha=0.01", "eval.seed=7", "data.test_limit=20")
+    for setting in settings:
+        before = kept()
+        assert run("eval", folder, *setting.split()).exit_code == 0
+        after = kept()
+        assert len(after) == len(before) + 2  # numbers and masks
+        assert after.items() > before.items()
+    assert run("eval", folder).exit_code == 0  # the first once more: the same file
+    assert kept().keys() == after.keys()
+
+
+def test_eval_scores_the_split_of_the_training_run_only(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    folder = tmp_path / "run"
+    for setting, had in (
+        ("run.seed=5", "run.seed=5 (the checkpoint has 0); eval.seed is the attack's"),
+        ("data.validation_fraction=0.5", "data.validation_fraction=0.5 (the checkpoint has 0.02)"),
+        ("data.train_limit=32", "data.train_limit=32 (the checkpoint has 64)"),
+        ("data.name=cifar10", "data.name=cifar10 (the checkpoint has digits)"),
+        ("data.image_size=12", "data.image_size=12 (the checkpoint has 8)"),
+        ("model.width=8", "model.width=8 (the checkpoint has 4)"),
+        ("model.moe.top_k=1", "model.moe.top_k=1 (the checkpoint has 2)"),
+    ):
+        done = run("eval", folder, "--split", "val", setting)
+        assert done.exit_code == 2, setting
+        assert done.stderr.startswith("error: override: expected settings of the evaluation (data.root, ")
+        assert f"got {had}\n" in done.stderr
+        assert done.stderr.count("\n") == 1
+    allowed = ("data.root=/nowhere", "data.test_limit=20", "eval.seed=5", "run.threads=2", "run.accelerator=cpu")
+    out = tmp_path / "val.json"
+    done = run("eval", folder, "--split", "val", "--out", out, *allowed, "run.seed=0")  # no change
+    assert done.exit_code == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert results["attack"]["seed"] == 5
+    _, _, plain, _ = load_experiment(folder)
+    _, _, splits, _ = load_experiment(folder, list(allowed))
+    for name in ("train", "val"):
+        assert torch.equal(getattr(splits, name).images, getattr(plain, name).images)
+
+
+def test_eval_refuses_wrong_splits_and_damage(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    folder = tmp_path / "run"
     done = run("eval", folder, "--split", "tset")
     assert done.exit_code == 2
     assert "split: expected one of train, val, test, got 'tset'" in done.stderr
@@ -119,3 +167,20 @@ def test_the_console_script_is_installed():
     assert done.returncode == 0
     for name in ("train", "eval", "env", "demo"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize("blocked", ["typer", "lightning_fabric", "omegaconf"])
+def test_without_the_extra_one_sentence_names_it(blocked):
+    script = f"import sys; sys.modules[{blocked!r}] = None; from robust_moe.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, "env"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: robust-moe needs {blocked}, which is not installed: ")
+    assert 'pip install "robust-moe-kernels[train]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_module_of_ours_that_is_missing_is_no_matter_of_the_extra():
+    script = "import sys; sys.modules['robust_moe.report'] = None; from robust_moe.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, "env"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -59,6 +59,7 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("method.attack.eps=8/0", ["method.attack.eps", "fraction", "8/0"]),
         ("eval.attack.norm=L1", ["eval.attack.norm", "Linf or L2", "L1"]),
         ("method.attack_mode=evil", ["method.attack_mode", "eval or train", "evil"]),
+        ("eval.seed=-1", ["eval.seed", ">= 0", "-1"]),
         ("run.precision=fp8", ["run.precision", "bf16-mixed", "fp8"]),
         ("optim.momentum=0", ["optim.nesterov", "false", "momentum is 0"]),  # nesterov needs momentum
         ("optim.lr", ["key=value", "optim.lr"]),  # no value
@@ -71,6 +72,28 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
         load_config(None, [override])
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["inf", ".inf", "-.inf", "nan", ".nan"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.moe.noise_std",
+        "model.moe.balance_weight",
+        "optim.lr",
+        "optim.momentum",
+        "optim.weight_decay",
+        "optim.power",
+        "optim.warmup_epochs",
+        "optim.grad_clip",
+        "data.validation_fraction",
+        "data.augment.color_jitter",
+        "eval.attack.eps",
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_name(key: str, value: str):
+    with pytest.raises(ConfigError, match=rf"^{key}: expected "):
+        load_config(None, [f"{key}={value}"])
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,100 @@
+import os
 import subprocess
 import sys
-from pathlib import Path
+import textwrap
 
+import pytest
 import torch
 
 from robust_moe.config import save_config
 from robust_moe.engine import load_checkpoint, read_metrics
 
+# the command itself; every process leaves the model it begins and ends with. FREEZE: batch norm in eval mode also in
+# training, as its statistics over half a batch are others than over the whole
+SCRIPT = """
+    import copy, os
+    import torch
+    from robust_moe.cli import main
+    from robust_moe.engine import Trainer
 
-def test_two_processes_train_one_model(tiny, tmp_path):
-    config = tiny("run.devices=2", "run.epochs=1")
-    save_config(config, tmp_path / "config.yaml")
-    command = [str(Path(sys.executable).with_name("robust-moe")), "train", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
+    fit, set_up = Trainer.fit, Trainer._set_up
+
+    def recorded(self, resume=True):
+        outcome = fit(self, resume)
+        states = self.start, self.model.state_dict()
+        torch.save(states, self.folder / f"rank{self.fabric.global_rank}.pt")
+        return outcome
+
+    def prepared(self, resume):
+        set_up(self, resume)
+        self.start = copy.deepcopy(self.model.state_dict())
+        if not os.environ.get("FREEZE"):
+            return
+        norms = [module for module in self.model.modules() if "BatchNorm" in type(module).__name__]
+        assert len(norms) > 4
+        for norm in norms:
+            norm.eval()
+            norm.train = lambda mode=True, norm=norm: norm
+
+    Trainer.fit, Trainer._set_up = recorded, prepared
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+    """``train(name, devices)``: (first, last) model of each process, trained in the folder ``tmp_path / name``."""
+    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
+
+    def run(name, devices, *overrides, freeze=False):
+        save_config(tiny(f"run.devices={devices}", "run.epochs=1", *overrides, out=name), tmp_path / f"{name}.yaml")
+        command = [sys.executable, str(tmp_path / "train.py"), "train", str(tmp_path / f"{name}.yaml")]
+        environment = {**os.environ, "FREEZE": "1" if freeze else ""}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+
+    return run
+
+
+def differences(one, two):
+    """Largest difference of every parameter, without BN statistics: each process has those of its own images."""
+    assert one.keys() == two.keys()
+    return {
+        name: (value - two[name]).abs().max().item()
+        for name, value in one.items()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
+
+
+def test_two_processes_train_one_model(train, tmp_path):
+    (start, one), (other, two) = train("run", 2)
+    assert set(differences(start, other).values()) == {0.0}
+    assert max(differences(start, one).values()) > 1e-3  # it went somewhere
+    assert set(differences(one, two).values()) == {0.0}  # bit for bit
     folder = tmp_path / "run"
     kinds = [line["kind"] for line in read_metrics(folder)]
     assert kinds == ["train", "train", "routing", "routing", "epoch"]  # written by one of them, once
     state = load_checkpoint(folder / "last.pt")
     assert state["position"] == {"epoch": 1, "batch": 0, "step": 4}  # the batch of 16 is over both
-    one, two = (rng["torch"] for rng in state["rng"])
-    assert not torch.equal(one, two)
+    assert set(differences(one, state["model"]).values()) == {0.0}
+    first, second = (rng["torch"] for rng in state["rng"])
+    assert not torch.equal(first, second)
     assert (folder / "results.json").exists()
 
-    # the same on one process: the same images in the same steps, but BN statistics of half a batch
-    save_config(tiny("run.epochs=1", out="single"), tmp_path / "single.yaml")
-    done = subprocess.run([*command[:2], str(tmp_path / "single.yaml")], capture_output=True, check=False, timeout=200)
-    assert done.returncode == 0
-    single = read_metrics(tmp_path / "single", "train")
-    for both, alone in zip(read_metrics(folder, "train"), single, strict=True):
-        assert both["lr"] == alone["lr"]
-        assert abs(both["task_loss"] - alone["task_loss"]) < 0.5
+
+def test_two_processes_compute_what_one_does(train, tmp_path):
+    # the same images, augmented and moved at random alike; without what is not a mean over images (balance loss) and
+    # what turns a rounding into a pixel (the sign of a gradient): no gradient steps in the attack
+    settings = ("model.moe.balance=none", "method.attack.steps=0", "data.augment.flip=true", "run.log_every=1")
+    (_, one), (_, two) = train("both", 2, *settings, freeze=True)
+    ((start, alone),) = train("alone", 1, *settings, freeze=True)
+    assert set(differences(one, two).values()) == {0.0}
+    assert max(differences(start, alone).values()) > 1e-2
+    assert max(differences(one, alone).values()) < 1e-6  # sums in another order: 6e-8
+    lines = zip(read_metrics(tmp_path / "both", "train"), read_metrics(tmp_path / "alone", "train"), strict=True)
+    for both, single in lines:
+        assert both["lr"] == single["lr"]
+        for name in ("task_loss", "accuracy"):
+            assert both[name] == pytest.approx(single[name], abs=1e-6)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from robust_moe.config import ConfigError, load_config, save_config
-from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, read_metrics
+from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, read_metrics, save_checkpoint
 from robust_moe.engine.guards import state_is_finite
 
 NEVER_EQUAL = ("seconds", "val_seconds")
@@ -240,6 +240,38 @@ def test_damaged_last_checkpoint_is_named_and_kept(tiny):
     assert load_checkpoint(result.folder / "best.pt")["position"]["step"] == 4
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", [1]),
+        ("position", 3),
+        ("position", "text"),
+        ("position", {"epoch": 1}),
+        ("optimizer", "text"),
+        ("meters", {"interval": None, "running": None}),
+        ("rng", [{"python": None}]),
+    ],
+)
+def test_states_with_parts_of_another_kind_are_one_checkpoint_error(tiny, key, value):
+    trainer, result = fit(tiny("run.epochs=1"))
+    state = load_checkpoint(result.folder / "last.pt")
+    device = trainer.fabric.device
+    assert trainer.state.load_state_dict(state, "last.pt", 0, device) > 0  # whole
+    with pytest.raises(CheckpointError, match=r"^last.pt: expected .* got "):
+        trainer.state.load_state_dict({**state, key: value}, "last.pt", 0, device)
+    save_checkpoint({**state, key: value}, result.folder / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last.pt: expected .* got "):
+        fit(tiny("run.epochs=1"))
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=rf"^run.out: expected a folder to write to, got .*{out} \(.+\)$"):
+            fit(tiny(out=out))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_full_disk_stops_the_run_with_the_last_good_checkpoint(tiny, monkeypatch):
     config = tiny()
     real = os.replace
@@ -284,6 +316,22 @@ def test_nonfinite_loss_stops_with_the_state_beside_the_last_good_one(tiny, laye
     assert all(torch.isfinite(value).all() for value in last["model"].values())
     _, result = fit(config)  # goes on from the last good one
     assert result.finished
+
+
+def test_without_a_checkpoint_a_crash_names_none(tiny):
+    trainer = Trainer(tiny("run.log_every=1"), Reporter(enabled=False, console=Console(quiet=True)))
+    step = trainer._step
+
+    def poisoned(batch):
+        with torch.no_grad():
+            trainer.model.conv1.weight[0] = torch.nan
+        step(batch)
+
+    trainer._step = poisoned
+    with pytest.raises((FloatingPointError, ValueError), match=r"crash.pt, there is no earlier one$") as error:
+        trainer.fit()
+    assert "last.pt" not in str(error.value)
+    assert (trainer.folder / "crash.pt").is_file()
 
 
 def test_weights_broken_by_the_last_update_are_never_saved(tiny):
@@ -362,6 +410,15 @@ def test_seed_changes_the_numbers_and_nothing_else_does(tiny):
     _, other = fit(tiny("run.seed=1", out="other"))
     assert metrics(one.folder) == metrics(two.folder)
     assert metrics(one.folder) != metrics(other.folder)
+
+
+def test_the_seed_of_the_measuring_attack_is_a_setting_of_its_own(tiny):
+    seeds = {}
+    for settings in ((), ("eval.seed=0",), ("eval.seed=1",), ("run.seed=1",)):
+        trainer, _ = fit(tiny("run.max_steps=1", *settings), resume=False)
+        seeds[settings] = trainer.validation.attack.seed
+    default, same, other, run = seeds.values()
+    assert default == same != other == run
 
 
 def test_bfloat16_autocast_trains(tiny):

@@ -1,6 +1,9 @@
 import io
 import json
 import math
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from robust_moe.evaluation import (
     write_results,
 )
 from robust_moe.evaluation.results import attack_name, describe_attack
+from robust_moe.evaluation.scorer import scoring_mode
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
 
@@ -88,6 +92,71 @@ def test_scoring_is_in_eval_mode_full_precision_and_leaves_the_model_alone(tiny)
         expected = model.eval()(x).argmax(1) == image_set().labels
     assert torch.equal(result.clean_mask, expected)
     assert labels.dtype == torch.int64
+
+
+PRECISIONS = {  # what a caller may have switched, in PyTorch's older and newer ways
+    "as imported": "",
+    "older": "torch.set_float32_matmul_precision('medium')",
+    "older, cuBLAS": "backends.cuda.matmul.allow_tf32 = True",
+    "newer": "backends.fp32_precision = 'tf32'",
+    "newer, one operation": "backends.cudnn.conv.fp32_precision = 'ieee'",
+    "without TF32": "backends.cudnn.allow_tf32 = False",
+}
+
+
+@pytest.mark.parametrize("switch", PRECISIONS.values(), ids=PRECISIONS)
+def test_scoring_is_without_tf32_also_nested_and_puts_every_switch_back(switch):
+    # in a fresh process: the switches are the whole process's
+    script = f"""
+        import torch
+        from torch import backends
+        from robust_moe.evaluation.scorer import scoring_mode
+
+        def older(read):
+            try:
+                return read()
+            except RuntimeError:
+                return "mixed"
+
+        def switches():
+            ops = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+            new = [op.fp32_precision for op in ops]
+            return new, older(lambda: backends.cudnn.allow_tf32), older(torch.get_float32_matmul_precision)
+
+        {switch}
+        model, before = torch.nn.Linear(1, 1), switches()
+        try:
+            with scoring_mode(model):
+                inside = switches()
+                with scoring_mode(model):
+                    assert switches() == inside
+                assert switches() == inside, switches()
+                raise KeyError
+        except KeyError:
+            pass
+        assert inside[0] == ["ieee"] * 4, inside
+        assert "mixed" in before or inside[1:] == (False, "highest"), inside
+        assert switches() == before, (before, switches())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a GPU's")
+def test_scores_on_a_gpu_are_fp32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 36, 64)).cuda()
+    x = torch.rand(16, 64, 8, 8, device="cuda")
+    truth = model.double()(x.double())
+    model.float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with scoring_mode(model):
+            error = (model(x) - truth).abs().max() / truth.abs().max()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error < 1e-5  # TF32 keeps 10 bits: 1e-4 and more
 
 
 def test_independent_of_batch_size(tiny):

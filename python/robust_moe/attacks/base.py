@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Number, Real
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["MODES", "Attack", "Crafted", "attack_mode"]
 
@@ -25,14 +28,16 @@ class Crafted(NamedTuple):
 
 @contextmanager
 def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
-    """Freeze ``model`` and set its mode for the span of an attack, then put back every flag exactly as found.
+    """Freeze ``model`` and set its mode for the span of an attack, then put back all of it exactly as found.
 
     Frozen parameters make autograd skip every weight gradient: a PGD step then costs one forward and one backward to
     the input. Flags are restored one submodule and one parameter at a time, so a partly frozen model or a BN layer
-    held in eval mode comes back as it was. Gradients are enabled inside, also under ``no_grad`` or ``inference_mode``.
+    held in eval mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last
+    forward. Gradients are enabled inside, also under ``no_grad`` or ``inference_mode``.
     """
     modules = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    routings = [(layer, layer.routing) for layer in moe_layers(model).values()]
     try:
         model.train(mode == "train")
         for parameter, _ in parameters:
@@ -44,11 +49,19 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
+        for layer, routing in routings:
+            layer.routing = routing
 
 
 def _expect(ok: bool, name: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def expect_number(name: str, value: object, kind: type[Number] = Real) -> None:
+    """Refuse text, booleans and tensors; ``kind``: Real or Integral."""
+    ok = isinstance(value, kind) and not isinstance(value, bool)
+    _expect(ok, name, "an integer" if kind is Integral else "a number", repr(value))
 
 
 def check_inputs(x: Tensor, y: Tensor, sample_index: Tensor | None) -> int:
@@ -97,6 +110,8 @@ class Attack(ABC):
     """
 
     def __init__(self, *, steps: int, restarts: int = 1, seed: int = 0, mode: str = "eval") -> None:
+        for name, value in (("steps", steps), ("restarts", restarts), ("seed", seed)):
+            expect_number(name, value, Integral)
         _expect(steps >= 0, "steps", "a count >= 0", steps)
         _expect(restarts >= 1, "restarts", "a count >= 1", restarts)
         _expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))

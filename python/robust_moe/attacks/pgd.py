@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack
+from robust_moe.attacks.base import Attack, expect_number
 from robust_moe_kernels.ops.attack_step import NORMS, pgd_step, random_start
 
 __all__ = ["PGD"]
@@ -27,7 +27,8 @@ class PGD(Attack):
         restarts, seed, mode: see :class:`~robust_moe.attacks.base.Attack`.
 
     Raises:
-        ValueError: a value out of its range, or restarts without a random start (all would be the same).
+        ValueError: a value of another type or out of its range, or restarts without a random start (all would be the
+            same).
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class PGD(Attack):
         mode: str = "eval",
     ) -> None:
         super().__init__(steps=steps, restarts=restarts, seed=seed, mode=mode)
+        for name, value in (("eps", eps), ("alpha", 0 if alpha is None else alpha)):
+            expect_number(name, value)
         self.eps = float(eps)
         self.alpha = 2.5 * self.eps / max(steps, 1) if alpha is None else float(alpha)
         self.norm = norm

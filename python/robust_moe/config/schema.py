@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -110,8 +111,9 @@ class MoEConfig:
     def check(self, key: str) -> None:
         _require(self.num_experts >= 1, f"{key}.num_experts", "a count >= 1", self.num_experts)
         _require(1 <= self.top_k <= self.num_experts, f"{key}.top_k", f"1 <= k <= {self.num_experts}", self.top_k)
-        _require(self.noise_std >= 0, f"{key}.noise_std", "a number >= 0", self.noise_std)
-        _require(self.balance_weight >= 0, f"{key}.balance_weight", "a number >= 0", self.balance_weight)
+        _require(0 <= self.noise_std < math.inf, f"{key}.noise_std", "a finite number >= 0", self.noise_std)
+        ok = 0 <= self.balance_weight < math.inf
+        _require(ok, f"{key}.balance_weight", "a finite number >= 0", self.balance_weight)
 
 
 @dataclass
@@ -178,13 +180,14 @@ class OptimConfig:
     grad_clip: float | None = None  # largest global gradient norm; None: no clipping
 
     def check(self, key: str) -> None:
-        _require(self.lr > 0, f"{key}.lr", "a rate > 0", self.lr)
+        _require(0 < self.lr < math.inf, f"{key}.lr", "a finite rate > 0", self.lr)
         _require(0 <= self.momentum < 1, f"{key}.momentum", "a number in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, f"{key}.weight_decay", "a number >= 0", self.weight_decay)
-        _require(self.warmup_epochs >= 0, f"{key}.warmup_epochs", "epochs >= 0", self.warmup_epochs)
-        _require(self.power > 0, f"{key}.power", "an exponent > 0", self.power)
-        ok = self.grad_clip is None or self.grad_clip > 0
-        _require(ok, f"{key}.grad_clip", "null or a norm > 0", self.grad_clip)
+        for name, what in (("weight_decay", "number"), ("warmup_epochs", "number of epochs")):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"{key}.{name}", f"a finite {what} >= 0", value)
+        _require(0 < self.power < math.inf, f"{key}.power", "a finite exponent > 0", self.power)
+        ok = self.grad_clip is None or 0 < self.grad_clip < math.inf
+        _require(ok, f"{key}.grad_clip", "null or a finite norm > 0", self.grad_clip)
         ok = self.momentum > 0 or not self.nesterov
         _require(ok, f"{key}.nesterov", "false when optim.momentum is 0", self.nesterov)
 
@@ -197,11 +200,13 @@ class EvalConfig:
     every: int = 1  # epochs between validations
     batch_size: int = 256  # images
     limit: int | None = None  # validate on the first n images only; None: all
+    seed: int | None = None  # of the attack's random starts; None: run.seed
 
     def check(self, key: str) -> None:
         _require(self.every >= 1, f"{key}.every", "epochs >= 1", self.every)
         _require(self.batch_size >= 1, f"{key}.batch_size", "a count >= 1", self.batch_size)
         _require(self.limit is None or self.limit >= 1, f"{key}.limit", "null or a count >= 1", self.limit)
+        _require(self.seed is None or self.seed >= 0, f"{key}.seed", "null or a number >= 0", self.seed)
         self.attack.check(f"{key}.attack")
 
 
@@ -244,6 +249,11 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def eval_seed(self) -> int:
+        """Seed of the attacks that measure: ``eval.seed``, by default ``run.seed``."""
+        return self.run.seed if self.eval.seed is None else self.eval.seed
 
     def check(self) -> None:
         """Raise :class:`ConfigError` for the first value out of its range."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "load_model_state", "save_checkpoint"]
+__all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "load_model_state", "refuse_foreign", "save_checkpoint"]
 
 FORMAT = 1  # of the dict; raised when a reader of the old one would misread the new one
 KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
@@ -92,7 +92,15 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
+    refuse_foreign(state, path)
     return state
+
+
+def refuse_foreign(state: Mapping[str, Any], source: str | Path) -> None:
+    """Raise :class:`CheckpointError` unless each of :data:`KEYS` holds a dict."""
+    wrong = [f"{key}: {type(state.get(key)).__name__}" for key in KEYS if not isinstance(state.get(key), dict)]
+    if wrong:
+        raise CheckpointError(f"{source}: expected a checkpoint of robust-moe, with dicts; got {', '.join(wrong)}")
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from robust_moe.config import ConfigError, TrainConfig, config_from_dict
+from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten
 from robust_moe.data import DataError, ImageSet, Splits, channel_statistics, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, load_model_state
 from robust_moe.models import build_model
 
-__all__ = ["checkpoint_file", "cpu_threads", "describe_data", "load_experiment", "make_model", "resolve_device"]
+__all__ = [
+    "EVALUATION",
+    "checkpoint_file",
+    "cpu_threads",
+    "describe_data",
+    "load_experiment",
+    "make_model",
+    "resolve_device",
+]
+
+# Settings of an evaluation; all others belong to the checkpoint: they made the model, or drew its training images.
+EVALUATION = ("data.root", "data.test_limit", "eval.*", "run.accelerator", "run.threads")
 
 
 def describe_data(images: ImageSet) -> dict[str, Any]:
@@ -81,15 +93,18 @@ def load_experiment(
     """(configuration, model in eval mode on its device, data, checkpoint) from a checkpoint file or a run folder.
 
     A folder stands for its :func:`checkpoint_file`. ``overrides`` such as ``["data.root=/data"]`` go on top of the
-    configuration in the checkpoint.
+    configuration in the checkpoint; they may change settings of :data:`EVALUATION` only, so validation images are
+    always those that the model was not trained on.
 
     Raises:
         CheckpointError: an unreadable file, or one that does not fit the model or the data.
-        ConfigError, DataError: as in training.
+        ConfigError: as in training, or an override of anything else.
+        DataError: as in training.
     """
     path = checkpoint_file(path)
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint["config"], overrides, where=str(path))
+    _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
     splits = load_splits(config.data, config.run.seed)
     data = checkpoint["data"]
@@ -103,3 +118,19 @@ def load_experiment(
     model = make_model(config, data)
     load_model_state(model, checkpoint["model"], path)
     return config, model.to(device).eval(), splits, checkpoint
+
+
+def _refuse_retraining(trained: TrainConfig, asked: TrainConfig) -> None:
+    """Raise ConfigError if ``asked`` differs from ``trained`` in more than :data:`EVALUATION`."""
+    before, after = flatten(trained), flatten(asked)
+    changed = [
+        f"{key}={after[key]} (the checkpoint has {before[key]})"
+        for key in before
+        if before[key] != after[key] and not any(fnmatchcase(key, pattern) for pattern in EVALUATION)
+    ]
+    if changed:
+        hint = "; eval.seed is the attack's" if before["run.seed"] != after["run.seed"] else ""
+        raise ConfigError(
+            f"override: expected settings of the evaluation ({', '.join(EVALUATION)}), since model and split are the "
+            f"checkpoint's; got {', '.join(changed)}{hint}"
+        )

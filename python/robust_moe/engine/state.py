@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robust_moe.config import TrainConfig, flatten
-from robust_moe.engine.checkpoint import CheckpointError, load_model_state
+from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.meters import Meter
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.provenance import git_revision, versions
@@ -83,6 +83,7 @@ class RunState:
 
         Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
         """
+        refuse_foreign(state, source)
         refuse_changes(state["config"], self.config, source)
         load_model_state(self.model, state["model"], source)
         try:
@@ -94,7 +95,7 @@ class RunState:
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
             return int(state["log_lines"])
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: expected a whole training state, got {error!r}") from error
 
 

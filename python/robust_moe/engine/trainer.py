@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robust_moe.attacks import ATTACKS
-from robust_moe.config import TrainConfig, choose, save_config
+from robust_moe.config import ConfigError, TrainConfig, choose, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
@@ -80,6 +80,7 @@ class Trainer:
 
         Raises:
             CheckpointError: ``last.pt`` is damaged, or of another configuration; or a checkpoint cannot be written.
+            ConfigError: the run folder cannot be written.
             DataError: the data cannot be read.
             FloatingPointError: a loss, gradient or gate became NaN or infinite.
         """
@@ -87,7 +88,7 @@ class Trainer:
         with cpu_threads(self.config.run.threads):
             self._set_up(resume)
             try:
-                with StopRequest(self.fabric) as self.stop, torch.backends.cudnn.flags(deterministic=True):
+                with StopRequest(self.fabric) as self.stop, torch.backends.cudnn.flags(enabled=True, deterministic=True):
                     finished = self._run()
             finally:
                 self.log.close()
@@ -101,7 +102,8 @@ class Trainer:
         self.fabric = fabric = make_fabric(config)
         fabric.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
-        source = find_checkpoint(self.folder) if resume else None
+        with self._in_run_folder():
+            source = find_checkpoint(self.folder) if resume else None
         checkpoint = None if source is None else load_checkpoint(source)
         splits = load_splits(config.data, config.run.seed)
         data = describe_data(splits.train)
@@ -135,15 +137,25 @@ class Trainer:
         if checkpoint is not None:
             lines = self.state.load_state_dict(checkpoint, source, fabric.global_rank, fabric.device)
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
-        elif fabric.is_global_zero:
-            clear_run(self.folder)
-        fabric.barrier()
-        self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
-        if fabric.is_global_zero:
-            save_config(config, self.folder / "config.yaml")
+        with self._in_run_folder():
+            if checkpoint is None and fabric.is_global_zero:
+                clear_run(self.folder)
+            fabric.barrier()
+            self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
+            if fabric.is_global_zero:
+                save_config(config, self.folder / "config.yaml")
         if len(self.validation) == 0:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self._warned: set[tuple[str, str]] = set()
+
+    @contextmanager
+    def _in_run_folder(self) -> Iterator[None]:
+        """What the operating system refuses in here is the fault of ``run.out``."""
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"run.out: expected a folder to write to, got {self.folder} ({why})") from error
 
     # --- the loop ---
 
@@ -243,7 +255,9 @@ class Trainer:
         crash = self.folder / "crash.pt"
         if self.fabric.is_global_zero:
             save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
-        raise kind(f"{text}; the state is in {crash}, the last good one in {self.folder / 'last.pt'}") from cause
+        good = find_checkpoint(self.folder)
+        kept = "there is no earlier one" if good is None else f"the last good one in {good}"
+        raise kind(f"{text}; the state is in {crash}, {kept}") from cause
 
     def _mean_of_processes(self, values: Tensor) -> Tensor:
         return self.fabric.all_reduce(values, reduce_op="mean") if self.fabric.world_size > 1 else values

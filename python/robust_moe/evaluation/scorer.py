@@ -65,12 +65,37 @@ def _device(model: nn.Module, device: str | torch.device | None = None) -> torch
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32: no TF32 on a GPU, no bf16 on a CPU; every setting is put back as found."""
+    backends = torch.backends
+    ops = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [op.fp32_precision for op in ops]
+    try:
+        older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch refuses to read its older switches where the caller has set the newer ones
+        older = None
+    try:
+        if older is not None:  # both, or code in the model that reads the older ones would be refused
+            backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+        for op in ops:
+            op.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            backends.cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
+        for op, precision in zip(ops, before, strict=True):
+            op.fp32_precision = precision
+
+
+@contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; every submodule's training flag is put back as found."""
+    """Eval mode, no gradients, no autocast, no TF32; every submodule's training flag is put back as found."""
     modules = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+        with full_precision(), torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
             yield
     finally:
         for module, training in modules:

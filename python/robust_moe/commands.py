@@ -1,0 +1,157 @@
+"""The commands of ``robust-moe``: train, eval, env, demo."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from robust_moe.config import ConfigError, load_config, preset_names
+from robust_moe.data import DataError
+from robust_moe.demo import run_demo
+from robust_moe.engine import CheckpointError, Reporter, Trainer
+from robust_moe.engine.experiment import checkpoint_file
+from robust_moe.evaluation import results_table
+from robust_moe.provenance import git_revision, versions
+from robust_moe.report import assess, draw
+from robust_moe_kernels.env import report
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Adversarial training and evaluation of mixture-of-experts vision models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# What a user can cause and mend: one line, exit status 2. Anything else is a fault of ours and keeps its traceback.
+EXPECTED = (ConfigError, DataError, CheckpointError, FloatingPointError, ValueError, OSError)
+STOPPED = 130  # exit status of a run that SIGINT or SIGTERM stopped, as shells have it
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. run.epochs=3.", show_default=False)
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+
+
+def _console(stderr: bool = False) -> Console:
+    return Console(highlight=False, stderr=stderr)
+
+
+def _table(name: str, results: dict[str, Any]) -> Table:
+    data = results["data"]
+    return results_table([(name, results)], f"{data['name']}, {results['count']:,} {data['split']} images")
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except EXPECTED as error:
+            if kwargs.get("show_traceback"):
+                traceback.print_exc()
+            else:
+                text = " ".join(str(error).split())
+                _console(stderr=True).print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+@app.command()
+@_one_line_errors
+def train(
+    config: Annotated[str, typer.Argument(help=f"A YAML file, or one of: {', '.join(preset_names())}.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on from last.pt, or start anew.")] = True,
+    show_traceback: Traceback = False,
+) -> None:
+    """Train, then evaluate the best checkpoint on the test images, and draw the figures.
+
+    Ctrl-C saves and stops; the same command goes on from there.
+    """
+    settings = load_config(config, overrides)
+    reporter = Reporter(console=_console())
+    trainer = Trainer(settings, reporter)
+    outcome = trainer.fit(resume=resume)
+    if not trainer.fabric.is_global_zero:
+        return
+    draw(outcome.folder)
+    if not outcome.finished:
+        raise typer.Exit(STOPPED)
+    results, _ = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
+    reporter.console.print(_table(outcome.folder.name, results))
+    reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)
+
+
+@app.command("eval")
+@_one_line_errors
+def evaluate_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or a run folder: its best.pt.", show_default=False)],
+    overrides: Overrides = None,
+    attack_steps: Annotated[int | None, typer.Option(help="As eval.attack.steps=...", show_default=False)] = None,
+    attack_eps: Annotated[
+        str | None, typer.Option(help="As eval.attack.eps=..., e.g. 8/255.", show_default=False)
+    ] = None,
+    attack_restarts: Annotated[int | None, typer.Option(help="As eval.attack.restarts=...", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
+    ] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Clean and robust accuracy of a checkpoint; model and split are those of the configuration inside it.
+
+    Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), run.accelerator,
+    run.threads.
+    """
+    settings = list(overrides or [])
+    for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):
+        if value is not None:
+            settings.append(f"eval.attack.{name}={value}")
+    file = checkpoint_file(checkpoint)
+    reporter = Reporter(console=_console())
+    results, written = assess(file, out, overrides=settings, split=split, reporter=reporter)
+    name = file.resolve().parent.name if file.stem == "best" else file.stem
+    reporter.console.print(_table(name, results))
+    reporter.console.print(f"results: {written}", soft_wrap=True)
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices, and which implementation of every op can run here."""
+    console = _console()
+    table = Table(title="software and devices")
+    table.add_column("what")
+    table.add_column("found")
+    for name, version in versions().items():
+        table.add_row(name, version)
+    table.add_row("git", git_revision() or "not a checkout")
+    console.print(table)
+    ops = Table(title="implementations")
+    for column in ("op", "implementation", "device", "can run", "why not"):
+        ops.add_column(column)
+    for row in report():
+        mark = ("default" if row.default else "yes") if row.available else "no"
+        ops.add_row(row.op, row.impl, row.device, mark, row.reason)
+    console.print(ops)
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/demo"),
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each run; default: the presets'.")] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Train a routed network and its dense twin on handwritten digits with PGD-7, and compare them (minutes)."""
+    if len(run_demo(out, epochs, console=_console())) < 2:
+        raise typer.Exit(STOPPED)
