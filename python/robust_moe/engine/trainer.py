@@ -88,7 +88,8 @@ class Trainer:
         with cpu_threads(self.config.run.threads):
             self._set_up(resume)
             try:
-                with StopRequest(self.fabric) as self.stop, torch.backends.cudnn.flags(enabled=True, deterministic=True):
+                exact = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+                with StopRequest(self.fabric) as self.stop, exact:
                     finished = self._run()
             finally:
                 self.log.close()
