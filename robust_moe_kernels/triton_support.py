@@ -33,6 +33,11 @@ class Build:
     signature: dict[str, str]  # argument -> Triton type; constexpr arguments as "constexpr"
     constants: dict[str, Any]  # constexpr argument -> value
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16 at launch: wider loads, other registers
+
+    def attributes(self) -> dict[tuple[int], list[list[Any]]]:
+        """What the compiler is told about ``divisible``, as Triton's launcher would."""
+        return {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.divisible}
 
     def __str__(self) -> str:
         types = ",".join(sorted({kind for kind in self.signature.values() if kind.startswith("*")}))

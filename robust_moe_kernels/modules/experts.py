@@ -1,8 +1,8 @@
 """Experts with stacked parameters: every tensor of the replaced module with a leading dimension E.
 
-Where the engine can compute them (float32 on the CPU), all experts run in one grouped operation. Elsewhere rows arrive
-sorted by expert with a list of counts and each expert runs on its own contiguous segment, whole. Either way: no masks,
-no zeros, no work for an expert without rows.
+Where the engine can compute them (see ``engine_computes``), all experts run in one grouped operation. Elsewhere rows
+arrive sorted by expert with a list of counts and each expert runs on its own contiguous segment, whole. Either way: no
+masks, no zeros, no work for an expert without rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
 
-__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d", "engine_computes"]
+__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d", "engine_computes", "engine_dtype"]
 
 
 def _stack(tensor: Tensor, num_experts: int) -> Tensor:
@@ -41,12 +41,33 @@ def _innermost_view(weight: Tensor) -> Tensor:
     return weight.permute(0, 4, 3, 1, 2)
 
 
+_ENGINE = {
+    "cpu": ("native", (torch.float32,)),
+    "cuda": ("triton", (torch.float32, torch.float16, torch.bfloat16)),
+}
+
+
+@torch.compiler.assume_constant_result
+def _runs(impl: str, device_type: str) -> bool:
+    return EXPERT_CONV.why_not(impl, device_type) is None
+
+
+def engine_dtype(x: Tensor) -> torch.dtype:
+    """What the engine computes in: the dtype of x, inside autocast that of its convolutions."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Whether the grouped engine runs on this input: float32 on the CPU, outside autocast, with the extension."""
+    """Whether the grouped engine runs on this input: float32 on the CPU with the extension, outside autocast; float32,
+    float16 and bfloat16 on a GPU with Triton, with parameters of the dtype of x or, inside autocast, in float32."""
+    if x.device.type not in _ENGINE:
+        return False
+    impl, dtypes = _ENGINE[x.device.type]
+    dtype = engine_dtype(x)
+    allowed = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
     return (
-        EXPERT_CONV.why_not("native", x.device.type) is None
-        and not torch.is_autocast_enabled(x.device.type)
-        and all(tensor.dtype == torch.float32 for tensor in (x, *parameters))
+        dtype in dtypes and all(tensor.dtype in allowed for tensor in (x, *parameters)) and _runs(impl, x.device.type)
     )
 
 
@@ -110,7 +131,12 @@ class Experts(nn.Module, ABC):
 
 
 class StackedConv2d(Experts):
-    """E convolutions of one geometry. State: ``weight`` [E, O, I/groups, kh, kw], ``bias`` [E, O] or None."""
+    """E convolutions of one geometry. State: ``weight`` [E, O, I/groups, kh, kw], ``bias`` [E, O] or None.
+
+    In memory the weight's output channels lie innermost, as the engine reads them: like a model in channels-last format, its
+    parameters are dense but not contiguous. What insists on contiguous tensors (safetensors, parameters_to_vector, LBFGS,
+    FSDP2) needs ``.contiguous()`` copies, and an optimiser's state must keep the parameters' layout, as torch.save does.
+    """
 
     def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
         # A subclass with another forward, or a weight that is computed (weight norm), would lose that silently.
@@ -153,7 +179,9 @@ class StackedConv2d(Experts):
         geometry = self.geometry()
         if geometry is None or not engine_computes(x, self.parameters()):
             return super().mix(x, route, weights)
-        rows = expert_conv(dispatch(x, route), self.weight, route.offsets, geometry[:2], geometry[2:4], geometry[4:])
+        dtype = engine_dtype(x)
+        rows = dispatch(x.to(dtype), route)
+        rows = expert_conv(rows, self.weight.to(dtype), route.offsets, geometry[:2], geometry[2:4], geometry[4:])
         if self.bias is not None:
             expert = torch.searchsorted(route.offsets[1:], torch.arange(len(rows), device=x.device), right=True)
             rows = rows + self.bias.index_select(0, expert)[:, :, None, None]
@@ -204,10 +232,13 @@ class StackedBatchNorm2d(nn.Module):
     def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics by a batch's mean and biased variance [E, C] over ``count`` [E, 1] values
         each."""
-        momentum = self.momentum
-        self.running_mean.data = torch.where(count > 0, self.running_mean.lerp(mean, momentum), self.running_mean)
+        # .data as in ``run``; copy_, so that the buffers stay the tensors that others may hold.
+        running_mean, running_var = self.running_mean.data, self.running_var.data
+        moved = running_mean.lerp(mean.to(running_mean.dtype), self.momentum)
+        running_mean.copy_(torch.where(count > 0, moved, running_mean))
         unbiased = variance * (count / (count - 1).clamp_min(1)).to(variance.dtype)
-        self.running_var.data = torch.where(count > 1, self.running_var.lerp(unbiased, momentum), self.running_var)
+        moved = running_var.lerp(unbiased.to(running_var.dtype), self.momentum)
+        running_var.copy_(torch.where(count > 1, moved, running_var))
         self.num_batches_tracked.data += (count > 0).flatten().to(self.num_batches_tracked.dtype)
 
     def run(self, x: Tensor, parameters: tuple[int, Tensor, Tensor]) -> Tensor:

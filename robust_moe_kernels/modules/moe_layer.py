@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from robust_moe_kernels.checks import expect
+from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.experts import Experts, StackedConv2d
 from robust_moe_kernels.modules.gates import build_gate, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
@@ -36,8 +36,8 @@ class MoELayer(nn.Module):
         noise_std: standard deviation of the score noise in training, in units of each row's own spread; 0: none.
 
     forward: [B, C, H, W] -> what the replaced module returns, dtype and memory format as the experts leave them.
-    Until the experts' convolutions are one grouped kernel, the segments' sizes are read on the host: once a forward,
-    on a GPU, the host waits for the gate.
+    With the grouped engine nothing waits for the gate. Elsewhere (see ``modules.experts``) the experts run by
+    segments, whose sizes are read on the host once a forward.
 
     Raises:
         ValueError: an argument out of range; a forward on input of the wrong shape; non-finite gate scores (on a GPU
@@ -56,6 +56,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         num_experts = experts.num_experts
+        expect(type(top_k) is int, "top_k", "an integer", repr(top_k))
         expect(1 <= top_k <= num_experts, "top_k", f"1 <= k <= num_experts = {num_experts}", top_k)
         expect(noise_std >= 0, "noise_std", "a number >= 0", noise_std)
         if top_k == 1 < num_experts and renormalize and not straight_through:
@@ -96,13 +97,16 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.experts.in_channels
-        expect(x.dim() == 4 and x.shape[1] == channels, "x", f"shape [B, {channels}, H, W]", list(x.shape))
+        ok = x.dim() == 4 and x.shape[1] == channels and min(x.shape[2:]) >= 1
+        expect(ok, "x", f"shape [B, {channels}, H, W] with H, W >= 1", list(x.shape))
+        self._expect_kind(x)
         if self._fixed_expert is not None:
             self.routing = RoutingRecord.fixed(x, self._fixed_expert, self.num_experts)
             return self.experts.one(self._fixed_expert, x)
-        self.routing = self._decide(x)
-        route = sort_by_expert(self.routing.indices, self.num_experts)
-        return self.experts.mix(x, route, self.routing.weights)
+        # Read from the local name: another thread's forward may replace self.routing meanwhile.
+        self.routing = record = self._decide(x)
+        route = sort_by_expert(record.indices, self.num_experts)
+        return self.experts.mix(x, route, record.weights)
 
     def _decide(self, x: Tensor) -> RoutingRecord:
         clean = self.gate(x)
@@ -119,6 +123,12 @@ class MoELayer(nn.Module):
             logits = clean + noise_scale * torch.randn_like(clean)
         out = top_k_gate(logits, self.top_k, self.renormalize, self.straight_through)
         return RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
+
+    def _expect_kind(self, x: Tensor) -> None:
+        weight = next(self.experts.parameters())
+        expect(x.device == weight.device, "x", f"a tensor on {weight.device} (the device of the experts)", x.device)
+        if not torch.is_autocast_enabled(x.device.type):
+            expect_dtype(x, "x", (weight.dtype,))
 
     def _expect_expert(self, index: int, argument: str) -> None:
         ok = type(index) is int and 0 <= index < self.num_experts
@@ -140,7 +150,13 @@ class MoELayer(nn.Module):
         built = build_gate(gate, experts.in_channels, experts.num_experts)
         if init == "fresh":
             experts.reset()
-        return cls(built, experts, **options).to(like.device, like.dtype)
+        layer = cls(built, experts, **options).to(like.device, like.dtype)
+        layer.experts.requires_grad_(like.requires_grad)
+        return layer
+
+
+def _expect_count(num_experts: int) -> None:
+    expect(type(num_experts) is int and num_experts >= 1, "num_experts", "an integer E >= 1", repr(num_experts))
 
 
 class FusedBlockMoE(MoELayer):
@@ -166,7 +182,8 @@ class FusedBlockMoE(MoELayer):
         train from scratch.
 
         Args:
-            block: the block; not changed. Its device, dtype and mode are taken over.
+            block: the block; not changed. Its device, dtype and mode are taken over, and whether it is trained
+                (its first convolution's ``requires_grad``); the gate is always trained.
             num_experts: E >= 1.
             top_k, renormalize, straight_through, noise_std: see :class:`MoELayer`.
             gate: a name in ``GATES`` ("gap_fc", "conv_gap") or a module, [B, C, H, W] -> logits [B, E].
@@ -175,7 +192,7 @@ class FusedBlockMoE(MoELayer):
         Raises:
             ValueError: an argument out of range, or a block of another kind (see :class:`ResidualExperts`).
         """
-        expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
+        _expect_count(num_experts)
         layer = cls._build(
             ResidualExperts(block, num_experts),
             gate,
@@ -205,7 +222,7 @@ class FusedConvMoE(MoELayer):
         init: str = "copy",
     ) -> Self:
         """Replace a Conv2d; arguments and errors as :meth:`FusedBlockMoE.from_block`."""
-        expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
+        _expect_count(num_experts)
         layer = cls._build(
             StackedConv2d(conv, num_experts),
             gate,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robust_moe_kernels.layout import dense_format
-from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d, engine_computes
+from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d, engine_computes, engine_dtype
 from robust_moe_kernels.modules.routed_block import Layer, Plan, routed_block
 from robust_moe_kernels.ops.routing import Route
 
@@ -83,17 +83,20 @@ class ResidualExperts(Experts):
             return super().mix(x, route, weights)
         pools, layers = stages
         plan = Plan(
-            tuple(Layer(geometry, norm.eps) for _, norm, geometry in layers), len(layers) > self.depth, self.training
+            tuple(Layer(geometry, norm.eps, norm.training) for _, norm, geometry in layers), len(layers) > self.depth
         )
-        x_skip = pools(x) if len(pools) else None
+        dtype = engine_dtype(x)
+        rows = x.to(dtype)
+        x_skip = pools(rows) if len(pools) else None
         tensors = [
             tensor
             for conv, norm, _ in layers
-            for tensor in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            for tensor in (conv.weight.to(dtype), norm.weight, norm.bias, norm.running_mean, norm.running_var)
         ]
-        out, statistics = routed_block(x, x_skip, weights, route, plan, tensors)
-        if self.training:
-            for (_, norm, _), (mean, variance, count) in zip(layers, statistics, strict=True):
+        weights = weights.to(torch.promote_types(dtype, torch.float32))  # a gate may compute in float64
+        out, statistics = routed_block(rows, x_skip, weights, route, plan, tensors)
+        for (_, norm, _), (mean, variance, count) in zip(layers, statistics, strict=True):
+            if norm.training:
                 norm.track(mean, variance, count)
         return out.contiguous(memory_format=dense_format(x))
 

@@ -32,6 +32,7 @@ class Layer:
 
     geometry: tuple[int, ...]  # stride, padding, dilation, each (vertical, horizontal)
     eps: float
+    training: bool  # of the norm: batch statistics, or the running ones
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Plan:
 
     layers: tuple[Layer, ...]
     downsample: bool
-    training: bool
 
     @property
     def depth(self) -> int:
@@ -59,9 +59,9 @@ class _Norm:
     variance: Tensor  # biased, of the batch; the running one in evaluation
 
 
-def _normalize(z: Tensor, route_offsets: Tensor, parameters: tuple[Tensor, ...], layer: Layer, training: bool) -> _Norm:
+def _normalize(z: Tensor, route_offsets: Tensor, parameters: tuple[Tensor, ...], layer: Layer) -> _Norm:
     weight, bias, running_mean, running_variance = parameters
-    if training:
+    if layer.training:
         count = _count(z, route_offsets)
         total, square = column_sums(z, z, route_offsets, None, None, AUTO)
         mean = total / count.clamp_min(1)
@@ -71,7 +71,7 @@ def _normalize(z: Tensor, route_offsets: Tensor, parameters: tuple[Tensor, ...],
     else:
         mean, variance = running_mean.double(), running_variance.double()
     rstd = (variance + layer.eps).rsqrt()
-    if training:
+    if layer.training:
         rstd = torch.where(count == 1, 0.0, rstd)  # a single value: the output is the bias, see StackedBatchNorm2d
     scale = weight.double() * rstd
     shift = bias.double() - mean * scale
@@ -105,7 +105,7 @@ class _RoutedBlock(torch.autograd.Function):
             if i == plan.depth:  # the skip
                 source, index = x if x_skip is None else x_skip, sample
             z = conv_forward(source, parameters[0], offsets, index, list(layer.geometry), AUTO)
-            norm = _normalize(z, offsets, parameters[1:], layer, plan.training)
+            norm = _normalize(z, offsets, parameters[1:], layer)
             zs.append(z)
             norms.append(norm)
             if i < plan.depth - 1:
@@ -222,12 +222,13 @@ class _Backward:
         mask = (scale, shift) if relu else (None, None)
         wants = self.needs[self._argument(i) + 1] or self.needs[self._argument(i) + 2]
         q = r = None
-        if self.plan.training or wants:
+        training = self.plan.layers[i].training
+        if training or wants:
             total, product = column_sums(d, z, self.offsets, *mask, AUTO)
             d_weight = (product - mean * total) * rstd
             self.gradients[self._argument(i) + 1] = d_weight.to(scale.dtype) if wants else None
             self.gradients[self._argument(i) + 2] = total.to(scale.dtype) if wants else None
-            if self.plan.training:
+            if training:
                 count = _count(z, self.offsets).clamp_min(1)
                 q64 = -scale * rstd * d_weight / count
                 r = (-scale * total / count - q64 * mean).to(scale.dtype)

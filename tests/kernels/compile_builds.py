@@ -18,11 +18,12 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from robust_moe_kernels.triton_support import Build
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 COUNTS = {
     "registers": r"Used (\d+) registers",
     "shared": r"(\d+) bytes smem",
@@ -44,12 +45,12 @@ def parse_log(log: str) -> dict[str, int]:
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
     """What the assembler reports for one kernel."""
-    suffix = "a" if capability >= 90 else ""
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)
+    assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        assembler = TOOLS / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-        command = [str(assembler), "-v", f"--gpu-name=sm_{capability}{suffix}", str(source), "-o", str(source) + ".o"]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source) + ".o"]
         return parse_log(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
@@ -86,13 +87,13 @@ def _operands(body: str) -> list[str]:
 
 def report(build: Build, capability: int) -> dict[str, object]:
     """Compiles one configuration for one GPU."""
-    source = ASTSource(fn=build.kernel, signature=build.signature, constexprs=build.constants)
+    source = ASTSource(build.kernel, build.signature, build.constants, build.attributes())
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
     ptx = compiled.asm["ptx"]
     return {
         "build": str(build),
         **resources(ptx, capability),
-        "mma": len(re.findall(r"\b(?:wgmma|tcgen05)\.mma|\bmma\.sync", ptx)),
+        "mma": {kind: count for kind in TENSOR_CORES if (count := ptx.count(kind))},
         "narrow": narrow_products(compiled.asm["ttir"]),
     }
 

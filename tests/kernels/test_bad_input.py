@@ -12,6 +12,8 @@ import torch
 from robust_moe_kernels.dispatch import IMPLEMENTATIONS, ImplementationUnavailable
 from robust_moe_kernels.ops import OPS
 from robust_moe_kernels.ops.attack_step import pgd_step, random_start
+from robust_moe_kernels.ops.expert_block import scale_shift
+from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_wgrad, expert_conv
 from robust_moe_kernels.ops.gate import top_k_gate
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
@@ -48,6 +50,32 @@ def step(**changes) -> object:
 
 def start(**changes) -> object:
     return random_start(**{"x0": IMAGES, "eps": 0.1, "seed": 0} | changes)
+
+
+ROWS = torch.zeros(4, 2, 5, 5)
+FILTERS = torch.zeros(3, 2, 2, 3, 3)
+OFFSETS = torch.tensor([0, 1, 1, 4])
+UNIT = [1, 1, 0, 0, 1, 1]
+
+
+def convolve(**changes) -> object:
+    return expert_conv(**{"x": ROWS, "weight": FILTERS, "offsets": OFFSETS} | changes)
+
+
+def convolve_raw(impl: str = "auto") -> object:
+    return conv_forward(ROWS, FILTERS, OFFSETS, None, UNIT, impl)
+
+
+def convolve_back(impl: str = "auto") -> object:
+    return conv_dgrad(ROWS[:, :, 2:, 2:], FILTERS, OFFSETS, 5, 5, UNIT, impl)
+
+
+def convolve_filters(impl: str = "auto") -> object:
+    return conv_wgrad(ROWS, ROWS[:, :, 2:, 2:], OFFSETS, None, FILTERS, UNIT, impl)
+
+
+def normalize(impl: str = "auto") -> object:
+    return scale_shift(ROWS, OFFSETS, torch.ones(3, 2), torch.zeros(3, 2), True, impl)
 
 
 class Bad(NamedTuple):
@@ -96,6 +124,54 @@ BAD = (
         {"weights": torch.ones(3, 2, device=META)},
         ValueError,
         "weights: expected a tensor on cpu (the device of y), got meta",
+    ),
+    Bad(convolve, {"x": None}, TypeError, "x: expected a tensor, got NoneType"),
+    Bad(convolve, {"x": ROWS.int()}, TypeError, f"x: expected dtype {TYPES}, got int32"),
+    Bad(convolve, {"x": ROWS[0]}, ValueError, "x: expected shape [R, I, H, W], got [2, 5, 5]"),
+    Bad(convolve, {"weight": 1.0}, TypeError, "weight: expected a tensor, got float"),
+    Bad(convolve, {"weight": FILTERS.half()}, TypeError, "weight: expected dtype float32, got float16"),
+    Bad(
+        convolve,
+        {"weight": FILTERS[0]},
+        ValueError,
+        "weight: expected shape [E, O, 2, kh, kw], all >= 1, got [2, 2, 3, 3]",
+    ),
+    Bad(
+        convolve,
+        {"weight": FILTERS[:, :, :1]},
+        ValueError,
+        "weight: expected shape [E, O, 2, kh, kw], all >= 1, got [3, 2, 1, 3, 3]",
+    ),
+    Bad(
+        convolve,
+        {"weight": FILTERS.to(META)},
+        ValueError,
+        "weight: expected a tensor on cpu (the device of x), got meta",
+    ),
+    Bad(convolve, {"offsets": [0, 1, 1, 4]}, TypeError, "offsets: expected a tensor, got list"),
+    Bad(convolve, {"offsets": OFFSETS.int()}, TypeError, "offsets: expected dtype int64, got int32"),
+    Bad(convolve, {"offsets": OFFSETS[1:]}, ValueError, "offsets: expected shape [4], got [3]"),
+    Bad(
+        convolve,
+        {"offsets": OFFSETS.to(META)},
+        ValueError,
+        "offsets: expected a tensor on cpu (the device of x), got meta",
+    ),
+    Bad(
+        convolve,
+        {"offsets": OFFSETS + 1},
+        ValueError,
+        "offsets: expected numbers that rise from 0 to R = 4, got [1, 2, 2, 5]",
+    ),
+    Bad(convolve, {"stride": 2}, ValueError, "stride: expected two integers >= 1, got 2"),
+    Bad(convolve, {"stride": (0, 1)}, ValueError, "stride: expected two integers >= 1, got (0, 1)"),
+    Bad(convolve, {"padding": (0, -1)}, ValueError, "padding: expected two integers >= 0, got (0, -1)"),
+    Bad(convolve, {"dilation": (1, 0)}, ValueError, "dilation: expected two integers >= 1, got (1, 0)"),
+    Bad(
+        convolve,
+        {"dilation": (3, 1)},
+        ValueError,
+        "x: expected maps that give an output of at least 1x1, got [4, 2, 5, 5] -> [-1, 3]",
     ),
     Bad(step, {"x": "image"}, TypeError, "x: expected a tensor, got str"),
     Bad(step, {"x": IMAGES.bfloat16()}, TypeError, "x: expected dtype float32 or float64, got bfloat16"),
@@ -156,7 +232,14 @@ def test_message(bad):
         bad.call(**bad.changes)
 
 
-CALLS = {"gate": (gate,), "routing": (sort,), "permute": (send, merge), "attack_step": (step, start)}
+CALLS = {
+    "gate": (gate,),
+    "routing": (sort,),
+    "permute": (send, merge),
+    "expert_conv": (convolve, convolve_raw, convolve_back, convolve_filters),
+    "expert_block": (normalize,),
+    "attack_step": (step, start),
+}
 
 
 def test_every_op_is_called_here():

@@ -7,7 +7,9 @@ the largest value: 32 ulp, for sums of a few hundred products whose order differ
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -143,3 +145,55 @@ def test_no_second_derivative():
     (gradient,) = torch.autograd.grad(moe(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiable once|once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", ["bn1", "bn2"])
+def test_a_norm_held_in_eval_mode_stays_there(frozen: str):
+    moe = layer("BasicBlock", 2).train()
+    moe.experts.get_submodule(frozen).eval()
+    x = torch.randn(6, 64, 4, 4)
+    got = everything(moe, x)
+    with without_engine():
+        wanted = everything(moe.double(), x.double())
+    assert torch.equal(got[f"buffer experts.{frozen}.running_mean"], torch.zeros(4, 64))
+    for key in (
+        "output",
+        "x",
+        "experts.conv1.weight",
+        "buffer experts.bn1.running_mean",
+        "buffer experts.bn2.running_var",
+    ):
+        # float32 against float64; a few ReLUs within rounding of zero may open in one and not in the other
+        error = (got[key].double() - wanted[key]).norm() / wanted[key].norm().clamp_min(1e-30)
+        assert error < 1e-3, key
+
+
+def test_a_gate_in_double_precision():
+    moe = layer("BasicBlock", 2).eval()
+    x = torch.randn(5, 64, 4, 4)
+    wanted = moe(x)
+    moe.gate.double()
+    assert moe(x).dtype == torch.float32
+    torch.testing.assert_close(moe(x), wanted, rtol=1e-5, atol=1e-5)  # softmax in float32 against float64
+
+
+def test_buffers_stay_the_same_tensors():
+    moe = layer("BasicBlock", 2).train()
+    addresses = {name: buffer.data_ptr() for name, buffer in moe.named_buffers()}
+    moe(torch.randn(5, 64, 4, 4))
+    assert addresses == {name: buffer.data_ptr() for name, buffer in moe.named_buffers()}
+
+
+def test_threads_that_share_a_model_get_their_own_answers():
+    moe = layer("BasicBlock", 2).eval()
+    inputs = [torch.randn(3 + i, 64, 4, 4) for i in range(2)]
+    wanted = [moe(x) for x in inputs]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as often as can be: the record of one forward must not reach another
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+            for _ in range(100):
+                for got, right in zip(pool.map(moe, inputs), wanted, strict=True):
+                    assert torch.equal(got, right)
+    finally:
+        sys.setswitchinterval(before)

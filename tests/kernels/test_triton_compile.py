@@ -51,6 +51,20 @@ def test_compiles_without_spilling(op, capability, compilations):
     assert [build for build in builds if build["spill_stores"] or build["spill_loads"]] == []
 
 
+WANTED = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma", "mma.sync"}}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
+def test_convolutions_use_tensor_cores(capability, compilations):
+    """Every product in float16, bfloat16 and tf32, by the generation's own instruction; float32 ("ieee") has none."""
+    builds = [json.loads(line) for line in compilations["expert_conv", capability].result().splitlines()]
+    products = [build for build in builds if not build["build"].startswith("plan_kernel")]
+    assert len(products) > 20
+    for build in products:
+        kinds = set(build["mma"])
+        assert not kinds if "PRECISION=ieee" in build["build"] else kinds and kinds <= WANTED[capability], build
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_row_offsets_are_64_bit(op, compilations):
     """No address depends on a 32-bit product, which would overflow beyond 2^31 elements."""

@@ -8,6 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -58,6 +59,8 @@ def _pgd_linf_kernel(
     x = tl.load(x_ptr + index, mask=mask, other=0.0)
     x0 = tl.load(x0_ptr + index, mask=mask, other=0.0)
     grad = tl.load(grad_ptr + index, mask=mask, other=0.0)
+    if grad.dtype.primitive_bitwidth < 32:
+        grad = grad.to(tl.float32)  # Triton 3.9's interpreter compares bfloat16 as bit patterns
     radius = _scalar(eps, x.dtype)
     length = _scalar(alpha, x.dtype)
     step = tl.where(grad > 0, length, tl.where(grad < 0, -length, 0.0)).to(x.dtype)
@@ -209,6 +212,12 @@ def _length_kernel(
     tl.store(length_ptr + sample + tl.arange(0, 1), eps * tl.exp(tl.log(u) * exponent))
 
 
+def _linf_options(double: bool) -> dict[str, Any]:
+    return (
+        {**_ELEMENTWISE, "num_warps": 8} if double else _ELEMENTWISE
+    )  # 4 spill 8 bytes in float64 (sm_80, Triton 3.9)
+
+
 def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
@@ -216,7 +225,8 @@ def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm
     with on_device(x):
         if norm == "Linf":
             grid = (triton.cdiv(x.numel(), _BLOCK),)
-            _pgd_linf_kernel[grid](x, grad, x0, out, x.numel(), eps, alpha, BLOCK=_BLOCK, **_ELEMENTWISE)
+            options = _linf_options(x.dtype == torch.float64)
+            _pgd_linf_kernel[grid](x, grad, x0, out, x.numel(), eps, alpha, BLOCK=_BLOCK, **options)
         else:
             size = x.numel() // x.shape[0]
             _pgd_l2_kernel[(x.shape[0],)](x, grad, x0, out, size, eps, alpha, BLOCK=_BLOCK, **_ELEMENTWISE)
@@ -244,7 +254,9 @@ def builds() -> Iterator[Build]:
     for image, grad in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64")):
         signature = {"x_ptr": f"*{image}", "grad_ptr": f"*{grad}", "x0_ptr": f"*{image}", "out_ptr": f"*{image}"}
         scalars = {"eps": "fp64", "alpha": "fp64", "BLOCK": "constexpr"}
-        yield Build(_pgd_linf_kernel, {**signature, "n": "i64", **scalars}, {"BLOCK": _BLOCK}, _ELEMENTWISE)
+        yield Build(
+            _pgd_linf_kernel, {**signature, "n": "i64", **scalars}, {"BLOCK": _BLOCK}, _linf_options(image == "fp64")
+        )
         yield Build(_pgd_l2_kernel, {**signature, "size": "i32", **scalars}, {"BLOCK": _BLOCK}, _ELEMENTWISE)
     for image in ("fp32", "fp64"):
         pointers = {"x0_ptr": f"*{image}", "sample_index_ptr": "*i64"}

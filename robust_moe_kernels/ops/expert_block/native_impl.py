@@ -14,13 +14,17 @@ __all__ = ["column_sums", "head_backward", "head_forward", "norm_backward", "sca
 why_not = native.why_not_cpu
 
 
-def why_not_case(x: Tensor) -> str | None:
+def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    return None if x.dtype == torch.float32 else f"the native block computes float32, not {x.dtype}"
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in operands} - {"float32"}
+    return f"the native block computes float32, not {', '.join(sorted(kinds))}" if kinds else None
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    assert tensor.dim() == 4 or tensor.is_contiguous()  # maps are channels-last, tables plain
+    return tensor.data_ptr()
 
 
 def _rows(z: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:

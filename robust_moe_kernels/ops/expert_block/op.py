@@ -16,18 +16,20 @@ from robust_moe_kernels.layout import channels_last, channels_last_empty
 
 __all__ = ["EXPERT_BLOCK", "column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift"]
 
-EXPERT_BLOCK = Op(__package__, cpu=("native", "reference"), cuda=("reference",))
+EXPERT_BLOCK = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
 
 
-def _choose(impl: str, x: Tensor) -> ModuleType:
+def _choose(impl: str, *operands: Tensor | None) -> ModuleType:
     """The implementation for these operands: the first of the device's that can compute them, or the named one."""
-    module = EXPERT_BLOCK.choose(impl, x.device.type)
-    reason = module.why_not_case(x)
+    tensors = [tensor for tensor in operands if tensor is not None]
+    device = tensors[0].device.type
+    module = EXPERT_BLOCK.choose(impl, device)
+    reason = module.why_not_case(*tensors)
     if reason is None:
         return module
     if impl != AUTO:
         raise ImplementationUnavailable(f"expert_block: impl={impl!r} cannot run: {reason}")
-    return EXPERT_BLOCK.choose("reference", x.device.type)
+    return EXPERT_BLOCK.choose("reference", device)
 
 
 _SCALE = "Tensor scale, Tensor shift"
@@ -58,7 +60,9 @@ def _column_sums(
 ) -> tuple[Tensor, Tensor]:
     """Per expert and channel, sums [E, C] float64 of value and value*other; with scale and shift only where
     other*scale + shift > 0 (the gradient through a ReLU after a batch norm of ``other``)."""
-    return _choose(impl, value).column_sums(channels_last(value), channels_last(other), offsets, scale, shift)
+    return _choose(impl, value, other, scale, shift).column_sums(
+        channels_last(value), channels_last(other), offsets, scale, shift
+    )
 
 
 @torch.library.register_fake("robust_moe_kernels::column_sums")
@@ -72,7 +76,7 @@ def _column_sums_fake(
 @torch.library.impl("robust_moe_kernels::scale_shift", "default")
 def _scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool, impl: str) -> Tensor:
     """z*scale + shift, each row with its expert's [E, C]; then ReLU if asked."""
-    return _choose(impl, z).scale_shift(channels_last(z), offsets, scale, shift, relu)
+    return _choose(impl, z, scale, shift).scale_shift(channels_last(z), offsets, scale, shift, relu)
 
 
 @torch.library.register_fake("robust_moe_kernels::scale_shift")
@@ -86,7 +90,9 @@ def _norm_backward(
     shift: Tensor | None, impl: str,
 ) -> Tensor:  # fmt: skip
     """p*d' + q*z + r, the gradient through a batch norm of z; d' is d where z*scale + shift > 0 (d itself without)."""
-    return _choose(impl, z).norm_backward(channels_last(d), channels_last(z), offsets, p, q, r, scale, shift)
+    return _choose(impl, d, z, p, q, r, scale, shift).norm_backward(
+        channels_last(d), channels_last(z), offsets, p, q, r, scale, shift
+    )
 
 
 @torch.library.register_fake("robust_moe_kernels::norm_backward")
@@ -106,7 +112,7 @@ def _head_forward(
 
     skip is the sample's map of x, or, with skip_scale and skip_shift, the row's own of x*skip_scale + skip_shift.
     """
-    chosen = _choose(impl, z)
+    chosen = _choose(impl, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_forward(
         channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse, offsets, weights
     )
@@ -126,7 +132,7 @@ def _head_backward(
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient at the ReLU's input [R, C, H, W], gradient of the weights [B, k])."""
-    chosen = _choose(impl, z)
+    chosen = _choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_backward(
         channels_last(d_out), channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse,
         offsets, weights,

@@ -17,7 +17,7 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def why_not_case(x: Tensor) -> str | None:
+def why_not_case(*operands: Tensor) -> str | None:
     return None
 
 
@@ -89,7 +89,7 @@ def head_forward(
 ) -> Tensor:  # fmt: skip
     rows = _head_rows(z, scale, shift, x, skip_scale, skip_shift, order, offsets, weights.shape[1])
     pairs = rows.index_select(0, inverse).unflatten(0, tuple(weights.shape))
-    out = (pairs * weights[:, :, None, None, None].to(z.dtype)).sum(1)
+    out = (pairs * weights[:, :, None, None, None].to(pairs.dtype)).sum(1)
     return channels_last_empty(z, tuple(out.shape)).copy_(out)
 
 
@@ -100,6 +100,6 @@ def head_backward(
     rows = _head_rows(z, scale, shift, x, skip_scale, skip_shift, order, offsets, weights.shape[1])
     d_pairs = d_out.index_select(0, order // weights.shape[1])
     inner = (rows.double() * d_pairs.double()).sum((1, 2, 3)).index_select(0, inverse)
-    weight = weights.reshape(-1).index_select(0, order)[:, None, None, None].to(z.dtype)
+    weight = weights.reshape(-1).index_select(0, order)[:, None, None, None].to(rows.dtype)
     d_rows = channels_last_empty(z, tuple(z.shape)).copy_(weight * d_pairs * (rows > 0))
     return d_rows, inner.view_as(weights).to(weights.dtype)

@@ -83,10 +83,11 @@ def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: in
 def wgrad(
     x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry
 ) -> Tensor:
-    d_weight = torch.empty_like(_uniform_taps(weight))
+    filters = _uniform_taps(weight)
+    d_weight = torch.empty_like(filters)
     sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
     _run(
         "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry,
         input=x, sample=sample, output=d_out, d_weight=d_weight,
     )  # fmt: skip
-    return d_weight
+    return d_weight if filters is weight else torch.empty_like(weight).copy_(d_weight)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, ImplementationUnavailable, Op
@@ -19,7 +20,7 @@ from robust_moe_kernels.layout import Geometry, channels_last, channels_last_emp
 
 __all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_wgrad", "expert_conv"]
 
-EXPERT_CONV = Op(__package__, cpu=("native", "reference"), cuda=("reference",))
+EXPERT_CONV = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
 
 
 def expert_conv(
@@ -39,7 +40,7 @@ def expert_conv(
             (``modules.experts`` keeps them so).
         offsets: [E+1] int64, rows ``offsets[e]:offsets[e+1]`` are expert e's; ``offsets[E] == R``.
         stride, padding (zeros), dilation: (vertical, horizontal).
-        impl: "auto", "reference" or "native" (CPU, float32).
+        impl: "auto", "reference", "native" (CPU, float32) or "triton" (float32, float16, bfloat16).
 
     Returns:
         [R, O, H', W'], channels-last. Differentiable (once) in x and weight; an expert without rows has gradient 0.
@@ -53,19 +54,27 @@ def expert_conv(
     expect(x.dim() == 4, "x", "shape [R, I, H, W]", list(x.shape))
     expect_tensor(weight, "weight")
     expect_dtype(weight, "weight", (x.dtype,))
-    ok = weight.dim() == 5 and weight.shape[2] == x.shape[1]
-    expect(ok, "weight", f"shape [E, O, {x.shape[1]}, kh, kw]", list(weight.shape))
+    ok = weight.dim() == 5 and weight.shape[2] == x.shape[1] and min(weight.shape) >= 1
+    expect(ok, "weight", f"shape [E, O, {x.shape[1]}, kh, kw], all >= 1", list(weight.shape))
     expect_tensor(offsets, "offsets")
     expect_dtype(offsets, "offsets", (torch.int64,))
     expect(offsets.shape == (weight.shape[0] + 1,), "offsets", f"shape [{weight.shape[0] + 1}]", list(offsets.shape))
     expect_same_device(weight, "weight", x, "x")
     expect_same_device(offsets, "offsets", x, "x")
-    expect(min(stride) >= 1, "stride", "numbers >= 1", stride)
-    expect(min(padding) >= 0, "padding", "numbers >= 0", padding)
-    expect(min(dilation) >= 1, "dilation", "numbers >= 1", dilation)
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        ok = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(n) is int and n >= least for n in pair)
+        expect(ok, name, f"two integers >= {least}", repr(pair))
     size = Geometry(stride, padding, dilation).output_size(x.shape[2], x.shape[3], tuple(weight.shape[3:]))
     expect(min(size) >= 1, "x", "maps that give an output of at least 1x1", f"{list(x.shape)} -> {list(size)}")
-    return _Conv.apply(x, weight, offsets, [*stride, *padding, *dilation], impl)
+    return _Conv.apply(x, weight, _checked(offsets, x.shape[0]), [*stride, *padding, *dilation], impl)
+
+
+def _checked(offsets: Tensor, rows: int) -> Tensor:
+    """Contiguous offsets; on the CPU, where looking costs nothing, refused unless they cut 0..rows into segments."""
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        ok = int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())
+        expect(ok, "offsets", f"numbers that rise from 0 to R = {rows}", offsets.tolist())
+    return offsets.contiguous()
 
 
 def _geometry(numbers: list[int]) -> Geometry:
@@ -164,6 +173,7 @@ class _Conv(torch.autograd.Function):
         return conv_forward(x, weight, offsets, None, geometry, impl)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
         d_x = d_weight = None

@@ -22,7 +22,7 @@ __all__ = ["backward", "builds", "forward", "why_not"]
 why_not = triton_support.why_not
 
 _TILE = 1024  # scores a program holds, 8 a thread; 2048 spilled in float64 (sm_80, E = 32)
-_HALF_TILE = (8, 128)  # padded E at which the full tile spills 4 to 8 bytes (ptxas of sm_80 and sm_90)
+_SMALLER_TILE = {8: 2, 128: 4}  # padded E -> divisor of its tile: the full one spills 4 to 8 bytes (sm_80, sm_90)
 _EXTRA = 3  # partial sums besides 2E: entropy, squared logsumexp, non-finite rows
 
 
@@ -204,7 +204,7 @@ def _tile(experts: int) -> tuple[int, int]:
     """(rows a program, experts padded to a power of two)."""
     padded = triton.next_power_of_2(experts)
     rows = max(1, min(32, _TILE // padded))
-    return rows // 2 if padded in _HALF_TILE else rows, padded
+    return max(1, rows // _SMALLER_TILE.get(padded, 1)), padded
 
 
 def _options(padded: int) -> dict[str, int]:

@@ -1,0 +1,209 @@
+"""Between the convolutions of routed residual blocks, in Triton: batch norm per expert, ReLU, skip and weighted sum.
+
+All are bound by memory: each map is read and written once. Compiled without multiply-add contraction, so that what a
+forward's ReLU lets through is what the backward's mask, computed again from the same numbers, lets through, and that
+float32 results without a sum equal the reference bit for bit. Sums run in float64, over fixed shares of an expert's
+pixels; a second kernel adds the shares in order: no atomics, the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from robust_moe_kernels import triton_support
+from robust_moe_kernels.layout import channels_last_empty
+from robust_moe_kernels.ops.expert_block.triton_kernels import (
+    add_shares_kernel,
+    head_backward_kernel,
+    head_forward_kernel,
+    norm_backward_kernel,
+    scale_shift_kernel,
+    sums_kernel,
+)
+from robust_moe_kernels.triton_support import Build, on_device, triton_type
+
+__all__ = [
+    "builds", "column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not",
+    "why_not_case",
+]  # fmt: skip
+
+why_not = triton_support.why_not
+
+
+def why_not_case(*operands: Tensor) -> str | None:
+    """Reason why these operands cannot be computed here, or ``None``: every floating dtype can."""
+    return None
+
+
+_ELEMENTS = 1024  # of a program's tile of pixels x channels: 8 a thread; with 16 several builds spill
+_SUM_PIXELS = 16  # pixels that a summing program reads at once
+_SHARES = 64  # most shares of one expert's pixels
+_PROGRAMS = 528  # summing programs wanted: four for each of an H200's 132 multiprocessors
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+# Left to itself, the assembler spills a few registers of these to fit more programs on a multiprocessor.
+_HEAD_OPTIONS = {**_OPTIONS, "maxnreg": 128}
+
+
+def _shape(channels: int) -> dict[str, int]:
+    """A tile's pixels and channels: 64 or 128 channels are whole lines of memory in every dtype."""
+    block = 64 if channels <= 64 else 128
+    return {"BLOCK_P": _ELEMENTS // block, "BLOCK_C": block}
+
+
+def _maps(z: Tensor, offsets: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """(pixels, channels, experts) and the constants that follow from them."""
+    experts = offsets.numel() - 1
+    _, channels, height, width = z.shape
+    constants = {"EXPERTS": max(16, triton.next_power_of_2(experts)), **_shape(channels)}
+    return (height * width, channels, experts), constants
+
+
+def _grid(rows: int, sizes: tuple[int, int, int], constants: dict[str, int]) -> tuple[int, int]:
+    pixels, channels, _ = sizes
+    return rows, triton.cdiv(pixels, constants["BLOCK_P"]) * triton.cdiv(channels, constants["BLOCK_C"])
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for an argument that the kernel will not read."""
+    return other if tensor is None else tensor.contiguous()
+
+
+def column_sums(
+    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    experts, channels = offsets.numel() - 1, value.shape[1]
+    sums = value.new_empty(experts, channels, dtype=torch.float64)
+    products = torch.empty_like(sums)
+    if sums.numel() == 0:
+        return sums, products
+    pixels = value.shape[2] * value.shape[3]
+    block = _shape(channels)["BLOCK_C"]
+    programs = experts * triton.cdiv(channels, block)
+    pairs = triton.cdiv(value.shape[0] * pixels, experts)
+    shares = max(1, min(_SHARES, _PROGRAMS // programs, pairs // (4 * _SUM_PIXELS)))
+    parts = value.new_empty(2, shares, experts, channels, dtype=torch.float64)
+    with on_device(value):
+        sums_kernel[triton.cdiv(channels, block), experts, shares](
+            value, other, offsets, _or(scale, offsets), _or(shift, offsets), parts[0], parts[1], pixels, channels,
+            shares, MASKED=scale is not None, BLOCK_P=_SUM_PIXELS, BLOCK_C=block, **_OPTIONS,
+        )  # fmt: skip
+        add_shares_kernel[(triton.cdiv(sums.numel(), 256),)](
+            parts, sums, products, shares, sums.numel(), BLOCK=256, **_OPTIONS
+        )
+    return sums, products
+
+
+def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    out = channels_last_empty(z, tuple(z.shape))
+    if out.numel():
+        sizes, constants = _maps(z, offsets)
+        with on_device(z):
+            scale_shift_kernel[_grid(z.shape[0], sizes, constants)](
+                z, offsets, scale.contiguous(), shift.contiguous(), out, *sizes, RELU=relu, **constants, **_OPTIONS
+            )
+    return out
+
+
+def norm_backward(
+    d: Tensor,
+    z: Tensor,
+    offsets: Tensor,
+    p: Tensor,
+    q: Tensor | None,
+    r: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    out = channels_last_empty(z, tuple(z.shape))
+    if out.numel():
+        sizes, constants = _maps(z, offsets)
+        tables = [_or(table, offsets) for table in (p, q, r, scale, shift)]
+        with on_device(z):
+            norm_backward_kernel[_grid(z.shape[0], sizes, constants)](
+                d, z, offsets, *tables, out, *sizes, CENTERED=q is not None, MASKED=scale is not None, **constants,
+                **_OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+def head_forward(
+    z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None, skip_shift: Tensor | None,
+    order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> Tensor:  # fmt: skip
+    batch, top_k = weights.shape
+    out = channels_last_empty(z, (batch, *z.shape[1:]))
+    if out.numel():
+        sizes, constants = _maps(z, offsets)
+        skip = _or(skip_scale, offsets), _or(skip_shift, offsets)
+        with on_device(z):
+            head_forward_kernel[_grid(batch, sizes, constants)](
+                z, scale.contiguous(), shift.contiguous(), x, *skip, inverse, offsets, weights.contiguous(), out, top_k,
+                *sizes, NORMED=skip_scale is not None, **constants, **_HEAD_OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+def head_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    d_rows = channels_last_empty(z, tuple(z.shape))
+    d_weights = weights.new_empty(weights.shape)
+    if d_weights.numel():
+        sizes, constants = _maps(z, offsets)
+        skip = _or(skip_scale, offsets), _or(skip_shift, offsets)
+        with on_device(z):
+            head_backward_kernel[(z.shape[0],)](
+                d_out, z, scale.contiguous(), shift.contiguous(), x, *skip, order, offsets, weights.contiguous(),
+                d_rows, d_weights, weights.shape[1], *sizes, NORMED=skip_scale is not None, **constants,
+                **_HEAD_OPTIONS,
+            )  # fmt: skip
+    return d_rows, d_weights
+
+
+_INDICES = ("offsets_ptr", "order_ptr", "inverse_ptr")
+_SUMS = ("sums_ptr", "products_ptr", "shares_ptr")
+_MAPS = ("value_ptr", "other_ptr", "z_ptr", "x_ptr", "d_ptr", "d_out_ptr", "d_rows_ptr", "out_ptr")
+
+
+def _build(kernel: Any, data: str, table: str, constants: dict[str, Any], unused: tuple[str, ...] = ()) -> Build:
+    """``unused``: the arguments in whose place the offsets are handed over."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _INDICES or name in unused:
+            signature[name] = "*i64"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp64" if name in _SUMS else f"*{data if name in _MAPS else table}"
+        else:
+            signature[name] = "i32"
+    divisible = tuple(name for name in signature if name.endswith("_ptr") or name == "channels")
+    options = _HEAD_OPTIONS if kernel in (head_forward_kernel, head_backward_kernel) else _OPTIONS
+    return Build(kernel, signature, constants, options, divisible)
+
+
+def builds() -> Iterator[Build]:
+    """Every configuration that is launched, for the compile test."""
+    yield _build(add_shares_kernel, "", "", {"BLOCK": 256})
+    for dtype, channels in product((torch.float32, torch.bfloat16, torch.float16, torch.float64), (64, 128)):
+        data, table = triton_type(dtype), "fp64" if dtype == torch.float64 else "fp32"
+        tile = {"EXPERTS": 16, **_shape(channels)}
+        for flag in (False, True):
+            unused = () if flag else ("scale_ptr", "shift_ptr")
+            blocks = {"BLOCK_P": _SUM_PIXELS, "BLOCK_C": channels}
+            yield _build(sums_kernel, data, table, {"MASKED": flag, **blocks}, unused)
+            yield _build(scale_shift_kernel, data, table, {"RELU": flag, **tile})
+            for centered in (False, True):
+                without = unused + (() if centered else ("q_ptr", "r_ptr"))
+                constants = {"CENTERED": centered, "MASKED": flag, **tile}
+                yield _build(norm_backward_kernel, data, table, constants, without)
+            unused = () if flag else ("skip_scale_ptr", "skip_shift_ptr")
+            yield _build(head_forward_kernel, data, table, {"NORMED": flag, **tile}, unused)
+            yield _build(head_backward_kernel, data, table, {"NORMED": flag, **tile}, unused)

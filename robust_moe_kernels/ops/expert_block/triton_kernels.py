@@ -1,0 +1,234 @@
+"""The Triton kernels between the convolutions of routed residual blocks; ``triton_impl`` launches them.
+
+Only the number of channels is specialised: it decides the width of loads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "add_shares_kernel", "head_backward_kernel", "head_forward_kernel", "norm_backward_kernel", "scale_shift_kernel",
+    "sums_kernel",
+]  # fmt: skip
+
+
+@triton.jit
+def _expert_of(offsets_ptr, row, experts, EXPERTS: tl.constexpr):
+    """The expert that a sorted row belongs to."""
+    e = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets_ptr + e + 1, mask=e < experts, other=0)
+    expert = tl.sum(((ends <= row) & (e < experts)).to(tl.int64), 0)
+    return tl.minimum(expert, experts - 1)  # a row behind all experts: a pair whose expert was out of range
+
+
+@triton.jit
+def _tile(pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's part of a map: channels [1, BLOCK_C], offsets and mask [BLOCK_P, BLOCK_C]."""
+    across = (channels + BLOCK_C - 1) // BLOCK_C
+    p = (tl.program_id(1) // across).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    c = (tl.program_id(1) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return c, p * channels + c, (p < pixels) & (c < channels)
+
+
+@triton.jit(do_not_specialize=("pixels", "shares"))
+def sums_kernel(
+    value_ptr,  # [R, pixels, channels]
+    other_ptr,  # the same
+    offsets_ptr,  # [E + 1] int64
+    scale_ptr, shift_ptr,  # [E, channels]; unused unless MASKED
+    sums_ptr,  # [shares, E, channels] float64
+    products_ptr,  # the same
+    pixels, channels, shares,
+    MASKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: one share of one expert's pixels, BLOCK_C channels."""
+    expert, share = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin = tl.load(offsets_ptr + expert) * pixels
+    total = tl.load(offsets_ptr + expert + 1) * pixels - begin
+    each = (total + shares - 1) // shares
+    first, last = begin + share * each, begin + tl.minimum((share + 1) * each, total)
+    if MASKED:
+        scale = tl.load(scale_ptr + expert * channels + c, mask=c < channels, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + expert * channels + c, mask=c < channels, other=0.0)[None, :]
+    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    products = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for start in range(first, last, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)[:, None]
+        mask = (p < last) & (c < channels)[None, :]
+        value = tl.load(value_ptr + p * channels + c[None, :], mask=mask, other=0.0)
+        other = tl.load(other_ptr + p * channels + c[None, :], mask=mask, other=0.0)
+        if MASKED:
+            value = tl.where(other.to(scale.dtype) * scale + shift > 0, value, 0.0)
+        sums += value.to(tl.float64)
+        products += value.to(tl.float64) * other.to(tl.float64)
+    place = (share * tl.num_programs(1) + expert) * channels + c
+    tl.store(sums_ptr + place, tl.sum(sums, 0), mask=c < channels)
+    tl.store(products_ptr + place, tl.sum(products, 0), mask=c < channels)
+
+
+@triton.jit(do_not_specialize=("shares", "size"))
+def add_shares_kernel(
+    shares_ptr,  # [2, shares, size] float64
+    sums_ptr,  # [size] float64: of shares_ptr[0]
+    products_ptr,  # [size] float64: of shares_ptr[1]
+    shares, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK sums, their shares added in order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    products = tl.zeros((BLOCK,), tl.float64)
+    second = shares_ptr + shares.to(tl.int64) * size
+    place = i
+    for _ in range(shares):
+        sums += tl.load(shares_ptr + place, mask=i < size, other=0.0)
+        products += tl.load(second + place, mask=i < size, other=0.0)
+        place += size
+    tl.store(sums_ptr + i, sums, mask=i < size)
+    tl.store(products_ptr + i, products, mask=i < size)
+
+
+@triton.jit(do_not_specialize=("pixels", "experts"))
+def scale_shift_kernel(
+    z_ptr,  # [R, pixels, channels]
+    offsets_ptr,  # [E + 1] int64
+    scale_ptr, shift_ptr,  # [E, channels]
+    out_ptr,  # [R, pixels, channels]
+    pixels, channels, experts,
+    RELU: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of one row's map."""
+    row = tl.program_id(0).to(tl.int64)
+    c, offset, mask = _tile(pixels, channels, BLOCK_P, BLOCK_C)
+    table = _expert_of(offsets_ptr, row, experts, EXPERTS) * channels + c
+    scale = tl.load(scale_ptr + table, mask=c < channels, other=0.0)
+    shift = tl.load(shift_ptr + table, mask=c < channels, other=0.0)
+    place = row * pixels * channels + offset
+    value = tl.load(z_ptr + place, mask=mask, other=0.0).to(scale.dtype) * scale + shift
+    if RELU:
+        value = tl.where(value < 0, 0.0, value)  # not a maximum: NaN stays NaN
+    tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=("pixels", "experts"))
+def norm_backward_kernel(
+    d_ptr, z_ptr,  # [R, pixels, channels]
+    offsets_ptr,  # [E + 1] int64
+    p_ptr, q_ptr, r_ptr,  # [E, channels]; q and r unused unless CENTERED
+    scale_ptr, shift_ptr,  # [E, channels]; unused unless MASKED
+    out_ptr,  # [R, pixels, channels]
+    pixels, channels, experts,
+    CENTERED: tl.constexpr, MASKED: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of one row's map."""
+    row = tl.program_id(0).to(tl.int64)
+    c, offset, mask = _tile(pixels, channels, BLOCK_P, BLOCK_C)
+    table = _expert_of(offsets_ptr, row, experts, EXPERTS) * channels + c
+    place = row * pixels * channels + offset
+    p = tl.load(p_ptr + table, mask=c < channels, other=0.0)
+    d = tl.load(d_ptr + place, mask=mask, other=0.0).to(p.dtype)
+    if CENTERED or MASKED:
+        z = tl.load(z_ptr + place, mask=mask, other=0.0).to(p.dtype)
+    if MASKED:
+        scale = tl.load(scale_ptr + table, mask=c < channels, other=0.0)
+        shift = tl.load(shift_ptr + table, mask=c < channels, other=0.0)
+        d = tl.where(z * scale + shift > 0, d, 0.0)
+    value = p * d
+    if CENTERED:
+        q = tl.load(q_ptr + table, mask=c < channels, other=0.0)
+        r = tl.load(r_ptr + table, mask=c < channels, other=0.0)
+        value = value + q * z + r
+    tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _head_line(
+    z_ptr, scale_ptr, shift_ptr, x_ptr, skip_scale_ptr, skip_shift_ptr, row, sample, expert, size, channels, c, offset,
+    mask, NORMED: tl.constexpr,
+):  # fmt: skip
+    """relu(z*scale + shift + skip) of a tile; the skip is the sample's x or, NORMED, the row's x*scale + shift."""
+    table = expert * channels + c
+    scale = tl.load(scale_ptr + table, mask=c < channels, other=0.0)
+    shift = tl.load(shift_ptr + table, mask=c < channels, other=0.0)
+    value = tl.load(z_ptr + row * size + offset, mask=mask, other=0.0).to(scale.dtype) * scale + shift
+    if NORMED:
+        x = tl.load(x_ptr + row * size + offset, mask=mask, other=0.0).to(scale.dtype)
+        skip_scale = tl.load(skip_scale_ptr + table, mask=c < channels, other=0.0)
+        skip_shift = tl.load(skip_shift_ptr + table, mask=c < channels, other=0.0)
+        value += x * skip_scale + skip_shift
+    else:
+        value += tl.load(x_ptr + sample * size + offset, mask=mask, other=0.0).to(scale.dtype)
+    return tl.where(value < 0, 0.0, value)
+
+
+@triton.jit(do_not_specialize=("pixels", "experts", "top_k"))
+def head_forward_kernel(
+    z_ptr,  # [R, pixels, channels]
+    scale_ptr, shift_ptr,  # [E, channels]
+    x_ptr,  # [B, pixels, channels]; NORMED: [R, pixels, channels]
+    skip_scale_ptr, skip_shift_ptr,  # [E, channels]; unused unless NORMED
+    inverse_ptr,  # [R] int64
+    offsets_ptr,  # [E + 1] int64
+    weights_ptr,  # [B, k]
+    out_ptr,  # [B, pixels, channels]
+    top_k, pixels, channels, experts,
+    NORMED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of one sample's output, its k rows added in slot order."""
+    sample = tl.program_id(0).to(tl.int64)
+    c, offset, mask = _tile(pixels, channels, BLOCK_P, BLOCK_C)
+    size = pixels.to(tl.int64) * channels
+    total = tl.zeros((BLOCK_P, BLOCK_C), scale_ptr.dtype.element_ty)
+    for j in range(top_k):
+        row = tl.load(inverse_ptr + sample * top_k + j)
+        expert = _expert_of(offsets_ptr, row, experts, EXPERTS)
+        line = _head_line(
+            z_ptr, scale_ptr, shift_ptr, x_ptr, skip_scale_ptr, skip_shift_ptr, row, sample, expert, size, channels, c,
+            offset, mask, NORMED,
+        )  # fmt: skip
+        total += tl.load(weights_ptr + sample * top_k + j).to(line.dtype) * line
+    tl.store(out_ptr + sample * size + offset, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=("pixels", "experts", "top_k"))
+def head_backward_kernel(
+    d_out_ptr,  # [B, pixels, channels]
+    z_ptr,  # [R, pixels, channels]
+    scale_ptr, shift_ptr,  # [E, channels]
+    x_ptr,  # [B, pixels, channels]; NORMED: [R, pixels, channels]
+    skip_scale_ptr, skip_shift_ptr,  # [E, channels]; unused unless NORMED
+    order_ptr,  # [R] int64
+    offsets_ptr,  # [E + 1] int64
+    weights_ptr,  # [B, k]
+    d_rows_ptr,  # [R, pixels, channels]
+    d_weights_ptr,  # [B, k]
+    top_k, pixels, channels, experts,
+    NORMED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: one row's whole map, so that its weight's gradient is one sum, in float64."""
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order_ptr + row)
+    sample = pair // top_k
+    expert = _expert_of(offsets_ptr, row, experts, EXPERTS)
+    size = pixels.to(tl.int64) * channels
+    weight = tl.load(weights_ptr + pair)
+    inner = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for first_p in range(0, pixels, BLOCK_P):
+        for first_c in range(0, channels, BLOCK_C):
+            p = first_p + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
+            c = first_c + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+            offset, mask = p * channels + c, (p < pixels) & (c < channels)
+            line = _head_line(
+                z_ptr, scale_ptr, shift_ptr, x_ptr, skip_scale_ptr, skip_shift_ptr, row, sample, expert, size,
+                channels, c, offset, mask, NORMED,
+            )  # fmt: skip
+            d = tl.load(d_out_ptr + sample * size + offset, mask=mask, other=0.0)
+            inner += tl.where(mask, line.to(tl.float64) * d.to(tl.float64), 0.0)
+            d = tl.where(line > 0, weight.to(line.dtype) * d.to(line.dtype), 0.0)
+            tl.store(d_rows_ptr + row * size + offset, d.to(d_rows_ptr.dtype.element_ty), mask=mask)
+    total = tl.sum(tl.sum(inner, 1), 0)
+    tl.store(d_weights_ptr + pair, total.to(d_weights_ptr.dtype.element_ty))

@@ -1,0 +1,332 @@
+"""The grouped convolution, forward and both gradients, against loops over rows, pixels and taps in NumPy."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from robust_moe_kernels.dispatch import ImplementationUnavailable
+from robust_moe_kernels.layout import Geometry, channels_last
+from robust_moe_kernels.ops import OPS
+from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward, conv_wgrad, expert_conv
+
+OP = "expert_conv"
+triton_impl = pytest.importorskip("robust_moe_kernels.ops.expert_conv.triton_impl")
+
+
+class Case(NamedTuple):
+    name: str
+    counts: tuple[int, ...]  # rows of each expert
+    channels: tuple[int, int]  # in, out
+    size: tuple[int, int]  # of the input map
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    batch: int | None  # samples that rows gather from; None: rows are read as they lie
+    reason: str
+
+    @property
+    def geometry(self) -> list[int]:
+        return [*self.stride, *self.padding, *self.dilation]
+
+
+ONE, TWO, NONE = (1, 1), (2, 2), (0, 0)
+CASES = (
+    Case("block", (3, 0, 1, 2), (16, 16), (4, 4), (3, 3), ONE, ONE, ONE, 4, "the 4x4 block; experts with 0 and 1 rows"),
+    Case("image", (2, 3), (3, 7), (5, 4), (3, 3), TWO, ONE, ONE, 3, "C = 3, H != W, stride 2: odd and even inputs"),
+    Case("stem", (1, 2), (3, 5), (6, 5), (7, 7), TWO, (3, 3), ONE, None, "kernel 7, larger than the map"),
+    Case("dilated", (2, 1), (4, 5), (7, 5), (3, 2), ONE, (2, 1), (2, 3), 3, "dilation, an even kernel"),
+    Case("downsample", (3, 2), (5, 9), (5, 6), (1, 1), TWO, NONE, ONE, 4, "1x1: inputs between the strides get 0"),
+    Case("sparse", (2, 2), (4, 4), (8, 7), (2, 2), (3, 4), NONE, ONE, None, "stride beyond the kernel"),
+    Case("common", (2, 1), (4, 4), (7, 6), (3, 3), TWO, TWO, TWO, 2, "stride and dilation share a factor"),
+    Case("border", (2, 1), (3, 4), (2, 3), (3, 3), ONE, (3, 3), ONE, 2, "padding of a kernel: outputs without taps"),
+    Case("wide", (21, 15), (70, 67), (2, 2), (2, 2), ONE, ONE, ONE, 9, "more than one block of channels and of rows"),
+    Case("one_channel", (2, 1), (1, 1), (3, 3), (3, 3), ONE, ONE, ONE, 2, "C = K = 1"),
+    Case("shares", (20,), (3, 4), (4, 4), (1, 1), ONE, NONE, ONE, None, "filter gradient in two shares"),
+    Case("no_rows", (0, 0), (3, 4), (4, 4), (3, 3), ONE, ONE, ONE, None, "an empty batch"),
+)  # fmt: skip
+
+
+def by_name(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # [B or R, I, H, W]
+    weight: Tensor  # [E, O, I, kh, kw], output channels innermost
+    offsets: Tensor
+    sample: Tensor | None
+    d_out: Tensor  # [R, O, H', W']
+
+    def to(self, target: str | torch.dtype) -> Inputs:
+        """Moved to a device, or numbers (not indices) converted to a dtype."""
+        number = [tensor.to(target) for tensor in (self.x, self.weight, self.d_out)]
+        index = [self.offsets, self.sample]
+        if isinstance(target, str):
+            index = [None if tensor is None else tensor.to(target) for tensor in index]
+        return Inputs(number[0], number[1], index[0], index[1], number[2])
+
+
+def inputs_of(case: Case, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Inputs:
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows, (inputs, outputs) = sum(case.counts), case.channels
+    sample = None if case.batch is None else torch.randint(0, case.batch, (rows,), generator=generator)
+    x = channels_last(drawn(rows if case.batch is None else case.batch, inputs, *case.size))
+    weight = drawn(len(case.counts), *case.kernel, inputs, outputs).permute(0, 4, 3, 1, 2)
+    size = Geometry(case.stride, case.padding, case.dilation).output_size(*case.size, case.kernel)
+    d_out = channels_last(drawn(rows, outputs, *size))
+    offsets = torch.tensor([0, *case.counts]).cumsum(0)
+    return Inputs(x, weight, offsets, sample, d_out).to(dtype)
+
+
+def run(inputs: Inputs, case: Case, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, d_x, d_weight)."""
+    x, weight, offsets, sample, d_out = inputs
+    rest = (case.geometry, impl)
+    return (
+        conv_forward(x, weight, offsets, sample, *rest),
+        conv_dgrad(d_out, weight, offsets, *case.size, *rest),
+        conv_wgrad(x, d_out, offsets, sample, weight, *rest),
+    )
+
+
+def oracle(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, weight, d_out = (t.double().numpy().astype(np.longdouble) for t in (inputs.x, inputs.weight, inputs.d_out))
+    rows, (height, width) = sum(case.counts), case.size
+    sample = range(rows) if inputs.sample is None else inputs.sample.tolist()
+    expert = np.repeat(np.arange(len(case.counts)), case.counts)
+    out, d_weight = np.zeros_like(d_out), np.zeros_like(weight)
+    d_x = np.zeros((rows, *x.shape[1:]), np.longdouble)
+    for r, y, x_, i, j in np.ndindex(rows, *d_out.shape[2:], *case.kernel):
+        from_y = y * case.stride[0] - case.padding[0] + i * case.dilation[0]
+        from_x = x_ * case.stride[1] - case.padding[1] + j * case.dilation[1]
+        if 0 <= from_y < height and 0 <= from_x < width:
+            e, pixel = expert[r], x[sample[r], :, from_y, from_x]
+            out[r, :, y, x_] += weight[e, :, :, i, j] @ pixel
+            d_x[r, :, from_y, from_x] += weight[e, :, :, i, j].T @ d_out[r, :, y, x_]
+            d_weight[e, :, :, i, j] += np.outer(d_out[r, :, y, x_], pixel)
+    return out, d_x, d_weight
+
+
+def terms_of(case: Case, inputs: Inputs) -> tuple[int, int, int]:
+    """The longest sum behind an element of (out, d_x, d_weight)."""
+    taps = case.kernel[0] * case.kernel[1]
+    pixels = inputs.d_out.shape[2] * inputs.d_out.shape[3]
+    return taps * case.channels[0], taps * case.channels[1], max(case.counts) * pixels
+
+
+def assert_within_bounds(results: tuple[Tensor, ...], inputs: Inputs, case: Case, unit: float | None = None) -> None:
+    """Any order of a sum of n products errs by at most n*u/(1 - n*u) times the sum of their sizes; then the result is
+    rounded to its dtype once, or truncated: one spacing. ``unit``: of a coarser accumulation, to first order."""
+    sizes = oracle(Inputs(*(None if t is None else t.abs() for t in inputs)), case)
+    for actual, truth, size, terms in zip(results, oracle(inputs, case), sizes, terms_of(case, inputs), strict=True):
+        number = torch.finfo(actual.dtype)
+        u = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps / 2
+        relative = terms * u / (1 - terms * u) if unit is None else terms * unit
+        allowed = relative * size + number.eps * np.abs(truth) + number.tiny
+        error = np.abs(actual.cpu().double().numpy().astype(np.longdouble) - truth)
+        assert actual.shape == truth.shape
+        assert (error <= allowed).all(), float((error / allowed).max())
+
+
+def unit_of(target, dtype: torch.dtype) -> float | None:
+    """float32 on a GPU is multiplied as PyTorch's convolutions are told to, by default with 11 bits."""
+    tf32 = target.device == "cuda" and dtype == torch.float32
+    return 2.0**-10 if tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else None
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_the_oracle(target, case, generator):
+    inputs = inputs_of(case, generator)
+    results = run(inputs.to(target.device), case, target.impl)
+    assert_within_bounds(results, inputs, case, unit_of(target, torch.float32))
+    assert results[0].stride() == channels_last(results[0]).stride()
+    for expert, count in enumerate(case.counts):
+        assert count or not results[2][expert].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["block", "image"])
+def test_other_dtypes(target, name, dtype, generator):
+    """What an implementation computes is within the bounds; what it does not, it refuses by name and leaves to the
+    reference under "auto". PyTorch's own convolutions may accumulate in the dtype itself."""
+    case = by_name(name)
+    inputs = inputs_of(case, generator, dtype)
+    here = inputs.to(target.device)
+    reason = EXPERT_CONV.choose(*target).why_not_case(here.x, here.weight)
+    own = torch.finfo(dtype).eps
+    if reason is None:
+        unit = own if target.impl == "reference" else None
+        assert_within_bounds(run(here, case, target.impl), inputs, case, unit)
+    else:
+        message = f"impl='{target.impl}' cannot run: {re.escape(reason)}"
+        with pytest.raises(ImplementationUnavailable, match=message):
+            run(here, case, target.impl)
+        assert_within_bounds(run(here, case, "auto"), inputs, case, own)
+
+
+KINDS = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "narrow": torch.float32}
+TILES = [(kind, i) for kind in KINDS for i in range(len(triton_impl.PRODUCT[kind]))]
+
+
+@pytest.mark.parametrize(("kind", "tile"), TILES)
+def test_every_tile(kind, tile, generator, monkeypatch):
+    """Every launch configuration computes the same sums; the choice among them is by size, and these maps are small."""
+    case = by_name("block")
+    inputs = inputs_of(case, generator, KINDS[kind])
+    monkeypatch.setattr(triton_impl, "_kind", lambda *_: kind)
+    for table in (triton_impl.PRODUCT, triton_impl.FILTER):
+        monkeypatch.setitem(table, kind, (table[kind][min(tile, len(table[kind]) - 1)],))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = run(inputs.to(device), case, "triton")
+    assert_within_bounds(results, inputs, case, 2.0**-10 if device == "cuda" else None)
+
+
+def test_tiles_are_chosen_by_size():
+    """Large tiles only where they leave the GPU enough programs; 16 channels never meet a tile of 256."""
+    half = triton_impl.PRODUCT["half"]
+    assert triton_impl.choose_tile(half, 512 * 2 * 16, 512) == half[0]
+    assert triton_impl.choose_tile(half, 128 * 2 * 16, 512) == half[2]
+    assert triton_impl.choose_tile(half, 64, 512) == half[-1]
+    assert triton_impl.choose_tile(half, 10**6, 16).n <= 64
+
+
+def test_precision_of_float32_follows_pytorch():
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            wanted = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else expected
+            assert triton_impl.precision(torch.float32) == wanted
+            assert triton_impl.precision(torch.bfloat16) == "tf32"  # has no meaning there, and no second kernel
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_weight_layouts(target, generator, assert_same_bits):
+    """Any strides of the filters: the same numbers; the gradient has the layout of its filters."""
+    case = by_name("image")
+    inputs = inputs_of(case, generator).to(target.device)
+    expected = run(inputs, case, target.impl)
+    layouts = (inputs.weight.contiguous(), inputs.weight.transpose(3, 4).contiguous().transpose(3, 4))
+    for weight in layouts:
+        results = run(inputs._replace(weight=weight), case, target.impl)
+        if target.impl == "reference":  # PyTorch picks its algorithm by layout
+            torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert_same_bits(tuple(t.contiguous() for t in results), tuple(t.contiguous() for t in expected))
+        assert results[2].stride() == weight.stride()
+
+
+def test_gather_reads_the_sample(target, generator, assert_same_bits):
+    case = by_name("block")
+    inputs = inputs_of(case, generator).to(target.device)
+    gathered = inputs._replace(x=channels_last(inputs.x.index_select(0, inputs.sample)), sample=None)
+    results, expected = run(inputs, case, target.impl), run(gathered, case, target.impl)
+    if target.impl == "reference":  # PyTorch picks its algorithm by layout
+        torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same_bits(results, expected)
+
+
+def test_any_memory_format_of_the_maps(target, generator, assert_same_bits):
+    case = by_name("image")
+    inputs = inputs_of(case, generator).to(target.device)
+    planes = inputs._replace(x=inputs.x.contiguous(), d_out=inputs.d_out.contiguous())
+    assert_same_bits(run(inputs, case, target.impl), run(planes, case, target.impl))
+
+
+def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
+    for name in ("block", "shares"):
+        inputs = inputs_of(by_name(name), generator).to(target.device)
+        assert_same_bits(*(run(inputs, by_name(name), target.impl) for _ in range(2)))
+
+
+def test_thread_count_changes_no_bit(generator, same_bits_for_any_threads):
+    case = by_name("wide")
+    inputs = inputs_of(case, generator)
+    same_bits_for_any_threads(lambda: run(inputs, case, "native"))
+
+
+@pytest.mark.parametrize("name", ["image", "common"])
+def test_gradcheck(name, generator):
+    case = by_name(name)._replace(batch=None, counts=(1, 0, 1), channels=(2, 2))
+    inputs = inputs_of(case, generator, torch.float64)
+    leaves = inputs.x.requires_grad_(), inputs.weight.requires_grad_()
+    geometry = (case.stride, case.padding, case.dilation)
+    assert torch.autograd.gradcheck(lambda x, w: expert_conv(x, w, inputs.offsets, *geometry), leaves, fast_mode=True)
+
+
+def test_gradients_are_the_raw_operations(target, generator, assert_same_bits, monkeypatch):
+    """And only those that are asked for: an attack must not compute the filters' gradient."""
+    case = by_name("image")._replace(batch=None)
+    inputs = inputs_of(case, generator).to(target.device)
+    x, weight = inputs.x.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+    geometry = (case.stride, case.padding, case.dilation)
+    out = expert_conv(x, weight, inputs.offsets, *geometry, target.impl)
+    gradients = torch.autograd.grad(out, (x, weight), inputs.d_out, retain_graph=True)
+    assert_same_bits((out.detach(), *gradients), run(inputs, case, target.impl))
+    monkeypatch.setattr(EXPERT_CONV.choose(*target), "wgrad", lambda *_: pytest.fail("wgrad ran"))
+    out = expert_conv(x, weight.detach(), inputs.offsets, *geometry, target.impl)
+    assert_same_bits(torch.autograd.grad(out, x, inputs.d_out), gradients[:1])
+
+
+def test_opcheck(target, generator):
+    case = Case("", (2, 0, 1), (3, 4), (3, 4), (3, 2), TWO, ONE, ONE, 2, "")
+    x, weight, offsets, sample, d_out = inputs_of(case, generator).to(target.device)
+    ops, rest = torch.ops.robust_moe_kernels, (case.geometry, target.impl)
+    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, *rest))
+    torch.library.opcheck(ops.expert_conv_dgrad.default, (d_out, weight, offsets, *case.size, *rest))
+    torch.library.opcheck(ops.expert_conv_wgrad.default, (x, d_out, offsets, sample, weight, *rest))
+
+
+def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
+    """Fake CUDA tensors have no values: whatever the host needed from them to launch would raise."""
+    launched = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            assert all(type(size) is int and size > 0 for size in grid)
+            return lambda *_args, **_options: launched.append(self.name)
+
+    for name in ("plan_kernel", "product_kernel", "filter_kernel"):
+        monkeypatch.setattr(triton_impl, name, Recorder(name))
+    monkeypatch.setattr(triton_impl, "on_device", lambda _: nullcontext())
+    monkeypatch.setattr(triton_impl, "_fitting", lambda tiles, _: tiles)
+    case = by_name("image")
+    geometry = Geometry(case.stride, case.padding, case.dilation)
+    real = inputs_of(case, generator)
+    with FakeTensorMode() as mode:
+        x, weight, offsets, sample, d_out = (mode.from_tensor(tensor).to("cuda") for tensor in real)
+        results = (
+            triton_impl.forward(x, weight, offsets, sample, geometry),
+            triton_impl.dgrad(d_out, weight, offsets, *case.size, geometry),
+            triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry),
+        )
+    assert launched == ["plan_kernel", "product_kernel"] * 2 + ["filter_kernel"]
+    assert {result.device.type for result in results} == {"cuda"}
+
+
+def test_sizes_beyond_the_plan_are_refused(generator):
+    """The kernel's 32-bit places: refused in words, not computed wrongly."""
+    x = torch.empty(1, 1, 1, 2**14, device="meta")
+    weight, offsets = torch.empty(1, 1, 1, 1, 1, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="x: expected maps and filters below 2\\^14 lines and columns"):
+        triton_impl.forward(x, weight, offsets, None, Geometry(ONE, NONE, ONE))
+
+
+def test_is_in_the_table():
+    assert OPS[OP] is EXPERT_CONV
