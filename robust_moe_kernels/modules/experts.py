@@ -133,9 +133,10 @@ class Experts(nn.Module, ABC):
 class StackedConv2d(Experts):
     """E convolutions of one geometry. State: ``weight`` [E, O, I/groups, kh, kw], ``bias`` [E, O] or None.
 
-    In memory the weight's output channels lie innermost, as the engine reads them: like a model in channels-last format, its
-    parameters are dense but not contiguous. What insists on contiguous tensors (safetensors, parameters_to_vector, LBFGS,
-    FSDP2) needs ``.contiguous()`` copies, and an optimiser's state must keep the parameters' layout, as torch.save does.
+    In memory the weight's output channels lie innermost, as the engine reads them: like a model in channels-last
+    format, its parameters are dense but not contiguous. What insists on contiguous tensors (safetensors,
+    parameters_to_vector, LBFGS, FSDP2) needs ``.contiguous()`` copies, and an optimiser's state must keep the
+    parameters' layout, as torch.save does.
     """
 
     def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
