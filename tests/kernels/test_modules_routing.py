@@ -234,8 +234,8 @@ def test_a_constant_weight_leaves_the_gate_without_gradient():
 @mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0, "top_k": 1}, "num_experts: expected E >= 1, got 0"),
-        ({"num_experts": -2}, "num_experts: expected E >= 1, got -2"),
+        ({"num_experts": 0, "top_k": 1}, "num_experts: expected an integer E >= 1, got 0"),
+        ({"num_experts": -2}, "num_experts: expected an integer E >= 1, got -2"),
         ({"num_experts": 3, "top_k": 4}, "top_k: expected 1 <= k <= num_experts = 3, got 4"),
         ({"top_k": 0}, "top_k: expected 1 <= k <= num_experts = 4, got 0"),
         ({"noise_std": -0.1}, "noise_std: expected a number >= 0, got -0.1"),
@@ -257,7 +257,7 @@ def test_arguments_out_of_range_are_refused(options: dict, message: str):
 def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...], fixed: int | None):
     moe = conv_layer()
     moe.fixed_expert = fixed
-    with raises(ValueError, match=re.escape(f"x: expected shape [B, 4, H, W], got {list(shape)}")):
+    with raises(ValueError, match=re.escape(f"x: expected shape [B, 4, H, W] with H, W >= 1, got {list(shape)}")):
         moe(torch.zeros(shape, dtype=torch.float64))
     assert moe.routing is None
 
