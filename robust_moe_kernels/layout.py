@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "channels_last", "channels_last_empty", "dense", "dense_format", "rows_like"]
+__all__ = ["Geometry", "channels_last", "channels_last_empty", "dense", "dense_format", "expert_of_row", "rows_like"]
 
 
 def dense_format(tensor: Tensor) -> torch.memory_format:
@@ -59,3 +59,8 @@ def channels_last_empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tenso
     """An uninitialised channels-last tensor [N, C, H, W] with the dtype and device of ``like``."""
     n, c, h, w = shape
     return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+def expert_of_row(offsets: Tensor, rows: int) -> Tensor:
+    """The expert [R] of each row, from where each expert's rows begin [E+1]; the device is not waited for."""
+    return torch.searchsorted(offsets[1:], torch.arange(rows, device=offsets.device), right=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.layout import dense_format, expert_of_row
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
@@ -184,7 +184,7 @@ class StackedConv2d(Experts):
         rows = dispatch(x.to(dtype), route)
         rows = expert_conv(rows, self.weight.to(dtype), route.offsets, geometry[:2], geometry[2:4], geometry[4:])
         if self.bias is not None:
-            expert = torch.searchsorted(route.offsets[1:], torch.arange(len(rows), device=x.device), right=True)
+            expert = expert_of_row(route.offsets, len(rows))
             rows = rows + self.bias.index_select(0, expert)[:, :, None, None]
         out = combine(rows, route, weights)
         return out.contiguous(memory_format=dense_format(x))

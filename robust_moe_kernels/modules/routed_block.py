@@ -65,9 +65,8 @@ def _normalize(z: Tensor, route_offsets: Tensor, parameters: tuple[Tensor, ...],
         count = _count(z, route_offsets)
         total, square = column_sums(z, z, route_offsets, None, None, AUTO)
         mean = total / count.clamp_min(1)
-        variance = (square / count.clamp_min(1) - mean.square()).clamp_min(
-            0
-        )  # float64 sums: no cancellation to speak of
+        # A difference of float64 sums: no cancellation to speak of.
+        variance = (square / count.clamp_min(1) - mean.square()).clamp_min(0)
     else:
         mean, variance = running_mean.double(), running_variance.double()
     rstd = (variance + layer.eps).rsqrt()

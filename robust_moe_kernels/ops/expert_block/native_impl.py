@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels import native
-from robust_moe_kernels.layout import channels_last_empty
+from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
 __all__ = ["column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not", "why_not_case"]
 
@@ -62,17 +62,13 @@ def norm_backward(
     return out
 
 
-def _expert_of_row(offsets: Tensor, rows: int) -> Tensor:
-    return torch.searchsorted(offsets[1:], torch.arange(rows), right=True)
-
-
 def head_forward(
     z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None, skip_shift: Tensor | None,
     order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> Tensor:  # fmt: skip
     batch, top_k = weights.shape
     out = channels_last_empty(z, (batch, *z.shape[1:]))
-    expert = _expert_of_row(offsets, z.shape[0])
+    expert = expert_of_row(offsets, z.shape[0])
     tensors = (z, scale, shift, x, skip_scale, skip_shift, order, expert, inverse, weights, out, None, None, None)
     sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
     native.extension().head_forward_cpu(*map(_address, tensors), *sizes)
@@ -85,7 +81,7 @@ def head_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, top_k = weights.shape
     d_rows, d_weights = channels_last_empty(z, tuple(z.shape)), torch.empty_like(weights)
-    expert = _expert_of_row(offsets, z.shape[0])
+    expert = expert_of_row(offsets, z.shape[0])
     inputs = (z, scale, shift, x, skip_scale, skip_shift, order, expert, inverse, weights)
     sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
     native.extension().head_backward_cpu(*map(_address, (*inputs, None, d_out, d_rows, d_weights)), *sizes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robust_moe_kernels.layout import channels_last_empty
+from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
 __all__ = ["column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not", "why_not_case"]
 
@@ -19,10 +19,6 @@ def why_not(device_type: str) -> str | None:
 
 def why_not_case(*operands: Tensor) -> str | None:
     return None
-
-
-def _expert_of_row(offsets: Tensor, rows: int) -> Tensor:
-    return torch.searchsorted(offsets[1:], torch.arange(rows, device=offsets.device), right=True)
 
 
 def _spread(table: Tensor, expert: Tensor) -> Tensor:
@@ -40,7 +36,7 @@ def _open(z: Tensor, scale: Tensor | None, shift: Tensor | None, expert: Tensor)
 def column_sums(
     value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    expert = _expert_of_row(offsets, value.shape[0])
+    expert = expert_of_row(offsets, value.shape[0])
     masked = value * _open(other, scale, shift, expert)
     zeros = torch.zeros(offsets.numel() - 1, value.shape[1], dtype=torch.float64, device=value.device)
     per_row = masked.double().sum((2, 3)), (masked.double() * other.double()).sum((2, 3))
@@ -49,7 +45,7 @@ def column_sums(
 
 
 def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
-    expert = _expert_of_row(offsets, z.shape[0])
+    expert = expert_of_row(offsets, z.shape[0])
     value = z * _spread(scale, expert) + _spread(shift, expert)
     return channels_last_empty(z, tuple(z.shape)).copy_(value.relu() if relu else value)
 
@@ -64,7 +60,7 @@ def norm_backward(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    expert = _expert_of_row(offsets, z.shape[0])
+    expert = expert_of_row(offsets, z.shape[0])
     out = _spread(p, expert) * (d * _open(z, scale, shift, expert))
     if q is not None and r is not None:
         out = out + _spread(q, expert) * z + _spread(r, expert)
@@ -75,7 +71,7 @@ def _head_rows(
     z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None, skip_shift: Tensor | None,
     order: Tensor, offsets: Tensor, top_k: int,
 ) -> Tensor:  # fmt: skip
-    expert = _expert_of_row(offsets, z.shape[0])
+    expert = expert_of_row(offsets, z.shape[0])
     if skip_scale is None or skip_shift is None:
         skip = x.index_select(0, order // top_k)
     else:
