@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "apgd/apgd.h"
 #include "attack_step/attack_step.h"
 #include "expert_block/expert_block.h"
 #include "expert_conv/expert_conv.h"
-#include "expert_conv/gemm.h"
+#include "expert_conv/kernels.h"
 #include "gate/gate.h"
 #include "permute/permute.h"
 #include "routing/routing.h"
@@ -36,6 +37,29 @@ void random_start_cpu(bool l2, Address x0, Address sample_index, Address out, in
       at<void>(x0), at<const int64_t>(sample_index), at<void>(out), samples, size, eps, seed, stream, image_dtype,
       threads};
   l2 ? rmk::random_start_l2_cpu(args) : rmk::random_start_linf_cpu(args);
+}
+
+void apgd_step_cpu(bool l2, Address x, Address previous, Address grad, Address x0, Address eta, Address out,
+                   int64_t samples, int64_t size, double eps, double share, int dtype, int threads) {
+  const rmk::ApgdStepArgs args{at<void>(x),
+                               at<void>(previous),
+                               at<void>(grad),
+                               at<void>(x0),
+                               at<void>(eta),
+                               at<void>(out),
+                               samples,
+                               size,
+                               eps,
+                               share,
+                               dtype,
+                               threads};
+  l2 ? rmk::apgd_step_l2_cpu(args) : rmk::apgd_step_linf_cpu(args);
+}
+
+void apgd_track_cpu(Address x, Address grad, Address improved, Address fooled, Address x_best, Address grad_best,
+                    Address x_fooled, int64_t samples, int64_t size, int dtype, int threads) {
+  rmk::apgd_track_cpu({at<void>(x), at<void>(grad), at<const bool>(improved), at<const bool>(fooled), at<void>(x_best),
+                       at<void>(grad_best), at<void>(x_fooled), samples, size, dtype, threads});
 }
 
 void gate_forward_cpu(Address logits, int64_t rows, int64_t experts, int64_t top_k, int mode, int dtype, int threads,
@@ -90,7 +114,7 @@ void expert_conv(Address input, Address sample, Address weight, Address offsets,
                  int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_h, int64_t kernel_w,
                  int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                  int64_t dilation_w, int64_t stride_e, int64_t stride_o, int64_t stride_i, int64_t stride_tap,
-                 int threads) {
+                 int algorithm, int threads) {
   kernel({at<const float>(input),
           at<const int64_t>(sample),
           at<const float>(weight),
@@ -117,6 +141,7 @@ void expert_conv(Address input, Address sample, Address weight, Address offsets,
           stride_o,
           stride_i,
           stride_tap,
+          static_cast<rmk::Algorithm>(algorithm),
           threads});
 }
 
@@ -163,6 +188,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("pgd_step_cpu", &pgd_step_cpu, NoGil());
   m.def("random_start_cpu", &random_start_cpu, NoGil());
+  m.def("apgd_step_cpu", &apgd_step_cpu, NoGil());
+  m.def("apgd_track_cpu", &apgd_track_cpu, NoGil());
   m.def("gate_forward_cpu", &gate_forward_cpu, NoGil());
   m.def("gate_backward_cpu", &gate_backward_cpu, NoGil());
   m.def("sort_by_expert_cpu", &sort_by_expert_cpu, NoGil());
@@ -172,7 +199,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dispatch_rows_cpu", &permute<rmk::dispatch_rows_cpu>, NoGil());
   m.def("combine_rows_cpu", &permute<rmk::combine_rows_cpu>, NoGil());
   m.def("row_dot_cpu", &permute<rmk::row_dot_cpu>, NoGil());
-  m.def("gemm_name", [] { return rmk::gemm_kernels().name; }, "Instruction set of the matrix kernels in use.");
+  m.def("cpu_isa", [] { return rmk::kernels().name; }, "Instruction set of the convolution kernels in use.");
   m.def("expert_conv_forward_cpu", &expert_conv<rmk::expert_conv_forward_cpu>, NoGil());
   m.def("expert_conv_dgrad_cpu", &expert_conv<rmk::expert_conv_dgrad_cpu>, NoGil());
   m.def("expert_conv_wgrad_cpu", &expert_conv<rmk::expert_conv_wgrad_cpu>, NoGil());

@@ -36,7 +36,9 @@ def _version(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides numbers and speed, and the hardware's names."""
-    extension = "missing" if native.why_not_cpu("cpu") else ("C++ and CUDA" if native.has_cuda() else "C++")
+    extension = "missing"
+    if native.why_not_cpu("cpu") is None:
+        extension = f"{'C++ and CUDA' if native.has_cuda() else 'C++'}, {native.extension().cpu_isa()}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "robust-moe-kernels": _version("robust-moe-kernels"),

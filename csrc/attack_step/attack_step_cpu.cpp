@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "attack_step/attack_step.h"
+#include "attack_step/ball.h"
 #include "attack_step/philox.h"
 #include "common/dtype.h"
 #include "common/lanes.h"
@@ -11,15 +12,6 @@
 
 namespace rmk {
 namespace {
-
-constexpr int64_t kGrain = 1 << 15;  // elements a thread: about 20 microseconds of streaming, see parallel.h
-
-// Comparisons that let a NaN through and that compilers turn into one vector instruction each.
-template <typename T>
-T clamp(T value, T low, T high) {
-  const T raised = value < low ? low : value;
-  return high < raised ? high : raised;
-}
 
 template <typename T, typename G>
 void step_linf_range(const T* RMK_RESTRICT x, const G* RMK_RESTRICT grad, const T* RMK_RESTRICT x0, T* RMK_RESTRICT out,
@@ -40,9 +32,6 @@ void step_linf(const StepArgs& a) {
                     static_cast<T>(a.eps), static_cast<T>(a.alpha));
   });
 }
-
-// Samples a thread takes at least.
-int64_t sample_grain(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)); }
 
 template <typename T, typename G>
 void delta_l2(const T* RMK_RESTRICT x, const G* RMK_RESTRICT grad, const T* RMK_RESTRICT x0, T* RMK_RESTRICT delta,

@@ -13,8 +13,9 @@ constexpr int64_t kColumns = 64;     // channels a task sums: their accumulators
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, see parallel.h
 
 // One pixel's channels [0, count). Plain loops over restrict pointers, so that they become vector code.
-void sum_line(const float* RMK_RESTRICT value, const float* RMK_RESTRICT other, const float* RMK_RESTRICT scale,
-              const float* RMK_RESTRICT shift, int64_t count, double* RMK_RESTRICT sum, double* RMK_RESTRICT product) {
+RMK_WIDE_VECTORS void sum_line(const float* RMK_RESTRICT value, const float* RMK_RESTRICT other,
+                               const float* RMK_RESTRICT scale, const float* RMK_RESTRICT shift, int64_t count,
+                               double* RMK_RESTRICT sum, double* RMK_RESTRICT product) {
   if (scale == nullptr) {
     for (int64_t c = 0; c < count; ++c) {
       sum[c] += value[c];
@@ -29,8 +30,9 @@ void sum_line(const float* RMK_RESTRICT value, const float* RMK_RESTRICT other, 
   }
 }
 
-void scale_shift_line(const float* RMK_RESTRICT z, const float* RMK_RESTRICT scale, const float* RMK_RESTRICT shift,
-                      float floor, int64_t count, float* RMK_RESTRICT out) {
+RMK_WIDE_VECTORS void scale_shift_line(const float* RMK_RESTRICT z, const float* RMK_RESTRICT scale,
+                                       const float* RMK_RESTRICT shift, float floor, int64_t count,
+                                       float* RMK_RESTRICT out) {
   for (int64_t c = 0; c < count; ++c) {
     const float value = z[c] * scale[c] + shift[c];
     out[c] = value < floor ? floor : value;

@@ -1,12 +1,13 @@
-// Grouped convolution of rows sorted by expert, in float, on maps with the channels last. Zero padding costs nothing:
-// the work is ordered by filter tap, and a tap visits only the pixels whose input lies inside the map ("tap skipping":
-// 100 instead of 144 products of a 3x3 filter on a 4x4 map). The specification is
+// Grouped convolution of rows sorted by expert, in float, on maps with the channels last. Zero padding costs nothing in
+// either algorithm (tap_skip_cpu.cpp, winograd_cpu.cpp). The specification is
 // robust_moe_kernels/ops/expert_conv/reference_impl.py.
 #pragma once
 
 #include <cstdint>
 
 namespace rmk {
+
+enum class Algorithm : int { kAuto = 0, kTapSkip = 1, kWinograd = 2 };
 
 struct ConvArgs {
   // [samples or rows, height, width, in_channels]; row r reads map sample[r], or map r where sample is null.
@@ -22,6 +23,7 @@ struct ConvArgs {
   int64_t height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t stride_e, stride_o, stride_i, stride_tap;
+  Algorithm algorithm;
   int threads;
 };
 

@@ -1,308 +1,37 @@
-#include <algorithm>
-#include <cstring>
-#include <memory>
-#include <numeric>
-#include <vector>
+#include <stdexcept>
 
-#include "common/parallel.h"
+#include "expert_conv/algorithms.h"
 #include "expert_conv/expert_conv.h"
-#include "expert_conv/gemm.h"
 
 namespace rmk {
 namespace {
 
-// The output pixels that one filter tap reaches: y in [y0, y1), x in [x0, x1), each from input pixel
-// (y*stride_h + shift_h, x*stride_w + shift_w).
-struct Tap {
-  int64_t number, y0, y1, x0, x1, shift_h, shift_w;
-  int64_t pixels() const { return (y1 - y0) * (x1 - x0); }
-};
-
-// First and past-the-last output index whose input lies in [0, size).
-void valid_range(int64_t shift, int64_t stride, int64_t size, int64_t outputs, int64_t* first, int64_t* last) {
-  *first = shift < 0 ? (-shift + stride - 1) / stride : 0;
-  *last = size - shift <= 0 ? 0 : std::min(outputs, (size - shift - 1) / stride + 1);
-}
-
-std::vector<Tap> reachable_taps(const ConvArgs& a) {
-  std::vector<Tap> taps;
-  for (int64_t i = 0; i < a.kernel_h; ++i) {
-    for (int64_t j = 0; j < a.kernel_w; ++j) {
-      Tap tap{i * a.kernel_w + j, 0, 0, 0, 0, i * a.dilation_h - a.pad_h, j * a.dilation_w - a.pad_w};
-      valid_range(tap.shift_h, a.stride_h, a.height, a.out_height, &tap.y0, &tap.y1);
-      valid_range(tap.shift_w, a.stride_w, a.width, a.out_width, &tap.x0, &tap.x1);
-      if (tap.y0 < tap.y1 && tap.x0 < tap.x1) taps.push_back(tap);
-    }
-  }
-  return taps;
-}
-
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], FreeAligned>;
-
-Buffer buffer(int64_t count) {
-  return Buffer(static_cast<float*>(
-      ::operator new[](static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(float), std::align_val_t(64))));
-}
-
-constexpr int64_t kDepth = 512;  // of a packed panel: 512 x 64 floats are 128 KB of second-level cache
-
-// out[k][0:panel] = matrix(k0 + k, n0 + n), zero beyond `columns`; element (k, n) at k*stride_k + n*stride_n.
-void pack_panel(const float* matrix, int64_t stride_k, int64_t stride_n, int64_t depth, int columns, int panel,
-                float* out) {
-  if (stride_n == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      std::memcpy(out + k * panel, matrix + k * stride_k, sizeof(float) * static_cast<size_t>(columns));
-      std::fill(out + k * panel + columns, out + (k + 1) * panel, 0.0f);
-    }
-    return;
-  }
-  // Blocks of 16 x 16 keep the lines that are read and those that are written in the first-level cache.
-  if (columns < panel) std::memset(out, 0, sizeof(float) * static_cast<size_t>(depth * panel));
-  for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-    const int64_t k1 = std::min(depth, k0 + 16);
-    for (int n0 = 0; n0 < columns; n0 += 16) {
-      const int n1 = std::min(columns, n0 + 16);
-      for (int n = n0; n < n1; ++n) {
-        const float* from = matrix + n * stride_n;
-        for (int64_t k = k0; k < k1; ++k) out[k * panel + n] = from[k * stride_k];
+bool uses_winograd(const ConvArgs& args) {
+  switch (args.algorithm) {
+    case Algorithm::kTapSkip:
+      return false;
+    case Algorithm::kWinograd:
+      if (!winograd_possible(args)) {
+        throw std::invalid_argument(
+            "algorithm: expected a 3x3 filter of stride and dilation 1, padding of at most 2 and output channels "
+            "innermost for winograd, got another convolution");
       }
-    }
+      return true;
+    default:
+      return winograd_possible(args) && winograd_pays(args);
   }
 }
-
-// Rows of one expert that one task computes, for one panel of output columns.
-struct RowTask {
-  int64_t expert, first_row, last_row, column;
-};
-
-// Forward and input gradient are one loop: for every tap, rows of one map times a matrix are added to rows of the
-// other.
-class RowProduct {
- public:
-  // forward: from input pixels to output pixels; else back.
-  RowProduct(const ConvArgs& args, bool forward)
-      : a_(args), forward_(forward), gemm_(gemm_kernels()), taps_(reachable_taps(args)) {
-    depth_ = forward ? a_.in_channels : a_.out_channels;
-    columns_ = forward ? a_.out_channels : a_.in_channels;
-    stride_k_ = forward ? a_.stride_i : a_.stride_o;
-    stride_n_ = forward ? a_.stride_o : a_.stride_i;
-  }
-
-  void run() {
-    const std::vector<RowTask> tasks = make_tasks();
-    parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
-      const Buffer panel = buffer(std::min(depth_, kDepth) * gemm_.panel);
-      for (int64_t task = next(); task >= 0; task = next()) compute(tasks[static_cast<size_t>(task)], panel.get());
-    });
-  }
-
- private:
-  std::vector<RowTask> make_tasks() const {
-    const int64_t panels = (columns_ + gemm_.panel - 1) / gemm_.panel;
-    // Rows are split only where experts and panels alone would leave threads idle: each part packs its weights again.
-    const int64_t wanted = a_.threads > 1 ? 4 * a_.threads : 1;
-    const int64_t parts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels * a_.experts));
-    std::vector<RowTask> tasks;
-    for (int64_t e = 0; e < a_.experts; ++e) {
-      const int64_t begin = a_.offsets[e], rows = a_.offsets[e + 1] - begin;
-      const int64_t split = std::min(parts, rows);
-      for (int64_t p = 0; p < split; ++p) {
-        for (int64_t n = 0; n < columns_; n += gemm_.panel) {
-          tasks.push_back({e, begin + rows * p / split, begin + rows * (p + 1) / split, n});
-        }
-      }
-    }
-    std::stable_sort(tasks.begin(), tasks.end(), [](const RowTask& x, const RowTask& y) {
-      return x.last_row - x.first_row > y.last_row - y.first_row;
-    });
-    return tasks;
-  }
-
-  void compute(const RowTask& task, float* panel) const {
-    const int columns = static_cast<int>(std::min<int64_t>(gemm_.panel, columns_ - task.column));
-    clear(task, columns);
-    const float* weight = a_.weight + task.expert * a_.stride_e + task.column * stride_n_;
-    for (const Tap& tap : taps_) {
-      for (int64_t k0 = 0; k0 < depth_; k0 += kDepth) {
-        const int64_t depth = std::min(kDepth, depth_ - k0);
-        pack_panel(weight + tap.number * a_.stride_tap + k0 * stride_k_, stride_k_, stride_n_, depth, columns,
-                   gemm_.panel, panel);
-        multiply(task, tap, panel, k0, depth, columns);
-      }
-    }
-  }
-
-  void clear(const RowTask& task, int columns) const {
-    float* target = forward_ ? a_.output : a_.d_input;
-    const int64_t pixels = forward_ ? a_.out_height * a_.out_width : a_.height * a_.width;
-    for (int64_t i = task.first_row * pixels; i < task.last_row * pixels; ++i) {
-      std::memset(target + i * columns_ + task.column, 0, sizeof(float) * static_cast<size_t>(columns));
-    }
-  }
-
-  void multiply(const RowTask& task, const Tap& tap, const float* panel, int64_t k0, int64_t depth, int columns) const {
-    const float* from[kTileRows];
-    float* to[kTileRows];
-    int count = 0;
-    for (int64_t r = task.first_row; r < task.last_row; ++r) {
-      const int64_t map = forward_ && a_.sample != nullptr ? a_.sample[r] : r;
-      for (int64_t y = tap.y0; y < tap.y1; ++y) {
-        const int64_t line = (map * a_.height + y * a_.stride_h + tap.shift_h) * a_.width + tap.shift_w;
-        const int64_t out_line = (r * a_.out_height + y) * a_.out_width;
-        for (int64_t x = tap.x0; x < tap.x1; ++x) {
-          const int64_t in_pixel = line + x * a_.stride_w, out_pixel = out_line + x;
-          if (forward_) {
-            from[count] = a_.input + in_pixel * a_.in_channels + k0;
-            to[count] = a_.output + out_pixel * a_.out_channels + task.column;
-          } else {
-            from[count] = a_.output + out_pixel * a_.out_channels + k0;
-            to[count] = a_.d_input + in_pixel * a_.in_channels + task.column;
-          }
-          if (++count == kTileRows) {
-            gemm_.rows(count, from, panel, depth, to, columns);
-            count = 0;
-          }
-        }
-      }
-    }
-    if (count > 0) gemm_.rows(count, from, panel, depth, to, columns);
-  }
-
-  const ConvArgs& a_;
-  const bool forward_;
-  const GemmKernels& gemm_;
-  const std::vector<Tap> taps_;
-  int64_t depth_, columns_, stride_k_, stride_n_;
-};
-
-// Weight gradient: for every expert and tap a product over pixels. Both operands are packed once, pixel by pixel with
-// the rows of an expert innermost, so that what a tap visits is a few long runs.
-class WeightProduct {
- public:
-  explicit WeightProduct(const ConvArgs& args) : a_(args), gemm_(gemm_kernels()), taps_(reachable_taps(args)) {
-    rows_ = a_.offsets[a_.experts];
-    in_pixels_ = a_.height * a_.width;
-    out_pixels_ = a_.out_height * a_.out_width;
-    in_tiles_ = (a_.in_channels + kTileRows - 1) / kTileRows;
-    out_panels_ = (a_.out_channels + gemm_.panel - 1) / gemm_.panel;
-  }
-
-  void run() {
-    left_ = buffer(rows_ * in_pixels_ * in_tiles_ * kTileRows);
-    right_ = buffer(rows_ * out_pixels_ * out_panels_ * gemm_.panel);
-    parallel_tasks(a_.experts * (in_pixels_ + out_pixels_), a_.threads, [&](auto next) {
-      for (int64_t task = next(); task >= 0; task = next()) {
-        const int64_t e = task / (in_pixels_ + out_pixels_), pixel = task % (in_pixels_ + out_pixels_);
-        pixel < in_pixels_ ? pack_left(e, pixel) : pack_right(e, pixel - in_pixels_);
-      }
-    });
-    const int64_t taps = a_.kernel_h * a_.kernel_w;
-    std::vector<const Tap*> tap_of(static_cast<size_t>(taps), nullptr);
-    for (const Tap& tap : taps_) tap_of[static_cast<size_t>(tap.number)] = &tap;
-    parallel_tasks(a_.experts * taps * out_panels_, a_.threads, [&](auto next) {
-      for (int64_t task = next(); task >= 0; task = next()) {
-        const int64_t e = task / (taps * out_panels_), rest = task % (taps * out_panels_);
-        compute(e, rest / out_panels_, tap_of[static_cast<size_t>(rest / out_panels_)], rest % out_panels_);
-      }
-    });
-  }
-
- private:
-  int64_t count(int64_t e) const { return a_.offsets[e + 1] - a_.offsets[e]; }
-
-  // [tile][pixel][row of the expert][kTileRows]
-  float* left(int64_t e, int64_t tile, int64_t pixel) const {
-    return left_.get() + (a_.offsets[e] * in_pixels_ * in_tiles_ + (tile * in_pixels_ + pixel) * count(e)) * kTileRows;
-  }
-
-  // [panel][pixel][row of the expert][panel columns]
-  float* right(int64_t e, int64_t panel, int64_t pixel) const {
-    return right_.get() +
-           (a_.offsets[e] * out_pixels_ * out_panels_ + (panel * out_pixels_ + pixel) * count(e)) * gemm_.panel;
-  }
-
-  void pack_left(int64_t e, int64_t pixel) const {
-    for (int64_t i = 0; i < count(e); ++i) {
-      const int64_t row = a_.offsets[e] + i;
-      const int64_t map = a_.sample != nullptr ? a_.sample[row] : row;
-      const float* from = a_.input + (map * in_pixels_ + pixel) * a_.in_channels;
-      for (int64_t tile = 0; tile < in_tiles_; ++tile) {
-        float* to = left(e, tile, pixel) + i * kTileRows;
-        const int64_t width = std::min<int64_t>(kTileRows, a_.in_channels - tile * kTileRows);
-        for (int64_t m = 0; m < kTileRows; ++m) to[m] = m < width ? from[tile * kTileRows + m] : 0.0f;
-      }
-    }
-  }
-
-  void pack_right(int64_t e, int64_t pixel) const {
-    for (int64_t i = 0; i < count(e); ++i) {
-      const float* from = a_.output + ((a_.offsets[e] + i) * out_pixels_ + pixel) * a_.out_channels;
-      for (int64_t panel = 0; panel < out_panels_; ++panel) {
-        float* to = right(e, panel, pixel) + i * gemm_.panel;
-        const int64_t width = std::min<int64_t>(gemm_.panel, a_.out_channels - panel * gemm_.panel);
-        std::memcpy(to, from + panel * gemm_.panel, sizeof(float) * static_cast<size_t>(width));
-        std::fill(to + width, to + gemm_.panel, 0.0f);
-      }
-    }
-  }
-
-  // One tap of one expert, one panel of output channels, all input channels.
-  void compute(int64_t e, int64_t number, const Tap* tap, int64_t panel) const {
-    const int columns = static_cast<int>(std::min<int64_t>(gemm_.panel, a_.out_channels - panel * gemm_.panel));
-    float* target = a_.d_weight + e * a_.stride_e + number * a_.stride_tap + panel * gemm_.panel * a_.stride_o;
-    float line[kTileRows * kMaxPanel];
-    for (int64_t tile = 0; tile < in_tiles_; ++tile) {
-      const int height = static_cast<int>(std::min<int64_t>(kTileRows, a_.in_channels - tile * kTileRows));
-      float* place = target + tile * kTileRows * a_.stride_i;
-      const bool direct = a_.stride_o == 1;
-      float* out = direct ? place : line;
-      const int64_t stride = direct ? a_.stride_i : gemm_.panel;
-      product(e, tap, tile, panel, height, out, stride, columns);
-      if (direct) continue;
-      for (int m = 0; m < height; ++m) {
-        for (int n = 0; n < columns; ++n) place[m * a_.stride_i + n * a_.stride_o] = line[m * gemm_.panel + n];
-      }
-    }
-  }
-
-  void product(int64_t e, const Tap* tap, int64_t tile, int64_t panel, int height, float* out, int64_t stride,
-               int columns) const {
-    if (tap == nullptr || count(e) == 0) {
-      for (int m = 0; m < height; ++m) std::fill(out + m * stride, out + m * stride + columns, 0.0f);
-      return;
-    }
-    // With stride 1 the pixels of a line lie side by side in both maps; whole maps, where the tap reaches every column
-    // of both.
-    const bool lines = a_.stride_w == 1;
-    const bool whole = lines && a_.stride_h == 1 && a_.width == a_.out_width && tap->x1 - tap->x0 == a_.width;
-    bool accumulate = false;
-    for (int64_t y = tap->y0; y < tap->y1; y += whole ? tap->y1 - tap->y0 : 1) {
-      for (int64_t x = tap->x0; x < tap->x1; x += lines ? tap->x1 - tap->x0 : 1) {
-        const int64_t pixels = whole ? tap->pixels() : (lines ? tap->x1 - tap->x0 : 1);
-        const int64_t in_pixel = (y * a_.stride_h + tap->shift_h) * a_.width + x * a_.stride_w + tap->shift_w;
-        gemm_.packed(height, left(e, tile, in_pixel), right(e, panel, y * a_.out_width + x), pixels * count(e), out,
-                     stride, columns, accumulate);
-        accumulate = true;
-      }
-    }
-  }
-
-  const ConvArgs& a_;
-  const GemmKernels& gemm_;
-  const std::vector<Tap> taps_;
-  int64_t rows_, in_pixels_, out_pixels_, in_tiles_, out_panels_;
-  Buffer left_, right_;
-};
 
 }  // namespace
 
-void expert_conv_forward_cpu(const ConvArgs& args) { RowProduct(args, true).run(); }
+void expert_conv_forward_cpu(const ConvArgs& args) {
+  uses_winograd(args) ? winograd_rows(args, true) : tap_skip_rows(args, true);
+}
 
-void expert_conv_dgrad_cpu(const ConvArgs& args) { RowProduct(args, false).run(); }
+void expert_conv_dgrad_cpu(const ConvArgs& args) {
+  uses_winograd(args) ? winograd_rows(args, false) : tap_skip_rows(args, false);
+}
 
-void expert_conv_wgrad_cpu(const ConvArgs& args) { WeightProduct(args).run(); }
+void expert_conv_wgrad_cpu(const ConvArgs& args) { uses_winograd(args) ? winograd_wgrad(args) : tap_skip_wgrad(args); }
 
 }  // namespace rmk

@@ -5,4 +5,4 @@ constexpr int kLanes = 8;
 constexpr int kVectors = 2;
 constexpr const char* kName = "avx2";
 }  // namespace rmk::avx2
-#include "expert_conv/gemm_kernels.inl"
+#include "expert_conv/table.inl"

@@ -5,4 +5,4 @@ constexpr int kLanes = 16;
 constexpr int kVectors = 4;
 constexpr const char* kName = "avx512";
 }  // namespace rmk::avx512
-#include "expert_conv/gemm_kernels.inl"
+#include "expert_conv/table.inl"

@@ -1,0 +1,59 @@
+// The inner loops of the convolution, one build for each instruction set; kernels() gives the best that this processor
+// runs.
+#pragma once
+
+#include <cstdint>
+
+namespace rmk {
+
+constexpr int kTileRows = 6;
+constexpr int kMaxPanel = 64;
+
+// Products compute tiles of at most kTileRows rows and `columns` <= panel columns. Panels are packed [depth][panel],
+// zero beyond the matrix.
+struct Kernels {
+  const char* name;
+  int lanes;  // floats in a register
+  int panel;  // columns of a packed panel
+
+  // c[m][0:columns] (+)= sum_k a[m][k] * b[k][0:panel]; rows are given by their addresses.
+  void (*rows)(int count, const float* const* a, const float* b, int64_t depth, float* const* c, int columns,
+               bool accumulate);
+  // c[m*stride + 0:columns] (+)= sum_k a[k*a_stride + m] * b[k][0:panel] for m < count.
+  void (*packed)(int count, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t stride,
+                 int columns, bool accumulate);
+  // out[k*out_stride + n] = from[n*from_stride + k] for n < rows, k < columns.
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* out,
+                    int64_t out_stride);
+
+  // Winograd transforms of lines of channels (winograd.inl); frequency f of a result is at out + f*f_stride. A null
+  // pixel lies outside the map: zero, or not written. Lines of `channels` are continued by zeros up to `width`, a
+  // multiple of `lanes`.
+  void (*tile)(const float* const* pixels, int64_t channels, int64_t width, float* out, int64_t f_stride);  // 4x4
+  void (*gradient_tile)(const float* const* pixels, int64_t channels, int64_t width, float* out,            // 2x2
+                        int64_t f_stride);
+  void (*output)(const float* m, int64_t f_stride, float* const* pixels, int columns);  // to 2x2 pixels
+  // out[f][k][0:panel] from the 3x3 taps of element (k, n) at weight + tap*tap_stride + k*k_stride + n.
+  void (*filter)(const float* weight, int64_t tap_stride, int64_t k_stride, int64_t depth, int columns, float* out,
+                 int64_t f_stride);
+  // As filter, of the taps in reverse order and element (k, n) at weight + tap*tap_stride + n*n_stride + k.
+  void (*filter_back)(const float* weight, int64_t tap_stride, int64_t n_stride, int64_t depth, int columns, float* out,
+                      int64_t f_stride);
+  // Taps weight + tap*tap_stride + 0:columns (+)= the filter gradient of one input channel's m[f][0:columns].
+  void (*filter_gradient)(const float* m, int64_t f_stride, float* weight, int64_t tap_stride, int columns,
+                          bool accumulate);
+};
+
+const Kernels& kernels();
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace baseline {
+extern const Kernels kernels;
+}
+
+}  // namespace rmk

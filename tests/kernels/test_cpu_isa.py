@@ -1,0 +1,41 @@
+"""The convolution's inner loops for the instruction sets that this processor would not choose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robust_moe_kernels import native
+
+pytestmark = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
+
+HERE = Path(__file__).parent
+ORDER = ("baseline", "avx2", "avx512")
+
+
+def python(isa: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"RMK_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", ORDER[:2])
+def test_convolution_with(isa: str) -> None:
+    used = python(isa, "-c", "from robust_moe_kernels import native; print(native.extension().cpu_isa())").strip()
+    if ORDER.index(native.extension().cpu_isa()) < ORDER.index(isa):
+        pytest.skip(f"this processor does not have {isa}")
+    assert used == isa
+    files = [str(HERE / name) for name in ("test_expert_conv.py", "test_expert_conv_winograd.py")]
+    report = python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *files)
+    assert " passed" in report
+    assert " failed" not in report
