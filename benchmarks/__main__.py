@@ -12,7 +12,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own mess
 
 import torch
 
-from benchmarks import attack_step, block_moe, expert_sweep, routing_ops, train_step
+from benchmarks import apgd, attack_step, block_moe, expert_sweep, routing_ops, train_step
 from benchmarks.harness import Options, Row, save, show
 
 
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "train_step": Benchmark(train_step.run, 3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
     "routing_ops": Benchmark(routing_ops.run, 9, "gate, sort, dispatch and combine: every implementation"),
     "attack_step": Benchmark(attack_step.run, 9, "one PGD step and its random start: every implementation"),
+    "apgd": Benchmark(apgd.run, 9, "one Auto-PGD step and its tracking: every implementation"),
 }
 
 

@@ -141,7 +141,7 @@ def _point(case: Case, dtype: torch.dtype, options: Options, threads_swept: tupl
         peaks = layer_case.memory(steps, options.device)
         for threads in threads_swept:
             torch.set_num_threads(threads)
-            timed = dict(steps)
+            timed = steps | layer_case.captured_passes(variants, inputs, mode)
             if options.compile and (options.quick or case in CENTRES):
                 timed |= _compiled(variants, inputs, mode)
             described = {**case.describe(mode), "threads": threads, "dtype": _name(dtype)}

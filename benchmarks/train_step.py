@@ -1,9 +1,9 @@
 """One whole step of PGD-7 adversarial training: a CIFAR ResNet-18 whose layer4.1 is a BlockMoE.
 
-Ours, the trainer's own method on FusedBlockMoE, against a plain trainer as papers publish it: the masked loop, and an
-attack that calls ``loss.backward()`` and so computes every weight gradient seven times for nothing. Both craft in
-evaluation mode from the same kind of start and train in training mode with the same optimiser, without a balance loss.
-A third line separates the two causes: the plain layer under our attack.
+Ours, the trainer's own method and optimiser on FusedBlockMoE and a channels-last model, against a plain trainer as
+papers publish it: the masked loop, PyTorch's default format and optimiser, and an attack that calls ``loss.backward()``
+and so computes every weight gradient seven times for nothing. Both craft in evaluation mode from the same kind of start
+and train in training mode, without a balance loss. A third line separates the causes: ours, with the masked loop.
 
 128 images a step on a GPU; 32 by default on a CPU, where a step takes seconds (``--batch``).
 """
@@ -54,9 +54,9 @@ def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor
     return x
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, foreach: bool | None = None) -> torch.optim.Optimizer:
     # a learning rate of almost nothing: steps are as expensive as any, and the last times what the first did
-    return torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9, nesterov=True, weight_decay=5e-4, foreach=foreach)
 
 
 def _plain_step(model: nn.Module, batches: list[Batch]) -> Callable[[int], object]:
@@ -74,7 +74,7 @@ def _plain_step(model: nn.Module, batches: list[Batch]) -> Callable[[int], objec
 
 
 def _our_step(model: nn.Module, method: PGDAdversarialTraining, batches: list[Batch]) -> Callable[[int], object]:
-    optimizer = _optimizer(model)
+    optimizer = _optimizer(model, foreach=True)
 
     def step(number: int) -> None:
         method(model, batches[number % INPUTS], step_seed=number + 2**16).loss.backward()
@@ -124,6 +124,7 @@ def run(options: Options) -> list[Row]:
             model.set_submodule(LAYER, MaskedLoop(model.get_submodule(LAYER)).train())
         method = PGDAdversarialTraining(config)
         _check(ours, plain, method, batches[0])
+        plain = plain.to(memory_format=torch.contiguous_format)
         steps = {
             "ours": _our_step(ours, method, batches),
             "masked loop, our attack": _our_step(mixed, method, batches),

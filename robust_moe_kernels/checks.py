@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "expect", "expect_dtype", "expect_same_device", "expect_shape", "expect_tensor"]
+__all__ = [
+    "FLOATS",
+    "expect",
+    "expect_dtype",
+    "expect_images",
+    "expect_nonnegative",
+    "expect_same_device",
+    "expect_shape",
+    "expect_tensor",
+]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_IMAGES = (torch.float32, torch.float64)  # bf16 near 1 has a spacing of 1/256 and would lose a 2/255 step
 
 
 def expect(ok: bool, argument: str, expected: str, got: Any) -> None:
@@ -42,3 +53,15 @@ def expect_same_device(tensor: Tensor, argument: str, other: Tensor, other_argum
     """Raise ``ValueError`` unless both tensors are on one device."""
     ok = tensor.device == other.device
     expect(ok, argument, f"a tensor on {other.device} (the device of {other_argument})", tensor.device)
+
+
+def expect_images(value: Any, argument: str) -> None:
+    """Raise unless ``value`` is a batch of images as attacks work on: [B, ...], float32 or float64."""
+    expect_tensor(value, argument)
+    expect_dtype(value, argument, _IMAGES)
+    expect(value.dim() >= 2, argument, "at least 2 dimensions [B, ...]", f"shape {list(value.shape)}")
+
+
+def expect_nonnegative(value: float, argument: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is finite and >= 0."""
+    expect(math.isfinite(value) and value >= 0, argument, "a finite number >= 0", value)

@@ -52,13 +52,18 @@ class KeptMemory:
         flat = torch.frombuffer(view, dtype=tensor.dtype, count=tensor.numel())
         return flat.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
 
+    def release(self) -> None:
+        """Give idle blocks back to the system."""
+        with self._lock:
+            self._held -= sum(len(block) for block in self._idle)
+            self._idle.clear()
+
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:
             for number, block in enumerate(self._idle):
                 if len(block) == size:
                     return self._idle.pop(number)
-            self._held -= sum(len(block) for block in self._idle)
-            self._idle.clear()
+            self.release()
             self._held += size
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Build", "on_device", "triton_type", "why_not"]
+__all__ = ["Build", "clamp", "on_device", "scalar", "triton_type", "why_not"]
 
 _TYPES = {
     torch.float32: "fp32",
@@ -23,6 +24,19 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+
+@triton.jit
+def scalar(value, kind: tl.constexpr):
+    """A kernel argument, double on the host, rounded once to the images' type."""
+    return tl.full((1,), value, kind)
+
+
+@triton.jit
+def clamp(value, low, high):
+    """Clamp that lets NaN through, as torch.clamp does."""
+    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @dataclass(frozen=True)

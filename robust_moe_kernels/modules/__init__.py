@@ -1,5 +1,6 @@
 """Drop-in mixture-of-experts layers and what training them needs."""
 
+from robust_moe_kernels.modules.attack_mode import attack_mode
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
 from robust_moe_kernels.modules.gates import GATES, ConvGapGate, GapFcGate
 from robust_moe_kernels.modules.model import (
@@ -21,6 +22,7 @@ __all__ = [
     "GapFcGate",
     "MoELayer",
     "RoutingRecord",
+    "attack_mode",
     "balance_loss",
     "check_finite",
     "gates_without_gradient",

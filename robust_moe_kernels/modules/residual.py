@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.func import functional_call
 
 from robust_moe_kernels.layout import dense_format
 from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d, engine_computes, engine_dtype
-from robust_moe_kernels.modules.routed_block import Layer, Plan, routed_block
+from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["ResidualExperts"]
@@ -57,6 +58,8 @@ class ResidualExperts(Experts):
         if not hasattr(self, "downsample"):
             self.downsample = None
         self.in_channels: int = block.conv1.in_channels
+        # During an attack, each engine layer's batch norm as (scale, shift) [E, O]; see ``attack_mode``.
+        self.folded: list[tuple[Tensor, Tensor]] | None = None
         _probe(block, self)
 
     def unbind(self) -> list[Any]:
@@ -88,17 +91,36 @@ class ResidualExperts(Experts):
         dtype = engine_dtype(x)
         rows = x.to(dtype)
         x_skip = pools(rows) if len(pools) else None
-        tensors = [
-            tensor
-            for conv, norm, _ in layers
-            for tensor in (conv.weight.to(dtype), norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        ]
+        tensors = []
+        for i, (conv, norm, _) in enumerate(layers):
+            tensors += [conv.weight.to(dtype), *_numbers(norm), *self._tables(i, norm)]
         weights = weights.to(torch.promote_types(dtype, torch.float32))  # a gate may compute in float64
         out, statistics = routed_block(rows, x_skip, weights, route, plan, tensors)
-        for (_, norm, _), (mean, variance, count) in zip(layers, statistics, strict=True):
-            if norm.training:
-                norm.track(mean, variance, count)
+        moving = [norm for _, norm, _ in layers if norm.training]
+        for norm, (mean, variance, count) in zip(moving, statistics, strict=True):
+            norm.track(mean, variance, count)
         return out.contiguous(memory_format=dense_format(x))
+
+    def fold(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Scale and shift [E, O] of every layer's batch norm in evaluation; ``None`` where the engine does not compute
+        the block."""
+        stages = self._stages()
+        return None if stages is None else [fold_norm(*_numbers(norm), norm.eps) for _, norm, _ in stages[1]]
+
+    def _tables(self, i: int, norm: StackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+        """Layer i's folded norm. A norm that was set to training, unfrozen or replicated to another device since it was
+        folded goes without."""
+        if self.folded is None or norm.training or norm.weight.requires_grad or norm.bias.requires_grad:
+            return None, None
+        return self.folded[i] if self.folded[i][0].device == norm.weight.device else (None, None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.folded = None  # of the numbers as they were
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy leads its own life: what was folded for the attack on this one would not follow its numbers.
+        return {**self.__dict__, "folded": None}
 
     def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, tuple[int, ...]]]] | None:
         """(pooling before the skip's convolution, every convolution with its norm and geometry, the skip's last);
@@ -125,6 +147,10 @@ class ResidualExperts(Experts):
         for module in self.downsample:
             x = module.run(x, next(stacked)) if isinstance(module, StackedConv2d | StackedBatchNorm2d) else module(x)
         return x
+
+
+def _numbers(norm: StackedBatchNorm2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 def _stacks(modules: nn.Sequential) -> list[Any]:

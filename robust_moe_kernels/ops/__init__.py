@@ -5,6 +5,7 @@ here.
 """
 
 from robust_moe_kernels.dispatch import Op
+from robust_moe_kernels.ops.apgd import APGD
 from robust_moe_kernels.ops.attack_step import ATTACK_STEP
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV
@@ -12,6 +13,6 @@ from robust_moe_kernels.ops.gate import GATE
 from robust_moe_kernels.ops.permute import PERMUTE
 from robust_moe_kernels.ops.routing import ROUTING
 
-OPS: dict[str, Op] = {op.name: op for op in (GATE, ROUTING, PERMUTE, EXPERT_CONV, EXPERT_BLOCK, ATTACK_STEP)}
+OPS: dict[str, Op] = {op.name: op for op in (GATE, ROUTING, PERMUTE, EXPERT_CONV, EXPERT_BLOCK, ATTACK_STEP, APGD)}
 
 __all__ = ["OPS"]

@@ -11,6 +11,7 @@ import torch
 
 from robust_moe_kernels.dispatch import IMPLEMENTATIONS, ImplementationUnavailable
 from robust_moe_kernels.ops import OPS
+from robust_moe_kernels.ops.apgd import apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import pgd_step, random_start
 from robust_moe_kernels.ops.expert_block import scale_shift
 from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_wgrad, expert_conv
@@ -50,6 +51,17 @@ def step(**changes) -> object:
 
 def start(**changes) -> object:
     return random_start(**{"x0": IMAGES, "eps": 0.1, "seed": 0} | changes)
+
+
+def climb(**changes) -> object:
+    images = dict.fromkeys(("x", "previous", "grad", "x0"), IMAGES)
+    return apgd_step(**images | {"eta": torch.full((2,), 0.2), "eps": 0.1} | changes)
+
+
+def track(**changes) -> object:
+    kept = {name: torch.zeros_like(IMAGES) for name in ("x_best", "grad_best", "x_fooled")}
+    rows = dict.fromkeys(("improved", "fooled"), torch.tensor([True, False]))
+    return apgd_track(**{"x": IMAGES, "grad": IMAGES} | rows | kept | changes)
 
 
 ROWS = torch.zeros(4, 2, 5, 5)
@@ -223,6 +235,36 @@ BAD = (
         ValueError,
         "sample_index: expected a tensor on cpu (the device of x0), got meta",
     ),
+    Bad(climb, {"x": IMAGES.half()}, TypeError, "x: expected dtype float32 or float64, got float16"),
+    Bad(climb, {"x": IMAGES[0, 0, 0]}, ValueError, "x: expected at least 2 dimensions [B, ...], got shape [4]"),
+    Bad(climb, {"previous": None}, TypeError, "previous: expected a tensor, got NoneType"),
+    Bad(climb, {"grad": IMAGES.bfloat16()}, TypeError, "grad: expected dtype float32, got bfloat16"),
+    Bad(climb, {"x0": IMAGES[:1]}, ValueError, "x0: expected shape [2, 3, 4, 4] (the shape of x), got [1, 3, 4, 4]"),
+    Bad(climb, {"x0": IMAGES.to(META)}, ValueError, "x0: expected a tensor on cpu (the device of x), got meta"),
+    Bad(climb, {"eta": 0.2}, TypeError, "eta: expected a tensor, got float"),
+    Bad(climb, {"eta": torch.ones(2).double()}, TypeError, "eta: expected dtype float32, got float64"),
+    Bad(climb, {"eta": torch.ones(2, 1)}, ValueError, "eta: expected shape [2] ([B]), got [2, 1]"),
+    Bad(climb, {"eps": float("inf")}, ValueError, "eps: expected a finite number >= 0, got inf"),
+    Bad(climb, {"share": 1.5}, ValueError, "share: expected a number in [0, 1], got 1.5"),
+    Bad(climb, {"share": float("nan")}, ValueError, "share: expected a number in [0, 1], got nan"),
+    Bad(climb, {"norm": "L1"}, ValueError, "norm: expected one of Linf, L2, got 'L1'"),
+    Bad(track, {"x": IMAGES.long()}, TypeError, "x: expected dtype float32 or float64, got int64"),
+    Bad(track, {"grad": 1}, TypeError, "grad: expected a tensor, got int"),
+    Bad(track, {"improved": torch.ones(2)}, TypeError, "improved: expected dtype bool, got float32"),
+    Bad(track, {"fooled": torch.ones(3) > 0}, ValueError, "fooled: expected shape [2] ([B]), got [3]"),
+    Bad(track, {"x_best": IMAGES.double()}, TypeError, "x_best: expected dtype float32, got float64"),
+    Bad(
+        track,
+        {"grad_best": torch.zeros(2, 3, 4, 8)[..., ::2]},
+        ValueError,
+        "grad_best: expected a contiguous tensor, got strides (96, 32, 8, 2)",
+    ),
+    Bad(
+        track,
+        {"x": IMAGES.contiguous(memory_format=torch.channels_last)},
+        ValueError,
+        "x_best: expected a channels-last tensor, got strides (48, 16, 4, 1)",
+    ),
 )
 
 
@@ -239,6 +281,7 @@ CALLS = {
     "expert_conv": (convolve, convolve_raw, convolve_back, convolve_filters),
     "expert_block": (normalize,),
     "attack_step": (step, start),
+    "apgd": (climb, track),
 }
 
 

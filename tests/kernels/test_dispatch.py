@@ -160,6 +160,9 @@ def test_the_reference_never_waits_for_a_gpu():
         for norm in ("Linf", "L2"):
             x = modules["attack_step"].random_start(x, torch.arange(6), 0.1, 3, 0, norm)
             x = modules["attack_step"].pgd_step(x, out, x, 0.1, 0.05, norm)
+            x = modules["apgd"].apgd_step(x, x, out, x, torch.ones(6), 0.1, 0.75, norm)
+        kept = [torch.empty_like(x) for _ in range(3)]
+        modules["apgd"].apgd_track(x, out, nonfinite.expand(6) > 0, nonfinite.expand(6) > 0, *kept)
         assert {tensor.device.type for tensor in (*outputs, rows, out, dots, x, invalid)} == {"cuda"}
         with pytest.raises(DataDependentOutputException):
             nonfinite.item()

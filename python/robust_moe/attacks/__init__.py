@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from robust_moe.attacks.base import Attack, Crafted, attack_mode
+from robust_moe.attacks.apgd import APGD, Found
+from robust_moe.attacks.base import Attack, Crafted
+from robust_moe.attacks.fab import FAB
+from robust_moe.attacks.fgsm import FGSM
 from robust_moe.attacks.pgd import PGD
+from robust_moe.attacks.square import Square
 from robust_moe.config import AttackConfig, choose, parse_fraction
+from robust_moe_kernels.modules import attack_mode
 
-__all__ = ["ATTACKS", "PGD", "Attack", "Crafted", "attack_mode", "build_attack"]
+__all__ = [
+    "APGD",
+    "ATTACKS",
+    "FAB",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "Crafted",
+    "Found",
+    "Square",
+    "attack_mode",
+    "build_attack",
+]
+
+APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
 
 
 def _pgd(config: AttackConfig, seed: int, mode: str) -> PGD:
@@ -20,11 +39,69 @@ def _pgd(config: AttackConfig, seed: int, mode: str) -> PGD:
         random_start=config.random_start,
         restarts=config.restarts,
         seed=seed,
+        loss=config.loss,
+        eot_iter=config.eot_iter,
+        mode=mode,
+        graph=config.graph,
+    )
+
+
+def _fgsm(config: AttackConfig, seed: int, mode: str) -> FGSM:
+    return FGSM(
+        eps=float(parse_fraction(config.eps, "attack.eps")),
+        norm=config.norm,
+        seed=seed,
+        loss=config.loss,
+        eot_iter=config.eot_iter,
+        mode=mode,
+        graph=config.graph,
+    )
+
+
+def _apgd(config: AttackConfig, seed: int, mode: str) -> APGD:
+    return APGD(
+        eps=float(parse_fraction(config.eps, "attack.eps")),
+        steps=config.steps,
+        norm=config.norm,
+        loss=APGD_LOSSES[config.name],
+        restarts=config.restarts,
+        seed=seed,
+        eot_iter=config.eot_iter,
         mode=mode,
     )
 
 
-ATTACKS: dict[str, Callable[[AttackConfig, int, str], Attack]] = {"pgd": _pgd}
+def _fab(config: AttackConfig, seed: int, mode: str) -> FAB:
+    return FAB(
+        eps=float(parse_fraction(config.eps, "attack.eps")),
+        steps=config.steps,
+        norm=config.norm,
+        targeted=config.name == "fab-t",
+        restarts=config.restarts,
+        seed=seed,
+        mode=mode,
+    )
+
+
+def _square(config: AttackConfig, seed: int, mode: str) -> Square:
+    return Square(
+        eps=float(parse_fraction(config.eps, "attack.eps")),
+        queries=config.steps,
+        norm=config.norm,
+        restarts=config.restarts,
+        seed=seed,
+        mode=mode,
+    )
+
+
+ATTACKS: dict[str, Callable[[AttackConfig, int, str], Attack]] = {
+    "pgd": _pgd,
+    "fgsm": _fgsm,
+    **dict.fromkeys(APGD_LOSSES, _apgd),
+    "fab": _fab,
+    "fab-t": _fab,
+    "square": _square,
+}
 
 
 def build_attack(config: AttackConfig, seed: int = 0, mode: str = "eval") -> Attack:

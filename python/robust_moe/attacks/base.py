@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Integral, Number, Real
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe_kernels.modules import moe_layers
+from robust_moe.attacks.graph import StepGraphs
+from robust_moe.attacks.losses import cross_entropy
+from robust_moe_kernels.modules.attack_mode import MODES, attack_mode
 
-__all__ = ["MODES", "Attack", "Crafted", "attack_mode"]
-
-MODES = ("eval", "train")
+__all__ = ["Attack", "Crafted", "StepAttack", "keep_worse"]
 
 
 class Crafted(NamedTuple):
@@ -24,33 +23,6 @@ class Crafted(NamedTuple):
 
     images: Tensor  # as the clean images: same shape and dtype, in [0, 1], detached
     nonfinite: Tensor  # bool scalar on the device: some gradient or loss on the way was NaN or infinite
-
-
-@contextmanager
-def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
-    """Freeze ``model`` and set its mode for the span of an attack, then put back all of it exactly as found.
-
-    Frozen parameters make autograd skip every weight gradient: a PGD step then costs one forward and one backward to
-    the input. Flags are restored one submodule and one parameter at a time, so a partly frozen model or a BN layer
-    held in eval mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last
-    forward. Gradients are enabled inside, also under ``no_grad`` or ``inference_mode``.
-    """
-    modules = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    routings = [(layer, layer.routing) for layer in moe_layers(model).values()]
-    try:
-        model.train(mode == "train")
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
-        for layer, routing in routings:
-            layer.routing = routing
 
 
 def _expect(ok: bool, name: str, expected: str, got: object) -> None:
@@ -62,6 +34,12 @@ def expect_number(name: str, value: object, kind: type[Number] = Real) -> None:
     """Refuse text, booleans and tensors; ``kind``: Real or Integral."""
     ok = isinstance(value, kind) and not isinstance(value, bool)
     _expect(ok, name, "an integer" if kind is Integral else "a number", repr(value))
+
+
+def expect_length(name: str, value: object) -> None:
+    """Refuse what is no finite number >= 0."""
+    expect_number(name, value)
+    _expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
 
 
 def check_inputs(x: Tensor, y: Tensor, sample_index: Tensor | None) -> int:
@@ -89,54 +67,58 @@ def check_inputs(x: Tensor, y: Tensor, sample_index: Tensor | None) -> int:
     return int(last)
 
 
-def _ordinary(tensor: Tensor) -> Tensor:
+def ordinary(tensor: Tensor) -> Tensor:
     """A tensor that autograd may save: one made in inference mode is copied."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 class Attack(ABC):
-    """An iterative gradient attack: ``restarts`` times, a start and then ``steps`` gradient steps.
+    """A gradient attack: settings to the constructor, ``(model, x, y)`` to the call, adversarial images back.
 
-    A subclass gives :meth:`start` and :meth:`step`, and may replace :meth:`loss`, or :meth:`run` when its state is
-    more than the current iterate. Calling the attack checks the inputs and raises; :meth:`craft` does neither and
-    never reads the host, for training loops that gather the flag themselves.
+    A subclass gives :meth:`run` and :attr:`passes`, and may replace :meth:`loss` and :meth:`fooled`. Calling the attack
+    checks the inputs and raises; :meth:`craft` does neither and never reads the host, for training loops that gather
+    the flag themselves.
 
     Args:
         steps: gradient steps, >= 0.
-        restarts: independent starts, >= 1; each sample keeps its worst (misclassified first, then by loss).
+        restarts: independent starts, >= 1.
         seed: of the random start; the result depends on (seed, sample index, restart) only, not on the batch size.
+        eot_iter: forwards and backwards over which each gradient is averaged, >= 1: more than one for models that draw
+            random numbers, such as noisy gates (Athalye et al., 2018, arXiv:1802.00420).
         mode: mode of the model while it is attacked, ``"eval"`` or ``"train"``. In train mode BN statistics move and
             the result depends on the batch.
     """
 
-    def __init__(self, *, steps: int, restarts: int = 1, seed: int = 0, mode: str = "eval") -> None:
-        for name, value in (("steps", steps), ("restarts", restarts), ("seed", seed)):
+    def __init__(self, *, steps: int, restarts: int = 1, seed: int = 0, eot_iter: int = 1, mode: str = "eval") -> None:
+        counts = (("steps", steps), ("restarts", restarts), ("seed", seed), ("eot_iter", eot_iter))
+        for name, value in counts:
             expect_number(name, value, Integral)
         _expect(steps >= 0, "steps", "a count >= 0", steps)
         _expect(restarts >= 1, "restarts", "a count >= 1", restarts)
+        _expect(eot_iter >= 1, "eot_iter", "a count >= 1", eot_iter)
         _expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
         self.steps = steps
         self.restarts = restarts
         self.seed = seed
+        self.eot_iter = eot_iter
         self.mode = mode
 
     @property
+    @abstractmethod
     def passes(self) -> tuple[int, int]:
         """(forwards, backwards) that :meth:`run` makes on one batch."""
-        scored = self.restarts if self.restarts > 1 else 0
-        return self.restarts * self.steps + scored, self.restarts * self.steps
 
     @abstractmethod
-    def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
-        """First iterate, [B, ...] in the ball around ``x0`` and in [0, 1]."""
-
-    @abstractmethod
-    def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
-        """Next iterate from the gradient of the loss at ``x``; again in the ball and in [0, 1]."""
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        """The loop: adversarial images of ``x0``. Reads nothing on the host."""
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Loss of each sample, [B], that the attack raises: cross-entropy, in fp32 at least."""
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="none")
+        return cross_entropy(logits, y)
+
+    def fooled(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Whether the attack has won, bool [B]: the sample is misclassified."""
+        return logits.argmax(1) != y
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, sample_index: Tensor | None = None) -> Tensor:
         """Adversarial images of ``x``, detached, of its shape and dtype, in the ball and in [0, 1].
@@ -157,10 +139,7 @@ class Attack(ABC):
         if x.numel() == 0:
             return x.detach().clone()
         crafted = self.craft(model, x, y, sample_index, largest_label=largest)
-        if bool(crafted.nonfinite):  # the one host read after the attack
-            raise FloatingPointError(
-                f"{type(self).__name__}: the model gave a non-finite gradient or loss on its input"
-            )
+        self.refuse_nonfinite(crafted.nonfinite)
         return crafted.images
 
     def craft(
@@ -175,59 +154,161 @@ class Attack(ABC):
     ) -> Crafted:
         """As calling the attack, without input checks and without reading the host; ``seed`` replaces the attack's."""
         with attack_mode(model, self.mode):
-            x0, y = _ordinary(x.detach()), _ordinary(y)
-            passes = _Passes(model, self.loss, y, largest_label)
+            x0, y = ordinary(x.detach()), ordinary(y)
+            passes = Passes(self, model, y, largest_label)
             adversarial = self.run(passes, x0, sample_index, self.seed if seed is None else seed).detach()
         if adversarial.data_ptr() == x.data_ptr():  # no steps and no random start: never hand out the caller's memory
             adversarial = adversarial.clone()
         return Crafted(adversarial, passes.nonfinite)
 
-    def run(self, passes: _Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
-        """The loop. One restart costs ``steps`` forwards and backwards; several cost one more forward each."""
-        best = best_wrong = best_loss = None
+    def refuse_nonfinite(self, nonfinite: Tensor) -> None:
+        """Raise ``FloatingPointError`` where the flag is set: the one host read after an attack."""
+        if bool(nonfinite):
+            raise FloatingPointError(
+                f"{type(self).__name__}: the model gave a non-finite gradient or loss on its input"
+            )
+
+
+class StepAttack(Attack):
+    """``restarts`` times, a start and then ``steps`` gradient steps; each sample keeps its worst restart
+    (misclassified first, then by loss). A subclass gives :meth:`start` and :meth:`step`.
+
+    Args:
+        best: keep each sample's worst iterate (by the same rule, the start included) and not its last.
+        graph: on a GPU, replay a restart's steps as one CUDA graph from the second batch of a shape on: ``"auto"``
+            (where it can be had), ``True`` (or an error), ``False``; see :class:`~robust_moe.attacks.graph.StepGraphs`.
+        steps, restarts, seed, eot_iter, mode: see :class:`Attack`.
+    """
+
+    def __init__(self, *, best: bool = False, graph: str | bool = "auto", **settings) -> None:
+        super().__init__(**settings)
+        self.best = best
+        self.graphs = StepGraphs(graph)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        steps = self.restarts * self.steps * self.eot_iter
+        return steps + (self.restarts if self.best or self.restarts > 1 else 0), steps
+
+    @abstractmethod
+    def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
+        """First iterate, [B, ...] in the ball around ``x0`` and in [0, 1]."""
+
+    @abstractmethod
+    def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
+        """Next iterate from the gradient of the loss at ``x``; again in the ball and in [0, 1]."""
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        """Costs ``steps`` forwards and backwards a restart, and one forward more where iterates are compared."""
+        worst = None
         for restart in range(self.restarts):
-            x = self.start(x0, sample_index, seed, restart)
-            for _ in range(self.steps):
-                x = self.step(x, passes.gradient(x), x0)
-            if self.restarts == 1:
+            x, *seen = self.graphs.climb(self, passes, self.start(x0, sample_index, seed, restart), x0)
+            if seen:
+                worst = keep_worse(worst, Judged(*seen))
+            if self.restarts == 1 and not self.best:
                 return x
-            wrong, loss = passes.score(x)
-            if best is None:
-                best, best_wrong, best_loss = x, wrong, loss
-                continue
-            worse = (wrong & ~best_wrong) | ((wrong == best_wrong) & (loss > best_loss))
-            best = torch.where(worse.view(-1, *[1] * (x.ndim - 1)), x, best)
-            best_wrong, best_loss = wrong | best_wrong, torch.where(worse, loss, best_loss)
-        return best
+            worst = keep_worse(worst, Judged(x, *passes.score(x)))
+        return worst.images
+
+    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        """All steps from the start ``x``: the last iterate, and with ``best`` the worst before it as :class:`Judged`
+        has it. Draws on nothing but its arguments, so that it may be captured as a CUDA graph."""
+        worst = None
+        for _ in range(self.steps):
+            seen = passes.examine(x)
+            if self.best:
+                worst = keep_worse(worst, Judged(x, passes.fooled(seen.logits), seen.loss))
+            x = self.step(x, seen.grad, x0)
+        return (x, *(worst or ()))
 
 
-class _Passes:
-    """Forward and backward passes of one attack on one batch, with the device flag of what was not finite."""
+class Judged(NamedTuple):
+    """Images and what they did to the model."""
 
-    def __init__(self, model: nn.Module, loss, y: Tensor, largest_label: int) -> None:
-        self.model, self.loss, self.y, self.largest_label = model, loss, y, largest_label
+    images: Tensor  # [B, ...]
+    fooled: Tensor  # bool [B]
+    loss: Tensor  # [B]
+
+
+def keep_worse(old: Judged | None, new: Judged) -> Judged:
+    """For each sample the worse of two (fooled first, then by loss; ``old`` where they are even)."""
+    if old is None:
+        return new
+    worse = (new.fooled & ~old.fooled) | ((new.fooled == old.fooled) & (new.loss > old.loss))
+    images = torch.where(per_sample(worse, new.images), new.images, old.images)
+    return Judged(images, new.fooled | old.fooled, torch.where(worse, new.loss, old.loss))
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to go with images."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+class Examined(NamedTuple):
+    """What one visit of an iterate found; with several draws, of the last draw, and the mean gradient."""
+
+    logits: Tensor  # [B, classes], detached
+    loss: Tensor  # [B], detached
+    grad: Tensor  # [B, ...], gradient of each sample's loss
+
+
+class Passes:
+    """Forward and backward passes of one attack on one batch, with the device flag of what was not finite.
+
+    ``loss`` may be replaced by an attack whose loss depends on more than logits and labels: on ``extras``, tensors that
+    follow them among its arguments.
+    """
+
+    def __init__(self, attack: Attack, model: nn.Module, y: Tensor, largest_label: int) -> None:
+        self.model, self.y, self.largest_label = model, y, largest_label
+        self.loss = attack.loss
+        self.extras: tuple[Tensor, ...] = ()
+        self.classes = 0  # of the last forward
+        self.draws = attack.eot_iter
+        self._fooled = attack.fooled
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=y.device)
+
+    def on(self, y: Tensor) -> Passes:
+        """The same on another batch, of labels ``y``; the flag is shared."""
+        other = copy.copy(self)
+        other.y = y
+        return other
 
     def logits(self, x: Tensor) -> Tensor:
         logits = self.model(x)
         ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
         _expect(ok, "model", f"logits of shape [{x.shape[0]}, classes]", f"shape {list(logits.shape)}")
-        ok = self.largest_label < logits.shape[1]
-        _expect(ok, "y", f"labels below {logits.shape[1]}, the number of logits", f"a label of {self.largest_label}")
+        self.classes = logits.shape[1]
+        self.expect_labels_below(self.classes)
         return logits
 
-    def gradient(self, x: Tensor) -> Tensor:
-        """Gradient of the summed loss to ``x``: one forward, one backward, no weight gradients."""
+    def expect_labels_below(self, classes: int) -> None:
+        """Refuse a label that no logit belongs to, before the device meets it."""
+        ok = self.largest_label < classes
+        _expect(ok, "y", f"labels below {classes}, the number of logits", f"a label of {self.largest_label}")
+
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Whether the attack has won, bool [B]."""
+        return self._fooled(logits, self.y)
+
+    def examine(self, x: Tensor) -> Examined:
+        """Logits, losses and the gradient to ``x``: one forward and one backward a draw, no weight gradients."""
         x = x.detach().requires_grad_(True)
-        # the sum keeps each sample's gradient independent of the batch size and away from fp16 underflow
-        (grad,) = torch.autograd.grad(self.loss(self.logits(x), self.y).sum(), x)
+        total = None
+        for _ in range(self.draws):
+            logits = self.logits(x)
+            loss = self.loss(logits, self.y, *self.extras)
+            # the sum keeps each sample's gradient independent of the batch size and away from fp16 underflow
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+            total = grad if total is None else total + grad
+        grad = total if self.draws == 1 else total / self.draws
         self.nonfinite |= ~torch.isfinite(grad).all()
-        return grad
+        return Examined(logits.detach(), loss.detach(), grad)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(misclassified, loss) of each sample, [B] each."""
+        """(fooled, loss) of each sample, [B] each: one forward."""
         with torch.no_grad():
             logits = self.logits(x)
-            loss = self.loss(logits, self.y)
+            loss = self.loss(logits, self.y, *self.extras)
         self.nonfinite |= ~torch.isfinite(loss).all()
-        return logits.argmax(1) != self.y, loss
+        return self.fooled(logits), loss

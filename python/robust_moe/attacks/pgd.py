@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, expect_number
+from robust_moe.attacks.base import Passes, StepAttack, expect_length
+from robust_moe.attacks.losses import LOSSES, kl_divergence
 from robust_moe_kernels.ops.attack_step import NORMS, pgd_step, random_start
 
 __all__ = ["PGD"]
 
 
-class PGD(Attack):
-    """PGD on the cross-entropy, in pixel space: ``x <- clamp(project(x + alpha * direction))``, last iterate returned.
+class PGD(StepAttack):
+    """PGD in pixel space: ``x <- clamp(project(x + alpha * direction))``, last iterate returned.
 
     The direction is the gradient's sign (Linf) or the gradient over its norm, a sample at a time (L2). PGD-k costs
-    exactly k forwards and k backwards a restart, and one forward more a restart when there are several.
+    exactly k forwards and k backwards a restart and EoT draw, one forward more a restart when there are several or with
+    ``best``, and one with ``loss="kl"``.
 
     Args:
         eps: radius of the ball, >= 0, pixels being in [0, 1].
@@ -24,11 +25,15 @@ class PGD(Attack):
         alpha: step size, >= 0; None: ``2.5 * eps / steps``.
         norm: ``"Linf"`` or ``"L2"``.
         random_start: start uniformly inside the ball (then clamped to [0, 1]) and not at the image itself.
-        restarts, seed, mode: see :class:`~robust_moe.attacks.base.Attack`.
+        loss: what is raised (:mod:`robust_moe.attacks.losses`): ``"ce"``, ``"margin"``, ``"dlr"``, or ``"kl"``, the
+            divergence from the clean prediction.
+        targeted: the labels given are those to reach: the loss is lowered, and a sample is fooled where it is
+            classified as its label. Not with ``"kl"``.
+        best, restarts, seed, eot_iter, mode, graph: see :class:`~robust_moe.attacks.base.StepAttack`.
 
     Raises:
-        ValueError: a value of another type or out of its range, or restarts without a random start (all would be the
-            same).
+        ValueError: a value of another type or out of its range; restarts without a random start (all would be the
+            same); ``"kl"`` without one (its gradient at the image is zero) or targeted.
     """
 
     def __init__(
@@ -41,22 +46,54 @@ class PGD(Attack):
         restarts: int = 1,
         seed: int = 0,
         *,
+        loss: str = "ce",
+        targeted: bool = False,
+        best: bool = False,
+        eot_iter: int = 1,
         mode: str = "eval",
+        graph: str | bool = "auto",
     ) -> None:
-        super().__init__(steps=steps, restarts=restarts, seed=seed, mode=mode)
-        for name, value in (("eps", eps), ("alpha", 0 if alpha is None else alpha)):
-            expect_number(name, value)
+        super().__init__(
+            steps=steps, restarts=restarts, seed=seed, best=best, eot_iter=eot_iter, mode=mode, graph=graph
+        )
+        expect_length("eps", eps)
+        expect_length("alpha", 0 if alpha is None else alpha)
         self.eps = float(eps)
         self.alpha = 2.5 * self.eps / max(steps, 1) if alpha is None else float(alpha)
         self.norm = norm
         self.random_start = random_start
-        for name, value in (("eps", self.eps), ("alpha", self.alpha)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        self.loss_name = loss
+        self.targeted = targeted
         if norm not in NORMS:
             raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+        if loss not in (*LOSSES, "kl"):
+            raise ValueError(f"loss: expected one of {', '.join((*LOSSES, 'kl'))}, got {loss!r}")
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts: expected 1 without a random start, got {restarts}")
+        if loss == "kl" and not random_start:
+            raise ValueError("random_start: expected True with loss='kl' (no gradient at the image), got False")
+        if loss == "kl" and targeted:
+            raise ValueError("targeted: expected False with loss='kl', which has no labels, got True")
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        forwards, backwards = super().passes
+        return forwards + (self.loss_name == "kl"), backwards
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        loss = LOSSES[self.loss_name](logits, y)
+        return -loss if self.targeted else loss
+
+    def fooled(self, logits: Tensor, y: Tensor) -> Tensor:
+        predicted = logits.argmax(1)
+        return predicted == y if self.targeted else predicted != y
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        if self.loss_name == "kl":
+            with torch.no_grad():
+                passes.extras = (passes.logits(x0),)
+            passes.loss = _from_clean
+        return super().run(passes, x0, sample_index, seed)
 
     def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
         if not self.random_start:
@@ -65,3 +102,7 @@ class PGD(Attack):
 
     def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
         return pgd_step(x, grad, x0, self.eps, self.alpha, norm=self.norm)
+
+
+def _from_clean(logits: Tensor, _: Tensor, clean: Tensor) -> Tensor:
+    return kl_divergence(logits, clean)

@@ -139,10 +139,13 @@ class AttackConfig:
     name: str = "pgd"  # a key of robust_moe.attacks.ATTACKS
     eps: str = "8/255"  # radius of the ball, a number or an exact fraction
     steps: int = 7  # gradient steps
-    alpha: str | None = None  # step size, as eps; None: 2.5 * eps / steps
+    alpha: str | None = None  # step size of pgd, as eps; None: 2.5 * eps / steps
     norm: str = "Linf"  # "Linf" or "L2"
-    random_start: bool = True  # start uniformly inside the ball
+    random_start: bool = True  # of pgd: start uniformly inside the ball
     restarts: int = 1  # independent starts; each sample keeps its worst
+    loss: str = "ce"  # what pgd and fgsm raise: "ce", "margin", "dlr", or "kl" to the clean prediction (pgd)
+    eot_iter: int = 1  # forwards and backwards a gradient is averaged over, for models that draw random numbers
+    graph: bool | str = "auto"  # on a GPU, replay PGD's steps as one CUDA graph: true, false, or auto (where possible)
 
     def check(self, key: str) -> None:
         _require(parse_fraction(self.eps, f"{key}.eps") >= 0, f"{key}.eps", "a radius >= 0", self.eps)
@@ -151,6 +154,10 @@ class AttackConfig:
         _require(self.steps >= 0, f"{key}.steps", "a count >= 0", self.steps)
         _require(self.restarts >= 1, f"{key}.restarts", "a count >= 1", self.restarts)
         _require(self.norm in ("Linf", "L2"), f"{key}.norm", "Linf or L2", self.norm)
+        losses = ("ce", "margin", "dlr", "kl")
+        _require(self.loss in losses, f"{key}.loss", f"one of {', '.join(losses)}", self.loss)
+        _require(self.eot_iter >= 1, f"{key}.eot_iter", "a count >= 1", self.eot_iter)
+        _require(self.graph in ("auto", True, False), f"{key}.graph", "auto, true or false", self.graph)
 
 
 @dataclass

@@ -5,8 +5,6 @@ Not differentiable: an attack's iterate is a constant to the training loss (Madr
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,8 @@ from robust_moe_kernels.checks import (
     FLOATS,
     expect,
     expect_dtype,
+    expect_images,
+    expect_nonnegative,
     expect_same_device,
     expect_shape,
     expect_tensor,
@@ -29,17 +29,6 @@ ATTACK_STEP = Op(
     cuda=("triton", "reference"),
 )
 NORMS = ("Linf", "L2")
-_IMAGE_DTYPES = (torch.float32, torch.float64)  # bf16 near 1 has a spacing of 1/256 and would lose a 2/255 step
-
-
-def _expect_images(tensor: Tensor, argument: str) -> None:
-    expect_tensor(tensor, argument)
-    expect_dtype(tensor, argument, _IMAGE_DTYPES)
-    expect(tensor.dim() >= 2, argument, "at least 2 dimensions [B, ...]", f"shape {list(tensor.shape)}")
-
-
-def _expect_number(value: float, argument: str) -> None:
-    expect(math.isfinite(value) and value >= 0, argument, "a finite number >= 0", value)
 
 
 def pgd_step(
@@ -67,7 +56,7 @@ def pgd_step(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
         ImplementationUnavailable: a named implementation cannot run here.
     """
-    _expect_images(x, "x")
+    expect_images(x, "x")
     expect_tensor(grad, "grad")
     expect_dtype(grad, "grad", FLOATS)
     expect_tensor(x0, "x0")
@@ -75,8 +64,8 @@ def pgd_step(
     for tensor, argument in ((grad, "grad"), (x0, "x0")):
         expect_shape(tensor, argument, tuple(x.shape), "the shape of x")
         expect_same_device(tensor, argument, x, "x")
-    _expect_number(eps, "eps")
-    _expect_number(alpha, "alpha")
+    expect_nonnegative(eps, "eps")
+    expect_nonnegative(alpha, "alpha")
     expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     return torch.ops.robust_moe_kernels.pgd_step(
         x.detach(), grad.detach(), x0.detach(), float(eps), float(alpha), norm, impl
@@ -114,8 +103,8 @@ def random_start(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
         ImplementationUnavailable: a named implementation cannot run here.
     """
-    _expect_images(x0, "x0")
-    _expect_number(eps, "eps")
+    expect_images(x0, "x0")
+    expect_nonnegative(eps, "eps")
     expect(0 <= stream < 2**32, "stream", "an integer in [0, 2^32)", stream)
     expect(-(2**63) <= seed < 2**64, "seed", "a 64-bit integer", seed)
     expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))

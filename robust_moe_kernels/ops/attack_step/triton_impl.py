@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robust_moe_kernels import triton_support
-from robust_moe_kernels.triton_support import Build, on_device
+from robust_moe_kernels.triton_support import Build, clamp, on_device, scalar
 
 __all__ = ["builds", "pgd_step", "random_start", "why_not"]
 
@@ -27,19 +27,6 @@ _NORMALS = {"num_warps": 8, "enable_fp_fusion": False}  # with 4 the ℓ2 start 
 _BLOCK = 1024  # elements a program; 8 a thread: one 16-byte access for bf16, two for fp32
 _TINY = tl.constexpr(1e-12)
 _TWO_POW_MINUS_24 = tl.constexpr(2.0**-24)
-
-
-@triton.jit
-def _scalar(value, kind: tl.constexpr):
-    """A kernel argument, double on the host, rounded once to the images' type."""
-    return tl.full((1,), value, kind)
-
-
-@triton.jit
-def _clamp(value, low, high):
-    """Clamp that lets NaN through, as torch.clamp does."""
-    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -61,11 +48,11 @@ def _pgd_linf_kernel(
     grad = tl.load(grad_ptr + index, mask=mask, other=0.0)
     if grad.dtype.primitive_bitwidth < 32:
         grad = grad.to(tl.float32)  # Triton 3.9's interpreter compares bfloat16 as bit patterns
-    radius = _scalar(eps, x.dtype)
-    length = _scalar(alpha, x.dtype)
+    radius = scalar(eps, x.dtype)
+    length = scalar(alpha, x.dtype)
     step = tl.where(grad > 0, length, tl.where(grad < 0, -length, 0.0)).to(x.dtype)
-    delta = _clamp(x + step - x0, -radius, radius)
-    tl.store(out_ptr + index, _clamp(x0 + delta, 0.0, 1.0), mask=mask)
+    delta = clamp(x + step - x0, -radius, radius)
+    tl.store(out_ptr + index, clamp(x0 + delta, 0.0, 1.0), mask=mask)
 
 
 @triton.jit
@@ -87,7 +74,7 @@ def _pgd_l2_kernel(
         mask = start + lane < size
         grad = tl.load(grad_ptr + row + start + lane, mask=mask, other=0.0).to(tl.float64)
         square += grad * grad
-    norm = _clamp(tl.sqrt(tl.sum(square, 0)), _TINY, float("inf"))
+    norm = clamp(tl.sqrt(tl.sum(square, 0)), _TINY, float("inf"))
     kind: tl.constexpr = x_ptr.dtype.element_ty
     scale = (1.0 / norm).to(kind)
     length = tl.zeros((BLOCK,), tl.float64)
@@ -97,18 +84,18 @@ def _pgd_l2_kernel(
         grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(kind)
         x = tl.load(x_ptr + index, mask=mask, other=0.0)
         x0 = tl.load(x0_ptr + index, mask=mask, other=0.0)
-        delta = (x + _scalar(alpha, kind) * (grad * scale) - x0).to(tl.float64)
+        delta = (x + scalar(alpha, kind) * (grad * scale) - x0).to(tl.float64)
         length += delta * delta
-    norm = _clamp(tl.sqrt(tl.sum(length, 0)), _TINY, float("inf"))
-    shrink = _clamp(_scalar(eps, tl.float64) / norm, 0.0, 1.0).to(kind)
+    norm = clamp(tl.sqrt(tl.sum(length, 0)), _TINY, float("inf"))
+    shrink = clamp(scalar(eps, tl.float64) / norm, 0.0, 1.0).to(kind)
     for start in range(0, size, BLOCK):
         index = row + start + lane
         mask = start + lane < size
         grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(kind)
         x = tl.load(x_ptr + index, mask=mask, other=0.0)
         x0 = tl.load(x0_ptr + index, mask=mask, other=0.0)
-        delta = x + _scalar(alpha, kind) * (grad * scale) - x0
-        tl.store(out_ptr + index, _clamp(x0 + delta * shrink, 0.0, 1.0), mask=mask)
+        delta = x + scalar(alpha, kind) * (grad * scale) - x0
+        tl.store(out_ptr + index, clamp(x0 + delta * shrink, 0.0, 1.0), mask=mask)
 
 
 @triton.jit
@@ -152,8 +139,8 @@ def _start_linf_kernel(
     a, b, c, d = _words(sample_index_ptr, sample, pixel // 4, seed, stream)
     u = _uniform(_pick(pixel % 4, a, b, c, d), kind)
     x0 = tl.load(x0_ptr + sample * size + pixel, mask=mask, other=0.0)
-    noise = (2.0 * u - 1.0).to(kind) * _scalar(eps, kind)
-    tl.store(out_ptr + sample * size + pixel, _clamp(x0 + noise, 0.0, 1.0), mask=mask)
+    noise = (2.0 * u - 1.0).to(kind) * scalar(eps, kind)
+    tl.store(out_ptr + sample * size + pixel, clamp(x0 + noise, 0.0, 1.0), mask=mask)
 
 
 @triton.jit
@@ -185,14 +172,14 @@ def _start_l2_kernel(
     for start in range(0, size, BLOCK):
         normal = _normal(sample_index_ptr, sample, start + lane, seed, stream, kind).to(tl.float64)
         square += tl.where(start + lane < size, normal * normal, 0.0)
-    norm = _clamp(tl.sqrt(tl.sum(square, 0)), _TINY, float("inf"))
+    norm = clamp(tl.sqrt(tl.sum(square, 0)), _TINY, float("inf"))
     scale = (tl.load(length_ptr + sample) / norm).to(kind)
     for start in range(0, size, BLOCK):
         pixel = start + lane
         mask = pixel < size
         normal = _normal(sample_index_ptr, sample, pixel, seed, stream, kind)
         x0 = tl.load(x0_ptr + sample * size + pixel, mask=mask, other=0.0)
-        tl.store(out_ptr + sample * size + pixel, _clamp(x0 + normal * scale, 0.0, 1.0), mask=mask)
+        tl.store(out_ptr + sample * size + pixel, clamp(x0 + normal * scale, 0.0, 1.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])

@@ -11,9 +11,9 @@ from robust_moe_kernels import native
 from robust_moe_kernels.kept_memory import KEPT
 from robust_moe_kernels.layout import Geometry, channels_last_empty
 
-__all__ = ["ALGORITHMS", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+__all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
 
-ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
+_ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
 
 why_not = native.why_not_cpu
 
@@ -69,7 +69,7 @@ def _run(
         *geometry.dilation,
         *filters.stride()[:3],
         _tap_stride(filters),
-        ALGORITHMS.index(algorithm),
+        _ALGORITHMS.index(algorithm),
         native.threads(),
     )
 

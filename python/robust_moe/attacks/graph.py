@@ -1,0 +1,202 @@
+"""The gradient steps of an attack as one CUDA graph: captured once, replayed for later batches of the same shapes.
+
+A step of PGD on a small network is some hundreds of kernel launches; replaying them costs the host one. What goes into
+the graph through static buffers: the start, the clean images, the labels. Weights and running statistics are read where
+they are, so optimiser steps between replays are seen; the batch norms of an ``attack_mode`` are folded inside the
+graph. Routing is data on the device (the engine launches a fixed upper bound of tiles), so other images may go to other
+experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks.capture import CudaCapturer
+from robust_moe_kernels.modules import attack_mode, moe_layers
+
+if TYPE_CHECKING:
+    from robust_moe.attacks.base import Passes, StepAttack
+
+__all__ = ["GRAPHS", "StepGraphs"]
+
+GRAPHS = ("auto", True, False)
+CAPACITY = 4  # graphs a model: whole and last batches of training and of validation
+
+
+class Captured(Protocol):
+    """A function of tensors that was recorded once."""
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the function returns for ``inputs``, which have the shapes of those it was recorded with."""
+
+
+class Capturer(Protocol):
+    """How functions are recorded; :class:`~robust_moe.attacks.capture.CudaCapturer` on a GPU."""
+
+    def why_not(self, x: Tensor) -> str | None:
+        """Reason why nothing can be recorded on this input's device now, or ``None``."""
+
+    def capture(
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], beside: Captured | None
+    ) -> Captured:
+        """Record ``function(*inputs)``, which may run several times on the way; ``beside``: an earlier recording whose
+        memory may be shared. Raises if it cannot be recorded; random generators are left as found either way."""
+
+
+class _Entry(NamedTuple):
+    captured: Captured
+    classes: int  # logits a sample
+
+
+class _Known:
+    """What is known of one model: graphs by key, least recently used first (``None``: such a batch was seen once)."""
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[Hashable, _Entry | None] = OrderedDict()
+        self.refused = False  # not to be tried again
+
+    def put(self, key: Hashable, entry: _Entry | None) -> None:
+        self.entries[key] = entry
+        self.entries.move_to_end(key)
+        while len(self.entries) > CAPACITY:
+            self.entries.popitem(last=False)
+
+    def any(self) -> Captured | None:
+        return next((entry.captured for entry in self.entries.values() if entry is not None), None)
+
+
+class StepGraphs:
+    """Runs the steps of one attack, eagerly or as a graph, with the same results.
+
+    The first batch of its kind runs eagerly, which also compiles and tunes kernels; the second is captured; later ones
+    are replayed. A batch is of the same kind if shapes, dtypes and layouts of all inputs are the same, the attack's
+    settings, the precision settings and the options of the MoE layers too, and every parameter and buffer lies where it
+    lay: storage that was replaced (``load_state_dict(assign=True)``, ``.to()``) means a new graph. What else a model's
+    Python code decides by must stay the same between batches, and its hooks see the capture only. At most ``CAPACITY``
+    graphs a model are kept, the memory of one attack's steps each, shared between them.
+
+    Args:
+        graph: ``"auto"``: where a graph cannot be had (no GPU, several processes) eagerly; where capturing a model
+            fails, with one warning, eagerly from then on. ``True``: an error instead. ``False``: always eagerly.
+        capturer: how to record; ``None``: as a CUDA graph.
+
+    Raises:
+        ValueError: another ``graph``.
+    """
+
+    def __init__(self, graph: str | bool = "auto", capturer: Capturer | None = None) -> None:
+        if not any(graph is choice for choice in GRAPHS) and graph != "auto":
+            raise ValueError(f"graph: expected 'auto', True or False, got {graph!r}")
+        self.graph = graph
+        self._capturer: Capturer = CudaCapturer() if capturer is None else capturer
+        self._models: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.graph,)  # graphs are neither copied nor pickled
+
+    def climb(self, attack: StepAttack, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        """``attack.climb(passes, x, x0)``, replayed where it can be.
+
+        Raises:
+            ValueError, RuntimeError: with ``graph=True``, no graph can be had here, or of this model.
+        """
+        if self.graph is False or attack.steps == 0:
+            return attack.climb(passes, x, x0)
+        reason = _several_processes() or self._capturer.why_not(x)
+        if reason is not None:
+            if self.graph is True:
+                raise ValueError(f"graph: expected 'auto' or False where no CUDA graph can be had, got True: {reason}")
+            return attack.climb(passes, x, x0)
+        known = self._models.setdefault(passes.model, _Known())
+        if known.refused:
+            return attack.climb(passes, x, x0)
+        inputs = (x, x0, passes.y, *passes.extras)
+        key = _key(attack, passes, inputs)
+        if key not in known.entries:
+            known.put(key, None)
+            return attack.climb(passes, x, x0)
+        entry = known.entries[key]
+        if entry is None:
+            try:
+                entry = self._capture(attack, passes, inputs, known.any())
+            except Exception as error:  # a model may fail in any way
+                if self.graph is True:
+                    raise RuntimeError(f"graph: expected a model that can be captured, got: {error}") from error
+                found = attack.climb(passes, x, x0)  # raises again what is no fault of the capture
+                known.refused = True
+                known.entries.clear()
+                warnings.warn(
+                    f"{type(attack).__name__}: the steps cannot be captured as a CUDA graph and run one by one"
+                    f" (graph=False says so without trying): {error}"
+                )
+                return found
+        known.put(key, entry)
+        passes.expect_labels_below(entry.classes)
+        nonfinite, *found = entry.captured.replay(inputs)
+        passes.nonfinite |= nonfinite
+        return tuple(found)
+
+    def _capture(
+        self, attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None
+    ) -> _Entry:
+        classes = 0
+
+        def steps(x: Tensor, x0: Tensor, y: Tensor, *extras: Tensor) -> tuple[Tensor, ...]:
+            nonlocal classes
+            mine = copy.copy(passes)
+            mine.y, mine.extras, mine.nonfinite = y, extras, torch.zeros_like(passes.nonfinite)
+            with attack_mode(passes.model, attack.mode):  # again: folds inside the graph
+                found = attack.climb(mine, x, x0)
+            classes = mine.classes
+            return (mine.nonfinite, *found)
+
+        with _buffers_kept(passes.model):
+            captured = self._capturer.capture(steps, inputs, beside)
+        return _Entry(captured, classes)
+
+
+def _several_processes() -> str | None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return "several processes train together, and may talk to each other in a forward"
+    return None
+
+
+def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
+    """All that a graph has fixed in it: equal keys, same graph."""
+    model, device = passes.model, inputs[0].device.type
+    settings = {name: value for name, value in vars(attack).items() if name not in ("seed", "graphs")}
+    return (
+        tuple((name, value if isinstance(value, Hashable) else id(value)) for name, value in settings.items()),
+        getattr(passes.loss, "__func__", passes.loss),
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs),
+        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())),
+        tuple(
+            (layer.fixed_expert, layer.top_k, layer.renormalize, layer.straight_through, layer.noise_std)
+            for layer in moe_layers(model).values()
+        ),
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the buffers (running statistics) hold afterwards what they held, where they held it."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -1,0 +1,192 @@
+"""Steps of Auto-PGD (Croce and Hein, 2020, arXiv:2003.01690): gradient step, momentum and both projections in one pass
+over the images, and the copies of what the attack remembers.
+
+Not differentiable, as the other attack steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.checks import (
+    expect,
+    expect_dtype,
+    expect_images,
+    expect_nonnegative,
+    expect_same_device,
+    expect_shape,
+    expect_tensor,
+)
+from robust_moe_kernels.dispatch import AUTO, Op
+from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.ops.attack_step import NORMS
+
+__all__ = ["APGD", "apgd_step", "apgd_track"]
+
+APGD = Op(
+    __package__,
+    cpu=("native", "reference"),
+    cuda=("triton", "reference"),
+)
+
+
+def _expect_like(x: Tensor, tensors: dict[str, Tensor]) -> None:
+    for argument, tensor in tensors.items():
+        expect_tensor(tensor, argument)
+        expect_dtype(tensor, argument, (x.dtype,))
+        expect_shape(tensor, argument, tuple(x.shape), "the shape of x")
+        expect_same_device(tensor, argument, x, "x")
+
+
+def _expect_per_sample(value: Tensor, argument: str, x: Tensor, dtype: torch.dtype) -> None:
+    expect_tensor(value, argument)
+    expect_dtype(value, argument, (dtype,))
+    expect_shape(value, argument, (x.shape[0],), "[B]")
+    expect_same_device(value, argument, x, "x")
+
+
+def apgd_step(
+    x: Tensor,
+    previous: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    eta: Tensor,
+    eps: float,
+    share: float = 0.75,
+    norm: str = "Linf",
+    impl: str = AUTO,
+) -> Tensor:
+    """The next iterate of Auto-PGD (arXiv:2003.01690, eq. 2 and 3), P being the projection to the ball, then the box.
+
+    z = P(x + eta*direction), result = P(x + share*(z - x) + (1 - share)*(x - previous)). ``Linf``: direction =
+    sign(grad), the ball is [x0 - eps, x0 + eps]. ``L2``: direction = grad/(||grad|| + 1e-12), longer offsets from x0
+    are shortened to eps. A zero or NaN gradient element adds nothing to its pixel under ``Linf``; a NaN anywhere makes
+    the whole sample NaN under ``L2``.
+
+    Args:
+        x: iterate [B, ...], float32 or float64, in [0, 1].
+        previous: the iterate before, as x; at the first step x itself.
+        grad: gradient of the loss with respect to x, as x.
+        x0: centre of the ball, as x.
+        eta: step size of each sample [B], pixel units, dtype of x.
+        eps: radius, pixel units, >= 0.
+        share: of the gradient step, in [0, 1]; the rest is momentum. 1 at the first step, then 0.75.
+        norm: "Linf" or "L2" (per sample, over all but the first dimension).
+        impl: "auto", "reference", "native" (CPU) or "triton".
+
+    Returns:
+        The next iterate, shape and dtype of x, detached.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
+        ImplementationUnavailable: a named implementation cannot run here.
+    """
+    expect_images(x, "x")
+    _expect_like(x, {"previous": previous, "grad": grad, "x0": x0})
+    _expect_per_sample(eta, "eta", x, x.dtype)
+    expect_nonnegative(eps, "eps")
+    expect(0 <= share <= 1, "share", "a number in [0, 1]", share)
+    expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
+    images = (tensor.detach() for tensor in (x, previous, grad, x0, eta))
+    return torch.ops.robust_moe_kernels.apgd_step(*images, float(eps), float(share), norm, impl)
+
+
+def apgd_track(
+    x: Tensor,
+    grad: Tensor,
+    improved: Tensor,
+    fooled: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor,
+    x_fooled: Tensor,
+    impl: str = AUTO,
+) -> None:
+    """Remember iterates, in place: x_best, grad_best <- x, grad where ``improved``, x_fooled <- x where ``fooled``.
+
+    Samples of neither kind cost no memory traffic.
+
+    Args:
+        x: iterate [B, ...], float32 or float64.
+        grad: its gradient, as x.
+        improved: bool [B], the samples whose loss is the best so far.
+        fooled: bool [B], the samples that are misclassified now.
+        x_best, grad_best, x_fooled: as x and contiguous in its memory format; written.
+        impl: "auto", "reference", "native" (CPU) or "triton".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or layout.
+        ImplementationUnavailable: a named implementation cannot run here.
+    """
+    expect_images(x, "x")
+    written = {"x_best": x_best, "grad_best": grad_best, "x_fooled": x_fooled}
+    _expect_like(x, {"grad": grad, **written})
+    _expect_per_sample(improved, "improved", x, torch.bool)
+    _expect_per_sample(fooled, "fooled", x, torch.bool)
+    layout = dense_format(x)
+    for argument, tensor in written.items():
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        expect(tensor.is_contiguous(memory_format=layout), argument, f"a {name} tensor", f"strides {tensor.stride()}")
+    torch.ops.robust_moe_kernels.apgd_track(x.detach(), grad.detach(), improved, fooled, *written.values(), impl)
+
+
+torch.library.define(
+    "robust_moe_kernels::apgd_step",
+    "(Tensor x, Tensor previous, Tensor grad, Tensor x0, Tensor eta, float eps, float share, str norm, str impl)"
+    " -> Tensor",
+)
+
+
+@torch.library.impl("robust_moe_kernels::apgd_step", "default")
+def _apgd_step(
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str
+) -> Tensor:
+    layout = dense_format(x)
+    x, previous, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, previous, grad, x0))
+    chosen = APGD.choose(impl, x.device.type)
+    return chosen.apgd_step(x, previous, grad, x0, eta.contiguous(), eps, share, norm)
+
+
+@torch.library.register_fake("robust_moe_kernels::apgd_step")
+def _apgd_step_fake(
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str
+) -> Tensor:
+    return torch.empty_like(x, memory_format=dense_format(x))
+
+
+torch.library.define(
+    "robust_moe_kernels::apgd_track",
+    "(Tensor x, Tensor grad, Tensor improved, Tensor fooled, Tensor(a!) x_best, Tensor(b!) grad_best,"
+    " Tensor(c!) x_fooled, str impl) -> ()",
+)
+
+
+@torch.library.impl("robust_moe_kernels::apgd_track", "default")
+def _apgd_track(
+    x: Tensor,
+    grad: Tensor,
+    improved: Tensor,
+    fooled: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor,
+    x_fooled: Tensor,
+    impl: str,
+) -> None:
+    layout = dense_format(x)
+    x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+    rows = improved.contiguous(), fooled.contiguous()
+    APGD.choose(impl, x.device.type).apgd_track(x, grad, *rows, x_best, grad_best, x_fooled)
+
+
+@torch.library.register_fake("robust_moe_kernels::apgd_track")
+def _apgd_track_fake(
+    x: Tensor,
+    grad: Tensor,
+    improved: Tensor,
+    fooled: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor,
+    x_fooled: Tensor,
+    impl: str,
+) -> None:
+    return None
