@@ -2,7 +2,8 @@
 
 Around two centres, E = 4 and E = 16 (k = 2, B = 128, 512 channels, 4x4 maps), one number varies at a time: E from 2 to
 32, B from 32 to 1024, k of 1, 2 and 4, maps of 4x4, 8x8 and 16x16 with a ResNet-18's 512, 256 and 128 channels (equal
-work). Rates count only the products that touch the map (:meth:`layer_case.Case.gflop`), the same for every variant.
+work). Rates count only the products that touch the map (:meth:`layer_case.Case.gflop`), the same for every variant;
+Winograd's algorithm needs fewer (64 of 100 on 4x4 maps), so that a share may exceed one.
 Their share is of the fastest large matrix product measured in the same run, before and after, best of all: torch.mm's,
 the library's 1x1 convolution's or, on the CPU, the engine's.
 
