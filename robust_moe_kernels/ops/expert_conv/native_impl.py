@@ -14,6 +14,7 @@ from robust_moe_kernels.layout import Geometry, channels_last_empty
 __all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
 
 _ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
+_ALGORITHM = "auto"  # by shape; tests hold it to one of the others
 
 why_not = native.why_not_cpu
 
@@ -43,7 +44,6 @@ def _uniform_taps(weight: Tensor) -> Tensor:
 
 def _run(
     kernel: str,
-    algorithm: str,
     offsets: Tensor,
     filters: Tensor,
     sizes: tuple[int, int, int, int],
@@ -69,20 +69,17 @@ def _run(
         *geometry.dilation,
         *filters.stride()[:3],
         _tap_stride(filters),
-        _ALGORITHMS.index(algorithm),
+        _ALGORITHMS.index(_ALGORITHM),
         native.threads(),
     )
 
 
-def forward(
-    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry, algorithm: str = "auto"
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
     weight = _uniform_taps(weight)
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
     sizes = (x.shape[2], x.shape[3], out.shape[2], out.shape[3])
     _run(
         "expert_conv_forward_cpu",
-        algorithm,
         offsets,
         weight,
         sizes,
@@ -95,19 +92,11 @@ def forward(
     return out
 
 
-def dgrad(
-    d_out: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    height: int,
-    width: int,
-    geometry: Geometry,
-    algorithm: str = "auto",
-) -> Tensor:
+def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
     weight = _uniform_taps(weight)
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     sizes = (height, width, d_out.shape[2], d_out.shape[3])
-    _run("expert_conv_dgrad_cpu", algorithm, offsets, weight, sizes, geometry, weight=weight, output=d_out, d_input=d_x)
+    _run("expert_conv_dgrad_cpu", offsets, weight, sizes, geometry, weight=weight, output=d_out, d_input=d_x)
     return d_x
 
 
@@ -118,13 +107,12 @@ def wgrad(
     sample: Tensor | None,
     weight: Tensor,
     geometry: Geometry,
-    algorithm: str = "auto",
 ) -> Tensor:
     filters = _uniform_taps(weight)
     d_weight = KEPT.empty_like(filters)
     sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
     _run(
-        "expert_conv_wgrad_cpu", algorithm, offsets, d_weight, sizes, geometry,
+        "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry,
         input=x, sample=sample, output=d_out, d_weight=d_weight,
     )  # fmt: skip
     return d_weight if filters is weight else torch.empty_like(weight).copy_(d_weight)
