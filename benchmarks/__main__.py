@@ -12,7 +12,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own mess
 
 import torch
 
-from benchmarks import apgd, attack_step, block_moe, expert_sweep, routing_ops, train_step
+from benchmarks import apgd, attack_step, autoattack, expert_sweep, routing_ops, train_step
 from benchmarks.harness import Options, Row, save, show
 
 
@@ -25,12 +25,12 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "block_moe": Benchmark(block_moe.run, 9, "the layer over E against two loops and a dense block; CPU: ~15 minutes"),
     "expert_sweep": Benchmark(expert_sweep.run, 5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
     "train_step": Benchmark(train_step.run, 3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
     "routing_ops": Benchmark(routing_ops.run, 9, "gate, sort, dispatch and combine: every implementation"),
     "attack_step": Benchmark(attack_step.run, 9, "one PGD step and its random start: every implementation"),
     "apgd": Benchmark(apgd.run, 9, "one Auto-PGD step and its tracking: every implementation"),
+    "autoattack": Benchmark(autoattack.run, 3, "AutoAttack standard, whole, against pyautoattack; CPU: ~10 minutes"),
 }
 
 
@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
-        "--repeats", type=int, help="timed runs of each variant (default: 9; expert_sweep 5, train_step 3)"
+        "--repeats", type=int, help="timed runs of each variant (default: 9; expert_sweep 5, whole steps and attacks 3)"
     )
     parser.add_argument("--seconds", type=float, help="a case starts no further round after so long (two at least)")
     parser.add_argument("--batch", type=int, help="images of train_step (default: 128; on the CPU 32)")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet files: autoattack's second network")
     parser.add_argument("--compile", action="store_true", help="expert_sweep: also torch.compile of (b) and (d)")
     parser.add_argument("--quick", action="store_true", help="one small case each, to see that everything works")
     parser.add_argument("--out", type=Path, help="folder for NAME.json; without it nothing is written")
@@ -71,6 +72,7 @@ def main() -> None:
             seconds=arguments.seconds,
             compile=arguments.compile,
             batch=arguments.batch,
+            data=arguments.data,
         )
         rows = benchmark.run(options)
         torch.set_num_threads(threads)

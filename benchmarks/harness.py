@@ -32,7 +32,8 @@ class Options:
     quick: bool = False  # smaller sweeps, to see that everything works
     seconds: float | None = None  # a case starts no further round after so long, warm-up included; None: no limit
     compile: bool = False  # torch.compile's baselines too, in the benchmarks that have them
-    batch: int | None = None  # batch size of train_step; None: its own choice
+    batch: int | None = None  # batch size of train_step, images of autoattack's CIFAR-10 case; None: their own choice
+    data: Path | None = None  # folder of CIFAR-10 as Parquet files, for autoattack's CIFAR-10 case; None: left out
 
 
 @dataclass(frozen=True)

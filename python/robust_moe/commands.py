@@ -17,9 +17,10 @@ from robust_moe.data import DataError
 from robust_moe.demo import run_demo
 from robust_moe.engine import CheckpointError, Reporter, Trainer
 from robust_moe.engine.experiment import checkpoint_file
-from robust_moe.evaluation import results_table
+from robust_moe.evaluation import attack_table, results_table
+from robust_moe.evaluation.tables import flag_lines, moe_table
 from robust_moe.provenance import git_revision, versions
-from robust_moe.report import assess, draw
+from robust_moe.report import PRESETS, assess, draw
 from robust_moe_kernels.env import report
 
 __all__ = ["app"]
@@ -48,6 +49,18 @@ def _console(stderr: bool = False) -> Console:
 def _table(name: str, results: dict[str, Any]) -> Table:
     data = results["data"]
     return results_table([(name, results)], f"{data['name']}, {results['count']:,} {data['split']} images")
+
+
+def _show(console: Console, name: str, results: dict[str, Any], written: Path) -> None:
+    console.print(_table(name, results))
+    if len(results["attacks"]) > 1:
+        console.print(attack_table(results))
+    if results["moe"] is not None:
+        console.print(moe_table(results))
+    for line in flag_lines(results):
+        console.print(line, soft_wrap=True)
+    console.print(f"results: {written}", soft_wrap=True)
+    console.print(f"report: {written.with_suffix('.html')}", soft_wrap=True)
 
 
 def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -87,8 +100,8 @@ def train(
     draw(outcome.folder)
     if not outcome.finished:
         raise typer.Exit(STOPPED)
-    results, _ = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
-    reporter.console.print(_table(outcome.folder.name, results))
+    results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
+    _show(reporter.console, outcome.folder.name, results, written)
     reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)
 
 
@@ -97,6 +110,16 @@ def train(
 def evaluate_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or a run folder: its best.pt.", show_default=False)],
     overrides: Overrides = None,
+    preset: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in PRESETS.items()) + ".")
+    ] = "quick",
+    n: Annotated[
+        int | None, typer.Option("--n", help="Only so many images, the first of every class.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="As eval.batch_size=...", show_default=False)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on where a killed evaluation was, or start anew.")
+    ] = True,
     attack_steps: Annotated[int | None, typer.Option(help="As eval.attack.steps=...", show_default=False)] = None,
     attack_eps: Annotated[
         str | None, typer.Option(help="As eval.attack.eps=..., e.g. 8/255.", show_default=False)
@@ -110,6 +133,8 @@ def evaluate_checkpoint(
 ) -> None:
     """Clean and robust accuracy of a checkpoint; model and split are those of the configuration inside it.
 
+    Writes results as JSON, arrays of every image and an HTML report; the same command goes on after a kill.
+
     Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), run.accelerator,
     run.threads.
     """
@@ -117,12 +142,14 @@ def evaluate_checkpoint(
     for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):
         if value is not None:
             settings.append(f"eval.attack.{name}={value}")
+    if batch_size is not None:
+        settings.append(f"eval.batch_size={batch_size}")
     file = checkpoint_file(checkpoint)
     reporter = Reporter(console=_console())
-    results, written = assess(file, out, overrides=settings, split=split, reporter=reporter)
-    name = file.resolve().parent.name if file.stem == "best" else file.stem
-    reporter.console.print(_table(name, results))
-    reporter.console.print(f"results: {written}", soft_wrap=True)
+    results, written = assess(
+        file, out, preset=preset, overrides=settings, split=split, count=n, resume=resume, reporter=reporter
+    )
+    _show(reporter.console, file.resolve().parent.name if file.stem == "best" else file.stem, results, written)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.console import Console
 from robust_moe.config import load_config
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.evaluation import plot_comparison, results_table
-from robust_moe.evaluation.results import attack_name
+from robust_moe.evaluation.tables import attack_name
 from robust_moe.report import assess, draw
 
 __all__ = ["PRESETS", "run_demo"]

@@ -11,21 +11,41 @@ from robust_moe_kernels.modules.model import (
     replace_blocks,
 )
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
+from robust_moe_kernels.modules.route_control import (
+    AllExperts,
+    DropTop,
+    FixedRoutes,
+    RandomRoutes,
+    Reroute,
+    SoftGradient,
+    SwapTop,
+    last_routes,
+    rerouted,
+)
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
 __all__ = [
     "BALANCE_LOSSES",
     "GATES",
+    "AllExperts",
     "ConvGapGate",
+    "DropTop",
+    "FixedRoutes",
     "FusedBlockMoE",
     "FusedConvMoE",
     "GapFcGate",
     "MoELayer",
+    "RandomRoutes",
+    "Reroute",
     "RoutingRecord",
+    "SoftGradient",
+    "SwapTop",
     "attack_mode",
     "balance_loss",
     "check_finite",
     "gates_without_gradient",
+    "last_routes",
     "moe_layers",
     "replace_blocks",
+    "rerouted",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.gate import top_k_gate
 from robust_moe_kernels.ops.routing import sort_by_expert
 
+if TYPE_CHECKING:
+    from robust_moe_kernels.modules.route_control import Reroute
+
 __all__ = ["FusedBlockMoE", "FusedConvMoE", "MoELayer"]
 
 INITS = ("copy", "fresh")
@@ -27,9 +31,12 @@ class MoELayer(nn.Module):
     Every sample's whole map goes to its experts. State dict: ``gate.*`` as the gate names it and ``experts.*``, the
     replaced module's own names with a leading dimension E; nothing else.
 
+    Whole networks are experts too: with a gate on the images and experts whose ``mix`` returns logits, the layer is the
+    model. ``reroute``, which :func:`~robust_moe_kernels.modules.route_control.rerouted` sets, replaces what it decides.
+
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
-        experts: E stacked experts.
+        experts: E stacked experts, or any module with their ``num_experts``, ``in_channels``, ``one`` and ``mix``.
         top_k: k, 1 <= k <= E.
         renormalize: divide the k kept scores by their sum.
         straight_through: for k = 1, forward weight exactly 1 and the score's gradient.
@@ -72,6 +79,7 @@ class MoELayer(nn.Module):
         self.straight_through = straight_through
         self.noise_std = noise_std
         self.routing: RoutingRecord | None = None
+        self.reroute: Reroute | None = None
         self._fixed_expert: int | None = None
 
     @property
@@ -122,7 +130,11 @@ class MoELayer(nn.Module):
             noise_scale = score_noise_scale(clean, self.noise_std)
             logits = clean + noise_scale * torch.randn_like(clean)
         out = top_k_gate(logits, self.top_k, self.renormalize, self.straight_through)
-        return RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
+        record = RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
+        if self.reroute is None:
+            return record
+        indices, weights = self.reroute(self, record)
+        return replace(record, indices=indices, weights=weights)
 
     def _expect_kind(self, x: Tensor) -> None:
         weight = next(self.experts.parameters())
@@ -135,8 +147,8 @@ class MoELayer(nn.Module):
         expect(ok, argument, f"an expert in 0..{self.num_experts - 1}", index)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The last forward's record hangs on its graph: neither copied nor pickled.
-        return {**self.__dict__, "routing": None}
+        # The last forward's record hangs on its graph, imposed routes belong to a batch: neither copied nor pickled.
+        return {**self.__dict__, "routing": None, "reroute": None}
 
     def extra_repr(self) -> str:
         return (

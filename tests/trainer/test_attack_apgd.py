@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from robust_moe.attacks import APGD, FGSM, PGD
 from robust_moe.attacks.apgd import checkpoints
-from robust_moe.attacks.base import Passes
+from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.modules import attack_mode
 
 LOSSES = ("ce", "margin", "dlr", "dlr-targeted")

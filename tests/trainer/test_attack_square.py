@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe.attacks import Square
-from robust_moe.attacks.square import _L2, _QUERIES, _STARTS, _bump, _Square, _uniform, window_side
+from robust_moe.attacks.square import _L2, _QUERIES, _STARTS, _bump, _Linf, _Square, _uniform, window_side
 
 BOTH = pytest.mark.parametrize("norm", ["Linf", "L2"])
 LOSSES = pytest.mark.parametrize("loss", ["margin", "ce"])
@@ -272,9 +272,30 @@ def test_l2_moves_stay_on_the_sphere_and_linf_at_the_edges_of_the_cube(norm):
         torch.testing.assert_close((got - x).abs(), torch.full_like(x, 0.05), rtol=1e-5, atol=0)
 
 
+@pytest.fixture
+def asking_all(monkeypatch) -> None:
+    """As where the host does not look which images a square changes."""
+    monkeypatch.setattr(_Linf, "moved", lambda self: None)
+
+
+def test_an_image_that_stays_as_it_is_is_not_asked_about(monkeypatch):
+    model = network(5, torch.float64)
+    x, y = batch(model, 12, torch.float64)
+    counting, attack = Counting(model), Square(0.01, 1500)
+    got = attack(counting, x, y)
+    asked = counting.images
+    idle = Counting(model)
+    Square(0.0, 50, restarts=2)(idle, x, y)
+    assert idle.images == 3 * 12  # the clean images and the two starts, which are the same
+    counting.images = 0
+    monkeypatch.setattr(_Linf, "moved", lambda self: None)
+    torch.testing.assert_close(attack(counting, x, y), got, rtol=0, atol=1e-15)
+    assert asked < 0.95 * counting.images
+
+
 @BOTH
 @pytest.mark.parametrize(("queries", "restarts"), [(0, 1), (7, 1), (60, 2)])
-def test_exact_pass_counts_of_robust_images(norm, queries, restarts):
+def test_exact_pass_counts_of_robust_images(asking_all, norm, queries, restarts):
     model = Counting(network())
     x, y = batch(model)
     model.images = model.calls = 0
@@ -333,7 +354,7 @@ class Cost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("norm", "most"), [("Linf", 13), ("L2", 47)])  # the standard implementation: 69 and 209
-def test_kernels_and_host_reads_of_a_query(norm, most):
+def test_kernels_and_host_reads_of_a_query(asking_all, norm, most):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # one kernel
     x = torch.rand(20, 1, 8, 8)
     y = model(x).argmax(1)
@@ -408,7 +429,7 @@ def test_nan_never_counts_as_robust(norm, loss, when):
         Square(1e-5, 70, norm, loss)(Faulty(model, when), x, y)
 
 
-def test_a_tie_is_not_a_success():
+def test_a_tie_is_not_a_success(asking_all):
     class Tied(nn.Module):  # the label's logit and another's are always equal; argmax takes the label
         def forward(self, x: Tensor) -> Tensor:
             return torch.tensor([1.0, 1.0, 0.0]).expand(len(x), 3) + x.flatten(1).sum(1, keepdim=True)

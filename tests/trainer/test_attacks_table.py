@@ -17,7 +17,8 @@ from robust_moe_kernels.modules import replace_blocks
 NORMS = ("Linf", "L2")
 EPS = {"Linf": "0.1", "L2": "0.6"}
 WHITE_BOX = [name for name in ATTACKS if name != "square"]
-CLIMBING = [name for name in WHITE_BOX if not name.startswith("fab")]  # return an image of the ball, fooled or not
+# those that return an image on the edge of the ball, fooled or not; the others give back what they did not break
+CLIMBING = [name for name in WHITE_BOX if not name.startswith(("fab", "autoattack"))]
 
 
 def made(name: str, norm: str, eps: str | None = None, steps: int = 6, **settings) -> Attack:

@@ -1,7 +1,11 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import textwrap
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -9,6 +13,7 @@ from typer.testing import CliRunner
 from robust_moe.commands import app
 from robust_moe.config import save_config
 from robust_moe.engine.experiment import load_experiment
+from robust_moe.evaluation import Journal
 from robust_moe_kernels.env import report
 
 
@@ -27,7 +32,7 @@ def test_train_then_eval(config, tmp_path):
     assert done.exit_code == 0, done.output
     folder = tmp_path / "run"
     state = {"config.yaml", "metrics.jsonl", "tensorboard", "last.pt", "best.pt"}
-    shown = {"results.json", "results-masks.npz", "training.png", "routing.png"}
+    shown = {"results.json", "samples.npz", "results.html", "training.png", "routing.png"}
     assert {item.name for item in folder.iterdir()} == state | shown
     assert "lr: 0.05" in (folder / "config.yaml").read_text()
     results = json.loads((folder / "results.json").read_text())
@@ -41,7 +46,9 @@ def test_train_then_eval(config, tmp_path):
     (file,) = folder.glob("results-best-test-pgd3x2-1_20-*.json")
     assert f"results: {file}" in done.output
     again = json.loads(file.read_text())
-    assert again["attack"] | {"steps": 3, "eps": "1/20", "alpha": "1/24", "restarts": 2} == again["attack"]
+    (attack,) = again["attacks"]
+    settings = {"attack": "PGD", "steps": 3, "eps": "1/20", "alpha": "1/24", "restarts": 2}
+    assert attack["settings"] | settings == attack["settings"]
     assert again["clean"] == results["clean"]  # the same model on the same images
     assert again["routing"] == results["routing"]
 
@@ -99,7 +106,8 @@ def test_an_evaluation_with_other_settings_has_files_of_its_own(config, tmp_path
         before = kept()
         assert run("eval", folder, *setting.split()).exit_code == 0
         after = kept()
-        assert len(after) == len(before) + 2  # numbers and masks
+        assert len(after) == len(before) + 2  # numbers and report
+        assert len(list(folder.glob("samples*.npz"))) == len(after) // 2
         assert after.items() > before.items()
     assert run("eval", folder).exit_code == 0  # the first once more: the same file
     assert kept().keys() == after.keys()
@@ -127,7 +135,7 @@ def test_eval_scores_the_split_of_the_training_run_only(config, tmp_path):
     done = run("eval", folder, "--split", "val", "--out", out, *allowed, "run.seed=0")  # no change
     assert done.exit_code == 0, done.stderr
     results = json.loads(out.read_text())
-    assert results["attack"]["seed"] == 5
+    assert results["seed"] == results["attacks"][0]["settings"]["seed"] == 5
     _, _, plain, _ = load_experiment(folder)
     _, _, splits, _ = load_experiment(folder, list(allowed))
     for name in ("train", "val"):
@@ -148,6 +156,134 @@ def test_eval_refuses_wrong_splits_and_damage(config, tmp_path):
     assert done.exit_code == 2
     assert "best.pt: expected a whole checkpoint" in done.stderr
     assert "Traceback" in done.stderr  # asked for
+
+
+def without_times(value):
+    """A result file's content without what a clock says."""
+    if isinstance(value, dict):
+        return {name: without_times(each) for name, each in value.items() if name != "seconds"}
+    return [without_times(each) for each in value] if isinstance(value, list) else value
+
+
+KILLED = """
+    import os, signal, sys
+    from robust_moe.evaluation import store
+
+    real, puts, at = store.Journal.put, [], int(sys.argv.pop(1))
+
+    def put(self, key, result):
+        puts.append(key)
+        if len(puts) == at:  # at the worst moment: half of the line is on the disk
+            line = store._line({"key": key, "result": {name: store._encode(value) for name, value in result.items()}})
+            with open(self.path, "ab") as file:
+                file.write(line[: len(line) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, key, result)
+
+    store.Journal.put = put
+    from robust_moe.cli import main
+    main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_a_killed_evaluation_goes_on_to_the_same_result(config, tmp_path, monkeypatch):
+    assert run("train", config, "run.epochs=12", "method.name=standard").exit_code == 0
+    folder = tmp_path / "run"
+    attack = ("eval.attack.name=autoattack", "eval.attack.steps=4", "eval.attack.eps=0.02")
+    options = ("--n", 30, "--batch-size", 8, *attack)
+    whole, killed = tmp_path / "whole" / "results.json", tmp_path / "killed" / "results.json"
+    done = run("eval", folder, *options, "--out", whole)
+    assert done.exit_code == 0, done.output
+    for name in ("apgd-ce", "apgd-t", "fab-t", "square"):
+        assert name in done.output
+    assert "AutoAttack, Linf eps = 1/50" in done.output
+
+    arguments = [str(item) for item in ("eval", folder, *options, "--out", killed)]
+    for at in (7, 2):  # in an attack, and then at the second batch of the session after that
+        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(at), *arguments]
+        ended = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
+        )
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert [item.name for item in killed.parent.iterdir()] == ["results.journal"]
+    journal = killed.with_name("results.journal").read_bytes()
+    assert not journal.endswith(b"\n")
+    before = [json.loads(line[9:])["key"] for line in journal.splitlines()[1:-1]]
+    assert len(before) == 7  # six of the first session, one of the second
+
+    wrong = run("eval", folder, *options, "eval.attack.eps=0.2", "--out", killed)
+    assert wrong.exit_code == 2
+    assert "got another's: eps: '1/5' here, '1/50' there" in wrong.stderr
+    wrong = run("eval", folder / "last.pt", "--n", 20, "--out", killed)
+    assert wrong.exit_code == 2
+    assert "data: '" in wrong.stderr
+    assert killed.with_name("results.journal").read_bytes() == journal
+
+    kept = []
+    real = Journal.put
+    monkeypatch.setattr(Journal, "put", lambda self, key, result: (kept.append(key), real(self, key, result))[1])
+    done = run("eval", folder, *options, "--out", killed)
+    assert done.exit_code == 0, done.output
+    assert kept
+    assert not set(kept) & set(before)
+    assert {item.name for item in killed.parent.iterdir()} == {"results.json", "samples.npz", "results.html"}
+    one, other = (without_times(json.loads(path.read_text())) for path in (whole, killed))
+    assert one == other
+    with np.load(whole.with_name("samples.npz")) as one, np.load(killed.with_name("samples.npz")) as other:
+        assert one.files == other.files
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], other[name])
+    before = killed.read_bytes()
+    again = run("eval", folder, *options, "--out", killed)
+    assert "finished already" in again.output
+    assert killed.read_bytes() == before
+
+
+def test_the_standard_preset_is_pgd_and_autoattack(config, tmp_path):
+    assert run("train", config, "method.name=standard").exit_code == 0
+    out = tmp_path / "results.json"
+    done = run("eval", tmp_path / "run", "--preset", "standard", "--n", 10, "--out", out, "eval.attack.eps=0.01")
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert [attack["name"] for attack in results["attacks"]] == ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert [attack["settings"]["steps"] for attack in results["attacks"]] == [2, 100, 100, 100, 5000]
+    assert results["attacks"][1]["attacked"] == round(10 * results["clean"])  # AutoAttack starts anew
+    assert results["robust"] <= results["autoattack"] <= results["clean"]
+    assert "AutoAttack by itself: " in done.output
+    assert "PGD-2 + AutoAttack, Linf eps = 1/100" in done.output
+
+
+def test_eval_writes_what_the_contract_says(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    out = tmp_path / "out" / "results.json"
+    done = run("eval", tmp_path / "run", "--preset", "moe", "--n", 20, "--out", out, "eval.attack.steps=2")
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert results["format"] == 2
+    assert results["count"] == 20
+    assert (results["eps"], results["norm"], results["preset"]) == ("1/10", "Linf", "moe")
+    assert results["data"]["classes"] == list("0123456789")
+    assert len(results["data"]["sha256"]) == len(results["checkpoint_sha256"]) == 64
+    assert len(results["flags"]) >= 9
+    assert {flag["name"] for flag in results["flags"]} >= {"square_stronger", "outside_ball", "monotone_curve"}
+    assert len(results["curve"]["eps"]) == len(results["curve"]["robust"]) == 20
+    moe = results["moe"]
+    assert moe["union"] <= min(moe["ra"], moe["ra_e"], moe["ra_r"])
+    assert list(moe["layers"]) == ["layer2.1"]
+    assert results["routing"]["layer2.1"]["selected"] == pytest.approx(moe["layers"]["layer2.1"]["selected"]["clean"])
+    assert "RA-E" in done.output
+    with np.load(out.with_name(results["samples"])) as samples:
+        assert samples["index"].shape == samples["robust"].shape == (20,)
+        assert samples["robust"].mean() == results["robust"]
+        assert (samples["robust"] <= samples["clean"]).all()
+        assert samples["attacked/pgd"].sum() == results["attacks"][0]["attacked"]
+        wrong = samples["adversarial_prediction/pgd"] != samples["label"]
+        np.testing.assert_array_equal(samples["broken/pgd"], wrong & samples["attacked/pgd"])
+        assert samples["examples/clean"].shape[1:] == (1, 8, 8)
+    dense = run("eval", tmp_path / "run", "--preset", "all")
+    assert dense.exit_code == 2
+    assert "preset: expected one of quick, standard, moe, got 'all'" in dense.stderr
 
 
 def test_env_names_every_op_and_implementation():

@@ -6,7 +6,8 @@ import torch
 
 from robust_moe.config import ConfigError, OptimConfig
 from robust_moe.engine import SCHEDULES, learning_rate
-from robust_moe.engine.rng import derive_seed, restore_rng, rng_state, seed_all
+from robust_moe.engine.rng import restore_rng, rng_state, seed_all
+from robust_moe.seeding import derive_seed
 
 TOTAL, EPOCH = 100, 20
 

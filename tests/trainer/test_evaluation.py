@@ -12,21 +12,25 @@ from rich.console import Console
 from torch import nn
 
 from robust_moe.attacks import PGD
-from robust_moe.config import AttackConfig
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation import (
     LayerRouting,
+    attack_table,
     evaluate,
     make_results,
+    make_samples,
+    plan,
     predict,
     results_table,
     routing_shares,
+    run_suite,
     wilson_interval,
     write_results,
 )
-from robust_moe.evaluation.results import attack_name, describe_attack
+from robust_moe.evaluation.results import samples_file
 from robust_moe.evaluation.scorer import scoring_mode
+from robust_moe.evaluation.tables import attack_name, flag_lines
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
 
@@ -219,47 +223,98 @@ def test_wilson_interval_solves_its_equation():
 
 def test_result_file_has_the_numbers_settings_and_masks(tmp_path):
     images = grey([10, 120, 135, 240], [0, 0, 1, 1])
-    config = AttackConfig(eps="8/255", steps=20, alpha=None)
-    attack = PGD(8 / 255, 20, seed=5)
-    result = evaluate(Brightness(), images, attack)
+    stages = plan("pgd", PGD(8 / 255, 20, seed=5))
+    suite = run_suite(Brightness(), images.images, images.labels, stages, eps=8 / 255, index=torch.arange(4) + 6)
     results = make_results(
-        result,
+        suite,
         model={"name": "brightness", "parameters": 1},
         data={"name": "grey", "split": "test"},
-        attack=describe_attack(config, attack),
-        source="x.pt",
+        settings={"checkpoint": "x.pt", "eps": "8/255", "norm": "Linf", "preset": "quick", "seed": 5},
         device="cpu",
     )
-    write_results(results, result, tmp_path / "results.json")
+    written = write_results(results, make_samples(suite), tmp_path / "results.json")
     read = json.loads((tmp_path / "results.json").read_text())
-    assert read["attack"]["eps"] == "8/255"
-    assert read["attack"]["alpha"] == "1/255"  # 2.5 * 8/255 / 20, exactly
-    assert (read["attack"]["seed"], read["attack"]["steps"]) == (5, 20)
-    assert read["attack"]["passes_per_image"] == {"forward": 20, "backward": 20}
+    assert read == written
+    (attack,) = read["attacks"]
+    assert attack["settings"]["eps"] == "8/255"
+    assert attack["settings"]["alpha"] == "1/255"  # 2.5 * 8/255 / 20, exactly
+    assert (attack["settings"]["seed"], attack["settings"]["steps"]) == (5, 20)
+    assert attack["passes_per_image"] == {"forward": 20, "backward": 20}
+    assert (attack["attacked"], attack["broken"], attack["robust_after"], attack["alone"]) == (4, 2, 0.5, 0.5)
     assert (read["clean"], read["robust"], read["count"]) == (1.0, 0.5, 4)
+    assert read["autoattack"] is None
     assert read["robust_interval"] == list(wilson_interval(0.5, 4))
     assert read["versions"]["torch"] == torch.__version__
-    assert {"git", "hardware", "dtype", "seconds", "routing"} <= read.keys()
-    with np.load(tmp_path / read["masks"], allow_pickle=False) as masks:
-        assert masks["clean"].tolist() == [True] * 4
-        assert masks["robust"].tolist() == [True, False, False, True]
+    assert (read["format"], read["moe"], read["curve"], read["tf32"]) == (2, None, None, False)
+    assert {"git", "hardware", "dtype", "seconds", "routing", "flags"} <= read.keys()
+    assert read["samples"] == "samples.npz"
+    with np.load(tmp_path / read["samples"], allow_pickle=False) as samples:
+        assert samples["index"].tolist() == [6, 7, 8, 9]
+        assert samples["label"].tolist() == samples["prediction/clean"].tolist() == [0, 0, 1, 1]
+        assert samples["clean"].tolist() == samples["attacked/pgd"].tolist() == [True] * 4
+        assert samples["robust"].tolist() == [True, False, False, True]
+        assert samples["broken/pgd"].tolist() == [False, True, True, False]
+        assert samples["adversarial_prediction/pgd"].tolist() == [0, 1, 0, 1]
+        assert samples["examples/index"].tolist() == [7, 8]
+        assert samples["examples/clean"].shape == samples["examples/adversarial"].shape == (2, 1, 4, 4)
 
 
-def test_table_shows_percentages_with_intervals():
-    row = {
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("results.json", "samples.npz"),
+        ("results-best-test.json", "samples-best-test.npz"),
+        ("mine.json", "mine-samples.npz"),
+    ],
+)
+def test_every_result_file_has_samples_of_its_own(tmp_path, name, beside):
+    assert samples_file(tmp_path / name) == tmp_path / beside
+
+
+def row(**attack) -> dict:
+    settings = {"steps": 20, "restarts": 1} | attack.pop("settings", {})
+    made = {"name": "pgd", "chain": "pgd", "settings": settings} | attack
+    return {
         "model": {"parameters": 1_490_000},
         "count": 360,
         "clean": 0.989,
         "robust": None,
         "clean_interval": [0.972, 0.996],
         "seconds": 1.25,
-        "attack": None,
+        "norm": "Linf",
+        "eps": "8/255",
+        "attacks": [made],
     }
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(results_table([("dense", row)], "Title"))
-    text = console.export_text()
+
+
+def shown(table) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_table_shows_percentages_with_intervals():
+    text = shown(results_table([("dense", row())], "Title"))
     assert "98.9 [97.2, 99.6]" in text
     assert "1.49 M" in text
-    assert attack_name(row) == "no attack"
-    attack = {"name": "pgd", "steps": 20, "restarts": 2, "norm": "Linf", "eps": "8/255"}
-    assert attack_name({"attack": attack}) == "PGD-20 x2, Linf eps = 8/255"
+    assert "PGD-20, Linf eps = 8/255" in text
+    assert attack_name({**row(), "attacks": []}) == "no attack"
+    assert attack_name(row(settings={"restarts": 2})) == "PGD-20 x2, Linf eps = 8/255"
+    whole = row()
+    members = [{"name": name, "chain": "autoattack", "settings": {"steps": 100, "restarts": 1}} for name in "abcd"]
+    whole["attacks"] += members
+    assert attack_name(whole) == "PGD-20 + AutoAttack, Linf eps = 8/255"
+
+
+def test_table_of_attacks_and_flags():
+    results = row(attacked=350, broken=40, robust_after=0.861, alone=None, seconds=2.0)
+    results["attacks"][0]["passes_per_image"] = {"forward": 20.0, "backward": 19.5}
+    results |= {"autoattack": 0.85, "autoattack_interval": [0.81, 0.88]}
+    text = shown(attack_table(results))
+    for cell in ("350", "40", "86.1", "20.0", "19.5", "85.0 [81.0, 88.0]"):
+        assert cell in text
+    flag = {"name": "probabilities", "raised": False, "message": "the outputs", "value": 0.5}
+    (line,) = flag_lines({"flags": [flag]})
+    assert line.plain == "sanity checks: none of 1 raised"
+    (line,) = flag_lines({"flags": [flag, {**flag, "raised": True}]})
+    assert line.plain == "WARNING probabilities: the outputs"

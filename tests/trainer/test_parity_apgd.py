@@ -18,9 +18,9 @@ from pyautoattack import autopgd_base as theirs
 from torch import Tensor, nn
 
 from robust_moe.attacks import APGD
-from robust_moe.attacks.apgd import Found
-from robust_moe.attacks.base import Passes, per_sample
+from robust_moe.attacks.base import Found, per_sample
 from robust_moe.attacks.losses import targeted_dlr
+from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.modules import attack_mode
 
 EPS = {"Linf": 0.15, "L2": 0.9}  # about half of the victim's images survive the first, a fifth the second

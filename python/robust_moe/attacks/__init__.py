@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from robust_moe.attacks.apgd import APGD, Found
-from robust_moe.attacks.base import Attack, Crafted
+from robust_moe.attacks.apgd import APGD
+from robust_moe.attacks.autoattack import AutoAttack
+from robust_moe.attacks.base import Attack, Crafted, Found
 from robust_moe.attacks.fab import FAB
 from robust_moe.attacks.fgsm import FGSM
+from robust_moe.attacks.moe import ExpertPGD, JointPGD, RouterPGD
+from robust_moe.attacks.passes import Counts
 from robust_moe.attacks.pgd import PGD
 from robust_moe.attacks.square import Square
 from robust_moe.config import AttackConfig, choose, parse_fraction
@@ -20,8 +23,13 @@ __all__ = [
     "FGSM",
     "PGD",
     "Attack",
+    "AutoAttack",
+    "Counts",
     "Crafted",
+    "ExpertPGD",
     "Found",
+    "JointPGD",
+    "RouterPGD",
     "Square",
     "attack_mode",
     "build_attack",
@@ -94,6 +102,17 @@ def _square(config: AttackConfig, seed: int, mode: str) -> Square:
     )
 
 
+def _autoattack(config: AttackConfig, seed: int, mode: str) -> AutoAttack:
+    return AutoAttack(
+        eps=float(parse_fraction(config.eps, "attack.eps")),
+        norm=config.norm,
+        seed=seed,
+        steps=config.steps,
+        restarts=config.restarts,
+        mode=mode,
+    )
+
+
 ATTACKS: dict[str, Callable[[AttackConfig, int, str], Attack]] = {
     "pgd": _pgd,
     "fgsm": _fgsm,
@@ -101,6 +120,7 @@ ATTACKS: dict[str, Callable[[AttackConfig, int, str], Attack]] = {
     "fab": _fab,
     "fab-t": _fab,
     "square": _square,
+    "autoattack": _autoattack,
 }
 
 

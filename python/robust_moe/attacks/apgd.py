@@ -7,27 +7,19 @@ from numbers import Integral
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robust_moe.attacks.base import Attack, Passes, check_inputs, expect_length, expect_number, ordinary, per_sample
+from robust_moe.attacks.base import Attack, Found, expect_length, expect_number, ordinary, per_sample
 from robust_moe.attacks.losses import LOSSES, margin, targeted_dlr
+from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.layout import dense, dense_format
-from robust_moe_kernels.modules.attack_mode import attack_mode
 from robust_moe_kernels.ops.apgd import apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import NORMS, random_start
 
-__all__ = ["APGD", "Found", "checkpoints"]
+__all__ = ["APGD", "checkpoints"]
 
 TARGETED = "dlr-targeted"
 SHARE = 0.75  # of the gradient step in an iterate; the rest is momentum
-
-
-class Found(NamedTuple):
-    """What an attack found for each sample."""
-
-    images: Tensor  # [B, ...]: the latest fooling iterate; where there is none, the one of the highest loss
-    fooled: Tensor  # bool [B]: some iterate was misclassified
-    loss: Tensor  # [B], the highest loss of all iterates
 
 
 class Climb(NamedTuple):
@@ -133,46 +125,35 @@ class APGD(Attack):
         length = torch.linalg.vector_norm(noise.flatten(1), math.inf if self.norm == "Linf" else 2, dim=1)
         return (x0 + self.eps * (noise / per_sample(length + 1e-12, x0))).clamp(0.0, 1.0)
 
-    def find(self, model: nn.Module, x: Tensor, y: Tensor, sample_index: Tensor | None = None) -> Found:
-        """As calling the attack (its arguments and errors), with each sample's success and loss.
+    def search(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Found:
+        """Where ``passes.reads``, samples that a climb fooled take no part in the next: the host is read once a round
+        of climbs. When few remain, their next climbs run together, as one batch that fits in ``passes.room``.
 
-        Samples that a climb fooled take no part in the next: the host is read once a round of climbs. When few samples
-        remain, their next climbs run together, as one batch of at most the first one's size.
+        The images are the latest fooling iterates of the first climb that fooled, else those of the highest loss.
         """
-        largest = check_inputs(x, y, sample_index)
-        if x.numel() == 0:
-            return Found(x.detach().clone(), torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=x.dtype))
-        with attack_mode(model, self.mode):
-            x0, y = dense(ordinary(x.detach())), ordinary(y)
-            index = torch.arange(len(y), device=y.device) if sample_index is None else ordinary(sample_index)
-            passes = Passes(self, model, y, largest)
-            targets = self._targets(passes, x0)
-            climbs = self._climbs(targets)
-            found = self._climb(passes, x0, y, index, targets, climbs[:1], self.seed)
-            climbs = climbs[1:]
-            while climbs and (left := (~found.fooled).nonzero()[:, 0]).numel():
-                together = climbs[: max(len(y) // len(left), 1)]
-                climbs = climbs[len(together) :]
-                ranked = None if targets is None else targets[left]
-                old = Found(*(tensor[left] for tensor in found))
-                new = self._climb(passes, x0[left], y[left], index[left], ranked, together, self.seed)
-                for whole, part in zip(found, merge(old, new), strict=True):
-                    whole[left] = part
-        self.refuse_nonfinite(passes.nonfinite)
+        x0, y = dense(x0), passes.y
+        index = torch.arange(len(y), device=y.device) if sample_index is None else ordinary(sample_index)
+        targets = self._targets(passes, x0)
+        climbs = self._climbs(targets)
+        found = self._climb(passes, x0, y, index, targets, climbs[:1], seed)
+        left = torch.arange(len(y), device=y.device)
+        climbs = climbs[1:]
+        while climbs:
+            if passes.reads:
+                left = (~found.fooled).nonzero()[:, 0]
+                if not len(left):
+                    break
+            together = climbs[: max(passes.room // max(len(left), 1), 1)]
+            climbs = climbs[len(together) :]
+            ranked = None if targets is None else targets[left]
+            old = Found(*(tensor[left] for tensor in found))
+            new = self._climb(passes, x0[left], y[left], index[left], ranked, together, seed)
+            for whole, part in zip(found, merge(old, new), strict=True):
+                whole[left] = part
         return found
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, sample_index: Tensor | None = None) -> Tensor:
-        """The images of :meth:`find`; arguments and errors as of every attack."""
-        return self.find(model, x, y, sample_index).images
-
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
-        x0 = dense(x0)
-        targets = self._targets(passes, x0)
-        found = None
-        for climb in self._climbs(targets):
-            new = self._climb(passes, x0, passes.y, sample_index, targets, [climb], seed)
-            found = new if found is None else merge(found, new)
-        return found.images
+        return self.search(passes, x0, sample_index, seed).images
 
     def _targets(self, passes: Passes, x0: Tensor) -> Tensor | None:
         """The classes to aim at, int64 [B, targets], highest clean score first, without the first of all."""
@@ -213,7 +194,10 @@ class APGD(Attack):
         return result
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> Found:
-        """One ascent from the start ``x``, all samples in step: nothing is read on the host."""
+        """One ascent from the start ``x``, all samples in step: nothing is read on the host.
+
+        The images are the latest fooling iterates; where there is none, those of the highest loss.
+        """
         x0 = dense(x0)
         layout = dense_format(x0)
         x = previous = x.contiguous(memory_format=layout)

@@ -1,8 +1,7 @@
-"""What gradient attacks share: input checks, the model's mode, the loop over restarts and steps, the NaN guard."""
+"""What attacks share: input checks, the model's mode, the loop over restarts and steps, the NaN guard."""
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from numbers import Integral, Number, Real
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.losses import cross_entropy
+from robust_moe.attacks.passes import Counts, Passes
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.attack_mode import MODES, attack_mode
 
-__all__ = ["Attack", "Crafted", "StepAttack", "keep_worse"]
+__all__ = ["Attack", "Crafted", "Found", "StepAttack", "keep_worse"]
 
 
 class Crafted(NamedTuple):
@@ -25,21 +26,24 @@ class Crafted(NamedTuple):
     nonfinite: Tensor  # bool scalar on the device: some gradient or loss on the way was NaN or infinite
 
 
-def _expect(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+class Found(NamedTuple):
+    """What an attack found for each sample."""
+
+    images: Tensor  # [B, ...]: where several were met that fool, or none, the attack says which one this is
+    fooled: Tensor  # bool [B]: the attack has won
+    loss: Tensor  # [B], of the images, or the highest on the way to them
 
 
 def expect_number(name: str, value: object, kind: type[Number] = Real) -> None:
     """Refuse text, booleans and tensors; ``kind``: Real or Integral."""
     ok = isinstance(value, kind) and not isinstance(value, bool)
-    _expect(ok, name, "an integer" if kind is Integral else "a number", repr(value))
+    expect(ok, name, "an integer" if kind is Integral else "a number", repr(value))
 
 
 def expect_length(name: str, value: object) -> None:
     """Refuse what is no finite number >= 0."""
     expect_number(name, value)
-    _expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
+    expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
 
 
 def check_inputs(x: Tensor, y: Tensor, sample_index: Tensor | None) -> int:
@@ -48,22 +52,22 @@ def check_inputs(x: Tensor, y: Tensor, sample_index: Tensor | None) -> int:
     The largest label is compared with the number of logits at the first forward, before the loss sees it: on a GPU an
     out-of-range label would abort the whole process.
     """
-    _expect(x.dtype in (torch.float32, torch.float64), "x", "float32 or float64 images", x.dtype)
-    _expect(x.ndim >= 2, "x", "a batch of images [B, C, H, W]", f"shape {list(x.shape)}")
-    _expect(y.dtype == torch.int64, "y", "int64 labels", y.dtype)
-    _expect(y.shape == x.shape[:1], "y", f"labels of shape [{x.shape[0]}]", f"shape {list(y.shape)}")
-    _expect(y.device == x.device, "y", f"labels on {x.device}", y.device)
+    expect(x.dtype in (torch.float32, torch.float64), "x", "float32 or float64 images", x.dtype)
+    expect(x.ndim >= 2, "x", "a batch of images [B, C, H, W]", f"shape {list(x.shape)}")
+    expect(y.dtype == torch.int64, "y", "int64 labels", y.dtype)
+    expect(y.shape == x.shape[:1], "y", f"labels of shape [{x.shape[0]}]", f"shape {list(y.shape)}")
+    expect(y.device == x.device, "y", f"labels on {x.device}", y.device)
     if sample_index is not None:
-        _expect(sample_index.dtype == torch.int64, "sample_index", "int64 positions", sample_index.dtype)
+        expect(sample_index.dtype == torch.int64, "sample_index", "int64 positions", sample_index.dtype)
         ok = sample_index.shape == y.shape
-        _expect(ok, "sample_index", f"shape [{x.shape[0]}]", f"shape {list(sample_index.shape)}")
-        _expect(sample_index.device == x.device, "sample_index", f"positions on {x.device}", sample_index.device)
+        expect(ok, "sample_index", f"shape [{x.shape[0]}]", f"shape {list(sample_index.shape)}")
+        expect(sample_index.device == x.device, "sample_index", f"positions on {x.device}", sample_index.device)
     if x.numel() == 0:
         return -1
     bounds = [x.min(), x.max(), y.min(), y.max()]  # min and max propagate NaN
     low, high, first, last = torch.stack([bound.double() for bound in bounds]).tolist()
-    _expect(low >= 0 and high <= 1, "x", "finite pixels in [0, 1]", f"values from {low:g} to {high:g}")
-    _expect(first >= 0, "y", "labels >= 0", f"a label of {first:g}")
+    expect(low >= 0 and high <= 1, "x", "finite pixels in [0, 1]", f"values from {low:g} to {high:g}")
+    expect(first >= 0, "y", "labels >= 0", f"a label of {first:g}")
     return int(last)
 
 
@@ -72,12 +76,17 @@ def ordinary(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class Attack(ABC):
-    """A gradient attack: settings to the constructor, ``(model, x, y)`` to the call, adversarial images back.
+def _apart(images: Tensor, x: Tensor) -> Tensor:
+    """``images`` in memory of their own: with no steps and no random start they may be the caller's."""
+    return images.clone() if images.data_ptr() == x.data_ptr() else images
 
-    A subclass gives :meth:`run` and :attr:`passes`, and may replace :meth:`loss` and :meth:`fooled`. Calling the attack
-    checks the inputs and raises; :meth:`craft` does neither and never reads the host, for training loops that gather
-    the flag themselves.
+
+class Attack(ABC):
+    """An attack: settings to the constructor, ``(model, x, y)`` to the call, adversarial images back.
+
+    A subclass gives :meth:`run` and :attr:`passes`, and may replace :meth:`search`, :meth:`loss` and :meth:`fooled`.
+    Calling the attack, or :meth:`find`, which also tells who was fooled, checks the inputs and raises; :meth:`craft`
+    does neither, and reads the host only where the attack says so, for training loops that gather the flag themselves.
 
     Args:
         steps: gradient steps, >= 0.
@@ -93,10 +102,10 @@ class Attack(ABC):
         counts = (("steps", steps), ("restarts", restarts), ("seed", seed), ("eot_iter", eot_iter))
         for name, value in counts:
             expect_number(name, value, Integral)
-        _expect(steps >= 0, "steps", "a count >= 0", steps)
-        _expect(restarts >= 1, "restarts", "a count >= 1", restarts)
-        _expect(eot_iter >= 1, "eot_iter", "a count >= 1", eot_iter)
-        _expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
+        expect(steps >= 0, "steps", "a count >= 0", steps)
+        expect(restarts >= 1, "restarts", "a count >= 1", restarts)
+        expect(eot_iter >= 1, "eot_iter", "a count >= 1", eot_iter)
+        expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
         self.steps = steps
         self.restarts = restarts
         self.seed = seed
@@ -110,7 +119,12 @@ class Attack(ABC):
 
     @abstractmethod
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
-        """The loop: adversarial images of ``x0``. Reads nothing on the host."""
+        """The loop: adversarial images of ``x0``. Reads the host only where ``passes.reads``."""
+
+    def search(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Found:
+        """:meth:`run`, and a forward more to see what came of it."""
+        images = self.run(passes, x0, sample_index, seed)
+        return Found(images, *passes.score(images))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Loss of each sample, [B], that the attack raises: cross-entropy, in fp32 at least."""
@@ -120,7 +134,16 @@ class Attack(ABC):
         """Whether the attack has won, bool [B]: the sample is misclassified."""
         return logits.argmax(1) != y
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, sample_index: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        sample_index: Tensor | None = None,
+        *,
+        room: int | None = None,
+        counts: Counts | None = None,
+    ) -> Tensor:
         """Adversarial images of ``x``, detached, of its shape and dtype, in the ball and in [0, 1].
 
         Args:
@@ -129,6 +152,9 @@ class Attack(ABC):
             y: int64 [B], labels in 0..classes-1, on the device of ``x``.
             sample_index: int64 [B], position of each image in its data set, the counter of its random start; None: the
                 position in the batch.
+            room: images that one forward may hold: up to so many climbs of few images run as one batch, in attacks
+                with several targets or restarts; None: as many as ``x`` has.
+            counts: grows by the passes made.
 
         Raises:
             ValueError: an input is of the wrong shape, dtype, device or range.
@@ -138,9 +164,32 @@ class Attack(ABC):
         largest = check_inputs(x, y, sample_index)
         if x.numel() == 0:
             return x.detach().clone()
-        crafted = self.craft(model, x, y, sample_index, largest_label=largest)
-        self.refuse_nonfinite(crafted.nonfinite)
-        return crafted.images
+        with attack_mode(model, self.mode):
+            passes = Passes(self, model, ordinary(y), largest, reads=True, room=room, counts=counts)
+            images = self.run(passes, ordinary(x.detach()), sample_index, self.seed).detach()
+        self.refuse_nonfinite(passes.nonfinite)
+        return _apart(images, x)
+
+    def find(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        sample_index: Tensor | None = None,
+        *,
+        room: int | None = None,
+        counts: Counts | None = None,
+    ) -> Found:
+        """As calling the attack (its arguments and errors), with each sample's success and loss; a forward more, but
+        in attacks that know them anyway."""
+        largest = check_inputs(x, y, sample_index)
+        if x.numel() == 0:
+            return Found(x.detach().clone(), torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=x.dtype))
+        with attack_mode(model, self.mode):
+            passes = Passes(self, model, ordinary(y), largest, reads=True, room=room, counts=counts)
+            found = self.search(passes, ordinary(x.detach()), sample_index, self.seed)
+        self.refuse_nonfinite(passes.nonfinite)
+        return found._replace(images=_apart(found.images.detach(), x))
 
     def craft(
         self,
@@ -157,9 +206,7 @@ class Attack(ABC):
             x0, y = ordinary(x.detach()), ordinary(y)
             passes = Passes(self, model, y, largest_label)
             adversarial = self.run(passes, x0, sample_index, self.seed if seed is None else seed).detach()
-        if adversarial.data_ptr() == x.data_ptr():  # no steps and no random start: never hand out the caller's memory
-            adversarial = adversarial.clone()
-        return Crafted(adversarial, passes.nonfinite)
+        return Crafted(_apart(adversarial, x), passes.nonfinite)
 
     def refuse_nonfinite(self, nonfinite: Tensor) -> None:
         """Raise ``FloatingPointError`` where the flag is set: the one host read after an attack."""
@@ -242,73 +289,3 @@ def keep_worse(old: Judged | None, new: Judged) -> Judged:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, ...], to go with images."""
     return values.view(-1, *[1] * (like.ndim - 1))
-
-
-class Examined(NamedTuple):
-    """What one visit of an iterate found; with several draws, of the last draw, and the mean gradient."""
-
-    logits: Tensor  # [B, classes], detached
-    loss: Tensor  # [B], detached
-    grad: Tensor  # [B, ...], gradient of each sample's loss
-
-
-class Passes:
-    """Forward and backward passes of one attack on one batch, with the device flag of what was not finite.
-
-    ``loss`` may be replaced by an attack whose loss depends on more than logits and labels: on ``extras``, tensors that
-    follow them among its arguments.
-    """
-
-    def __init__(self, attack: Attack, model: nn.Module, y: Tensor, largest_label: int) -> None:
-        self.model, self.y, self.largest_label = model, y, largest_label
-        self.loss = attack.loss
-        self.extras: tuple[Tensor, ...] = ()
-        self.classes = 0  # of the last forward
-        self.draws = attack.eot_iter
-        self._fooled = attack.fooled
-        self.nonfinite = torch.zeros((), dtype=torch.bool, device=y.device)
-
-    def on(self, y: Tensor) -> Passes:
-        """The same on another batch, of labels ``y``; the flag is shared."""
-        other = copy.copy(self)
-        other.y = y
-        return other
-
-    def logits(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
-        ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
-        _expect(ok, "model", f"logits of shape [{x.shape[0]}, classes]", f"shape {list(logits.shape)}")
-        self.classes = logits.shape[1]
-        self.expect_labels_below(self.classes)
-        return logits
-
-    def expect_labels_below(self, classes: int) -> None:
-        """Refuse a label that no logit belongs to, before the device meets it."""
-        ok = self.largest_label < classes
-        _expect(ok, "y", f"labels below {classes}, the number of logits", f"a label of {self.largest_label}")
-
-    def fooled(self, logits: Tensor) -> Tensor:
-        """Whether the attack has won, bool [B]."""
-        return self._fooled(logits, self.y)
-
-    def examine(self, x: Tensor) -> Examined:
-        """Logits, losses and the gradient to ``x``: one forward and one backward a draw, no weight gradients."""
-        x = x.detach().requires_grad_(True)
-        total = None
-        for _ in range(self.draws):
-            logits = self.logits(x)
-            loss = self.loss(logits, self.y, *self.extras)
-            # the sum keeps each sample's gradient independent of the batch size and away from fp16 underflow
-            (grad,) = torch.autograd.grad(loss.sum(), x)
-            total = grad if total is None else total + grad
-        grad = total if self.draws == 1 else total / self.draws
-        self.nonfinite |= ~torch.isfinite(grad).all()
-        return Examined(logits.detach(), loss.detach(), grad)
-
-    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(fooled, loss) of each sample, [B] each: one forward."""
-        with torch.no_grad():
-            logits = self.logits(x)
-            loss = self.loss(logits, self.y, *self.extras)
-        self.nonfinite |= ~torch.isfinite(loss).all()
-        return self.fooled(logits), loss

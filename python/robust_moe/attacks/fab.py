@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, Passes, expect_length, expect_number, per_sample
+from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
+from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.projections import project_to_hyperplane
 from robust_moe_kernels.ops.attack_step import NORMS, random_start
 
@@ -49,7 +50,7 @@ class FAB(Attack):
     An image comes back as the nearest misclassified point found in the first (target, restart) with one no farther
     than ``eps``, and unchanged where there is none or where it is misclassified already. Broken points drop out between
     targets and restarts, which the host reads (:meth:`craft` too), and once few are left, as many targets and restarts
-    run as one batch as fit in the size of the batch given; the results are the same. No step reads the host.
+    run as one batch as there is room for; the results are the same. No step reads the host.
 
     The paper checks the iterate with a forward of its own and linearises with another, at the point gone back to.
     ``shared_forward=True`` linearises where it checks: steps + 1 forwards in place of 2 * steps. The iterates differ
@@ -133,7 +134,7 @@ class FAB(Attack):
         runs = [(target, restart) for target in range(targets) for restart in range(self.restarts)]
         out, left = x0.clone(), (logits.argmax(1) == passes.y).nonzero()[:, 0]
         while runs and len(left):
-            together = min(len(runs), max(1, len(x0) // len(left)))
+            together = min(len(runs), max(1, passes.room // len(left)))
             todo, runs = runs[:together], runs[together:]
             clean, numbers = x0[left], sample_index[left]
             found, reach = self._search(
@@ -217,7 +218,7 @@ class FAB(Attack):
         for number, rival in enumerate(rivals, 1):
             gap = logits.gather(1, rival[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
             # the sum keeps each sample's gradient independent of the batch size
-            (normal,) = torch.autograd.grad(gap.sum(), x, retain_graph=number < len(rivals))
+            normal = passes.gradient(gap.sum(), x, retain_graph=number < len(rivals))
             found = _Boundary(logits.detach(), gap.detach(), normal)
             if len(rivals) == 1:
                 return found

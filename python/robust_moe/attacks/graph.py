@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks.capture import CudaCapturer
+from robust_moe.attacks.passes import Counts
 from robust_moe_kernels.modules import attack_mode, moe_layers
 
 if TYPE_CHECKING:
-    from robust_moe.attacks.base import Passes, StepAttack
+    from robust_moe.attacks.base import StepAttack
+    from robust_moe.attacks.passes import Passes
 
 __all__ = ["GRAPHS", "StepGraphs"]
 
@@ -55,6 +57,7 @@ class Capturer(Protocol):
 class _Entry(NamedTuple):
     captured: Captured
     classes: int  # logits a sample
+    counts: Counts  # passes of one replay
 
 
 class _Known:
@@ -143,17 +146,19 @@ class StepGraphs:
         passes.expect_labels_below(entry.classes)
         nonfinite, *found = entry.captured.replay(inputs)
         passes.nonfinite |= nonfinite
+        passes.counts.add(entry.counts)
         return tuple(found)
 
     def _capture(
         self, attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None
     ) -> _Entry:
-        classes = 0
+        classes, counts = 0, Counts()
 
         def steps(x: Tensor, x0: Tensor, y: Tensor, *extras: Tensor) -> tuple[Tensor, ...]:
-            nonlocal classes
+            nonlocal classes, counts
             mine = copy.copy(passes)
             mine.y, mine.extras, mine.nonfinite = y, extras, torch.zeros_like(passes.nonfinite)
+            mine.counts = counts = Counts()  # of the last run: there may be several
             with attack_mode(passes.model, attack.mode):  # again: folds inside the graph
                 found = attack.climb(mine, x, x0)
             classes = mine.classes
@@ -161,7 +166,7 @@ class StepGraphs:
 
         with _buffers_kept(passes.model):
             captured = self._capturer.capture(steps, inputs, beside)
-        return _Entry(captured, classes)
+        return _Entry(captured, classes, counts)
 
 
 def _several_processes() -> str | None:
@@ -181,7 +186,7 @@ def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hash
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())),
         tuple(
-            (layer.fixed_expert, layer.top_k, layer.renormalize, layer.straight_through, layer.noise_std)
+            (layer.fixed_expert, layer.reroute, layer.top_k, layer.renormalize, layer.straight_through, layer.noise_std)
             for layer in moe_layers(model).values()
         ),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Passes, StepAttack, expect_length
+from robust_moe.attacks.base import StepAttack, expect_length
 from robust_moe.attacks.losses import LOSSES, kl_divergence
+from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.ops.attack_step import NORMS, pgd_step, random_start
 
 __all__ = ["PGD"]

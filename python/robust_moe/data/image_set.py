@@ -70,19 +70,25 @@ class ImageSet:
         """The images at ``index`` (int64 [M]), in that order."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def head(self, count: int) -> ImageSet:
-        """``count`` images: the first of every class, in the classes' shares of this set, in its order.
+    def head_index(self, count: int) -> Tensor:
+        """Positions, int64, of ``count`` images: the first of every class, in the classes' shares of this set, in its
+        order; of all if it has no more than ``count``.
 
         Balanced, so that it means something for a set that is sorted by class too; a pure function of the set, so that
-        runs with different seeds are measured on the same images. The whole set if it has no more than ``count``.
+        runs with different seeds are measured on the same images.
         """
         if count < 1:
             raise ValueError(f"count: expected at least 1, got {count}")
         if count >= len(self):
-            return self
+            return torch.arange(len(self))
         wanted = stratified_counts(self.labels, count)
         kept = [torch.nonzero(self.labels == c).flatten()[:n] for c, n in enumerate(wanted)]
-        return self.subset(torch.cat(kept).sort().values)
+        return torch.cat(kept).sort().values
+
+    def head(self, count: int) -> ImageSet:
+        """The images at :meth:`head_index`; the set itself if it has no more than ``count``."""
+        index = self.head_index(count)
+        return self if len(index) == len(self) else self.subset(index)
 
 
 @dataclass(frozen=True, eq=False)

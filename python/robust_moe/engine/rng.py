@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "restore_rng", "rng_state", "seed_all"]
-
-
-def derive_seed(seed: int, *parts: str | int) -> int:
-    """A 63-bit seed for one use of ``seed``, e.g. ``derive_seed(0, "attack", step)``; the same on every platform."""
-    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+__all__ = ["restore_rng", "rng_state", "seed_all"]
 
 
 def seed_all(seed: int) -> None:

@@ -22,11 +22,12 @@ from robust_moe.engine.fabric import StopRequest, make_fabric
 from robust_moe.engine.guards import describe_collapse, state_is_finite
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.progress import Reporter
-from robust_moe.engine.rng import derive_seed, seed_all
+from robust_moe.engine.rng import seed_all
 from robust_moe.engine.schedules import SCHEDULES, learning_rate
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint
 from robust_moe.engine.validation import Validation
 from robust_moe.methods import build_method
+from robust_moe.seeding import derive_seed
 from robust_moe_kernels.modules import check_finite, gates_without_gradient
 
 __all__ = ["TrainResult", "Trainer"]

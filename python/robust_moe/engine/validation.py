@@ -11,8 +11,8 @@ from torch import nn
 from robust_moe.attacks import build_attack
 from robust_moe.config import TrainConfig
 from robust_moe.data import Splits
-from robust_moe.engine.rng import derive_seed
 from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, routing_shares
+from robust_moe.seeding import derive_seed
 
 __all__ = ["Validation"]
 

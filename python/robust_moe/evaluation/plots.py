@@ -10,32 +10,52 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-__all__ = ["plot_comparison", "plot_routing", "plot_training"]
+__all__ = ["draw_tradeoff", "named_legend", "new_figure", "plot_comparison", "plot_routing", "plot_training", "tidy"]
 
-CLEAN, ROBUST, NEUTRAL = "#2b6cb0", "#c2410c", "#4a5568"  # also told apart in grey and by the colour-blind
+INK, NEUTRAL, GRID = "#1a202c", "#4a5568", "#e2e8f0"
+CLEAN, ROBUST = "#2b6cb0", "#c2410c"  # also told apart in grey and by the colour-blind
 RUNS = ("#2b6cb0", "#c2410c", "#2f855a", "#6b46c1", "#b7791f", "#0e7490")
 MARKERS = "osD^vP"
 Line = Mapping[str, Any]
-_PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")  # as many decimals as the ticks need
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")  # as many decimals as the ticks need
+_LONGEST = 48  # characters of a name in a figure
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def new_figure(width: float, height: float, title: str | None = None) -> Figure:
+    """An empty figure of ``width`` x ``height`` inches; without a title where the page around it has one."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=12, fontweight="bold", color="#1a202c")
+    if title is not None:
+        figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, parse_math=False)
     return figure
 
 
-def _tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(True, color="#e2e8f0", linewidth=0.8)
+def tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """The look of every graph: named axes, a pale grid behind the data, no box around it."""
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(NEUTRAL)
     axes.tick_params(color=NEUTRAL, labelcolor=NEUTRAL)
+
+
+def printable(name: str) -> str:
+    """``name`` as a figure can show it: no control characters, not longer than a legend bears."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def named_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **settings: Any) -> None:
+    """A legend of names taken literally: matplotlib itself reads ``$`` as mathematics and leaves out ``_name``."""
+    legend = axes.legend(handles, [str(number) for number in range(len(names))], frameon=False, **settings)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(parse_math=False, text=printable(name), color=INK)
 
 
 def _series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
@@ -53,13 +73,13 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
         raise ValueError("lines: expected at least one epoch of metrics, got none")
     epochs, balance = _series(lines, "train_balance_loss")
     panels = 3 if epochs else 2  # the balance loss has a scale of its own
-    figure = _figure(4.6 * panels, 3.8, title)
+    figure = new_figure(4.6 * panels, 3.8, title)
     left, right, *third = figure.subplots(1, panels)
     left.plot(*_series(lines, "train_task_loss"), "-o", color=CLEAN, markersize=3.5)
-    _tidy(left, "epoch", "training cross-entropy")
+    tidy(left, "epoch", "training cross-entropy")
     for axes in third:
         axes.plot(epochs, balance, "-o", color=NEUTRAL, markersize=3.5)
-        _tidy(axes, "epoch", "training balance loss")
+        tidy(axes, "epoch", "training balance loss")
     for name, label, color, style in (
         ("val_clean", "clean", CLEAN, "-o"),
         ("val_robust", "robust", ROBUST, "-s"),
@@ -73,7 +93,7 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
     right.set_ylim(0, 1.02)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(frameon=False, loc="lower right")
-    _tidy(right, "epoch", "validation accuracy")
+    tidy(right, "epoch", "validation accuracy")
     for axes in (left, right, *third):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path)
@@ -95,7 +115,7 @@ def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", t
     count = len({line["epoch"] for line in chosen})
     experts = max(len(line["selected"]) for line in chosen)
     heights = max(2.2, 0.42 * experts + 1.1)
-    figure = _figure(
+    figure = new_figure(
         max(6.0, 2.6 + 0.42 * count), heights * len(layers) + 0.4, title or f"Share of {split} inputs per expert"
     )
     for axes, layer in zip(figure.subplots(len(layers), 1, squeeze=False)[:, 0], layers, strict=True):
@@ -105,7 +125,7 @@ def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", t
         image = axes.imshow(shares, aspect="auto", cmap="RdYlBu_r", vmin=0, vmax=min(1.0, 2 * balanced))
         if shares.size <= 160:
             for (row, column), share in np.ndenumerate(shares):
-                shade = "white" if abs(share / balanced - 1) > 0.6 else "#1a202c"
+                shade = "white" if abs(share / balanced - 1) > 0.6 else INK
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=shade)
         step = max(1, len(own) // 15)
         axes.set_xticks(range(0, len(own), step), [str(line["epoch"]) for line in own[::step]])
@@ -126,39 +146,45 @@ def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | P
     """
     if not rows or any(results["robust"] is None for _, results in rows):
         raise ValueError("rows: expected results of attacked models, got none or one without an attack")
-    figure = _figure(9.5, 4.0, title)
+    figure = new_figure(9.5, 4.0, title)
     left, right = figure.subplots(1, 2)
     places = np.arange(len(rows))
     for offset, name, color in ((-0.19, "clean", CLEAN), (0.19, "robust", ROBUST)):
         shares = np.array([results[name] for _, results in rows])
         bars = left.bar(places + offset, shares, 0.36, color=color, label=name, yerr=_errors(rows, name), capsize=3)
         left.bar_label(bars, [f"{share:.1%}" for share in shares], label_type="center", color="white", fontsize=9)
-    left.set_xticks(places, [name for name, _ in rows])
+    left.set_xticks(places, [printable(name) for name, _ in rows], parse_math=False)
     left.set_ylim(0, 1.02)
     left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    _tidy(left, "", "test accuracy")
+    tidy(left, "", "test accuracy")
     left.grid(False, axis="x")
+    draw_tradeoff(right, rows)
+    left.yaxis.set_major_formatter(PERCENT)
+    figure.savefig(path)
+
+
+def draw_tradeoff(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any]]], **legend: Any) -> None:
+    """Clean (x) against robust accuracy (y) with 95 % intervals, a point a (name, results)."""
     clean_errors, robust_errors = _errors(rows, "clean"), _errors(rows, "robust")
-    for number, (name, results) in enumerate(rows):
-        right.errorbar(
+    points = [
+        axes.errorbar(
             results["clean"],
             results["robust"],
             xerr=clean_errors[:, number : number + 1],
             yerr=robust_errors[:, number : number + 1],
-            fmt=MARKERS[number % len(MARKERS)],
+            fmt=MARKERS[(number + number // len(RUNS)) % len(MARKERS)],  # another marker when the colours come round
             color=RUNS[number % len(RUNS)],
             markersize=8,
             capsize=3,
             linewidth=1,
-            label=name,
         )
-    right.legend(frameon=False, loc="best")
-    _tidy(right, "clean accuracy", "robust accuracy")
-    right.xaxis.set_major_locator(MaxNLocator(6))
-    right.xaxis.set_major_formatter(_PERCENT)
-    for axes in (left, right):
-        axes.yaxis.set_major_formatter(_PERCENT)
-    figure.savefig(path)
+        for number, (_, results) in enumerate(rows)
+    ]
+    named_legend(axes, points, [name for name, _ in rows], **{"loc": "best", **legend})
+    tidy(axes, "clean accuracy", "robust accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PERCENT)
 
 
 def _errors(rows: Sequence[tuple[str, Mapping[str, Any]]], name: str) -> np.ndarray:

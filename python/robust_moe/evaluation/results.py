@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from robust_moe.attacks import Attack
-from robust_moe.config import AttackConfig, parse_fraction
-from robust_moe.evaluation.scorer import EvalResult
+from robust_moe.evaluation.stages import AUTOATTACK, StageResult, SuiteResult, describe_attack
+from robust_moe.evaluation.store import replace_file
 from robust_moe.provenance import provenance
 
-__all__ = ["attack_name", "describe_attack", "make_results", "results_table", "wilson_interval", "write_results"]
+__all__ = ["FORMAT", "make_results", "make_samples", "samples_file", "wilson_interval", "write_results"]
 
-FORMAT = 1  # of the JSON; raised when a field changes its meaning
+FORMAT = 2  # of the JSON; raised when a field changes its meaning
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -34,101 +31,104 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return min(share, max(0.0, (centre - spread) / scale)), max(share, min(1.0, (centre + spread) / scale))
 
 
-def describe_attack(config: AttackConfig, attack: Attack) -> dict[str, Any]:
-    """Settings as plain types; radius and step as exact fractions of the pixel range, e.g. ``"8/255"``."""
-    eps = parse_fraction(config.eps, "eps")
-    if config.alpha is None:
-        alpha = Fraction(5, 2) * eps / max(config.steps, 1)
-    else:
-        alpha = parse_fraction(config.alpha, "alpha")
-    forwards, backwards = attack.passes
-    return {
-        "name": config.name,
-        "norm": config.norm,
-        "eps": str(eps),
-        "alpha": str(alpha),
-        "steps": config.steps,
-        "restarts": config.restarts,
-        "random_start": config.random_start,
-        "loss": "cross-entropy",
-        "seed": attack.seed,
-        "mode": attack.mode,
-        "passes_per_image": {"forward": forwards, "backward": backwards},
-    }
-
-
 def make_results(
-    result: EvalResult,
+    suite: SuiteResult,
     *,
     model: Mapping[str, Any],
     data: Mapping[str, Any],
-    attack: Mapping[str, Any] | None,
-    source: str,
+    settings: Mapping[str, Any],
     device: torch.device | str,
+    moe: Mapping[str, Any] | None = None,
+    curve: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The result file's content. ``robust`` counts images right both as they are and attacked, of all ``count``."""
-    intervals = {"clean_interval": wilson_interval(result.clean, result.count)}
-    if result.robust is not None:
-        intervals["robust_interval"] = wilson_interval(result.robust, result.count)
+    """The result file's content, plain types.
+
+    ``robust`` is the share, of all n images, of those right as they are and after every attack; ``autoattack`` that
+    after AutoAttack's attacks alone, which start anew with all right images. ``robust_after`` of an attack counts all
+    that ran before it, ``alone`` it only (null where it was given what another of its ``chain`` left). Passes are a
+    mean over the images that an attack was given. What did not run is null.
+
+    Args:
+        model: its ``name``, ``parameters`` and settings.
+        data: its ``name``, ``split``, ``sha256``, ``classes``.
+        settings: further entries: ``checkpoint``, ``eps``, ``norm``, ``preset``, ``seed``, ...
+        device: that it ran on.
+    """
+    count = len(suite.label)
+    shares = {
+        "clean": suite.clean,
+        "robust": suite.robust,
+        AUTOATTACK: suite.chains.get(AUTOATTACK),
+    }
+    accuracies: dict[str, Any] = {}
+    for name, mask in shares.items():
+        accuracies[name] = None if mask is None else float(mask.mean())
+        accuracies[f"{name}_interval"] = None if mask is None else list(wilson_interval(accuracies[name], count))
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.backends.cudnn.conv.fp32_precision == "tf32"
     return {
         "format": FORMAT,
-        "checkpoint": source,
         "model": dict(model),
         "data": dict(data),
-        **result.summary(),
-        **{name: list(interval) for name, interval in intervals.items()},
-        "attack": None if attack is None else dict(attack),
+        "count": count,
+        **settings,
         "dtype": "float32",
+        "tf32": torch.device(device).type == "cuda" and tf32,  # of the attacks; scores are without
+        **accuracies,
+        "attacks": [_attack(stage) for stage in suite.stages],
+        "flags": [flag.plain() for flag in suite.flags],
+        "routing": {name: {"selected": use.selected, "first": use.first} for name, use in suite.routing.items()},
+        "curve": None if curve is None else dict(curve),
+        "moe": None if moe is None else dict(moe),
+        "seconds": round(suite.seconds, 3),
         **provenance(device),
     }
 
 
-def write_results(results: Mapping[str, Any], result: EvalResult, path: str | Path) -> None:
-    """Write ``path`` (JSON) and, beside it, ``*-masks.npz`` with the bool masks of every image.
+def _attack(result: StageResult) -> dict[str, Any]:
+    attacked = int(result.attacked.sum())
+    passes = {"forward": result.counts.forward, "backward": result.counts.backward}
+    return {
+        "name": result.stage.name,
+        "chain": result.stage.chain,
+        "settings": describe_attack(result.stage.attack),
+        "attacked": attacked,
+        "broken": int(result.broken.sum()),
+        "robust_after": result.robust_after,
+        "alone": result.alone,
+        "passes_per_image": {name: round(passed / max(attacked, 1), 3) for name, passed in passes.items()},
+        "seconds": round(result.seconds, 3),
+    }
 
-    The masks are in the order of the image set: ``clean``, and ``robust`` when there was an attack.
-    """
-    path = Path(path)
+
+def make_samples(suite: SuiteResult) -> dict[str, np.ndarray]:
+    """What happened to every image, in the order of the images: ``index``, ``label``, ``clean`` (right as it is),
+    ``robust`` (and after every attack), ``prediction/clean``; for each attack ``attacked/NAME``, ``broken/NAME``,
+    ``adversarial_prediction/NAME``; and a few broken images under ``examples/``."""
+    samples = {"index": suite.index, "label": suite.label, "clean": suite.clean, "prediction/clean": suite.prediction}
+    if suite.robust is not None:
+        samples["robust"] = suite.robust
+    for result in suite.stages:
+        name = result.stage.name
+        samples[f"attacked/{name}"] = result.attacked
+        samples[f"broken/{name}"] = result.broken
+        samples[f"adversarial_prediction/{name}"] = result.prediction
+    return samples | {f"examples/{name}": values for name, values in suite.examples.items()}
+
+
+def samples_file(path: Path) -> Path:
+    """The arrays beside the result file ``path``: ``samples.npz`` beside ``results.json``."""
+    stem = path.stem.replace("results", "samples", 1) if "results" in path.stem else f"{path.stem}-samples"
+    return path.with_name(f"{stem}.npz")
+
+
+def write_results(results: Mapping[str, Any], samples: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
+    """Write ``samples`` beside ``path`` and the results, with their name under ``"samples"``, to it, each whole or not
+    at all; returns the content of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    masks_path = path.with_name(f"{path.stem}-masks.npz")
-    masks = {"clean": result.clean_mask.numpy()}
-    if result.robust_mask is not None:
-        masks["robust"] = result.robust_mask.numpy()
-    np.savez_compressed(masks_path, **masks)
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps({**results, "masks": masks_path.name}, indent=2, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
-    """A table for the screen, a row a (name, results): accuracies in percent with their 95 % intervals."""
-    attacks = dict.fromkeys(attack_name(results) for _, results in rows)
-    table = Table(title=title, caption=f"robust: {'; '.join(attacks)}. [95 % interval]".replace("[", r"\["))
-    for column in ("run", "weights", "clean %", "robust %", "seconds"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
-    for name, results in rows:
-        table.add_row(
-            name,
-            f"{results['model']['parameters'] / 1e6:.2f} M",
-            _percent(results, "clean"),
-            _percent(results, "robust"),
-            f"{results['seconds']:.1f}",
-        )
-    return table
-
-
-def attack_name(results: Mapping[str, Any]) -> str:
-    """E.g. ``PGD-20, Linf eps = 8/255``; ``no attack`` for a clean evaluation."""
-    attack = results["attack"]
-    if attack is None:
-        return "no attack"
-    restarts = f" x{attack['restarts']}" if attack["restarts"] > 1 else ""
-    return f"{attack['name'].upper()}-{attack['steps']}{restarts}, {attack['norm']} eps = {attack['eps']}"
-
-
-def _percent(results: Mapping[str, Any], name: str) -> str:
-    if results[name] is None:
-        return "-"
-    low, high = results[f"{name}_interval"]
-    return f"{100 * results[name]:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
+    beside = samples_file(path)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, **samples)
+    replace_file(beside, archive.getvalue())
+    written = {**results, "samples": beside.name}
+    replace_file(path, (json.dumps(written, indent=2, allow_nan=False) + "\n").encode())
+    return written

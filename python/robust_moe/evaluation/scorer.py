@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,19 @@ from robust_moe.attacks import Attack
 from robust_moe.data import BatchLoader, ImageSet
 from robust_moe_kernels.modules import moe_layers
 
-__all__ = ["COLLAPSE_SHARE", "EvalResult", "LayerRouting", "evaluate", "predict", "routing_shares", "scoring_mode"]
+__all__ = [
+    "COLLAPSE_SHARE",
+    "EvalResult",
+    "LayerRouting",
+    "RoutingCounter",
+    "device_of",
+    "evaluate",
+    "predict",
+    "refuse_nonfinite",
+    "routing_shares",
+    "score",
+    "scoring_mode",
+]
 
 COLLAPSE_SHARE = 0.8  # routing has collapsed when one expert is the first choice of more (Robust Experts, 2509.05086)
 
@@ -45,18 +56,8 @@ class EvalResult:
     routing: dict[str, LayerRouting] = field(default_factory=dict)  # by layer name, on the clean images
     seconds: float = 0.0  # wall clock
 
-    def summary(self) -> dict[str, Any]:
-        """Plain types, for JSON; without the masks."""
-        return {
-            "count": self.count,
-            "clean": self.clean,
-            "robust": self.robust,
-            "seconds": round(self.seconds, 3),
-            "routing": {name: {"selected": r.selected, "first": r.first} for name, r in self.routing.items()},
-        }
 
-
-def _device(model: nn.Module, device: str | torch.device | None = None) -> torch.device:
+def device_of(model: nn.Module, device: str | torch.device | None = None) -> torch.device:
     """``device``, or that of the model's parameters (the CPU if it has none)."""
     if device is not None:
         return torch.device(device)
@@ -95,21 +96,26 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     modules = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with full_precision(), torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+        with full_precision(), torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
             yield
     finally:
         for module, training in modules:
             module.training = training
 
 
+def score(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits [B, classes], float32, of images [B, C, H, W] in [0, 1]."""
+    with scoring_mode(model):
+        return model(x).float()
+
+
 def predict(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(predicted class [B], row with a NaN or infinite logit [B]) of images [B, C, H, W] in [0, 1]."""
-    with scoring_mode(model):
-        logits = model(x).float()
+    logits = score(model, x)
     return logits.argmax(1), ~torch.isfinite(logits).all(1)
 
 
-class _RoutingCounter:
+class RoutingCounter:
     """Counts, on the device, the experts that each MoE layer's last forward chose."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -130,7 +136,8 @@ class _RoutingCounter:
         return {name: LayerRouting(selected, first) for name, (selected, first) in shares.items()}
 
 
-def _refuse_nonfinite(bad: Tensor, what: str) -> None:
+def refuse_nonfinite(bad: Tensor, what: str) -> None:
+    """Raise ``FloatingPointError`` if ``bad``, a number of images on the device, is not 0. Reads the host."""
     count = int(bad)
     if count:
         raise FloatingPointError(
@@ -168,8 +175,8 @@ def evaluate(
         raise ValueError("images: expected at least one image to evaluate on, got an empty set")
     began = time.perf_counter()
     clean, robust, bad = [], [], []
-    routing = _RoutingCounter(model)
-    for batch in BatchLoader(images, batch_size, device=_device(model, device)).epoch(0):
+    routing = RoutingCounter(model)
+    for batch in BatchLoader(images, batch_size, device=device_of(model, device)).epoch(0):
         predicted, nonfinite = predict(model, batch.images)
         routing.add()
         clean.append(predicted == batch.labels)
@@ -181,7 +188,7 @@ def evaluate(
             bad.append(nonfinite.sum() + crafted.nonfinite)
         if on_batch is not None:
             on_batch(len(batch.labels))
-    _refuse_nonfinite(torch.stack(bad).sum(), "evaluation")
+    refuse_nonfinite(torch.stack(bad).sum(), "evaluation")
     clean_mask = torch.cat(clean).cpu()
     robust_mask = torch.cat(robust).cpu() if robust else None
     return EvalResult(
@@ -199,9 +206,9 @@ def routing_shares(
     model: nn.Module, images: ImageSet, *, batch_size: int = 256, device: str | torch.device | None = None
 ) -> dict[str, LayerRouting]:
     """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run)."""
-    routing = _RoutingCounter(model)
+    routing = RoutingCounter(model)
     if routing.layers and len(images):
-        for batch in BatchLoader(images, batch_size, device=_device(model, device)).epoch(0):
+        for batch in BatchLoader(images, batch_size, device=device_of(model, device)).epoch(0):
             predict(model, batch.images)
             routing.add()
     return routing.shares(max(len(images), 1))

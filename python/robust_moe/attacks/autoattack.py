@@ -1,0 +1,155 @@
+"""AutoAttack (Croce and Hein, 2020, arXiv:2003.01690): attacks in turn, each on what the ones before have left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from robust_moe.attacks.apgd import APGD
+from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
+from robust_moe.attacks.fab import FAB
+from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.square import Square
+from robust_moe.seeding import derive_seed
+from robust_moe_kernels.checks import expect
+
+__all__ = ["MEMBERS", "VERSIONS", "AutoAttack", "members"]
+
+QUERIES_A_STEP = 50  # of Square, for every step of the gradient attacks: 5000 and 100 in the standard
+
+
+def _square(eps: float, steps: int, **settings) -> Square:
+    return Square(eps, QUERIES_A_STEP * steps, **settings)
+
+
+MEMBERS: dict[str, Callable[..., Attack]] = {
+    "apgd-ce": partial(APGD, loss="ce"),
+    "apgd-dlr": partial(APGD, loss="dlr"),
+    "apgd-t": partial(APGD, loss="dlr-targeted"),
+    "fab": FAB,
+    "fab-t": partial(FAB, targeted=True),
+    "square": _square,
+}
+VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
+_DRAWS = 20  # over which "rand" averages a gradient
+
+
+def members(
+    eps: float, norm: str = "Linf", version: str = "standard", seed: int = 0, *, steps: int = 100, **settings
+) -> dict[str, Attack]:
+    """The attacks of a version by name, each with the seed that it has in :class:`AutoAttack`; ``settings``:
+    ``restarts`` and ``mode``.
+
+    Raises:
+        ValueError: another version, or a bad setting.
+    """
+    expect(version in VERSIONS, "version", f"one of {', '.join(VERSIONS)}", repr(version))
+    if version == "rand":
+        settings["eot_iter"] = _DRAWS
+    return {
+        name: MEMBERS[name](eps, steps, norm=norm, seed=derive_seed(seed, name), **settings)
+        for name in VERSIONS[version]
+    }
+
+
+def _named(attacks: Sequence[str | Attack], mode: str, make: Callable[[str], Attack]) -> dict[str, Attack]:
+    """Attacks by name; a second one of a name gets its number."""
+    named: dict[str, Attack] = {}
+    for place, entry in enumerate(attacks):
+        if isinstance(entry, str):
+            expect(entry in MEMBERS, f"attacks[{place}]", f"one of {', '.join(MEMBERS)}, or an Attack", repr(entry))
+            name, attack = entry, make(entry)
+        else:
+            expect(isinstance(entry, Attack), f"attacks[{place}]", "a name or an Attack", repr(entry))
+            expect(entry.mode == mode, f"attacks[{place}].mode", repr(mode), repr(entry.mode))
+            name, attack = type(entry).__name__.lower(), entry
+        same = sum(other == name or other.startswith(f"{name} ") for other in named)
+        named[f"{name} {same + 1}" if same else name] = attack
+    return named
+
+
+class AutoAttack(Attack):
+    """A sequence of attacks, each on the images that none before has broken, put together anew into batches.
+
+    ``"standard"``: APGD on the cross-entropy, targeted APGD and targeted FAB (nine targets; the classes but one where
+    there are fewer), Square with 5000 queries. ``"rand"``, for models that draw random numbers: APGD on the
+    cross-entropy and on DLR, gradients averaged over 20 draws. An image comes back as the first attack to break it left
+    it, and unchanged where none did or where it is misclassified already.
+
+    For numbers with masks, costs and warnings by attack, and to go on after a crash, see
+    :func:`robust_moe.evaluation.run_suite`, which runs the same attacks.
+
+    Args:
+        eps: radius of the ball, >= 0, pixels being in [0, 1].
+        norm: ``"Linf"`` or ``"L2"``.
+        version: ``"standard"``, ``"rand"``, or ``"custom"``: what ``attacks`` lists.
+        attacks: for ``"custom"``: names of :data:`MEMBERS`, with the settings given here, or attacks with their own.
+        seed: each attack draws from a seed made of this one and its name; an attack's own is not used.
+        batch_size: images a forward, >= 1; the result does not depend on it.
+        steps: of the gradient attacks, >= 0; Square makes 50 times as many queries. The standard is 100.
+        restarts: of each attack, >= 1. The standard is 1.
+        mode: see :class:`~robust_moe.attacks.base.Attack`.
+
+    Raises:
+        ValueError: a value of another type or out of its range; attacks without "custom", or none with it.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        norm: str = "Linf",
+        version: str = "standard",
+        attacks: Sequence[str | Attack] | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        *,
+        steps: int = 100,
+        restarts: int = 1,
+        mode: str = "eval",
+    ) -> None:
+        super().__init__(steps=steps, restarts=restarts, seed=seed, mode=mode)
+        expect_length("eps", eps)
+        expect_number("batch_size", batch_size, Integral)
+        expect(batch_size >= 1, "batch_size", "a count >= 1", batch_size)
+        versions = (*VERSIONS, "custom")
+        expect(version in versions, "version", f"one of {', '.join(versions)}", repr(version))
+        if version == "custom":
+            expect(bool(attacks), "attacks", "at least one with version='custom'", attacks)
+            settings = {"norm": norm, "restarts": restarts, "mode": mode}
+            self.attacks = _named(attacks, mode, lambda name: MEMBERS[name](eps, steps, **settings))
+        else:
+            expect(attacks is None, "attacks", f"None with version={version!r} (use 'custom')", attacks)
+            self.attacks = members(eps, norm, version, seed, steps=steps, restarts=restarts, mode=mode)
+        self.eps = float(eps)
+        self.norm = norm
+        self.version = version
+        self.batch_size = batch_size
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """(forwards, backwards) of the attacks on an image that stays robust, and the clean forward; what FAB and
+        Square found is looked at with one forward each more."""
+        costs = [attack.passes for attack in self.attacks.values()]
+        return 1 + sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        """Reads the host between attacks, also from :meth:`craft`."""
+        index = torch.arange(len(x0), device=x0.device) if sample_index is None else sample_index
+        passes.room, passes.reads = self.batch_size, True
+        with torch.no_grad():
+            logits = torch.cat([passes.logits(part) for part in x0.split(self.batch_size)])
+        passes.nonfinite |= torch.isnan(logits).any()
+        out, left = x0.clone(), (logits.argmax(1) == passes.y).nonzero()[:, 0]
+        for name, attack in self.attacks.items():
+            kept = []
+            for rows in left.split(self.batch_size) if len(left) else ():
+                one = passes.of(attack, passes.y[rows])
+                found = attack.search(one, x0[rows], index[rows], derive_seed(seed, name))
+                out[rows] = torch.where(per_sample(found.fooled, x0), found.images, x0[rows])
+                kept.append(rows[~found.fooled])
+            left = torch.cat(kept) if kept else left
+        return out

@@ -1,0 +1,240 @@
+"""Attacks on mixtures of experts: through the experts (RA-E), on the router (RA-R), and on both at once.
+
+The two are PGD on another model or another loss. RA-E and RA-R are metrics of Zhang et al. (ICML 2025, "Optimizing
+Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach"), which leaves the attacks open; the definitions
+here are ours. Whatever an attack climbs, its images are scored on the whole model, which routes them anew.
+
+They work on every model in which ``moe_layers`` finds a layer, be its experts blocks, convolutions or whole networks.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks.base import expect_length
+from robust_moe.attacks.losses import LOSSES
+from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.pgd import PGD
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules import FixedRoutes, MoELayer, SoftGradient, last_routes, moe_layers, rerouted
+
+__all__ = ["ExpertPGD", "JointPGD", "RouterPGD", "router_margin"]
+
+CUSHION = 0.25  # lead, in spreads of the gate's logits, from which an expert counts as pushed out: a step may undo some
+
+
+def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Tensor:
+    """How far a gate is from giving up one more of the experts it had selected, [B].
+
+    Pair the selected experts, weakest first, with the others, strongest first: as many experts have left the top k as
+    there are pairs in which the other is ahead. The margin is the lead of the other in the first pair that is not ahead
+    by more than ``cushion``, or in the last pair. So one expert after the other is pushed out, the easiest first, and
+    none is let in again. For k = 1 this is the margin loss of Carlini and Wagner with the expert as the class. For
+    k = E no expert can leave: 0, without a gradient.
+
+    Args:
+        logits: [B, E], any floating dtype; computed in fp32 at least.
+        selected: int64 [B, k], the experts that the gate chose on the clean images.
+        cushion: >= 0, in units of the logits.
+    """
+    h = logits if logits.dtype == torch.float64 else logits.float()
+    k, experts = selected.shape[1], h.shape[1]
+    if k == experts:
+        return torch.zeros_like(h[:, 0])
+    pairs = min(k, experts - k)
+    weakest = h.gather(1, selected).topk(pairs, dim=1, largest=False).values
+    chosen = torch.zeros_like(h, dtype=torch.bool).scatter(1, selected, True)
+    strongest = h.masked_fill(chosen, -torch.inf).topk(pairs, dim=1).values
+    lead = strongest - weakest  # falls from pair to pair
+    first = (lead.detach() > cushion).sum(1, keepdim=True).clamp_max(pairs - 1)
+    return lead.gather(1, first)[:, 0]
+
+
+class MoEAttack(PGD):
+    """What the attacks on mixtures share: PGD after one forward of the clean images, which shows their routes.
+
+    Args:
+        eps, steps, alpha, norm, random_start, restarts, seed, loss, eot_iter, mode, graph: see
+            :class:`~robust_moe.attacks.pgd.PGD`; the loss is ``"ce"``, ``"margin"`` or ``"dlr"``.
+
+    Raises:
+        ValueError: a setting out of its range; when called, a model without mixture-of-experts layers.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        steps: int,
+        alpha: float | None = None,
+        norm: str = "Linf",
+        random_start: bool = True,
+        restarts: int = 1,
+        seed: int = 0,
+        *,
+        loss: str = "ce",
+        eot_iter: int = 1,
+        mode: str = "eval",
+        graph: str | bool = "auto",
+    ) -> None:
+        expect(loss in LOSSES, "loss", f"one of {', '.join(LOSSES)}", repr(loss))
+        options = {"loss": loss, "eot_iter": eot_iter, "mode": mode, "graph": graph}
+        super().__init__(eps, steps, alpha, norm, random_start, restarts, seed, **options)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        forwards, backwards = super().passes
+        return forwards + 1, backwards
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        expect(len(moe_layers(passes.model)) > 0, "model", "at least one mixture-of-experts layer", "none")
+        with torch.no_grad():
+            passes.logits(x0)
+        self.prepare(passes)
+        return super().run(passes, x0, sample_index, seed)
+
+    @abstractmethod
+    def prepare(self, passes: Passes) -> None:
+        """Set ``passes.loss`` and ``passes.extras`` after the forward of the clean images.
+
+        Tensors of the batch go into ``extras`` and nowhere else, and the loss is a bound method: so the steps can be
+        captured once and replayed for other batches (:mod:`robust_moe.attacks.graph`).
+        """
+
+
+class ExpertPGD(MoEAttack):
+    """RA-E: the routes are held as they were at the clean image while PGD climbs through the chosen experts.
+
+    Args:
+        freeze_weights: the gate's weights are held too, so that no gradient reaches a gate and only the experts are
+            attacked; ``False``: the experts are held, their weights follow the gate.
+        others: see :class:`MoEAttack`.
+    """
+
+    def __init__(self, eps: float, steps: int, *args, freeze_weights: bool = True, **settings) -> None:
+        super().__init__(eps, steps, *args, **settings)
+        self.freeze_weights = freeze_weights
+
+    def prepare(self, passes: Passes) -> None:
+        routes = last_routes(passes.model).values()
+        held = [(route.indices, route.weights) if self.freeze_weights else (route.indices,) for route in routes]
+        passes.extras = tuple(tensor for route in held for tensor in route)
+        passes.loss = self._loss
+
+    def _loss(self, logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
+        return self.loss(logits, y)
+
+    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        size = 2 if self.freeze_weights else 1
+        names = moe_layers(passes.model)
+        held = [passes.extras[i : i + size] for i in range(0, len(passes.extras), size)]
+        with rerouted(passes.model, {name: FixedRoutes(*route) for name, route in zip(names, held, strict=True)}):
+            return super().climb(passes, x, x0)
+
+
+class RouterAttack(MoEAttack):
+    """An attack whose loss reads the gates.
+
+    The router's loss is the sum over the layers of :func:`router_margin`, each layer's in units of the spread (the
+    standard deviation over the experts) of its logits at the clean image, so that a layer with large logits does not
+    outweigh the others, and with a cushion of ``CUSHION`` such units. Layers with k = E or a fixed expert cannot be
+    rerouted and add nothing.
+
+    Args:
+        soft_gradient: let the classification loss, and the gates of later layers, see a hard choice of experts as the
+            soft mixture in the backward pass (:class:`~robust_moe_kernels.modules.SoftGradient`); runs all E experts.
+            Layers whose routes the caller imposes are left alone.
+        others: see :class:`MoEAttack`.
+    """
+
+    def __init__(self, eps: float, steps: int, *args, soft_gradient: bool = False, **settings) -> None:
+        super().__init__(eps, steps, *args, **settings)
+        self.soft_gradient = soft_gradient
+
+    @abstractmethod
+    def objective(self, logits: Tensor, y: Tensor, router: Tensor) -> Tensor:
+        """Loss of each sample [B] from the logits, the labels and the router's loss [B]."""
+
+    def prepare(self, passes: Passes) -> None:
+        gates = _Gates(self, passes.model)
+        passes.extras = gates.clean()
+        passes.loss = gates.loss
+
+    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        free = {
+            name: SoftGradient()
+            for name, layer in moe_layers(passes.model).items()
+            if self.soft_gradient and layer.reroute is None and layer.top_k < layer.num_experts
+        }
+        with rerouted(passes.model, free):
+            return super().climb(passes, x, x0)
+
+
+class RouterPGD(RouterAttack):
+    """RA-R: PGD on the router's loss alone, which pushes the experts selected at the clean image out of the top k.
+
+    The labels only decide who is fooled, which tells restarts apart. Arguments: see :class:`RouterAttack`.
+    """
+
+    def objective(self, logits: Tensor, y: Tensor, router: Tensor) -> Tensor:
+        return router
+
+
+class JointPGD(RouterAttack):
+    """The route-aware attack: PGD on the classification loss plus ``router_weight`` times the router's.
+
+    Args:
+        router_weight: λ >= 0.
+        soft_gradient, others: see :class:`RouterAttack`.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        steps: int,
+        *args,
+        router_weight: float = 1.0,
+        soft_gradient: bool = True,
+        **settings,
+    ) -> None:
+        super().__init__(eps, steps, *args, soft_gradient=soft_gradient, **settings)
+        expect_length("router_weight", router_weight)
+        self.router_weight = float(router_weight)
+
+    def objective(self, logits: Tensor, y: Tensor, router: Tensor) -> Tensor:
+        return self.loss(logits, y) + self.router_weight * router
+
+
+class _Gates:
+    """The gates of a model under attack. Reads each layer's record of the forward just made."""
+
+    def __init__(self, attack: RouterAttack, model: nn.Module) -> None:
+        self.attack = attack
+        self.layers: list[MoELayer] = [
+            layer
+            for layer in moe_layers(model).values()
+            if layer.fixed_expert is None and layer.top_k < layer.num_experts
+        ]
+
+    def clean(self) -> tuple[Tensor, ...]:
+        """For each layer the experts selected, int64 [B, k], and the spread of its logits, float64 [B, 1], at the clean
+        images."""
+        found = []
+        for layer in self.layers:
+            logits = layer.routing.logits.detach()
+            # as the gate ranks them, also where a caller's routes replace its choice
+            found.append(logits.sort(dim=1, descending=True, stable=True).indices[:, : layer.top_k])
+            spread = logits.double().std(dim=1, correction=0, keepdim=True)
+            found.append(spread.clamp_min(torch.finfo(torch.float32).eps))
+        return tuple(found)
+
+    def loss(self, logits: Tensor, y: Tensor, *clean: Tensor) -> Tensor:
+        # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing
+        router = (0 * logits).nan_to_num().sum(1)
+        for layer, selected, spread in zip(self.layers, clean[::2], clean[1::2], strict=True):
+            h = layer.routing.logits
+            h = h if h.dtype == torch.float64 else h.float()
+            router = router + router_margin(h / spread.to(h.dtype), selected, CUSHION)
+        return self.attack.objective(logits, y, router)

@@ -1,0 +1,130 @@
+"""Forward and backward passes of an attack: what every loop reads the model through."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe_kernels.checks import expect
+
+if TYPE_CHECKING:
+    from robust_moe.attacks.base import Attack
+
+__all__ = ["Counts", "Examined", "Passes"]
+
+
+@dataclass
+class Counts:
+    """Images that went forward, and images whose gradient came back: one each for every pass that they were in."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def add(self, other: Counts) -> None:
+        self.forward += other.forward
+        self.backward += other.backward
+
+
+class Examined(NamedTuple):
+    """What one visit of an iterate found; with several draws, of the last draw, and the mean gradient."""
+
+    logits: Tensor  # [B, classes], detached
+    loss: Tensor  # [B], detached
+    grad: Tensor  # [B, ...], gradient of each sample's loss
+
+
+class Passes:
+    """Forward and backward passes of one attack on one batch, with the device flag of what was not finite.
+
+    ``loss`` may be replaced by an attack whose loss depends on more than logits and labels: on ``extras``, tensors that
+    follow them among its arguments.
+
+    Args:
+        reads: the attack may read the host between climbs, to let fooled samples drop out.
+        room: images that one forward may hold; None: the batch's.
+        counts: what the passes are added to.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        model: nn.Module,
+        y: Tensor,
+        largest_label: int,
+        *,
+        reads: bool = False,
+        room: int | None = None,
+        counts: Counts | None = None,
+    ) -> None:
+        self.model, self.y, self.largest_label = model, y, largest_label
+        self.loss = attack.loss
+        self.extras: tuple[Tensor, ...] = ()
+        self.classes = 0  # of the last forward
+        self.draws = attack.eot_iter
+        self.reads = reads
+        self.room = max(room or 0, len(y))
+        self.counts = Counts() if counts is None else counts
+        self._fooled = attack.fooled
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=y.device)
+
+    def on(self, y: Tensor) -> Passes:
+        """The same on another batch, of labels ``y``; the flag is shared."""
+        other = copy.copy(self)
+        other.y = y
+        return other
+
+    def of(self, attack: Attack, y: Tensor) -> Passes:
+        """Those of another attack on the same model, on a batch of labels ``y``; flag, room and counts are shared."""
+        other = Passes(attack, self.model, y, self.largest_label, reads=self.reads, room=self.room, counts=self.counts)
+        other.nonfinite = self.nonfinite
+        return other
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        self.counts.forward += len(x)
+        ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
+        expect(ok, "model", f"logits of shape [{x.shape[0]}, classes]", f"shape {list(logits.shape)}")
+        self.classes = logits.shape[1]
+        self.expect_labels_below(self.classes)
+        return logits
+
+    def expect_labels_below(self, classes: int) -> None:
+        """Refuse a label that no logit belongs to, before the device meets it."""
+        ok = self.largest_label < classes
+        expect(ok, "y", f"labels below {classes}, the number of logits", f"a label of {self.largest_label}")
+
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Whether the attack has won, bool [B]."""
+        return self._fooled(logits, self.y)
+
+    def examine(self, x: Tensor) -> Examined:
+        """Logits, losses and the gradient to ``x``: one forward and one backward a draw, no weight gradients."""
+        x = x.detach().requires_grad_(True)
+        total = None
+        for _ in range(self.draws):
+            logits = self.logits(x)
+            loss = self.loss(logits, self.y, *self.extras)
+            # the sum keeps each sample's gradient independent of the batch size and away from fp16 underflow
+            grad = self.gradient(loss.sum(), x)
+            total = grad if total is None else total + grad
+        grad = total if self.draws == 1 else total / self.draws
+        self.nonfinite |= ~torch.isfinite(grad).all()
+        return Examined(logits.detach(), loss.detach(), grad)
+
+    def gradient(self, total: Tensor, x: Tensor, **options) -> Tensor:
+        """Gradient of the scalar ``total`` to ``x`` alone; ``options`` of ``torch.autograd.grad``."""
+        (grad,) = torch.autograd.grad(total, x, **options)
+        self.counts.backward += len(x)
+        return grad
+
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(fooled, loss) of each sample, [B] each: one forward."""
+        with torch.no_grad():
+            logits = self.logits(x)
+            loss = self.loss(logits, self.y, *self.extras)
+        self.nonfinite |= ~torch.isfinite(loss).all()
+        return self.fooled(logits), loss

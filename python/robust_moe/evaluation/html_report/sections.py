@@ -1,0 +1,189 @@
+"""The sections that every evaluation has: headline, attacks, flags, trade-off, curve, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robust_moe.evaluation import figures
+from robust_moe.evaluation.html_report.blocks import (
+    Cell,
+    Figure,
+    Folded,
+    Missing,
+    Section,
+    Table,
+    Text,
+    command,
+    flat,
+    number,
+    percent,
+    plain,
+    settings_table,
+    span,
+)
+from robust_moe.evaluation.stages import AUTOATTACK
+
+__all__ = ["attack_section", "curve_section", "flag_section", "headline", "settings_section", "tradeoff_section"]
+
+# What other sections show, and ("identity") what says once more what others say.
+SHOWN_ELSEWHERE = (
+    *("attacks", "autoattack_interval", "clean_interval", "curve", "flags", "identity", "moe", "robust_interval"),
+    "routing",
+)
+OUTCOMES = {"raised": "⚠ raised", "passed": "✓ passed", "skipped": "not measured"}
+
+
+def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cards at the top: what it is, its number, notes, and how it looks (a CSS class)."""
+    count = len(results["attacks"])
+    cards = [
+        ("Clean accuracy (SA)", percent(results["clean"]), [_sure(results, "clean"), "right as they are"], "clean")
+    ]
+    if count:
+        notes = [_sure(results, "robust"), f"worst case over {count} attack{'s' * (count > 1)}, of all images"]
+        cards.append(("Robust accuracy (RA)", percent(results["robust"]), notes, "robust"))
+    else:
+        cards.append(("Robust accuracy (RA)", percent(None), ["no attack ran"], "robust"))
+    if results[AUTOATTACK] is not None:
+        notes = [_sure(results, AUTOATTACK), "the attacks of its chain alone"]
+        cards.append(("AutoAttack", percent(results[AUTOATTACK]), notes, "robust"))
+    if results["moe"] is not None:
+        notes = [_sure(results["moe"], "union"), "worst case of RA, RA-E, RA-R, joint and transfer attacks"]
+        cards.append(("MoE under attack", percent(results["moe"]["union"]), notes, "robust"))
+    cards += [
+        ("Radius ε", Cell(results["eps"]), [f"{results['norm']} norm", "pixels from 0 to 1"], ""),
+        ("Images", number(results["count"]), [f"preset {results['preset']}", f"seed {results['seed']}"], ""),
+    ]
+    return [dict(zip(("name", "number", "notes", "look"), card, strict=True)) for card in cards]
+
+
+def _sure(results: Mapping[str, Any], name: str) -> str:
+    return f"95 %: {span(results[f'{name}_interval'])}"
+
+
+def attack_section(results: Mapping[str, Any]) -> Section | Missing:
+    """Every attack: what it was given, what it broke, what it cost."""
+    if not results["attacks"]:
+        return Missing("Robust accuracy: no attack ran.", command(results, "quick"))
+    rows = [
+        [
+            Cell(attack["name"]),
+            Cell(attack["chain"]),
+            number(attack["attacked"]),
+            number(attack["broken"]),
+            percent(attack["robust_after"]),
+            percent(attack["alone"]),
+            number(attack["passes_per_image"]["forward"]),
+            number(attack["passes_per_image"]["backward"]),
+            number(float(attack["seconds"])),
+        ]
+        for attack in results["attacks"]
+    ]
+    columns = (
+        *("attack", "chain", "images attacked", "images broken", "robust after it", "robust against it alone"),
+        *("forward passes an image", "backward passes an image", "seconds"),
+    )
+    text = Text(
+        "text",
+        "An attack is given the images that the earlier ones of its chain have left; a chain starts with all that are "
+        f"classified right. Shares are of all {results['count']:,} images: “robust after it” are those right as they "
+        "are and after every attack up to this one, “robust against it alone” those right after this one.",
+    )
+    return Section("attacks", "Attacks", [text, Table("Every attack and its cost", columns, rows)])
+
+
+def flag_section(results: Mapping[str, Any]) -> Section | Missing:
+    """The sanity flags, those raised first."""
+    if not results["flags"]:
+        return Missing("Sanity flags: no check ran.", command(results, results["preset"]))
+    flags = sorted(results["flags"], key=lambda flag: not flag["raised"])
+    marks = ["raised" if flag["raised"] else "skipped" if flag["value"] is None else "passed" for flag in flags]
+    rows = [
+        [Cell(flag["name"]), Cell(OUTCOMES[mark]), Cell(flag["message"]), plain(flag["value"])]
+        for flag, mark in zip(flags, marks, strict=True)
+    ]
+    caption = f"{marks.count('raised')} raised, {marks.count('passed')} passed, {marks.count('skipped')} not measured"
+    table = Table(caption, ("check", "outcome", "finding", "value"), rows, marks)
+    return Section("flags", "Sanity flags", [table])
+
+
+def tradeoff_section(results: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
+    """This model among others; None without an attack (said elsewhere)."""
+    models = [(results["model"]["name"], results), *others]
+    drawn = [(name, entry) for name, entry in models if entry["robust"] is not None]
+    if results["robust"] is None:
+        return None
+    rows = [
+        [
+            Cell(name),
+            percent(entry["clean"]),
+            Cell(span(entry["clean_interval"])),
+            percent(entry["robust"]),
+            Cell(span(entry.get("robust_interval"))),
+            number(entry["count"]),
+            number(entry["model"].get("parameters")),
+            Cell("this model" if entry is results else _differences(results, entry)),
+        ]
+        for name, entry in models
+    ]
+    columns = ("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under")
+    label = "; ".join(
+        f"{name}: clean {percent(e['clean']).text}, robust {percent(e['robust']).text}" for name, e in drawn
+    )
+    svg = figures.inline_svg(figures.tradeoff(drawn), "tradeoff", f"Clean against robust accuracy. {label}")
+    caption = "Accuracies with 95 % intervals; further right and up is better."
+    figure = Figure(svg, caption)
+    return Section("tradeoff", "Clean against robust accuracy", [figure, Table("The points", columns, rows)])
+
+
+def _differences(results: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What makes the robust accuracies of two result files incomparable."""
+
+    def terms(entry: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "data": f"{entry['data']['name']}, {entry['data']['split']}",
+            "images": f"{entry['count']:,}",
+            "norm": entry["norm"],
+            "ε": entry["eps"],
+            "attacks": ", ".join(attack["name"] for attack in entry["attacks"]) or "none",
+        }
+
+    ours, theirs = terms(results), terms(other)
+    different = [f"{name}: {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    return f"not comparable ({'; '.join(different)})" if different else "the same"
+
+
+def curve_section(results: Mapping[str, Any]) -> Section | Missing:
+    """Robust accuracy at every radius tried."""
+    curve = results["curve"]
+    if curve is None:
+        what = "Robust accuracy against the radius ε"
+        if not results["routing"]:
+            return Missing(f"{what}; robust_moe.evaluation.curve.error_curve measures it for a dense model.", None)
+        return Missing(f"{what}.", command(results, "moe"))
+    attack = ", ".join(f"{'.'.join(path)} {value}" for path, value in flat(curve["attack"]))
+    scale, unit = figures.radius_unit(results)
+    rows = [
+        [Cell(f"{scale * eps:.4g}{unit}"), percent(share)]
+        for eps, share in zip(curve["eps"], curve["robust"], strict=True)
+    ]
+    label = "Robust accuracy against the radius, falling from " + " to ".join(
+        percent(share).text for share in (curve["robust"][0], curve["robust"][-1])
+    )
+    caption = f"Robust accuracy against the radius; attack of the curve: {attack}. The dotted line is the report's ε."
+    blocks = [
+        Figure(figures.inline_svg(figures.curve(results), "curve", label), caption),
+        Folded("The numbers", [Table("Robust accuracy for every radius", ("ε", "robust"), rows)]),
+    ]
+    return Section("curve", "Robust accuracy against the radius", blocks)
+
+
+def settings_section(results: Mapping[str, Any]) -> Section:
+    """Everything needed to get the numbers again: settings, versions, hardware, commit, hashes."""
+    rest = {name: value for name, value in results.items() if name not in SHOWN_ELSEWHERE}
+    attacks = [settings_table(f"Settings of {attack['name']}", attack["settings"]) for attack in results["attacks"]]
+    summary = "Settings of the evaluation and of every attack, versions, hardware, commit, hashes"
+    return Section(
+        "settings", "Settings and provenance", [Folded(summary, [settings_table("Evaluation", rest), *attacks])]
+    )

@@ -1,0 +1,150 @@
+"""The journal of an evaluation: what is done so far, on the disk, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Journal", "ResumeError", "replace_file"]
+
+FORMAT = 1
+_ARRAY = "__array__"
+
+
+class ResumeError(ValueError):
+    """A journal that cannot be gone on with; the message names what differs."""
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all: a kill or a full disk leaves what was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class Journal:
+    """Results by key, each on the disk before :meth:`put` returns.
+
+    A file of lines, a checksum and JSON each; the first holds ``identity``. A line cut short by a kill is dropped when
+    the file is opened again, so at most the result that was being written is lost.
+
+    Args:
+        path: the file; None: kept in memory only.
+        identity: what the results depend on, plain values by name: hashes of model and data, settings.
+        resume: go on with the file that is there; False: write it anew.
+
+    Raises:
+        ResumeError: the file is of another identity, or damaged before its end.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any], resume: bool = True) -> None:
+        self.path = path
+        self._kept: dict[str, dict[str, Any]] = {}
+        header = _line({"format": FORMAT, "identity": dict(identity)})
+        if path is None:
+            return
+        if resume and path.is_file():
+            self._read(path, json.loads(header[9:])["identity"])
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, header)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """What was put under ``key``, or ``None``."""
+        return self._kept.get(key)
+
+    def put(self, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep ``result``: plain values and arrays by name. Returns it as :meth:`get` will."""
+        line = _line({"key": key, "result": {name: _encode(value) for name, value in result.items()}})
+        if self.path is not None:
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self._kept[key] = _decode(json.loads(line[9:])["result"])
+        return self._kept[key]
+
+    def remove(self) -> None:
+        """Delete the file: the evaluation is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path, identity: Mapping[str, Any]) -> None:
+        data = path.read_bytes()
+        lines = data.splitlines(keepends=True)
+        records = [_record(line) for line in lines]
+        if not records or records[0] is None or records[0].get("format") != FORMAT:
+            raise ResumeError(f"{path}: expected the journal of an evaluation, got another file; --fresh starts anew")
+        differences = _differences(records[0]["identity"], identity)
+        if differences:
+            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise ResumeError(
+                f"{path}: expected the journal of this evaluation, got another's: {'; '.join(differences[:3])}{more}; "
+                "--fresh starts anew"
+            )
+        if None in records[:-1]:
+            raise ResumeError(
+                f"{path}: expected whole lines, got a damaged line {records.index(None) + 1} of {len(records)}; "
+                "--fresh starts anew"
+            )
+        if records[-1] is None:  # cut short
+            with open(path, "r+b") as file:
+                file.truncate(len(data) - len(lines.pop()))
+                os.fsync(file.fileno())
+            records.pop()
+        for record in records[1:]:
+            self._kept[record["key"]] = _decode(record["result"])
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record, allow_nan=False).encode()
+    return b"%08x " % zlib.crc32(text) + text + b"\n"
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """``None``: not a whole line."""
+    text = line[9:-1]
+    return json.loads(text) if line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(text) else None
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+        return {_ARRAY: data, "dtype": value.dtype.str, "shape": value.shape}
+    return value
+
+
+def _decode(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.frombuffer(base64.b64decode(value[_ARRAY]), value["dtype"]).reshape(value["shape"])
+        if isinstance(value, dict) and _ARRAY in value
+        else value
+        for name, value in result.items()
+    }
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {new.get(name, 'nothing')!r} here, {old.get(name, 'nothing')!r} there"
+        for name in dict.fromkeys([*new, *old])
+        if old.get(name, "nothing") != new.get(name, "nothing")
+    ]

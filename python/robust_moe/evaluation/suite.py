@@ -1,0 +1,301 @@
+"""The evaluation: attacks in turn on the images still robust, every batch on the disk, one scorer over all of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks import Counts
+from robust_moe.evaluation.sanity import Flag, probe_flags, result_flags
+from robust_moe.evaluation.scorer import LayerRouting, RoutingCounter, device_of, predict, refuse_nonfinite, score
+from robust_moe.evaluation.stages import Stage, StageResult, SuiteResult
+from robust_moe.evaluation.store import Journal
+from robust_moe.seeding import derive_seed
+from robust_moe_kernels.checks import expect
+
+__all__ = ["run_suite"]
+
+EXAMPLES = 16  # broken images kept for pictures
+PROBED = 64  # images that the sanity checks look at
+
+
+class Progress(Protocol):
+    """Called after each batch: images done, and what to say."""
+
+    def __call__(self, advance: int = 1, note: str | None = None) -> None: ...
+
+
+Task = Callable[[str, int, int], AbstractContextManager[Progress]]  # (what, images, of them done already)
+
+
+def _silent(what: str, total: int, done: int = 0) -> AbstractContextManager[Progress]:
+    return nullcontext(_quiet)
+
+
+def run_suite(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    stages: Sequence[Stage],
+    *,
+    eps: float,
+    norm: str = "Linf",
+    index: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    journal: Journal | None = None,
+    task: Task | None = None,
+) -> SuiteResult:
+    """Attack ``model`` on every image that is still robust, stage by stage, and score everything in float32.
+
+    An image is robust when it is classified right as it is and after every attack; shares are of all n. Results depend
+    on (seed, index, stage) and not on where an earlier call stopped: with a journal of the same identity, what it
+    holds is not computed again. A model that draws random numbers draws the same in every call; PyTorch's generators
+    are left as found.
+
+    Args:
+        model: maps [B, C, H, W] in [0, 1] to logits; left exactly as found, on its own device.
+        images: uint8 [n, C, H, W] in 0..255, or float32 in [0, 1].
+        labels: int64 [n], below the number of logits.
+        stages: the attacks; none: clean accuracy only.
+        eps, norm: the ball that all images have to be in.
+        index: int64 [n], positions in the data set, the counters of random starts; None: 0..n-1.
+        batch_size: images a forward, >= 1.
+        journal: where batches are kept; None: in memory.
+        task: shows progress; see :meth:`robust_moe.engine.Reporter.task`.
+
+    Raises:
+        ValueError: no images, pixels or labels out of range, a wrong shape or dtype.
+        FloatingPointError: a logit or a gradient is NaN or infinite: it would count as robust, or as broken.
+    """
+    index = torch.arange(len(images)) if index is None else index
+    _check(images, labels, index, stages, norm, batch_size)
+    journal = Journal(None, {}) if journal is None else journal
+    run = _Run(model, images, labels, index, eps, norm, seed, batch_size, journal, task or _silent)
+    flags = run.probe()
+    run.clean()
+    results = [run.attack(stage) for stage in stages]
+    return SuiteResult(
+        index=index.numpy(force=True),
+        label=run.label,
+        prediction=run.prediction,
+        robust=run.robust if stages else None,
+        stages=results,
+        chains=run.chains,
+        flags=[*flags, *result_flags(results, eps, norm, images[0].numel())],
+        routing=run.routing,
+        examples=run.examples(),
+        seconds=run.seconds,
+    )
+
+
+def _check(images: Tensor, labels: Tensor, index: Tensor, stages: Sequence[Stage], norm: str, batch_size: int) -> None:
+    expect(len(images) > 0, "images", "at least one image to evaluate on", "an empty set")
+    expect(images.ndim == 4, "images", "shape [n, C, H, W]", f"shape {list(images.shape)}")
+    expect(images.dtype in (torch.uint8, torch.float32), "images", "uint8 or float32", images.dtype)
+    expect(norm in ("Linf", "L2"), "norm", "Linf or L2", repr(norm))
+    expect(batch_size >= 1, "batch_size", "a count >= 1", batch_size)
+    for name, tensor in (("labels", labels), ("index", index)):
+        ok = tensor.dtype == torch.int64 and tensor.shape == images.shape[:1]
+        expect(ok, name, f"int64 of shape [{len(images)}]", f"{tensor.dtype} of shape {list(tensor.shape)}")
+    if images.dtype != torch.uint8:
+        low, high = (bound.item() for bound in images.aminmax())
+        hint = "; divide them by 255, or give them as uint8" if high > 1 else ""
+        expect(low >= 0 and high <= 1, "images", "finite pixels in [0, 1]", f"values from {low:g} to {high:g}{hint}")
+    names = [stage.name for stage in stages]
+    expect(len(set(names)) == len(names), "stages", "a name of its own for each", ", ".join(names))
+
+
+class _Run:
+    """The state of one evaluation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        eps: float,
+        norm: str,
+        seed: int,
+        batch_size: int,
+        journal: Journal,
+        task: Task,
+    ) -> None:
+        self.model, self.images, self.labels, self.index = model, images, labels, index
+        self.eps, self.norm, self.seed, self.batch_size = eps, norm, seed, batch_size
+        self.journal, self.task, self.device = journal, task, device_of(model)
+        self.label = labels.numpy(force=True)
+        self.prediction = np.empty_like(self.label)
+        self.robust = np.ones(len(self.label), dtype=bool)
+        self.chains: dict[str, np.ndarray] = {}
+        self.routing: dict[str, LayerRouting] = {}
+        self.seconds = 0.0
+        self._examples: list[tuple[int, int, np.ndarray]] = []  # row, prediction, attacked
+
+    def probe(self) -> list[Flag]:
+        """The sanity checks that need no result."""
+        x, y, _ = self._take(np.arange(min(len(self.label), PROBED)))
+        largest = int(self.label.max())
+
+        def compute() -> dict[str, Any]:
+            logits = score(self.model, x)
+            ok = logits.ndim == 2 and len(logits) == len(x)
+            expect(ok, "model", f"logits of shape [{len(x)}, classes]", f"shape {list(logits.shape)}")
+            classes = logits.shape[1]
+            in_range = int(self.label.min()) >= 0 and largest < classes
+            expect(in_range, "labels", f"0..{classes - 1}, as many as logits", f"{self.label.min()}..{largest}")
+            refuse_nonfinite((~torch.isfinite(logits).all(1)).sum(), "clean images")
+            return {"flags": [flag.plain() for flag in probe_flags(self.model, x, y, self.eps, self.norm)]}
+
+        with self.task("sanity checks", len(x), 0) as advance:
+            record = self._once("sanity", compute)
+            advance(len(x))
+        return [Flag(**flag) for flag in record["flags"]]
+
+    def clean(self) -> None:
+        """Predictions and routing of the images as they are."""
+        everything = np.arange(len(self.label))
+        counts: dict[str, np.ndarray] = {}  # [2, E]
+
+        def compute(rows: np.ndarray) -> dict[str, Any]:
+            x, _, _ = self._take(rows)
+            counter = RoutingCounter(self.model)
+            predicted = self._predict(x, "clean images")
+            counter.add()
+            routed = {name: tensor.tolist() for name, tensor in counter.counts.items()}
+            return {"prediction": predicted, "routing": routed}
+
+        for rows, record, advance in self._batches("clean", everything, compute):
+            self.prediction[rows] = record["prediction"]
+            self.robust[rows] = self.prediction[rows] == self.label[rows]
+            for name, added in record["routing"].items():
+                counts[name] = counts.get(name, 0) + np.array(added)
+            done = rows[-1] + 1
+            advance(len(rows), note=f"clean {self.robust[:done].mean():.1%}")
+        for name, total in counts.items():
+            selected, first = (total / len(self.label)).tolist()
+            self.routing[name] = LayerRouting(selected, first)
+
+    def attack(self, stage: Stage) -> StageResult:
+        """One attack on what its chain has left."""
+        first = stage.chain not in self.chains
+        left = self.chains.setdefault(stage.chain, self.prediction == self.label)
+        attacked = left.copy()
+        broken, prediction = np.zeros_like(left), self.prediction.copy()
+        counts, seconds, reach, low, high = Counts(), 0.0, 0.0, 1.0, 0.0
+
+        def compute(rows: np.ndarray) -> dict[str, Any]:
+            x, y, index = self._take(rows)
+            made, began = Counts(), time.perf_counter()
+            images = stage.attack(self.model, x, y, index, room=self.batch_size, counts=made)
+            took = time.perf_counter() - began
+            predicted = self._predict(images, f"{stage.name}'s images")
+            wrong = np.flatnonzero(predicted != self.label[rows])[: EXAMPLES - len(self._examples)]
+            delta = (images.double() - x.double()).flatten(1)
+            far = delta.abs().amax() if self.norm == "Linf" else torch.linalg.vector_norm(delta, dim=1).amax()
+            bounds = torch.stack([far, images.min().double(), images.max().double()]).tolist()
+            return {
+                "prediction": predicted,
+                "forward": made.forward,
+                "backward": made.backward,
+                "attack_seconds": took,
+                "bounds": bounds,
+                "examples": wrong,
+                "adversarial": images[torch.from_numpy(wrong).to(images.device)].numpy(force=True),
+            }
+
+        for rows, record, advance in self._batches(stage.name, np.flatnonzero(left), compute):
+            prediction[rows] = record["prediction"]
+            wrong = rows[record["prediction"] != self.label[rows]]
+            broken[wrong] = True
+            left[wrong] = self.robust[wrong] = False
+            counts.add(Counts(record["forward"], record["backward"]))
+            seconds += record["attack_seconds"]
+            far, least, most = record["bounds"]
+            reach, low, high = max(reach, far), min(low, least), max(high, most)
+            for place, adversarial in zip(record["examples"], record["adversarial"], strict=True):
+                self._examples.append((rows[place], record["prediction"][place], adversarial))
+            advance(len(rows), note=f"robust {self.robust.mean():.1%}")
+        return StageResult(
+            stage=stage,
+            attacked=attacked,
+            broken=broken,
+            prediction=prediction,
+            robust_after=float(self.robust.mean()),
+            alone=float(left.mean()) if first else None,
+            counts=counts,
+            seconds=seconds,
+            reach=reach,
+            low=low,
+            high=high,
+        )
+
+    def examples(self) -> dict[str, np.ndarray]:
+        """The first broken images, as they are and attacked."""
+        rows = np.array([row for row, _, _ in self._examples], dtype=np.int64)
+        none = np.empty((0, *self.images.shape[1:]), np.float32)
+        return {
+            "index": self.index.numpy(force=True)[rows],
+            "label": self.label[rows],
+            "prediction": self.prediction[rows],
+            "adversarial_prediction": np.array([found for _, found, _ in self._examples], dtype=np.int64),
+            "clean": self._take(rows)[0].numpy(force=True) if len(rows) else none,
+            "adversarial": np.stack([image for _, _, image in self._examples]) if len(rows) else none,
+        }
+
+    def _batches(
+        self, name: str, rows: np.ndarray, compute: Callable[[np.ndarray], dict[str, Any]]
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any], Progress]]:
+        """(rows, what was computed of them now or before, progress) of each batch."""
+        starts = range(0, len(rows), self.batch_size)
+        batches = {f"{name}/{number}": rows[at : at + self.batch_size] for number, at in enumerate(starts)}
+        known = sum(len(batch) for key, batch in batches.items() if self.journal.get(key) is not None)
+        with self.task(name, len(rows), known) as advance:
+            for key, batch in batches.items():
+                new = self.journal.get(key) is None
+                yield batch, self._once(key, partial(compute, batch)), advance if new else _quiet
+
+    def _once(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        record = self.journal.get(key)
+        if record is None:
+            began = time.perf_counter()
+            with _drawing(derive_seed(self.seed, key)):
+                result = compute()
+            record = self.journal.put(key, {**result, "seconds": time.perf_counter() - began})
+        self.seconds += record["seconds"]
+        return record
+
+    def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(images, float32 in [0, 1], labels, positions) on the model's device."""
+        chosen = torch.from_numpy(rows)
+        x, y, index = (
+            tensor[chosen.to(tensor.device)].to(self.device) for tensor in (self.images, self.labels, self.index)
+        )
+        if x.dtype == torch.uint8:  # by a tensor, not a number: as in training, also on a GPU
+            x = x.to(torch.float32).div_(torch.tensor(255.0, device=self.device))
+        return x, y, index
+
+    def _predict(self, x: Tensor, what: str) -> np.ndarray:
+        predicted, nonfinite = predict(self.model, x)
+        refuse_nonfinite(nonfinite.sum(), what)
+        return predicted.numpy(force=True)
+
+
+def _quiet(advance: int = 1, note: str | None = None) -> None:
+    pass
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """PyTorch's generators seeded for what runs inside, and as found afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

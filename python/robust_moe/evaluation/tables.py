@@ -1,0 +1,101 @@
+"""Results on screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from robust_moe.evaluation.stages import AUTOATTACK
+
+__all__ = ["attack_name", "attack_table", "flag_lines", "moe_table", "results_table"]
+
+
+def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
+    """A row a (name, results): accuracies in percent with their 95 % intervals."""
+    attacks = dict.fromkeys(attack_name(results) for _, results in rows)
+    table = Table(title=title, caption=f"robust: {'; '.join(attacks)}. [95 % interval]".replace("[", r"\["))
+    for column in ("run", "weights", "clean %", "robust %", "seconds"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    for name, results in rows:
+        table.add_row(
+            name,
+            f"{results['model']['parameters'] / 1e6:.2f} M",
+            _percent(results, "clean"),
+            _percent(results, "robust"),
+            f"{results['seconds']:.1f}",
+        )
+    return table
+
+
+def attack_table(results: Mapping[str, Any]) -> Table:
+    """A row an attack: what it was given and broke, what it cost."""
+    table = Table(title="attacks, each on what its predecessors left; AutoAttack starts anew")
+    for column in ("attack", "attacked", "broken", "robust after %", "alone %", "forwards", "backwards", "seconds"):
+        table.add_column(column, justify="left" if column == "attack" else "right", no_wrap=True)
+    for attack in results["attacks"]:
+        passes = attack["passes_per_image"]
+        alone = attack["alone"]
+        table.add_row(
+            attack["name"],
+            str(attack["attacked"]),
+            str(attack["broken"]),
+            f"{100 * attack['robust_after']:.1f}",
+            "-" if alone is None else f"{100 * alone:.1f}",
+            f"{passes['forward']:.1f}",
+            f"{passes['backward']:.1f}",
+            f"{attack['seconds']:.1f}",
+        )
+    if results[AUTOATTACK] is not None:
+        table.caption = f"AutoAttack by itself: {_percent(results, AUTOATTACK)} %; passes are a mean over its images"
+    return table
+
+
+def moe_table(results: Mapping[str, Any]) -> Table:
+    """A row each for SA, RA, RA-E, RA-R and their union, in percent with 95 % intervals."""
+    table = Table(title="mixture of experts under PGD")
+    table.add_column("images right", no_wrap=True)
+    table.add_column("%", justify="right", no_wrap=True)
+    names = {
+        "sa": "SA: as they are",
+        "ra": "RA: model attacked",
+        "ra_e": "RA-E: experts attacked, routes held",
+        "ra_r": "RA-R: router attacked",
+        "union": "after all attacks",
+    }
+    for name, title in names.items():
+        table.add_row(title, _percent(results["moe"], name))
+    return table
+
+
+def flag_lines(results: Mapping[str, Any]) -> list[Text]:
+    """A line for every raised sanity flag, or one that says that none is."""
+    raised = [flag for flag in results["flags"] if flag["raised"]]
+    if not raised:
+        return [Text(f"sanity checks: none of {len(results['flags'])} raised", style="green")]
+    return [Text(f"WARNING {flag['name']}: {flag['message']}", style="bold red") for flag in raised]
+
+
+def attack_name(results: Mapping[str, Any]) -> str:
+    """E.g. ``PGD-20 + AutoAttack, Linf eps = 8/255``; ``no attack`` for a clean evaluation."""
+    if not results["attacks"]:
+        return "no attack"
+    names = dict.fromkeys(_short(attack) for attack in results["attacks"])
+    return f"{' + '.join(names)}, {results['norm']} eps = {results['eps']}"
+
+
+def _short(attack: Mapping[str, Any]) -> str:
+    settings = attack["settings"]
+    restarts = f" x{settings['restarts']}" if settings["restarts"] > 1 else ""
+    if attack["chain"] == AUTOATTACK:
+        return f"AutoAttack{restarts}"
+    return f"{attack['name'].upper()}-{settings['steps']}{restarts}"
+
+
+def _percent(results: Mapping[str, Any], name: str) -> str:
+    if results[name] is None:
+        return "-"
+    low, high = results[f"{name}_interval"]
+    return f"{100 * results[name]:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,207 @@
+"""Routes imposed on mixture-of-experts layers for a while: held, dropped, exchanged, drawn at random, or with another
+gradient.
+
+A layer's gate runs as always, then its ``reroute`` replaces the experts and weights it decided on; the experts run on
+what comes out, on the engine or by segments alike. The layer's record keeps the gate's own logits and scores beside the
+indices and weights that were used. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.model import moe_layers
+from robust_moe_kernels.modules.moe_layer import MoELayer
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.ops.attack_step import random_start
+
+__all__ = [
+    "AllExperts",
+    "DropTop",
+    "FixedRoutes",
+    "RandomRoutes",
+    "Reroute",
+    "SoftGradient",
+    "SwapTop",
+    "last_routes",
+    "rerouted",
+]
+
+
+class Reroute(Protocol):
+    """Replaces what a layer's gate decided. Hashable; equal ones do the same (:class:`~robust_moe.attacks.graph`)."""
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        """(indices int64 [B, n], weights [B, n]) from the gate's decision; n need not be the layer's k."""
+
+
+@contextmanager
+def rerouted(model: nn.Module, reroute: Reroute | Mapping[str, Reroute]) -> Iterator[None]:
+    """Impose routes on a model's layers, then put back what they had; may be nested, the innermost counts.
+
+    A layer with a ``fixed_expert`` keeps that one. Goes with ``attack_mode`` in either order.
+
+    Args:
+        model: any module with mixture-of-experts layers.
+        reroute: for every layer, or for those named.
+
+    Raises:
+        ValueError: a model without such layers, or a name that is none of theirs.
+    """
+    layers = moe_layers(model)
+    expect(len(layers) > 0, "model", "at least one mixture-of-experts layer", "none")
+    chosen = reroute if isinstance(reroute, Mapping) else dict.fromkeys(layers, reroute)
+    for name in chosen:
+        expect(name in layers, "reroute", f"names of layers ({', '.join(map(repr, layers))})", repr(name))
+    before = [(layer, layer.reroute) for layer in layers.values()]
+    try:
+        for name, imposed in chosen.items():
+            layers[name].reroute = imposed
+        yield
+    finally:
+        for layer, found in before:
+            layer.reroute = found
+
+
+@dataclass(frozen=True, eq=False)
+class FixedRoutes:
+    """The same samples go to the same experts, whatever the gate says now.
+
+    indices: int64 [B, n], the experts of each sample of the batch; on a CPU one out of range is refused.
+    weights: [B, n], their factors, constants; ``None``: the gate's present scores of these experts, weighted by the
+        layer's rule, with their gradient.
+
+    Raises:
+        ValueError: in a forward of another number of samples; weights of another shape than the indices.
+    """
+
+    indices: Tensor
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.indices.dim() == 2, "indices", "shape [B, n]", list(self.indices.shape))
+        if self.weights is not None:
+            ok = self.weights.shape == self.indices.shape
+            expect(ok, "weights", f"shape {list(self.indices.shape)}, that of indices", list(self.weights.shape))
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        samples = record.scores.shape[0]
+        expect(len(self.indices) == samples, "indices", f"routes for the {samples} samples", len(self.indices))
+        if self.weights is not None:
+            return self.indices, self.weights
+        return self.indices, _weigh(layer, record.scores.gather(1, self.indices))
+
+
+def last_routes(model: nn.Module) -> dict[str, FixedRoutes]:
+    """Where the last forward sent its samples, with its weights as constants; a name a layer.
+
+    Raises:
+        RuntimeError: a layer that no forward has reached.
+    """
+    routes = {}
+    for name, layer in moe_layers(model).items():
+        if layer.routing is None:
+            raise RuntimeError(f"model: expected a forward through {name or 'the layer'!r} first, got none")
+        routes[name] = FixedRoutes(layer.routing.indices, layer.routing.weights.detach())
+    return routes
+
+
+@dataclass(frozen=True)
+class DropTop:
+    """Each sample does without its best expert: the next k take over, E − 1 if k = E, weighted by the layer's rule from
+    their own scores.
+
+    Raises:
+        ValueError: in a forward of a layer with one expert.
+    """
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        _expect_two(layer, "DropTop")
+        indices = _ranked(record)[:, 1 : layer.top_k + 1]
+        return indices, _weigh(layer, record.scores.gather(1, indices))
+
+
+@dataclass(frozen=True)
+class SwapTop:
+    """The best and the second-best expert of each sample change places; the weights stay with the places. For k = 1 the
+    second takes the first one's place.
+
+    Raises:
+        ValueError: in a forward of a layer with one expert.
+    """
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        _expect_two(layer, "SwapTop")
+        ranked = _ranked(record)
+        swapped = torch.cat([ranked[:, 1:2], ranked[:, :1], ranked[:, 2:]], 1)
+        return swapped[:, : layer.top_k], record.weights
+
+
+@dataclass(frozen=True, eq=False)
+class RandomRoutes:
+    """k different experts at random for each sample, all orders equally likely, with the weights of the places.
+
+    A pure function of (seed, sample index, stream) and E, so of neither the batch nor the device.
+
+    sample_index: int64 [B], the samples' positions in their data set.
+    seed: any 64-bit integer.
+    stream: number of an independent draw, such as the layer's position in its model.
+    """
+
+    sample_index: Tensor
+    seed: int = 0
+    stream: int = 0
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        middle = record.scores.new_full(record.scores.shape, 0.5, dtype=torch.float32)
+        draws = random_start(middle, 0.5, self.seed, self.sample_index, self.stream)  # U[0, 1)
+        return draws.sort(dim=1, stable=True).indices[:, : layer.top_k], record.weights
+
+
+@dataclass(frozen=True)
+class AllExperts:
+    """The soft mixture, sum_i s_i e_i(x) over all E experts, s being the gate's scores: differentiable in the route, so
+    a stand-in for a hard router when attacks are to be transferred to it."""
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        indices = _ranked(record)
+        return indices, record.scores.gather(1, indices)
+
+
+@dataclass(frozen=True)
+class SoftGradient:
+    """Forward what the gate decided, backward to the gate as if all E experts were mixed by its scores.
+
+    The straight-through form of BPDA (Athalye et al., 2018, arXiv:1802.00420) for a choice that has no gradient: a hard
+    router gets one, the sum over all experts of <dL/dy, e_i(x)> ds_i/dx. Runs all E experts; the output is the same, up
+    to the rounding of experts that see other batches, as long as theirs are finite.
+    """
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        chosen = torch.zeros_like(record.scores).scatter(1, record.indices, record.weights.detach())
+        indices = _ranked(record)  # the chosen first: zeros are added behind them and change no bit of the sum
+        soft = record.scores.gather(1, indices)
+        return indices, chosen.gather(1, indices) + (soft - soft.detach())
+
+
+def _ranked(record: RoutingRecord) -> Tensor:
+    """All experts of each sample [B, E], best first, ties to the lowest index as in the gate."""
+    return record.logits.detach().sort(dim=1, descending=True, stable=True).indices
+
+
+def _weigh(layer: MoELayer, kept: Tensor) -> Tensor:
+    """Weights of experts with scores ``kept`` [B, n], as the layer would weigh them had its gate chosen them."""
+    if kept.shape[1] == 1 and layer.straight_through and layer.top_k == 1:
+        return 1 + (kept - kept.detach())
+    return kept / kept.sum(1, keepdim=True) if layer.renormalize else kept
+
+
+def _expect_two(layer: MoELayer, what: str) -> None:
+    expect(layer.num_experts > 1, what, "a layer with at least 2 experts", layer.num_experts)

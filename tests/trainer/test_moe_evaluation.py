@@ -1,0 +1,448 @@
+"""The evaluation of mixtures: every number by hand on mixtures of two-pixel linear networks, then what always holds."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_moe.data import ImageSet
+from robust_moe.evaluation.curve import CURVE_EPS, error_curve
+from robust_moe.evaluation.moe import RANDOM_POINTS, evaluate_moe
+from robust_moe.evaluation.results import wilson_interval
+from robust_moe.evaluation.routing_measures import (
+    disagreement,
+    expert_sets,
+    gradient_share,
+    routing_change,
+    top_k_margin,
+)
+from robust_moe.models import BasicBlock
+from robust_moe_kernels.modules import (
+    AllExperts,
+    MoELayer,
+    RandomRoutes,
+    moe_layers,
+    replace_blocks,
+    rerouted,
+)
+from robust_moe_kernels.ops.permute import combine, dispatch
+from robust_moe_kernels.ops.routing import Route
+
+
+class Networks(nn.Module):
+    """Whole networks as experts of a layer, run by segments."""
+
+    def __init__(self, networks: list[nn.Module], in_channels: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.num_experts, self.in_channels = len(networks), in_channels
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        return self.networks[expert](x)
+
+    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
+        segments = dispatch(x, route).split(route.counts.tolist())
+        rows = [network(rows) for network, rows in zip(self.networks, segments, strict=True)]
+        return combine(torch.cat(rows), route, weights)
+
+
+def linear(*weights: list[float]) -> nn.Sequential:
+    """An affine function of an image's two pixels (a, b), a row a logit: [of a, of b, bias]."""
+    layer = nn.Linear(2, len(weights))
+    table = torch.tensor(weights, dtype=torch.float32)
+    layer.weight.data, layer.bias.data = table[:, :2].clone(), table[:, 2].clone()
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def two_experts(top_k: int = 1) -> MoELayer:
+    """Router: expert 0 where b > 1/2, else expert 1; a hard choice, whose gate gets no gradient from the classes.
+    Expert 0: class 1 where a > 1/2; expert 1 contradicts it."""
+    gate = linear([0, 20, -10], [0, -20, 10])
+    agree, contradict = linear([-10, 0, 5], [10, 0, -5]), linear([10, 0, -5], [-10, 0, 5])
+    with pytest.warns(UserWarning, match="the gate gets no gradient"):
+        return MoELayer(gate, Networks([agree, contradict], 1), top_k, straight_through=False).eval()
+
+
+# All of class 1. Within 0.1 pixel a decides the class and b the expert; 0.0999 leaves a random point no say.
+POINTS = {
+    "robust": (0.9, 0.9),
+    "weak expert": (0.5999, 0.9),
+    "weak router": (0.9, 0.5999),
+    "wrong": (0.1, 0.9),
+    "robust, by the other expert": (0.1, 0.1),
+}
+
+
+def points() -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.tensor(list(POINTS.values())).view(-1, 1, 1, 2)
+    return x, torch.ones(5, dtype=torch.int64), torch.arange(5) + 40
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> dict:
+    return evaluate_moe(two_experts(), *points(), eps=0.1, steps=10, seed=3)
+
+
+def test_accuracies(by_hand):
+    # soft mixture: 20 (b − 1/2) is at least 2 there, so the better expert outweighs the other; its own attack transfers
+    expected = {"sa": 0.8, "ra": 0.6, "ra_e": 0.6, "ra_r": 0.6, "joint": 0.4, "union": 0.4}
+    assert {name: by_hand[name] for name in expected} == expected
+    for name in (*expected, "transfer"):
+        assert by_hand[f"{name}_interval"] == list(wilson_interval(by_hand[name], 5))
+    assert by_hand["union"] <= by_hand["transfer"] <= by_hand["sa"]
+    assert by_hand["settings"] == {"eps": "1/10", "steps": 10, "alpha": "1/40", "norm": "Linf", "seed": 3}
+    assert list(by_hand["layers"]) == ["model"]
+
+
+def test_routing(by_hand):
+    layer = by_hand["layers"]["model"]
+    assert (layer["experts"], layer["top_k"]) == (2, 1)
+    for use in ("selected", "first"):
+        assert layer[use] == {"clean": [0.8, 0.2], "adversarial": [0.8, 0.2]}  # this PGD does not see the router
+    assert layer["collapsed"] is False  # four in five is not more than that
+    assert layer["expert_by_class"]["clean"] == [[0.0, 0.0], [0.8, 0.2]]
+    changes = {name: layer["by_attack"][name] for name in ("ra", "ra_e", "ra_r")}
+    flips = {"routing_change": 0.2, "route_flips": 0.2}
+    none = {"routing_change": 0.0, "route_flips": 0.0}
+    assert changes == {"ra": none, "ra_e": none, "ra_r": flips}
+    assert (layer["routing_change"], layer["route_flips"]) == (0.0, 0.0)
+    margins = [40 * abs(b - 0.5) for _, b in POINTS.values()]
+    assert layer["margin"]["mean"] == pytest.approx(sum(margins) / 5, rel=1e-5)
+    assert layer["margin"]["quantiles"]["0.5"] == pytest.approx(sorted(margins)[2], rel=1e-5)
+    assert layer["margin"]["max"] == pytest.approx(max(margins), rel=1e-5)
+
+
+def test_single_experts(by_hand):
+    # each on all five: the first is right where a > 1/2, the second where it is not
+    assert by_hand["layers"]["model"]["single_experts"] == [
+        {"expert": 0, "clean": 0.6, "robust": 0.4},
+        {"expert": 1, "clean": 0.4, "robust": 0.4},
+    ]
+
+
+def test_protocols(by_hand):
+    protocols = by_hand["layers"]["model"]["protocols"]
+    contrary = {"clean": 0.2, "robust": 0.2}  # the other expert: right for the one that was wrong, and far from 1/2
+    assert protocols["drop_top"] == contrary
+    assert protocols["swap"] == contrary
+    model, (x, _, index) = two_experts(), points()
+    with rerouted(model, RandomRoutes(index, 3, 0)):
+        model(x)
+    agreeing = model.routing.indices[:, 0] == 0
+    right = agreeing == (x[:, 0, 0, 0] > 0.5)
+    robust = right & ((x[:, 0, 0, 0] - 0.5).abs() > 0.1)
+    assert 0 < right.sum() < 5
+    assert protocols["random"] == {"clean": right.double().mean().item(), "robust": robust.double().mean().item()}
+    assert protocols["clean_route_on_adversarial"] == {"clean": 0.8, "robust": 0.6}
+    assert protocols["adversarial_route_on_clean"] == {"clean": 0.8, "robust": None}
+
+
+def test_clean_routes_undo_an_attack_that_went_through_the_router():
+    """With the score's gradient the attack moves b too; on the clean route its images are right again."""
+    model = two_experts()
+    model.straight_through = True
+    x, y, index = (tensor[2:3] for tensor in points())
+    found = evaluate_moe(model, x, y, index, eps=0.1, steps=10)
+    layer = found["layers"]["model"]
+    assert (found["sa"], found["ra"], layer["route_flips"], layer["routing_change"]) == (1.0, 0.0, 1.0, 1.0)
+    assert layer["protocols"]["clean_route_on_adversarial"] == {"clean": 1.0, "robust": 1.0}
+    assert layer["protocols"]["adversarial_route_on_clean"] == {"clean": 0.0, "robust": None}
+    assert layer["selected"] == {"clean": [1.0, 0.0], "adversarial": [0.0, 1.0]}
+    assert layer["collapsed"] is True
+
+
+def test_lipschitz_estimates_of_linear_functions():
+    """Without a flip, logits move by (−10, 10) a pixel a, gate logits by (20, −20) a pixel b; PGD goes all the way."""
+    x, y, index = (tensor[[0, 4]] for tensor in points())
+    found = evaluate_moe(two_experts(), x, y, index, eps=0.05, steps=10)
+    assert found["lipschitz"]["points"] == RANDOM_POINTS + 5
+    for name, slope in (("mean", 10), ("max", 10)):
+        assert found["lipschitz"][name] == pytest.approx(slope * math.sqrt(2), rel=1e-4)
+        assert found["layers"]["model"]["lipschitz"][name] == pytest.approx(2 * slope * math.sqrt(2), rel=1e-4)
+
+
+# --- the measures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "change"),
+    [([0], [0], 0), ([0], [1], 1), ([0, 1], [1, 0], 0), ([0, 1], [1, 2], 2 / 3), ([0, 1, 2], [3, 2, 1], 1 / 2)],
+)
+def test_routing_change(first, second, change):
+    sets = [expert_sets(torch.tensor([indices]), 4) for indices in (first, second)]
+    assert routing_change(*sets).item() == pytest.approx(change)
+
+
+def test_top_k_margin():
+    logits = torch.tensor([[3.0, -1.0, 7.0, 2.5]])
+    assert [top_k_margin(logits, k).item() for k in (1, 2, 3)] == [4.0, 0.5, 3.5]
+    assert top_k_margin(logits, 4) is None
+
+
+def mixture() -> tuple[MoELayer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    gate = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in range(3)]
+    model = MoELayer(gate, Networks(heads, 3), 1).double().eval()
+    return model, torch.rand(6, 3, 2, 2, dtype=torch.float64), torch.arange(6) % 5
+
+
+def test_disagreement_by_its_definition():
+    model, x, _ = mixture()
+    model(x)
+    scores = model.gate(x).softmax(1)
+    outputs = torch.stack([network(x) for network in model.experts.networks], 1)  # [B, E, classes]
+    mean = (scores[:, :, None] * outputs).sum(1)
+    expected = (scores * (outputs - mean[:, None]).square().sum(2)).sum(1).sqrt() / mean.norm(dim=1)
+    torch.testing.assert_close(disagreement(model, x, model.routing), expected)
+    for network in model.experts.networks:
+        network.load_state_dict(model.experts.networks[0].state_dict())
+    assert disagreement(model, x, model.routing).max() < 1e-12
+
+
+def test_share_of_routing_in_the_gradient_by_the_jacobians_identity():
+    """J = Σ s_i ∇e_i + Σ (e_i − ē) ∇s_i, here with the chosen expert held in the first term."""
+    model, x, y = mixture()
+    model(x)
+    chosen, record = model.routing.indices[:, 0], model.routing
+    parts = []
+    for b in range(6):
+        at = x[b : b + 1].clone().requires_grad_()
+        outputs = torch.stack([network(at)[0] for network in model.experts.networks])  # [E, classes]
+        scores = model.gate(at).softmax(1)[0]
+        logits = outputs[chosen[b]]
+        (slope,) = torch.autograd.grad(F.cross_entropy(logits[None], y[b : b + 1]), logits, retain_graph=True)
+        (by_experts,) = torch.autograd.grad(slope @ outputs[chosen[b]], at, retain_graph=True)
+        gain = outputs.detach() @ slope  # <dL/dy, e_i>
+        (by_routing,) = torch.autograd.grad((gain - gain.mean()) @ scores, at)  # Σ ∇s_i = 0: any centre will do
+        parts.append(by_routing.norm() / (by_routing.norm() + by_experts.norm()))
+    torch.testing.assert_close(gradient_share(model, "", x, y), torch.stack(parts))
+    assert model.routing is record
+
+
+def test_the_share_is_zero_where_experts_agree():
+    model, x, y = mixture()
+    for network in model.experts.networks:
+        network.load_state_dict(model.experts.networks[0].state_dict())
+    model(x)
+    assert gradient_share(model, "", x, y).max() < 1e-12
+
+
+# --- what always holds --------------------------------------------------------------------------------------------
+
+
+def bright(count: int) -> Tensor:
+    """Images of whole 255ths and any brightness."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(count, 1, 5, 5, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    return (255 * x).round() / 255
+
+
+def network(top_k: int = 2, experts: int = 3) -> nn.Module:
+    """A routed block and a routed convolution, random, in training mode but for a batch norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        BasicBlock(4, 4),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(100, 4),
+    )
+    replace_blocks(model, ["1", "3"], num_experts=experts, top_k=top_k, init="fresh")
+    model.train()
+    for layer in (model[1], model[3]):  # experts used alike, and routes that an attack can change
+        nn.init.normal_(layer.gate.fc.weight, 0, 20)
+        model(bright(16))
+        layer.gate.fc.bias.data -= layer.routing.logits.detach().mean(0)
+    model[2].eval()
+    return model
+
+
+def labelled(model: nn.Module, count: int = 13) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of which the model gets most right."""
+    x = bright(count)
+    index = torch.arange(count) * 3
+    training = [module.training for module in model.modules()]
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    for module, flag in zip(model.modules(), training, strict=True):
+        module.training = flag
+    y[0] = (y[0] + 1) % 4
+    return x, y, index
+
+
+SETTINGS = {"eps": 0.03, "steps": 3}
+
+
+@pytest.mark.parametrize(("top_k", "experts"), [(1, 3), (2, 3), (3, 3), (1, 1)])
+def test_any_number_of_experts(top_k, experts):
+    model = network(top_k, experts)
+    inputs = labelled(model)
+    found = evaluate_moe(model, *inputs, **SETTINGS)
+    json.dumps(found, allow_nan=False)
+    attacks = ("ra", "ra_e", "ra_r", "joint", "transfer")
+    assert found["sa"] == pytest.approx(12 / 13)
+    assert found["union"] <= min(found[name] for name in attacks)
+    assert max(found[name] for name in attacks) <= found["sa"]
+    assert list(found["layers"]) == ["1", "3"]
+    for layer in found["layers"].values():
+        assert sum(layer["selected"]["clean"]) == pytest.approx(top_k)
+        assert sum(layer["first"]["adversarial"]) == pytest.approx(1)
+        classes = layer["expert_by_class"]["adversarial"]
+        assert [pytest.approx(top_k) if y in inputs[1] else 0 for y in range(4)] == [sum(row) for row in classes]
+        assert len(layer["single_experts"]) == experts
+        for name, protocol in layer["protocols"].items():
+            assert (protocol is None) == (experts == 1 and name in ("drop_top", "swap", "random"))
+        assert layer["protocols"]["clean_route_on_adversarial"]["clean"] == found["sa"]
+        if top_k == experts:  # nothing can flip
+            assert layer["margin"] is None
+            assert all(change == {"routing_change": 0, "route_flips": 0} for change in layer["by_attack"].values())
+        else:
+            assert layer["margin"]["quantiles"]["0.05"] >= 0
+    if top_k < experts:
+        flips = {name: change["route_flips"] for name, change in found["layers"]["1"]["by_attack"].items()}
+        assert flips["ra_r"] > max(flips["ra"], flips["ra_e"])
+    if experts == 1:
+        for layer in found["layers"].values():
+            (only,) = layer["single_experts"]
+            assert only["clean"] == found["sa"]
+            assert only["robust"] == pytest.approx(
+                found["ra"], abs=1.01 / 13
+            )  # run by another kernel: last bits differ
+
+
+def test_deterministic_and_independent_of_batch_size():
+    """In float64, so that no decision hangs on last bits."""
+    model = network()
+    x, y, index = labelled(model)
+    x, model = x.double(), model.double()
+    whole = evaluate_moe(model, x, y, index, **SETTINGS)
+    assert evaluate_moe(model, x, y, index, **SETTINGS) == whole
+    parts = evaluate_moe(model, x, y, index, **SETTINGS, batch_size=4)
+    flat, other = json.dumps(whole, sort_keys=True), json.dumps(parts, sort_keys=True)
+    numbers = [[float(n) for n in _numbers(json.loads(text))] for text in (flat, other)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-6)
+    assert evaluate_moe(model, x, y, index, **SETTINGS, seed=1) != whole
+
+
+def _numbers(tree: object) -> list[float]:
+    if isinstance(tree, dict):
+        return [number for key in sorted(tree) for number in _numbers(tree[key])]
+    if isinstance(tree, list):
+        return [number for item in tree for number in _numbers(item)]
+    return [tree] if isinstance(tree, int | float) else []
+
+
+def test_the_model_stays_as_it_was():
+    model = network()
+    inputs = labelled(model)
+    model[5].weight.requires_grad_(False)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    training = [module.training for module in model.modules()]
+    learnt = [parameter.requires_grad for parameter in model.parameters()]
+    records = [layer.routing for layer in moe_layers(model).values()]
+    generator = torch.get_rng_state()
+    evaluate_moe(model, *inputs, **SETTINGS)
+    assert [module.training for module in model.modules()] == training
+    assert [parameter.requires_grad for parameter in model.parameters()] == learnt
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(layer.routing is record for layer, record in zip(moe_layers(model).values(), records, strict=True))
+    assert all(layer.reroute is None and layer.fixed_expert is None for layer in moe_layers(model).values())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name]), name
+
+
+def test_image_sets_bytes_and_floats_alike():
+    model = network()
+    x, y, index = labelled(model)
+    pixels = (x * 255).round().to(torch.uint8)
+    images = ImageSet(pixels, y, tuple("abcd"), "noise")
+    expected = evaluate_moe(model, x, y, index, **SETTINGS)
+    assert evaluate_moe(model, images, y, index, **SETTINGS) == expected
+    assert evaluate_moe(model, pixels, y, index, **SETTINGS) == expected
+
+
+def test_progress_ends_at_all_images():
+    model = network()
+    seen: list[tuple[int, int]] = []
+    evaluate_moe(model, *labelled(model), **SETTINGS, batch_size=5, on_progress=lambda *now: seen.append(now))
+    total = 13 * (5 + 2 * (3 + 3))  # attacks; of two layers three experts and three protocols
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert {whole for _, whole in seen} == {total}
+
+
+def test_models_that_it_cannot_evaluate_are_refused():
+    inputs = points()
+    with pytest.raises(ValueError, match=r"model: expected at least one mixture-of-experts layer \(a dense model has"):
+        evaluate_moe(linear([1, 0, 0], [0, 1, 0]), *inputs, **SETTINGS)
+    model = two_experts()
+    model.fixed_expert = 0
+    with pytest.raises(ValueError, match="model layer '': expected its gate to decide, got a fixed expert or imposed"):
+        evaluate_moe(model, *inputs, **SETTINGS)
+    model.fixed_expert = None
+    with rerouted(model, AllExperts()), pytest.raises(ValueError, match="expected its gate to decide"):
+        evaluate_moe(model, *inputs, **SETTINGS)
+
+
+def test_nan_stops_the_evaluation():
+    model = two_experts()
+    model.experts.networks[1][1].bias.data.fill_(torch.nan)  # one point of five is sent there
+    with pytest.raises(FloatingPointError, match=r"model: .* NaN or infinity for 1 image\(s\); a NaN never counts"):
+        evaluate_moe(model, *points(), **SETTINGS)
+
+
+@pytest.mark.parametrize("function", [evaluate_moe, error_curve])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y, i: (x[:0], y[:0], i[:0]), "images: expected [n, C, H, W] with n >= 1, got [0, 1, 1, 2]"),
+        (lambda x, y, i: (x[0], y, i), "images: expected [n, C, H, W] with n >= 1, got [1, 1, 2]"),
+        (lambda x, y, i: (255 * x, y, i), "x: expected finite pixels in [0, 1], got values from 25.5 to 229.5"),
+        (lambda x, y, i: (x, y + 1, i), "labels: expected labels below 2, the number of logits, got 2"),
+        (lambda x, y, i: (x, y[:4], i), "y: expected labels of shape [5], got shape [4]"),
+        (lambda x, y, i: (x, y, i.int()), "sample_index: expected int64 positions, got torch.int32"),
+    ],
+)
+def test_bad_inputs(function, change, message):
+    with pytest.raises(ValueError) as error:
+        function(two_experts(), *change(*points()), **({"eps": 0.1} if function is evaluate_moe else {}))
+    assert str(error.value) == message
+
+
+# --- error against the radius -------------------------------------------------------------------------------------
+
+
+def test_the_curve_of_a_linear_model():
+    """A point is robust as long as the radius is below its distance from the boundary."""
+    model = linear([-10, 0, 5], [10, 0, -5])
+    distances = torch.tensor([0.01, 0.03, 0.05, 0.07, -0.02])  # the last on the wrong side
+    x = torch.stack([0.5 + distances, torch.full((5,), 0.3)], 1).view(-1, 1, 1, 2)
+    y, index = torch.ones(5, dtype=torch.int64), torch.arange(5)
+    found = error_curve(model, x, y, index, steps=5)
+    assert found["eps"] == [float(eps) for eps in CURVE_EPS]
+    assert found["eps"] == pytest.approx([level / 255 for level in range(1, 21)])
+    assert found["robust"] == [(distances > eps).double().mean().item() for eps in found["eps"]]
+    assert found["attack"]["steps"] == 5
+    few = error_curve(model, x, y, index, eps_values=["0", "4/255", 0.06], steps=5, batch_size=2)
+    assert few["robust"] == [0.8, 0.6, 0.2]
+
+
+def test_the_curve_of_a_mixture_is_its_attack_at_each_radius():
+    model = network()
+    inputs = labelled(model)
+    seen: list[tuple[int, int]] = []
+    curve = error_curve(
+        model, *inputs, eps_values=[0.01, 0.03], steps=3, on_progress=lambda *now: seen.append(now), seed=2
+    )
+    expected = [evaluate_moe(model, *inputs, eps=eps, steps=3, seed=2)["ra"] for eps in (0.01, 0.03)]
+    assert curve["robust"] == expected
+    assert seen == [(13, 26), (26, 26)]

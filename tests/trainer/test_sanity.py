@@ -1,0 +1,243 @@
+"""A planted broken model (or attack) for every sanity flag, and an honest model that raises none."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks import APGD, PGD, Attack, Square
+from robust_moe.attacks.losses import cross_entropy, margin
+from robust_moe.evaluation import Stage, run_suite
+from robust_moe.evaluation.sanity import Flag, curve_flag, gradients, probe_flags
+
+EPS = 0.1
+PROBE = (
+    "randomised_output",
+    "probabilities",
+    "gradient_of_ce",
+    "gradient_of_margin",
+    "batch_dependent",
+    "monotone_in_eps",
+    "monotone_in_steps",
+)
+RESULT = ("square_stronger", "outside_ball")
+
+
+class Around(nn.Module):
+    """A broken model made of a good one."""
+
+    def __init__(self, victim) -> None:
+        super().__init__()
+        self.inner, self.x, self.y = victim.model, victim.x, victim.y
+
+    def away(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(distance to the nearest image it knows, [B]; logits that say that image's label, [B, 10])."""
+        far = (x[:, None] - self.x[None]).flatten(2).abs().amax(2)
+        nearest, which = far.min(1)
+        return nearest, 9.0 * nn.functional.one_hot(self.y[which], 10)
+
+
+class Random(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0.5 * torch.randn(len(x), 10)
+
+
+class Softmax(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).softmax(1)
+
+
+class Sure(Around):
+    """The cross-entropy underflows, the margin does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e5 * self.inner(x)
+
+
+class Rounded(Around):
+    """No gradient at all; half of the grey levels lost, but nothing gained against an attack that needs none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x * 32).round() / 32)
+
+
+class NaNGradient(Around):
+    """The square root has an infinite slope at 0, which the chain rule multiplies by 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0 * torch.sqrt(x * 0).sum((1, 2, 3))[:, None]
+
+
+class Normed(Around):
+    """Batch statistics in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.inner(x)
+        return logits - logits.mean(0) if len(x) > 1 else logits
+
+
+class Detects(Around):
+    """Knows its test images, and takes any input far from all of them for the nearest one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        far, known = self.away(x)
+        return torch.where((far > 1.5 * EPS)[:, None], known, self.inner(x))
+
+
+class Tires(Around):
+    """Answers by heart once it has been asked more than a dozen times in a row for a gradient."""
+
+    asked = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked = self.asked + 1 if torch.is_grad_enabled() else self.asked
+        if self.asked <= 14:
+            if not torch.is_grad_enabled():
+                self.asked = 0
+            return self.inner(x)
+        if not torch.is_grad_enabled():
+            self.asked = 0
+        return self.away(x)[1] + 1e-3 * self.inner(x)
+
+
+def raised(flags: list[Flag]) -> set[str]:
+    return {flag.name for flag in flags if flag.raised}
+
+
+def probe(model: nn.Module, victim) -> list[Flag]:
+    return probe_flags(model, victim.x, victim.y, EPS, "Linf")
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        (Random, {"randomised_output"}),
+        (Softmax, {"probabilities"}),
+        (Sure, {"gradient_of_ce"}),
+        (Rounded, {"gradient_of_ce", "gradient_of_margin"}),
+        (NaNGradient, {"gradient_of_ce", "gradient_of_margin"}),
+        (Normed, {"batch_dependent"}),
+        (Detects, {"monotone_in_eps"}),
+        (Tires, {"monotone_in_steps"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_broken_raises_its_flag(victim, broken, expected):
+    torch.manual_seed(0)
+    model = broken(victim).eval()
+    if broken is NaNGradient:  # no attack can run on it
+        flags = [
+            gradients(model, victim.x, victim.y, "gradient_of_ce", cross_entropy),
+            gradients(model, victim.x, victim.y, "gradient_of_margin", margin),
+        ]
+    else:
+        flags = probe(model, victim)
+        assert [flag.name for flag in flags] == list(PROBE)
+    found = raised(flags)
+    luck = {"monotone_in_eps", "monotone_in_steps"} if broken is Random else set()
+    assert expected <= found <= expected | luck
+    for flag in flags:
+        assert flag.message
+        if flag.name in expected:
+            assert flag.value is not None
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_an_honest_model_raises_none(victim, norm):
+    model = copy.deepcopy(victim.model).train()
+    eps = {"Linf": 0.15, "L2": 0.9}[norm]
+    attacks = {
+        "pgd": PGD(eps, 20, norm=norm),
+        "apgd-t": APGD(eps, 30, norm, "dlr-targeted"),
+        "square": Square(eps, 300, norm),
+    }
+    stages = [Stage(name, attack, "one") for name, attack in attacks.items()]
+    before = torch.get_rng_state()
+    result = run_suite(model, victim.x, victim.y, stages, eps=eps, norm=norm)
+    assert raised(result.flags) == set()
+    assert [flag.name for flag in result.flags] == [*PROBE, *RESULT]
+    assert all(flag.value is not None for flag in result.flags)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_square_finds_what_masked_gradients_hide(victim):
+    stages = [Stage("pgd", PGD(0.2, 10, random_start=False), "one"), Stage("square", Square(0.2, 200), "one")]
+    result = run_suite(Rounded(victim), victim.x, victim.y, stages, eps=0.2)
+    (flag,) = [flag for flag in result.flags if flag.name == "square_stronger"]
+    assert flag.raised
+    broken = int((result.stages[1].broken).sum())
+    assert flag.message.startswith(f"Square broke {broken} of {int(result.stages[1].attacked.sum())} images")
+    assert flag.value == pytest.approx(broken / len(victim.y))
+    without = run_suite(Rounded(victim), victim.x, victim.y, stages[:1], eps=0.2).flags
+    (flag,) = [flag for flag in without if flag.name == "square_stronger"]
+    assert (flag.raised, flag.value) == (False, None)
+    assert flag.message.startswith("not measured")
+
+
+class Off(Attack):
+    """An attack that goes too far."""
+
+    def __init__(self, far: float, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__(steps=0)
+        self.far, self.low, self.high = far, low, high
+
+    passes = (0, 0)
+
+    def run(self, passes, x0, sample_index, seed):
+        return (x0 + self.far).clamp(self.low, self.high)
+
+
+@pytest.mark.parametrize(
+    ("attack", "eps", "norm", "excess"),
+    [
+        (Off(0.1), 0.1, "Linf", None),
+        (Off(0.1 * (1 + 1e-7)), 0.1, "Linf", None),  # rounding
+        (Off(0.101), 0.1, "Linf", 0.001),
+        (Off(-0.1, low=-0.02), 0.1, "Linf", 0.02),
+        (Off(0.1, high=1.05), 0.1, "Linf", 0.05),
+        (Off(0.1), 0.8, "L2", None),  # 8 x 8 pixels of 0.1, less where clamped
+        (Off(0.1), 0.6, "L2", 0.2),
+    ],
+)
+def test_images_outside_of_the_ball_or_the_box(attack, eps, norm, excess):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[0], x[1], x[2] = 0.0, 1.0, 0.4
+    y = model(x).argmax(1)
+    flags = run_suite(model, x, y, [Stage("off", attack, "off")], eps=eps, norm=norm).flags
+    (flag,) = [flag for flag in flags if flag.name == "outside_ball"]
+    assert flag.raised == (excess is not None)
+    if excess is not None:
+        assert flag.value == pytest.approx(excess, abs=2e-6)
+        assert flag.message.startswith("off made an image")
+
+
+def test_a_curve_that_rises():
+    rising = {"eps": [0.3, 0.1, 0.2], "robust": [0.5, 0.6, 0.45]}
+    flag = curve_flag(rising, 100)
+    assert (flag.name, flag.raised, flag.value) == ("monotone_curve", True, pytest.approx(0.05))
+    assert not curve_flag(rising, 20).raised  # one image
+    assert not curve_flag({**rising, "robust": [0.4, 0.6, 0.45]}, 100).raised
+
+
+def test_random_output_is_not_mistaken_for_batch_dependence(victim):
+    flags = {flag.name: flag for flag in probe(Random(victim), victim)}
+    assert flags["batch_dependent"] == Flag(
+        "batch_dependent", False, "cannot be told from the randomness of the output", None
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_images_and_few_classes(count, classes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
+    x = torch.rand(count, 3, 2, 2)
+    flags = probe_flags(model, x, model(x).argmax(1), 0.1, "Linf")
+    assert raised(flags) == set()
+    assert all(math.isfinite(flag.value) for flag in flags)

@@ -1,0 +1,116 @@
+"""The journal: whatever a kill leaves of it, all that was put before is there."""
+
+import numpy as np
+import pytest
+
+from robust_moe.evaluation import Journal, ResumeError
+from robust_moe.evaluation.store import replace_file
+
+ME = {"model": "aa", "eps": "8/255", "steps": 20, "threads": None}
+
+
+def filled(path):
+    journal = Journal(path, ME)
+    journal.put("clean/0", {"prediction": np.array([3, 1, 2]), "seconds": 0.25, "routing": {"layer": [[1, 2]]}})
+    journal.put("pgd/0", {"image": np.random.default_rng(0).random((2, 3, 4), np.float32), "wrong": np.array([], int)})
+    journal.put("pgd/1", {"flags": [{"name": "x", "value": None}]})
+    return journal
+
+
+def assert_same(one, other, keys=("clean/0", "pgd/0", "pgd/1")):
+    for key in keys:
+        for name, value in one.get(key).items():
+            again = other.get(key)[name]
+            if isinstance(value, np.ndarray):
+                assert again.dtype == value.dtype
+                np.testing.assert_array_equal(again, value)
+            else:
+                assert again == value
+
+
+def test_what_was_put_is_there_again(tmp_path):
+    journal = filled(tmp_path / "deep" / "a.journal")
+    again = Journal(tmp_path / "deep" / "a.journal", ME)
+    assert len(again) == len(journal) == 3
+    assert_same(journal, again)
+    assert again.get("pgd/2") is None
+    assert [item.name for item in (tmp_path / "deep").iterdir()] == ["a.journal"]
+    again.remove()
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_put_returns_what_get_will():
+    journal = Journal(None, ME)
+    assert journal.put("a", {"pair": (1, 2)}) == {"pair": [1, 2]} == journal.get("a")
+
+
+def test_cut_within_the_last_line_only_that_line_is_lost(tmp_path):
+    path = tmp_path / "a.journal"
+    journal = filled(path)
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    for end in (start, start + 1, start + 9, start + 40, len(whole) - 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        again = Journal(path, ME)
+        assert len(again) == 2
+        assert_same(journal, again, ("clean/0", "pgd/0"))
+        assert path.read_bytes() == whole[:start]
+        again.put("pgd/1", {"flags": [{"name": "x", "value": None}]})
+        assert path.read_bytes() == whole  # as if nothing had been
+
+
+def test_damage_before_the_end_is_refused(tmp_path):
+    path = tmp_path / "a.journal"
+    filled(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"4", b"5", 1)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ResumeError, match=r"a\.journal: expected whole lines, got a damaged line 3 of 4; --fresh"):
+        Journal(path, ME)
+    assert len(Journal(path, ME, resume=False)) == 0
+    assert len(path.read_bytes().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00\xff" * 50, b'00000000 {"format": 1}\n'])
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "a.journal"
+    path.write_bytes(content)
+    with pytest.raises(ResumeError, match="expected the journal of an evaluation, got another file"):
+        Journal(path, ME)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({**ME, "model": "bb"}, "model: 'bb' here, 'aa' there"),
+        ({**ME, "steps": 50, "eps": "4/255"}, "eps: '4/255' here, '8/255' there; steps: 50 here, 20 there"),
+        ({key: value for key, value in ME.items() if key != "steps"}, "steps: 'nothing' here, 20 there"),
+        ({**ME, "norm": "L2"}, "norm: 'L2' here, 'nothing' there"),
+        ({**ME, "threads": 2}, "threads: 2 here, None there"),
+        (dict.fromkeys("abcde", 1), "; and 6 more; --fresh starts anew"),
+    ],
+)
+def test_another_evaluations_journal_is_refused_by_name(tmp_path, other, words):
+    path = tmp_path / "a.journal"
+    filled(path)
+    before = path.read_bytes()
+    with pytest.raises(ResumeError) as error:
+        Journal(path, other)
+    assert words in str(error.value)
+    assert path.read_bytes() == before
+    assert len(Journal(path, dict(reversed(ME.items())))) == 3  # the order is of no matter
+
+
+def test_replacing_a_file_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    replace_file(path, b"old")
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
