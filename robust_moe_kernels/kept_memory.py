@@ -9,7 +9,9 @@ when the last tensor on them is gone.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import threading
 import weakref
 
@@ -22,8 +24,10 @@ _MAPPED_ANEW = 32 * 2**20  # bytes; smaller blocks the C library keeps by itself
 
 
 class KeptMemory:
-    """Blocks of large results. Idle ones are given up when a size is asked for that none of them has, so that what is
-    kept is never more than what was in use at once.
+    """Blocks of large results. Idle ones are given up, the longest idle first, so that what is kept is never more than
+    what was in use at once.
+
+    A kept tensor is one of PyTorch's in all but one respect: its storage cannot grow (``untyped_storage().resize_``).
 
     Args:
         smallest: bytes from which on results are kept.
@@ -31,9 +35,13 @@ class KeptMemory:
 
     def __init__(self, smallest: int = _MAPPED_ANEW) -> None:
         self._smallest = smallest
-        self._lock = threading.RLock()  # a tensor may be freed, and return its block, while another is being made
         self._idle: list[mmap.mmap] = []
-        self._held = 0
+        self._held = self._used = self._peak = 0
+        self._unlock()
+
+    def _unlock(self) -> None:
+        # Reentrant: a tensor may be freed, and return its block, while another is being made.
+        self._lock = threading.RLock()
 
     @property
     def held(self) -> int:
@@ -43,9 +51,9 @@ class KeptMemory:
     def empty_like(self, tensor: Tensor) -> Tensor:
         """As torch.empty_like of a dense CPU tensor."""
         size = tensor.numel() * tensor.element_size()
-        if size < self._smallest:
+        block = self._take(size) if size >= self._smallest else None
+        if block is None:
             return torch.empty_like(tensor)
-        block = self._take(size)
         view = memoryview(block)
         # The storage holds the view until its last tensor is gone.
         weakref.finalize(view, self._return, block).atexit = False
@@ -55,24 +63,40 @@ class KeptMemory:
     def release(self) -> None:
         """Give idle blocks back to the system."""
         with self._lock:
-            self._held -= sum(len(block) for block in self._idle)
-            self._idle.clear()
+            self._give_up(self._used)
+            self._peak = self._used
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _take(self, size: int) -> mmap.mmap | None:
+        """A block of ``size`` bytes; ``None`` if the system has none: the allocator can say that better."""
         with self._lock:
-            for number, block in enumerate(self._idle):
-                if len(block) == size:
-                    return self._idle.pop(number)
-            self.release()
-            self._held += size
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
+            block = next((block for block in self._idle if len(block) == size), None)
+            if block is not None:
+                self._idle.remove(block)
+            else:
+                self._give_up(max(self._peak, self._used + size) - size)
+                try:
+                    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                except OSError:
+                    return None
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with contextlib.suppress(OSError):  # a kernel without large pages
+                        block.madvise(mmap.MADV_HUGEPAGE)
+                self._held += size
+            self._used += size
+            self._peak = max(self._peak, self._used)
         return block
+
+    def _give_up(self, bound: int) -> None:
+        """Drop idle blocks until no more than ``bound`` bytes are held, or none is left."""
+        while self._held > bound and self._idle:
+            self._held -= len(self._idle.pop(0))
 
     def _return(self, block: mmap.mmap) -> None:
         with self._lock:
+            self._used -= len(block)
             self._idle.append(block)
 
 
 KEPT = KeptMemory()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=KEPT._unlock)  # another thread may have held it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -24,12 +24,13 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     Frozen parameters make autograd skip every weight gradient: a PGD step then costs one forward and one backward to
     the input, and keeps for it only what the input's gradient needs. In ``"eval"`` mode the batch norms of every
     ``FusedBlockMoE`` on the grouped engine are folded into a scale and a shift [E, C] once, on entry, and not in each
-    forward; the results are the same bit for bit. So parameters and running statistics are not to be changed inside;
-    entering again folds their new values.
+    forward; the results are the same bit for bit. A norm whose parameters or running statistics are replaced or changed
+    inside (but through ``.data``, which nothing can see) goes unfolded from then on; so do all in compiled graphs.
 
     Flags are restored one submodule and one parameter at a time, so a partly frozen model or a batch norm held in eval
     mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last forward. May be
-    nested. Gradients are enabled inside, also under ``no_grad`` or ``inference_mode``.
+    nested, but not entered by two threads at once on one model, whose flags these are. Gradients are enabled inside,
+    also under ``no_grad`` or ``inference_mode``.
 
     Args:
         model: any module, with or without MoE layers, compiled or not.
@@ -39,24 +40,20 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         ValueError: another mode.
     """
     expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
-    modules = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    routings = [(layer, layer.routing) for layer in moe_layers(model).values()]
-    blocks = [(block, block.folded) for block in model.modules() if isinstance(block, ResidualExperts)]
-    try:
+    with ExitStack() as put_back:  # each on its own: what one module refuses does not keep the others from theirs
+        for layer in moe_layers(model).values():
+            put_back.callback(setattr, layer, "routing", layer.routing)
+        blocks = [module for module in model.modules() if isinstance(module, ResidualExperts)]
+        for block in blocks:
+            put_back.callback(setattr, block, "folded", block.folded)
+        for module in model.modules():
+            put_back.callback(setattr, module, "training", module.training)
+        for parameter in model.parameters():
+            put_back.callback(parameter.requires_grad_, parameter.requires_grad)
         model.train(mode == "train")
-        for parameter, _ in parameters:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
-            for block, _ in blocks:
+            for block in blocks:
                 block.folded = block.fold() if mode == "eval" else None
             yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
-        for layer, routing in routings:
-            layer.routing = routing
-        for block, folded in blocks:
-            block.folded = folded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,25 @@ from robust_moe_kernels.ops.routing import Route
 __all__ = ["ResidualExperts"]
 
 _PASSIVE = (nn.Identity, nn.ReLU)  # children that need no parameters: activations, and what timm leaves switched off
+
+
+class FoldedNorm(NamedTuple):
+    """A batch norm in evaluation as a scale and a shift, and the numbers that they were made of."""
+
+    scale: Tensor  # [E, O]
+    shift: Tensor  # [E, O]
+    numbers: tuple[Tensor, ...]  # weight, bias, running mean, running variance
+    versions: tuple[int, ...]  # how often each had been changed in place
+
+    @classmethod
+    def of(cls, norm: StackedBatchNorm2d) -> Self:
+        numbers = _numbers(norm)
+        return cls(*fold_norm(*numbers, norm.eps), numbers, _versions(numbers))
+
+    def is_of(self, norm: StackedBatchNorm2d) -> bool:
+        numbers = _numbers(norm)
+        same = all(a is b for a, b in zip(numbers, self.numbers, strict=True))
+        return same and _versions(numbers) == self.versions
 
 
 class ResidualExperts(Experts):
@@ -58,8 +77,8 @@ class ResidualExperts(Experts):
         if not hasattr(self, "downsample"):
             self.downsample = None
         self.in_channels: int = block.conv1.in_channels
-        # During an attack, each engine layer's batch norm as (scale, shift) [E, O]; see ``attack_mode``.
-        self.folded: list[tuple[Tensor, Tensor]] | None = None
+        # During an attack, each engine layer's batch norm; see ``attack_mode``.
+        self.folded: list[FoldedNorm] | None = None
         _probe(block, self)
 
     def unbind(self) -> list[Any]:
@@ -99,20 +118,22 @@ class ResidualExperts(Experts):
         moving = [norm for _, norm, _ in layers if norm.training]
         for norm, (mean, variance, count) in zip(moving, statistics, strict=True):
             norm.track(mean, variance, count)
+            self.folded = None  # of other statistics
         return out.contiguous(memory_format=dense_format(x))
 
-    def fold(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Scale and shift [E, O] of every layer's batch norm in evaluation; ``None`` where the engine does not compute
-        the block."""
+    def fold(self) -> list[FoldedNorm] | None:
+        """Every layer's batch norm in evaluation; ``None`` where the engine does not compute the block."""
         stages = self._stages()
-        return None if stages is None else [fold_norm(*_numbers(norm), norm.eps) for _, norm, _ in stages[1]]
+        return None if stages is None else [FoldedNorm.of(norm) for _, norm, _ in stages[1]]
 
     def _tables(self, i: int, norm: StackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-        """Layer i's folded norm. A norm that was set to training, unfrozen or replicated to another device since it was
-        folded goes without."""
-        if self.folded is None or norm.training or norm.weight.requires_grad or norm.bias.requires_grad:
+        """Layer i's folded norm, unless the norm was set to training or unfrozen since, or its numbers were replaced
+        or changed. A compiled graph folds by itself: it could not tell."""
+        if self.folded is None or torch.compiler.is_compiling() or norm.training:
             return None, None
-        return self.folded[i] if self.folded[i][0].device == norm.weight.device else (None, None)
+        folded = self.folded[i]
+        frozen = not (norm.weight.requires_grad or norm.bias.requires_grad)
+        return (folded.scale, folded.shift) if frozen and folded.is_of(norm) else (None, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.folded = None  # of the numbers as they were
@@ -151,6 +172,11 @@ class ResidualExperts(Experts):
 
 def _numbers(norm: StackedBatchNorm2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Counts of in-place changes; tensors made in inference mode have none."""
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def _stacks(modules: nn.Sequential) -> list[Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -111,10 +112,10 @@ def test_the_tables_are_what_the_forward_uses():
         expected = step(model, images())
         for block in (model[4].experts, model[5].experts):
             for i in range(len(block.folded)):
-                scale, shift = block.folded[i]
-                block.folded[i] = scale, shift + 1
+                folded = block.folded[i]
+                block.folded[i] = folded._replace(shift=folded.shift + 1)
                 changed = step(model, images())
-                block.folded[i] = scale, shift
+                block.folded[i] = folded
                 assert not torch.equal(changed[0], expected[0])
 
 
@@ -157,6 +158,46 @@ def test_a_norm_set_to_training_or_unfrozen_inside_is_as_never_folded():
         assert not torch.equal(norm.running_mean, before)
 
 
+def test_numbers_changed_or_replaced_inside_count():
+    other = {name: value.clone() for name, value in network().state_dict().items()}
+    for name, value in other.items():
+        if "bn" in name and value.is_floating_point():
+            value += 0.3
+    reference = network()
+    reference.load_state_dict(other)
+    expected = step(reference.eval(), images())
+
+    model = network()
+    with attack_mode(model):
+        assert_same((functional_call(model, other, (images(),)),), expected[:1])
+    for assign in (False, True):
+        model = network()
+        with attack_mode(model):
+            before = step(model, images())
+            model.load_state_dict(other, assign=assign)
+            assert_same(step(model, images()), expected)
+        assert not torch.equal(before[0], expected[0])
+
+
+def test_statistics_that_moved_inside_count():
+    model = network()
+    with attack_mode(model):
+        model.train()
+        model(images(24))
+        model.eval()
+        found = step(model, images())
+    assert_same(found, step(model.eval(), images()))
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = network()
+    with torch.no_grad():
+        expected = model.eval()(images())
+    with torch.inference_mode(), attack_mode(model), torch.no_grad():
+        assert_same((model(images()),), (expected,))
+
+
 def test_copies_and_conversions_made_inside_do_not_keep_the_tables():
     model = network()
     with attack_mode(model):
@@ -185,7 +226,7 @@ def test_works_under_inference_mode():
         assert_same(step(model, images()), expected)
 
 
-def test_compiles_into_one_graph_that_new_tables_reuse():
+def test_compiles_into_one_graph_that_new_numbers_reuse():
     torch.compiler.reset()
     plain = network()
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
@@ -194,8 +235,11 @@ def test_compiles_into_one_graph_that_new_tables_reuse():
         with attack_mode(plain):
             expected = step(plain, images())
         with torch._dynamo.config.patch(error_on_recompile=attempt > 0), attack_mode(compiled):
-            assert plain[4].experts.folded is not None
             assert_same(step(compiled, images()), expected)
+            change(plain)
+            changed = step(compiled, images())
+        assert not torch.equal(changed[0], expected[0])
+        assert_same(changed, step(plain.eval(), images()))
 
 
 class Operations(TorchDispatchMode):
@@ -279,7 +323,7 @@ def test_saves_only_what_the_input_gradient_needs(index, norms):
     training = saved(layer, x)
     with attack_mode(layer):
         attack = saved(layer, x)
-        tables = {table.untyped_storage().data_ptr() for pair in layer.experts.folded for table in pair}
+        tables = {table.untyped_storage().data_ptr() for folded in layer.experts.folded for table in folded[:2]}
 
     def maps(found: dict[int, Tensor]) -> list[Tensor]:
         return [tensor for key, tensor in found.items() if tensor.dim() == 4 and key != address]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import PGD, build_attack
 from robust_moe.attacks.capture import CudaCapturer
-from robust_moe.attacks.graph import CAPACITY, StepGraphs
+from robust_moe.attacks.graph import CAPACITY, REMEMBERED, StepGraphs
 from robust_moe.config import AttackConfig, ConfigError, load_config
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import replace_blocks
@@ -196,7 +196,7 @@ def test_norms_are_folded_inside_the_graph():
         def without_tables(*tensors: Tensor) -> tuple[Tensor, ...]:
             for layer in (model[2], model[3]):
                 assert layer.experts.folded is not None
-                layer.experts.folded = [(a * torch.nan, b * torch.nan) for a, b in layer.experts.folded]
+                layer.experts.folded = [norm._replace(scale=norm.scale * torch.nan) for norm in layer.experts.folded]
             return function(*tensors)
 
         return record(without_tables, inputs, beside)
@@ -309,7 +309,7 @@ def test_the_number_of_graphs_is_bounded():
         attack(model, *batch(0, count))
     assert recorder.captures == CAPACITY + 2
     (known,) = attack.graphs._models.values()
-    assert len(known.entries) == CAPACITY
+    assert len(known.graphs) == CAPACITY
     attack(model, *batch(0, 3))  # the oldest that is still there
     attack(model, *batch(0, CAPACITY + 3))  # so not this one goes
     attack(model, *batch(0, 3))
@@ -317,6 +317,43 @@ def test_the_number_of_graphs_is_bounded():
     attack(model, *batch(0, 1))  # gone: begins again
     attack(model, *batch(0, 1))
     assert recorder.captures == CAPACITY + 3
+
+
+def test_batches_that_come_once_push_no_graph_out():
+    """As where fooled images drop out: every batch has another size."""
+    model = network()
+    attack, recorder = recorded(steps=1)
+    for _ in range(2):
+        attack(model, *batch(0, 8))
+    for count in range(10, 10 + 2 * REMEMBERED):
+        attack(model, *batch(0, count))
+    attack(model, *batch(0, 8))
+    assert (recorder.captures, recorder.replays) == (1, 2)
+    (known,) = attack.graphs._models.values()
+    assert len(known.seen) == REMEMBERED
+
+
+class Weighed(PGD):
+    """A setting that can change while it stays the same object."""
+
+    factors: list[float]
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.factors[0] * super().loss(logits, y)
+
+
+@pytest.mark.parametrize("factors", [[1.0], ([1.0],)], ids=["list", "tuple of a list"])
+def test_settings_that_cannot_be_compared_are_not_captured(factors):
+    attack = Weighed(eps=0.1, steps=2)
+    attack.factors = factors
+    attack.graphs = StepGraphs("auto", recorder := Recorder())
+    if isinstance(factors, list):
+        for _ in range(3):
+            attack(network(), *batch(0))
+    assert recorder.captures == 0
+    attack.graphs = StepGraphs(True, recorder)
+    with pytest.raises(ValueError, match=f"graph: .* got True: the attack's factors is a {type(factors).__name__}"):
+        attack(network(), *batch(0))
 
 
 class Kept:
@@ -575,7 +612,7 @@ def test_a_cuda_graph_survives_an_error_and_replaced_weights(deterministic):
     for number in range(4):
         assert torch.equal(attack(model, *batch(number, 32, "cuda")), eager(model, *batch(number, 32, "cuda")))
     (known,) = attack.graphs._models.values()
-    assert sum(entry is not None for entry in known.entries.values()) == 2
+    assert len(known.graphs) == 2
 
 
 class Waits(nn.Module):

@@ -32,6 +32,7 @@ __all__ = ["GRAPHS", "StepGraphs"]
 
 GRAPHS = ("auto", True, False)
 CAPACITY = 4  # graphs a model: whole and last batches of training and of validation
+REMEMBERED = 64  # kinds of batches a model that were seen once
 
 
 class Captured(Protocol):
@@ -61,20 +62,37 @@ class _Entry(NamedTuple):
 
 
 class _Known:
-    """What is known of one model: graphs by key, least recently used first (``None``: such a batch was seen once)."""
+    """What is known of one model; least recently used first."""
 
     def __init__(self) -> None:
-        self.entries: OrderedDict[Hashable, _Entry | None] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self.seen: OrderedDict[Hashable, None] = OrderedDict()  # batches that came once
         self.refused = False  # not to be tried again
 
-    def put(self, key: Hashable, entry: _Entry | None) -> None:
-        self.entries[key] = entry
-        self.entries.move_to_end(key)
-        while len(self.entries) > CAPACITY:
-            self.entries.popitem(last=False)
+    def put(self, key: Hashable, entry: _Entry) -> None:
+        self.seen.pop(key, None)
+        _put(self.graphs, key, entry, CAPACITY)
+
+    def see(self, key: Hashable) -> bool:
+        """Whether such a batch came before."""
+        before = key in self.seen
+        _put(self.seen, key, None, REMEMBERED)
+        return before
+
+    def refuse(self) -> None:
+        self.refused = True
+        self.graphs.clear()
+        self.seen.clear()
 
     def any(self) -> Captured | None:
-        return next((entry.captured for entry in self.entries.values() if entry is not None), None)
+        return next((entry.captured for entry in self.graphs.values()), None)
+
+
+def _put(table: OrderedDict[Hashable, Any], key: Hashable, value: Any, capacity: int) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > capacity:
+        table.popitem(last=False)
 
 
 class StepGraphs:
@@ -114,7 +132,7 @@ class StepGraphs:
         """
         if self.graph is False or attack.steps == 0:
             return attack.climb(passes, x, x0)
-        reason = _several_processes() or self._capturer.why_not(x)
+        reason = _several_processes() or _no_key(attack) or self._capturer.why_not(x)
         if reason is not None:
             if self.graph is True:
                 raise ValueError(f"graph: expected 'auto' or False where no CUDA graph can be had, got True: {reason}")
@@ -124,19 +142,17 @@ class StepGraphs:
             return attack.climb(passes, x, x0)
         inputs = (x, x0, passes.y, *passes.extras)
         key = _key(attack, passes, inputs)
-        if key not in known.entries:
-            known.put(key, None)
-            return attack.climb(passes, x, x0)
-        entry = known.entries[key]
+        entry = known.graphs.get(key)
         if entry is None:
+            if not known.see(key):
+                return attack.climb(passes, x, x0)
             try:
                 entry = self._capture(attack, passes, inputs, known.any())
             except Exception as error:  # a model may fail in any way
                 if self.graph is True:
                     raise RuntimeError(f"graph: expected a model that can be captured, got: {error}") from error
                 found = attack.climb(passes, x, x0)  # raises again what is no fault of the capture
-                known.refused = True
-                known.entries.clear()
+                known.refuse()
                 warnings.warn(
                     f"{type(attack).__name__}: the steps cannot be captured as a CUDA graph and run one by one"
                     f" (graph=False says so without trying): {error}"
@@ -176,12 +192,24 @@ def _several_processes() -> str | None:
     return None
 
 
+def _settings(attack: StepAttack) -> dict[str, Any]:
+    return {name: value for name, value in vars(attack).items() if name not in ("seed", "graphs")}
+
+
+def _no_key(attack: StepAttack) -> str | None:
+    for name, value in _settings(attack).items():
+        try:
+            hash(value)
+        except TypeError:
+            return f"the attack's {name} is a {type(value).__name__}, which may change unseen"
+    return None
+
+
 def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
     """All that a graph has fixed in it: equal keys, same graph."""
     model, device = passes.model, inputs[0].device.type
-    settings = {name: value for name, value in vars(attack).items() if name not in ("seed", "graphs")}
     return (
-        tuple((name, value if isinstance(value, Hashable) else id(value)) for name, value in settings.items()),
+        tuple(_settings(attack).items()),
         getattr(passes.loss, "__func__", passes.loss),
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())),
