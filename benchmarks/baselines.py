@@ -13,7 +13,7 @@ __all__ = ["AllExperts", "DenseBlock", "MaskedLoop", "SortedLoop", "first_line",
 
 
 class _Routed(nn.Module):
-    """The gate, written out."""
+    """The gate in PyTorch's own operations, the same in all of these; only ``layer.gate``, its module, is ours."""
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()

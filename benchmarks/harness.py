@@ -43,8 +43,8 @@ class Row:
     case: dict[str, Any]  # what was computed: sizes, mode, threads
     variant: str  # by what
     median_ms: float
-    low_ms: float  # 10th percentile
-    high_ms: float  # 90th percentile
+    low_ms: float  # 10th percentile; of fewer than 10 runs the least
+    high_ms: float  # 90th percentile; of fewer than 10 runs the most
     ratio: float  # median of (this variant's time / the first variant's time of the same round)
     repeats: int  # timed runs
     extra: dict[str, Any]  # peak_mib: memory; gflops, share: rate of the work, and its share of the ceiling

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -39,7 +38,7 @@ void parallel_tasks(int64_t tasks, int threads, F&& work) {
   try {
     workers.reserve(static_cast<size_t>(std::max<int64_t>(wanted, 0)));
     for (int64_t t = 0; t < wanted; ++t) workers.emplace_back(guarded);
-  } catch (const std::system_error&) {  // no more threads to be had
+  } catch (const std::exception&) {  // no more threads, or no memory for one, to be had
   }
   guarded();
   for (auto& worker : workers) worker.join();

@@ -17,7 +17,7 @@ struct Rows {
 
 // sum[e][c] and sum_product[e][c] over expert e's pixels of value and value*other. With scale and shift
 // [experts][channels], `value` counts only where other*scale + shift > 0: the gradient through a ReLU after a batch
-// norm of `other`.
+// norm of `other`; the rest is multiplied by 0, so infinities and NaN are seen wherever they are.
 void column_sums_cpu(const Rows& rows, const float* value, const float* other, const float* scale, const float* shift,
                      double* sum, double* sum_product);
 

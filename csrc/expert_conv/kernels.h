@@ -44,6 +44,7 @@ struct Kernels {
                           bool accumulate);
 };
 
+// Throws std::invalid_argument where the environment's RMK_CPU_ISA, the most that may be used, is none of theirs.
 const Kernels& kernels();
 
 namespace avx512 {

@@ -102,7 +102,6 @@ class FilterPart {
   int64_t lines() const { return 9 * inputs_ * ((outputs_ + kLine - 1) / kLine); }
 
   void fetch(int64_t count) {
-#if defined(__GNUC__)
     for (; count > 0 && tap_ < 9; --count) {
       __builtin_prefetch(first_ + tap_ * tap_stride_ + input_ * input_stride_ + output_, 0, 2);
       output_ += kLine;
@@ -112,9 +111,6 @@ class FilterPart {
       input_ = 0;
       ++tap_;
     }
-#else
-    (void)count;
-#endif
   }
 
  private:
@@ -141,7 +137,10 @@ class RowProduct {
 
   void run() {
     const int64_t row_size = tiles_.count() * width_;
-    const int64_t limit = std::max<int64_t>(1, kScratch / (kFrequencies * row_size));
+    // More for more threads, whose processors have larger caches: of large maps only few rows fit. No row's result
+    // depends on its group.
+    const int64_t scratch = kScratch * std::max(1, a_.threads / 2);
+    const int64_t limit = std::max<int64_t>(1, scratch / (kFrequencies * row_size));
     maps_ = buffer(kFrequencies * spread(std::min(limit, a_.offsets[a_.experts]) * row_size));
     for (const std::vector<Segment>& group : groups_of_rows(a_, limit)) run_group(group);
   }
@@ -283,6 +282,7 @@ class FilterProduct {
       : a_(args), kernels_(kernels()), tiles_(args.out_height, args.out_width) {
     blocks_ = (a_.in_channels + kInputs - 1) / kInputs;
     panels_ = (a_.out_channels + kernels_.panel - 1) / kernels_.panel;
+    product_ = spread(kInputs * kernels_.panel);
   }
 
   void run() {
@@ -296,21 +296,63 @@ class FilterProduct {
   }
 
  private:
+  struct Task {
+    const Segment* segment;
+    int64_t panel, block;
+  };
+
   void run_group(const std::vector<Segment>& group) {
     first_row_ = group.front().first_row;
-    parallel_tasks(static_cast<int64_t>(group.size()) * (blocks_ + panels_), a_.threads, [&](auto next) {
+    const int64_t segments = static_cast<int64_t>(group.size()), parts = blocks_ + panels_;
+    const int64_t split = parts_for_threads(segments * parts);
+    parallel_tasks(segments * parts * split, a_.threads, [&](auto next) {
       for (int64_t task = next(); task >= 0; task = next()) {
-        const Segment& segment = group[static_cast<size_t>(task / (blocks_ + panels_))];
-        const int64_t part = task % (blocks_ + panels_);
-        part < blocks_ ? transform_input(segment, part) : transform_gradient(segment, part - blocks_);
+        const Segment& s = group[static_cast<size_t>(task / (parts * split))];
+        const int64_t part = task / split % parts, chunk = task % split;
+        const int64_t first = s.rows() * chunk / split, last = s.rows() * (chunk + 1) / split;
+        part < blocks_ ? transform_input(s, part, first, last) : transform_gradient(s, part - blocks_, first, last);
       }
     });
-    const int64_t tasks = blocks_ * panels_;  // of a segment
-    parallel_tasks(static_cast<int64_t>(group.size()) * tasks, a_.threads, [&](auto next) {
-      const Buffer product = buffer(kFrequencies * spread(kInputs * kernels_.panel));
-      for (int64_t task = next(); task >= 0; task = next()) {
-        const int64_t panel = task % tasks / blocks_, block = task % blocks_;
-        compute(group[static_cast<size_t>(task / tasks)], panel, block, product.get());
+    std::vector<Task> tasks;
+    for (const Segment& segment : group) {
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        for (int64_t block = 0; block < blocks_; ++block) tasks.push_back({&segment, panel, block});
+      }
+    }
+    parts_for_threads(static_cast<int64_t>(tasks.size())) > 1 ? compute_by_frequency(tasks) : compute_whole(tasks);
+  }
+
+  // Into how many parts each of some tasks is cut, so that many threads have work where channels are few: the same sums
+  // in the same order. With two threads for one task it did not pay (16 channels, 32x32 maps: 12.7 ms, 10.6 without);
+  // more were not to be had for a measurement.
+  int64_t parts_for_threads(int64_t tasks) const { return std::max<int64_t>(1, a_.threads / (2 * tasks)); }
+
+  void compute_whole(const std::vector<Task>& tasks) const {
+    parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
+      const Buffer product = buffer(kFrequencies * product_);
+      for (int64_t number = next(); number >= 0; number = next()) {
+        const Task& task = tasks[static_cast<size_t>(number)];
+        for (int64_t f = 0; f < kFrequencies; ++f) multiply(task, f, product.get() + f * product_);
+        write(task, product.get(), 0, kInputs);
+      }
+    });
+  }
+
+  // For fewer tasks than threads, as with few channels.
+  void compute_by_frequency(const std::vector<Task>& tasks) const {
+    const int64_t count = static_cast<int64_t>(tasks.size());
+    const Buffer products = buffer(count * kFrequencies * product_);
+    parallel_tasks(count * kFrequencies, a_.threads, [&](auto next) {
+      for (int64_t n = next(); n >= 0; n = next()) {
+        multiply(tasks[static_cast<size_t>(n / kFrequencies)], n % kFrequencies, products.get() + n * product_);
+      }
+    });
+    constexpr int64_t kLines = kInputs / kTileRows;
+    parallel_tasks(count * kLines, a_.threads, [&](auto next) {
+      for (int64_t n = next(); n >= 0; n = next()) {
+        const int64_t first = n % kLines * kTileRows;
+        write(tasks[static_cast<size_t>(n / kLines)], products.get() + n / kLines * kFrequencies * product_, first,
+              first + kTileRows);
       }
     });
   }
@@ -332,11 +374,11 @@ class FilterProduct {
     return right_.get() + before * kFrequencies * panels_ + (panel * kFrequencies + frequency) * f_stride;
   }
 
-  void transform_input(const Segment& s, int64_t block) const {
+  void transform_input(const Segment& s, int64_t block, int64_t first, int64_t last) const {
     const float* pixels[16];
-    float* out = left(s, block, 0);
+    float* out = left(s, block, 0) + first * tiles_.count() * kInputs;
     const int64_t channels = std::min(kInputs, a_.in_channels - block * kInputs);
-    for (int64_t row = s.first_row; row < s.last_row; ++row) {
+    for (int64_t row = s.first_row + first; row < s.first_row + last; ++row) {
       const int64_t map = a_.sample != nullptr ? a_.sample[row] : row;
       const float* from = a_.input + map * a_.height * a_.width * a_.in_channels + block * kInputs;
       for (int64_t y = 0; y < tiles_.rows; ++y) {
@@ -348,12 +390,12 @@ class FilterProduct {
     }
   }
 
-  void transform_gradient(const Segment& s, int64_t panel) const {
+  void transform_gradient(const Segment& s, int64_t panel, int64_t first, int64_t last) const {
     const float* pixels[4];
-    float* out = right(s, panel, 0);
+    float* out = right(s, panel, 0) + first * tiles_.count() * kernels_.panel;
     const int64_t column = panel * kernels_.panel;
     const int64_t channels = std::min<int64_t>(kernels_.panel, a_.out_channels - column);
-    for (int64_t row = s.first_row; row < s.last_row; ++row) {
+    for (int64_t row = s.first_row + first; row < s.first_row + last; ++row) {
       const float* from = a_.output + row * tiles_.height * tiles_.width * a_.out_channels + column;
       for (int64_t y = 0; y < tiles_.rows; ++y) {
         for (int64_t x = 0; x < tiles_.columns; ++x, out += kernels_.panel) {
@@ -364,24 +406,10 @@ class FilterProduct {
     }
   }
 
-  void compute(const Segment& s, int64_t panel, int64_t block, float* product) const {
-    const int64_t column = panel * kernels_.panel, first = block * kInputs;
-    const int columns = static_cast<int>(std::min<int64_t>(kernels_.panel, a_.out_channels - column));
-    const int64_t channels = std::min(kInputs, a_.in_channels - first);
-    const bool accumulate = s.first_row > a_.offsets[s.expert];  // rows that did not fit the group before
-    for (int64_t f = 0; f < kFrequencies; ++f) {
-      multiply(s, block, panel, f, channels, product + f * spread(kInputs * kernels_.panel));
-    }
-    for (int64_t i = 0; i < channels; ++i) {
-      kernels_.filter_gradient(product + i * kernels_.panel, spread(kInputs * kernels_.panel),
-                               a_.d_weight + s.expert * a_.stride_e + (first + i) * a_.stride_i + column, a_.stride_tap,
-                               columns, accumulate);
-    }
-  }
-
-  void multiply(const Segment& s, int64_t block, int64_t panel, int64_t frequency, int64_t channels,
-                float* product) const {
-    const float *a = left(s, block, frequency), *b = right(s, panel, frequency);
+  void multiply(const Task& task, int64_t frequency, float* product) const {
+    const Segment& s = *task.segment;
+    const float *a = left(s, task.block, frequency), *b = right(s, task.panel, frequency);
+    const int64_t channels = std::min(kInputs, a_.in_channels - task.block * kInputs);
     for (int64_t i = 0; i < channels; i += kTileRows) {
       const int count = static_cast<int>(std::min<int64_t>(kTileRows, channels - i));
       kernels_.packed(count, a + i, kInputs, b, s.rows() * tiles_.count(), product + i * kernels_.panel, kernels_.panel,
@@ -389,10 +417,24 @@ class FilterProduct {
     }
   }
 
+  // Taps of input channels first .. last of the task's block.
+  void write(const Task& task, const float* product, int64_t first, int64_t last) const {
+    const Segment& s = *task.segment;
+    const int64_t column = task.panel * kernels_.panel, input = task.block * kInputs;
+    const int columns = static_cast<int>(std::min<int64_t>(kernels_.panel, a_.out_channels - column));
+    const bool accumulate = s.first_row > a_.offsets[s.expert];  // rows that did not fit the group before
+    for (int64_t i = first; i < std::min(last, a_.in_channels - input); ++i) {
+      kernels_.filter_gradient(product + i * kernels_.panel, product_,
+                               a_.d_weight + s.expert * a_.stride_e + (input + i) * a_.stride_i + column, a_.stride_tap,
+                               columns, accumulate);
+    }
+  }
+
   const ConvArgs& a_;
   const Kernels& kernels_;
   const Tiles tiles_;
   int64_t blocks_, panels_;
+  int64_t product_;  // distance between frequencies of a block's product
   int64_t first_row_ = 0;
   Buffer left_, right_;
 };
@@ -407,7 +449,11 @@ bool winograd_possible(const ConvArgs& a) {
 // Measured on one core of a Zen 5, time of tap skipping over ours, forward / input / filter gradient: 1.2 / 1.1 / 1.2
 // where it does 1.56 times the products (4x4 maps), 1.1 / 1.2 / 1.1 at 1.41 (7x7), 1.0 at 1.17 (5x5), 1.5 at 1.9 (8x8),
 // and from 16 channels on; with 3 or 8 channels the filter gradient is half as fast. No rule by rows: a sample's result
-// must not depend on the batch that it is in.
+// must not depend on the batch that it is in. It costs experts with one or two rows, whose filters are transformed for
+// so few products: 0.6 to 0.95 there, even from four rows on. Nor by threads, for the same reason: convolutions of some
+// two milliseconds, 64 channels on 8x8 maps, gain less from a second thread than tap skipping does (0.7 to 0.9).
+//
+// Infinities and NaN spread over the tile of 2x2 outputs that they touch; the direct sum has them in fewer outputs.
 bool winograd_pays(const ConvArgs& a) {
   const auto reached = [](int64_t size, int64_t outputs, int64_t pad) {
     int64_t count = 0;

@@ -39,3 +39,14 @@ def test_convolution_with(isa: str) -> None:
     report = python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *files)
     assert " passed" in report
     assert " failed" not in report
+
+
+def test_a_name_that_is_none() -> None:
+    script = """
+from robust_moe_kernels import native
+try:
+    native.extension().cpu_isa()
+except ValueError as error:
+    print(error)
+"""
+    assert python("avx3", "-c", script).strip() == "RMK_CPU_ISA: expected avx512, avx2 or baseline, got 'avx3'"

@@ -35,13 +35,11 @@ A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.longdouble)  # A'
 def run(inputs: Inputs, case: Case, algorithm: str) -> tuple[torch.Tensor, ...]:
     x, weight, offsets, sample, d_out = inputs
     geometry = Geometry(case.stride, case.padding, case.dilation)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_impl, "_ALGORITHM", algorithm)
-        return (
-            native_impl.forward(x, weight, offsets, sample, geometry),
-            native_impl.dgrad(d_out, weight, offsets, *case.size, geometry),
-            native_impl.wgrad(x, d_out, offsets, sample, weight, geometry),
-        )
+    return (
+        native_impl.forward(x, weight, offsets, sample, geometry, algorithm),
+        native_impl.dgrad(d_out, weight, offsets, *case.size, geometry, algorithm),
+        native_impl.wgrad(x, d_out, offsets, sample, weight, geometry, algorithm),
+    )
 
 
 def tiles_of(maps: np.ndarray, pad: tuple[int, int], size: tuple[int, int], side: int) -> np.ndarray:

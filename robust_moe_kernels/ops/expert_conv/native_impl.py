@@ -14,7 +14,6 @@ from robust_moe_kernels.layout import Geometry, channels_last_empty
 __all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
 
 _ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
-_ALGORITHM = "auto"  # by shape; tests hold it to one of the others
 
 why_not = native.why_not_cpu
 
@@ -48,6 +47,7 @@ def _run(
     filters: Tensor,
     sizes: tuple[int, int, int, int],
     geometry: Geometry,
+    algorithm: str,
     **tensors: Any,
 ) -> None:
     getattr(native.extension(), kernel)(
@@ -69,12 +69,19 @@ def _run(
         *geometry.dilation,
         *filters.stride()[:3],
         _tap_stride(filters),
-        _ALGORITHMS.index(_ALGORITHM),
+        _ALGORITHMS.index(algorithm),
         native.threads(),
     )
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    sample: Tensor | None,
+    geometry: Geometry,
+    algorithm: str = "auto",  # by shape
+) -> Tensor:
     weight = _uniform_taps(weight)
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
     sizes = (x.shape[2], x.shape[3], out.shape[2], out.shape[3])
@@ -84,6 +91,7 @@ def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, g
         weight,
         sizes,
         geometry,
+        algorithm,
         input=x,
         sample=sample,
         weight=weight,
@@ -92,11 +100,19 @@ def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, g
     return out
 
 
-def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+def dgrad(
+    d_out: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    height: int,
+    width: int,
+    geometry: Geometry,
+    algorithm: str = "auto",
+) -> Tensor:
     weight = _uniform_taps(weight)
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     sizes = (height, width, d_out.shape[2], d_out.shape[3])
-    _run("expert_conv_dgrad_cpu", offsets, weight, sizes, geometry, weight=weight, output=d_out, d_input=d_x)
+    _run("expert_conv_dgrad_cpu", offsets, weight, sizes, geometry, algorithm, weight=weight, output=d_out, d_input=d_x)
     return d_x
 
 
@@ -107,12 +123,13 @@ def wgrad(
     sample: Tensor | None,
     weight: Tensor,
     geometry: Geometry,
+    algorithm: str = "auto",
 ) -> Tensor:
     filters = _uniform_taps(weight)
     d_weight = KEPT.empty_like(filters)
     sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
     _run(
-        "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry,
+        "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry, algorithm,
         input=x, sample=sample, output=d_out, d_weight=d_weight,
     )  # fmt: skip
     return d_weight if filters is weight else torch.empty_like(weight).copy_(d_weight)
