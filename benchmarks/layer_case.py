@@ -56,7 +56,8 @@ class Case:
 
     def gflop(self, mode: str) -> float:
         """Work of one pass by direct sums: both 3x3 convolutions of the k*B routed rows, without the products with
-        padding. Algorithms such as Winograd's take fewer, and may pass 100 % of a roofline of it. 2 FLOP a multiply-add; (3H-2)^2 of the 9*H^2 taps touch the map."""
+        padding. 2 FLOP a multiply-add; (3H-2)^2 of the 9*H^2 taps touch the map. Winograd's algorithm does less, and
+        may come out above 100 % of a roofline."""
         taps = (3 * self.size - 2) ** 2
         return MODES[mode] * 2 * 2 * self.batch * self.top_k * self.channels**2 * taps / 1e9
 
