@@ -126,6 +126,10 @@ def evaluate_checkpoint(
     ] = None,
     attack_restarts: Annotated[int | None, typer.Option(help="As eval.attack.restarts=...", show_default=False)] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="A result file of another model to show in the report; may be repeated.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
     ] = None,
@@ -147,7 +151,15 @@ def evaluate_checkpoint(
     file = checkpoint_file(checkpoint)
     reporter = Reporter(console=_console())
     results, written = assess(
-        file, out, preset=preset, overrides=settings, split=split, count=n, resume=resume, reporter=reporter
+        file,
+        out,
+        preset=preset,
+        overrides=settings,
+        split=split,
+        count=n,
+        resume=resume,
+        beside=beside or (),
+        reporter=reporter,
     )
     _show(reporter.console, file.resolve().parent.name if file.stem == "best" else file.stem, results, written)
 

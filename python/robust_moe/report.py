@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,22 @@ from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import (
     Journal,
+    curve_flag,
+    curve_radii,
+    error_curve,
+    evaluate_moe,
     identity,
     make_results,
     make_samples,
     plan,
     plot_routing,
     plot_training,
+    read_results,
     run_suite,
+    samples_file,
+    write_report,
     write_results,
 )
-from robust_moe.evaluation.curve import error_curve
-from robust_moe.evaluation.html_report import write_report
-from robust_moe.evaluation.moe import evaluate_moe
-from robust_moe.evaluation.results import samples_file
-from robust_moe.evaluation.sanity import curve_flag
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["PRESETS", "SPLITS", "assess", "draw"]
@@ -45,7 +45,7 @@ SPLITS = ("train", "val", "test")
 PRESETS = {
     "quick": "clean, and eval.attack (PGD-20 unless set otherwise)",
     "standard": "quick, and AutoAttack standard",
-    "moe": "quick, and experts, router and routing under attack, and an error curve over 20 radii",
+    "moe": "quick, an error curve over 20 radii, and of a mixture of experts: experts, router and routing under attack",
 }
 
 
@@ -58,6 +58,7 @@ def assess(
     split: str = "test",
     count: int | None = None,
     resume: bool = False,
+    beside: Sequence[str | Path] = (),
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a checkpoint, or a run folder's best one: (results, the file they are in).
@@ -74,12 +75,15 @@ def assess(
             :data:`~robust_moe.engine.experiment.EVALUATION`.
         split: ``"test"``, ``"val"`` (held out of the training images) or ``"train"``.
         count: only so many images, the first of every class; their random starts stay the same. None: all.
-        resume: go on with the journal that is there, and do nothing where the evaluation is finished already.
+        resume: go on with the journal that is there, and do nothing where the evaluation is finished already (but draw
+            its report again, if there are results to be shown ``beside``).
+        beside: result files of other models, which the report shows beside this one.
 
     Raises:
         CheckpointError, ConfigError, DataError: what cannot be read or does not fit.
         ResumeError: a journal of another model, other data or other settings.
         FloatingPointError: NaN in a logit or an attack's gradient.
+        ValueError: one of ``beside`` is no result file.
     """
     if split not in SPLITS:
         raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -87,13 +91,12 @@ def assess(
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     if count is not None and count < 1:
         raise ConfigError(f"n: expected a count >= 1, got {count}")
+    others = _named_results([Path(other) for other in beside])
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
     whole = getattr(splits, split)
     if len(whole) == 0:
         raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
-    if preset == "moe" and not moe_layers(model):
-        raise ConfigError("preset: expected a model with mixture-of-experts layers for 'moe', got a dense one")
     file = checkpoint_file(checkpoint)
     index = whole.head_index(len(whole) if count is None else count)
     named = _result_file(file, config, split, preset, count, state["position"])
@@ -103,6 +106,9 @@ def assess(
         finished = evaluation.finished(path) if resume else None
         if finished is not None:
             reporter.line(f"{path}: finished already; --fresh evaluates again")
+            if others:
+                with np.load(samples_file(path)) as samples:
+                    write_report(finished, samples, path.with_suffix(".html"), others)
             return finished, path
         with open(file, "rb") as stream:
             checksum = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -114,7 +120,7 @@ def assess(
             checkpoint={"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
         )
         results = write_results(results, samples, path)
-        write_report(results, samples, path.with_suffix(".html"))
+        write_report(results, samples, path.with_suffix(".html"), others)
         journal.remove()
     return results, path
 
@@ -136,7 +142,7 @@ class _Evaluation:
         self.preset, self.reporter, self.seed = preset, reporter, config.eval_seed
         self.eps = parse_fraction(attack.eps, "eval.attack.eps")
         version = "standard" if preset == "standard" else None
-        self.stages = plan(attack.name, build_attack(attack, seed=self.seed), version, self.seed)
+        self.stages = plan(attack.name, build_attack(attack, seed=self.seed, key="eval.attack"), version, self.seed)
         self.settings = {"eps": str(self.eps), "norm": attack.norm, "preset": preset, "seed": self.seed}
         self.identity = identity(
             model, images.images, images.labels, self.stages, {**self.settings, "batch_size": self.config.batch_size}
@@ -145,15 +151,13 @@ class _Evaluation:
     def finished(self, path: Path) -> dict[str, Any] | None:
         """The content of ``path`` if it is this evaluation's and all that belongs to it is there."""
         report = path.with_suffix(".html")
-        if not (path.is_file() and samples_file(path).is_file() and report.is_file()):
-            return None
-        if path.with_suffix(".journal").is_file():
+        if not (samples_file(path).is_file() and report.is_file()) or path.with_suffix(".journal").is_file():
             return None
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
+            results = read_results(path)
         except ValueError:
             return None
-        return results if isinstance(results, dict) and results.get("identity") == self.identity else None
+        return results if results.get("identity") == self.identity else None
 
     def run(
         self, journal: Journal, model: dict[str, Any], data: dict[str, Any], checkpoint: dict[str, Any]
@@ -174,9 +178,9 @@ class _Evaluation:
         )
         moe = curve = None
         if self.preset == "moe":
-            moe, curve, seconds = self._moe(journal)
+            moe, curve = self._moe(journal), self._curve(journal)
             flags = [*suite.flags, curve_flag(curve, len(self.images))]
-            suite = dataclasses.replace(suite, flags=flags, seconds=suite.seconds + seconds)
+            suite = dataclasses.replace(suite, flags=flags, seconds=journal.seconds)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         classes = list(self.images.class_names)
         results = make_results(
@@ -190,47 +194,42 @@ class _Evaluation:
         )
         return results, make_samples(suite)
 
-    def _moe(self, journal: Journal) -> tuple[dict[str, Any], dict[str, Any], float]:
-        """(measures of the experts, error curve, seconds); each of the two is one entry of the journal."""
+    def _moe(self, journal: Journal) -> dict[str, Any] | None:
+        """Measures of the experts; None, and a line that says so, for a dense model."""
+        if not moe_layers(self.model):
+            self.reporter.line("the model is dense: no experts, router or routing to measure")
+            return None
+        alpha = self.config.attack.alpha
+        step = None if alpha is None else float(parse_fraction(alpha))
+        return evaluate_moe(self.model, eps=float(self.eps), alpha=step, **self._study(journal))
+
+    def _curve(self, journal: Journal) -> dict[str, Any]:
+        return error_curve(self.model, eps_values=curve_radii(self.eps), **self._study(journal))
+
+    def _study(self, journal: Journal) -> dict[str, Any]:
+        """What the studies of the preset ``moe`` have in common."""
         attack = self.config.attack
-        pixels = self.images.images / torch.tensor(255.0)  # as the batches of training
-        how = {"norm": attack.norm, "steps": attack.steps, "seed": self.seed, "batch_size": self.config.batch_size}
-        alpha = None if attack.alpha is None else float(parse_fraction(attack.alpha))
-        measures: dict[str, Callable[..., dict[str, Any]]] = {
-            "mixture of experts": lambda **more: evaluate_moe(
-                self.model, pixels, self.images.labels, self.index, eps=float(self.eps), alpha=alpha, **how, **more
-            ),
-            "error curve": lambda **more: error_curve(
-                self.model, pixels, self.images.labels, self.index, **how, **more
-            ),
+        return {
+            "images": self.images,
+            "labels": self.images.labels,
+            "index": self.index,
+            "norm": attack.norm,
+            "steps": attack.steps,
+            "seed": self.seed,
+            "batch_size": self.config.batch_size,
+            "journal": journal,
+            "task": self.reporter.task,
         }
-        known = []
-        for name, measure in measures.items():
-            if journal.get(name) is None:
-                began = time.perf_counter()
-                with _relayed(self.reporter, name) as on_progress:
-                    found = measure(on_progress=on_progress)
-                journal.put(name, {"found": found, "seconds": time.perf_counter() - began})
-            known.append(journal.get(name))
-        moe, curve = (each["found"] for each in known)
-        return moe, curve, sum(each["seconds"] for each in known)
 
 
-@contextmanager
-def _relayed(reporter: Reporter, name: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress told as (done so far, in all)."""
-    with ExitStack() as stack:
-        task: list[Any] = []
-        before = 0
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal before
-            if not task:
-                task.append(stack.enter_context(reporter.task(name, total)))
-            task[0](done - before)
-            before = done
-
-        yield on_progress
+def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, content) of result files: that of the folder, and where several are in it, of the file too."""
+    folders = [path.resolve().parent.name for path in paths]
+    names = [
+        folder if folders.count(folder) == 1 else f"{folder}/{path.stem}"
+        for folder, path in zip(folders, paths, strict=True)
+    ]
+    return [(name, read_results(path)) for name, path in zip(names, paths, strict=True)]
 
 
 def _result_file(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock
+from whole_networks import Networks
 
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
 from robust_moe_kernels.modules import (
@@ -25,27 +26,8 @@ from robust_moe_kernels.modules import (
     last_routes,
     rerouted,
 )
-from robust_moe_kernels.ops.permute import combine, dispatch
-from robust_moe_kernels.ops.routing import Route
 
 B, E, C = 6, 4, 8
-
-
-class Networks(nn.Module):
-    """Whole networks as experts: what :class:`MoELayer` asks of its experts, and no more."""
-
-    def __init__(self, networks: list[nn.Module], in_channels: int) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.num_experts, self.in_channels = len(networks), in_channels
-
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        return self.networks[expert](x)
-
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        segments = dispatch(x, route).split(route.counts.tolist())
-        rows = [network(rows) for network, rows in zip(self.networks, segments, strict=True)]
-        return combine(torch.cat(rows), route, weights)
 
 
 def networks(top_k: int = 2, experts: int = E, **options) -> MoELayer:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,24 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
     return make
 
 
+@pytest.fixture
+def state_of() -> Callable[[nn.Module], dict[str, object]]:
+    """``state_of(model)``: all that an attack has to leave as it found it; equal where nothing changed."""
+    # not before tests/kernels/conftest.py has told Triton how to run
+    from robust_moe_kernels.modules import moe_layers
+
+    def state(model: nn.Module) -> dict[str, object]:
+        return {
+            "training": [module.training for module in model.modules()],
+            "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+            "grad": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+            "values": {key: value.tolist() for key, value in model.state_dict().items()},
+            "routing": [(id(layer.routing), layer.reroute, layer.fixed_expert) for layer in moe_layers(model).values()],
+        }
+
+    return state
+
+
 class Victim(NamedTuple):
     """A network and images that it was not trained on."""
 
@@ -81,3 +100,23 @@ def victim() -> Victim:
                 F.cross_entropy(model(attacked), y).backward()
                 optimizer.step()
     return Victim(model.eval().requires_grad_(False), images[1400:1496], labels[1400:1496])
+
+
+@pytest.fixture(scope="session")
+def samples_of() -> Callable[..., dict[str, np.ndarray]]:
+    """``samples_of(count=3, channels=3, size=8)``: examples that change by 0.03 everywhere; the third is seen as a
+    class that a data set of three has no name for."""
+
+    def make(count: int = 3, channels: int = 3, size: int = 8) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        clean = rng.uniform(0.2, 0.8, (count, channels, size, size)).astype(np.float32)
+        return {
+            "examples/index": np.arange(count) * 10,
+            "examples/label": np.arange(count),
+            "examples/prediction": np.array([0, 0, 2])[:count],
+            "examples/adversarial_prediction": np.arange(count) + 1,
+            "examples/clean": clean,
+            "examples/adversarial": clean + rng.choice([-0.03, 0.03], clean.shape).astype(np.float32),
+        }
+
+    return make

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD, attack_mode, build_attack
-from robust_moe.config import AttackConfig, ConfigError
+from robust_moe.attacks import ATTACKS, PGD, Attack, attack_mode, build_attack
+from robust_moe.config import AttackConfig, ConfigError, TrainConfig
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import FusedBlockMoE, balance_loss, replace_blocks
 
@@ -124,43 +125,24 @@ def test_exact_pass_counts(network, restarts, steps):
     assert attack.passes == (network.forwards, network.backwards)
 
 
-def state(model: nn.Module) -> dict:
-    return {
-        "training": [module.training for module in model.modules()],
-        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-    }
-
-
-def assert_same_state(before: dict, after: dict) -> None:
-    assert before["training"] == after["training"]
-    assert before["requires_grad"] == after["requires_grad"]
-    for old, new in zip(before["grad"], after["grad"], strict=True):
-        assert (old is None) == (new is None)
-        assert old is None or torch.equal(old, new)
-    for name, value in before["state"].items():
-        assert torch.equal(value, after["state"][name]), name
-
-
-def test_the_model_comes_back_exactly_as_found(network):
+def test_the_model_comes_back_exactly_as_found(network, state_of):
     network.train()
     network.bn.eval()  # a frozen BN inside a training model
     network.fc.weight.requires_grad_(False)  # a frozen layer
     network.conv.weight.grad = torch.ones_like(network.conv.weight)
     x, y = batch()
-    before = state(network)
+    before = state_of(network)
     PGD(8 / 255, 3, restarts=2)(network, x, y)
-    assert_same_state(before, state(network))
+    assert state_of(network) == before
 
 
-def test_the_model_comes_back_after_an_error_inside_it(network):
+def test_the_model_comes_back_after_an_error_inside_it(network, state_of):
     network.train()
     network.bn.eval()
-    before = state(network)
+    before = state_of(network)
     with pytest.raises(RuntimeError, match="channels"), attack_mode(network):
         network(torch.rand(1, 3, 6, 6))
-    assert_same_state(before, state(network))
+    assert state_of(network) == before
 
 
 def test_no_weight_gradient_is_computed(network):
@@ -274,7 +256,7 @@ def test_zero_radius_and_zero_steps_return_a_copy(network):
     assert PGD(0.1, 2)(network, x[:0], y[:0]).shape == (0, 2, 6, 6)
 
 
-def test_through_a_routed_block():
+def test_through_a_routed_block(state_of):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), BasicBlock(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
@@ -283,9 +265,9 @@ def test_through_a_routed_block():
     assert isinstance(model[1], FusedBlockMoE)
     model.train()
     x, y = batch(16)
-    before = state(model)
+    before = state_of(model)
     got = PGD(0.1, 4)(model, x, y)
-    assert_same_state(before, state(model))
+    assert state_of(model) == before
     model.eval()
     with torch.no_grad():
         assert F.cross_entropy(model(got), y) > F.cross_entropy(model(x), y)
@@ -372,14 +354,14 @@ X, Y = batch(4)
         ((X, Y, torch.arange(4.0)), ["sample_index:", "int64", "float32"]),
     ],
 )
-def test_bad_inputs_name_argument_expected_and_got(network, arguments, words):
+def test_bad_inputs_name_argument_expected_and_got(network, arguments, words, state_of):
     network.train()
-    before = state(network)
+    before = state_of(network)
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         PGD(0.1, 1)(network, *arguments)
     for word in words:
         assert word in str(error.value)
-    assert_same_state(before, state(network))
+    assert state_of(network) == before
 
 
 def test_model_that_gives_no_logits_is_refused():
@@ -427,3 +409,56 @@ def test_built_attack_has_the_configured_settings():
     assert (attack.seed, attack.mode, attack.steps, attack.random_start) == (5, "train", 3, True)
     with pytest.raises(ConfigError, match=r"attack.name: expected one of pgd, .*, got 'pdg'; did you mean 'pgd'"):
         build_attack(AttackConfig(name="pdg"))
+
+
+SETTINGS = {  # one that is nobody's default
+    "steps": 3,
+    "alpha": "1/255",
+    "random_start": False,
+    "restarts": 2,
+    "loss": "margin",
+    "eot_iter": 4,
+    "graph": False,
+}
+USED = {
+    "pgd": {"steps", "alpha", "random_start", "restarts", "loss", "eot_iter", "graph"},
+    "fgsm": {"loss", "eot_iter", "graph"},
+    "apgd-ce": {"steps", "restarts", "eot_iter"},
+    "apgd-dlr": {"steps", "restarts", "eot_iter"},
+    "apgd-t": {"steps", "restarts", "eot_iter"},
+    "fab": {"steps", "restarts"},
+    "fab-t": {"steps", "restarts"},
+    "square": {"steps", "restarts"},
+    "autoattack": {"steps", "restarts"},
+}
+
+
+def built_with(attack: Attack, setting: str) -> object:
+    values = {"alpha": "alpha", "loss": "loss_name"}
+    if setting == "graph":
+        return attack.graphs.graph
+    return getattr(attack, values.get(setting, setting))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_setting_reaches_the_attack_or_is_refused(name, setting):
+    config = AttackConfig(name=name, eps="8/255", **{setting: SETTINGS[setting]})
+    if setting in USED[name]:
+        expected = 1 / 255 if setting == "alpha" else SETTINGS[setting]
+        assert built_with(build_attack(config), setting) == expected
+        return
+    with pytest.raises(ConfigError) as error:
+        build_attack(config, key="eval.attack")
+    default = {"alpha": "null", "random_start": "true", "graph": '"auto"', "loss": '"ce"'}
+    expected = default.get(setting, {"steps": "7"}.get(setting, "1"))
+    assert str(error.value) == (
+        f"eval.attack.{setting}: expected {expected} for {name!r}, which has no such setting, got {SETTINGS[setting]!r}"
+    )
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_defaults_of_every_section_fit_every_attack(name):
+    config = TrainConfig()
+    for section in (config.method.attack, config.eval.attack):
+        assert build_attack(dataclasses.replace(section, name=name)).eps == 8 / 255

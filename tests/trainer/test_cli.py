@@ -186,8 +186,53 @@ KILLED = """
 """
 
 
+def keys(journal):
+    """Of all entries of a journal's file but the one that was being written."""
+    return [json.loads(line[9:])["key"] for line in journal.splitlines()[1:-1]]
+
+
+def killed_at(puts, *arguments):
+    """Run the command until it has begun to write its journal's entry of that number, and kill it then."""
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(puts), *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The keys of all that this process puts into journals."""
+    found = []
+    real = Journal.put
+    monkeypatch.setattr(Journal, "put", lambda self, key, result: (found.append(key), real(self, key, result))[1])
+    return found
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
-def test_a_killed_evaluation_goes_on_to_the_same_result(config, tmp_path, monkeypatch):
+def test_killed_amid_the_experts_only_the_batch_in_hand_is_done_again(config, tmp_path, kept):
+    assert run("train", config, "run.epochs=12", "method.name=standard").exit_code == 0
+    options = ("--preset", "moe", "--n", 20, "--batch-size", 8, "eval.attack.eps=0.02")
+    whole, killed = tmp_path / "whole" / "results.json", tmp_path / "killed" / "results.json"
+    kept.clear()  # training ends with an evaluation
+    done = run("eval", tmp_path / "run", *options, "--out", whole)
+    assert done.exit_code == 0, done.output
+    every = list(kept)
+    first, second = every.index("moe/ra_e/1"), every.index("curve/eps 11/255/0")
+    for puts in (first + 1, second - first + 1):  # the second session begins with the batch that the first one lost
+        killed_at(puts, "eval", tmp_path / "run", *options, "--out", killed)
+    before = keys(killed.with_name("results.journal").read_bytes())
+    assert before == every[:second]
+    kept.clear()
+    done = run("eval", tmp_path / "run", *options, "--out", killed)
+    assert done.exit_code == 0, done.output
+    assert kept == every[second:]  # with the batch of the second kill, and no other
+    one, other = (without_times(json.loads(path.read_text())) for path in (whole, killed))
+    assert one == other
+    assert one["moe"] is not None
+    assert one["curve"] is not None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_a_killed_evaluation_goes_on_to_the_same_result(config, tmp_path, kept):
     assert run("train", config, "run.epochs=12", "method.name=standard").exit_code == 0
     folder = tmp_path / "run"
     attack = ("eval.attack.name=autoattack", "eval.attack.steps=4", "eval.attack.eps=0.02")
@@ -199,17 +244,12 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(config, tmp_path, monkey
         assert name in done.output
     assert "AutoAttack, Linf eps = 1/50" in done.output
 
-    arguments = [str(item) for item in ("eval", folder, *options, "--out", killed)]
-    for at in (7, 2):  # in an attack, and then at the second batch of the session after that
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(at), *arguments]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
-        )
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    for puts in (7, 2):  # in an attack, and then at the second batch of the session after that
+        killed_at(puts, "eval", folder, *options, "--out", killed)
     assert [item.name for item in killed.parent.iterdir()] == ["results.journal"]
     journal = killed.with_name("results.journal").read_bytes()
     assert not journal.endswith(b"\n")
-    before = [json.loads(line[9:])["key"] for line in journal.splitlines()[1:-1]]
+    before = keys(journal)
     assert len(before) == 7  # six of the first session, one of the second
 
     wrong = run("eval", folder, *options, "eval.attack.eps=0.2", "--out", killed)
@@ -220,9 +260,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(config, tmp_path, monkey
     assert "data: '" in wrong.stderr
     assert killed.with_name("results.journal").read_bytes() == journal
 
-    kept = []
-    real = Journal.put
-    monkeypatch.setattr(Journal, "put", lambda self, key, result: (kept.append(key), real(self, key, result))[1])
+    kept.clear()
     done = run("eval", folder, *options, "--out", killed)
     assert done.exit_code == 0, done.output
     assert kept
@@ -281,9 +319,77 @@ def test_eval_writes_what_the_contract_says(config, tmp_path):
         wrong = samples["adversarial_prediction/pgd"] != samples["label"]
         np.testing.assert_array_equal(samples["broken/pgd"], wrong & samples["attacked/pgd"])
         assert samples["examples/clean"].shape[1:] == (1, 8, 8)
-    dense = run("eval", tmp_path / "run", "--preset", "all")
-    assert dense.exit_code == 2
-    assert "preset: expected one of quick, standard, moe, got 'all'" in dense.stderr
+    assert results["curve"]["eps"] == pytest.approx([level / 200 for level in range(1, 21)])  # up to eps itself
+    other = run("eval", tmp_path / "run", "--preset", "all")
+    assert other.exit_code == 2
+    assert "preset: expected one of quick, standard, moe, got 'all'" in other.stderr
+
+
+def test_the_moe_preset_on_a_dense_model_is_its_curve(config, tmp_path):
+    assert run("train", config, "model.moe.layers=[]").exit_code == 0
+    out = tmp_path / "out" / "results.json"
+    done = run("eval", tmp_path / "run", "--preset", "moe", "--n", 20, "--out", out, "eval.attack.eps=8/255")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("the model is dense: no experts, router or routing to measure\n") == 1
+    results = json.loads(out.read_text())
+    assert (results["moe"], results["routing"], results["preset"]) == (None, {}, "moe")
+    assert [attack["name"] for attack in results["attacks"]] == ["pgd"]
+    assert results["curve"]["eps"] == pytest.approx([level / 255 for level in range(1, 21)])
+    assert "monotone_curve" in {flag["name"] for flag in results["flags"]}
+    page = out.with_suffix(".html").read_text()
+    assert 'id="curve"' in page
+    assert "the model is dense, it has none" in page
+
+
+def test_results_of_other_models_are_shown_beside(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    folder, out = tmp_path / "run", tmp_path / "out" / "results.json"
+    twins = [tmp_path / name for name in ("twin/results.json", "other/results-a.json", "other/results-b.json")]
+    for twin in twins:
+        twin.parent.mkdir(exist_ok=True)
+        twin.write_bytes((folder / "results.json").read_bytes())
+    beside = [item for twin in twins for item in ("--beside", twin)]
+    for finished in (False, True):  # then the report alone is drawn again
+        options = ("--out", out, *(beside if finished else beside[:2]))
+        done = run("eval", folder, *options)
+        assert done.exit_code == 0, done.output
+        assert ("finished already" in done.output) == finished
+        page = out.with_suffix(".html").read_text()
+        names = ["twin", "other/results-a", "other/results-b"]
+        assert [f'scope="row">{name}</th>' in page for name in names] == [True, finished, finished]
+        label = page.partition('aria-label="Clean against robust accuracy.')[2].partition('"')[0]
+        assert [f"{name}: clean " in label for name in names] == [True, finished, finished]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "found nothing"),
+        ("{", "got something that is no JSON"),
+        ("\udcff", "got something that is no JSON"),
+        ("[1]", "got other JSON"),
+        ('{"a": 1}', "got other JSON"),
+        ('{"format": 1}', "of format 2, got format 1; evaluate again"),
+        ('{"format": 2, "model": {}, "data": {}, "count": 1}', "got one without eps, norm, attacks, clean"),
+    ],
+)
+def test_what_is_no_result_file_is_not_shown_beside(tmp_path, content, words):
+    other = tmp_path / "other.json"
+    if content is not None:
+        other.write_bytes(content.encode(errors="surrogateescape"))
+    done = run("eval", tmp_path / "no checkpoint", "--beside", other)  # it is looked at first
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {other}: expected a result file (JSON) of robust-moe eval")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_setting_that_the_attack_has_not_is_refused(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    done = run("eval", tmp_path / "run", "eval.attack.name=square", "eval.attack.loss=margin")
+    assert done.exit_code == 2
+    words = "error: eval.attack.loss: expected \"ce\" for 'square', which has no such setting, got 'margin'\n"
+    assert done.stderr == words
 
 
 def test_env_names_every_op_and_implementation():

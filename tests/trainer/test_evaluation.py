@@ -316,5 +316,8 @@ def test_table_of_attacks_and_flags():
     flag = {"name": "probabilities", "raised": False, "message": "the outputs", "value": 0.5}
     (line,) = flag_lines({"flags": [flag]})
     assert line.plain == "sanity checks: none of 1 raised"
+    skipped = {**flag, "name": "square_stronger", "message": "not measured: no Square", "value": None}
+    (line,) = flag_lines({"flags": [flag, skipped]})
+    assert line.plain == "sanity checks: none of 1 raised; not measured: square_stronger"
     (line,) = flag_lines({"flags": [flag, {**flag, "raised": True}]})
     assert line.plain == "WARNING probabilities: the outputs"

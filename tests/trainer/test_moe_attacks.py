@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from whole_networks import Networks, linear
+from wrapped_models import Counting
 
 from robust_moe.attacks import PGD, ExpertPGD, JointPGD, RouterPGD
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.moe import router_margin
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import FusedConvMoE, MoELayer, SwapTop, moe_layers, replace_blocks, rerouted
-from robust_moe_kernels.ops.permute import combine, dispatch
-from robust_moe_kernels.ops.routing import Route
 
 ATTACKS: dict[str, Callable[..., PGD]] = {"ra_e": ExpertPGD, "ra_r": RouterPGD, "joint": JointPGD}
 EPS = {"Linf": 0.1, "L2": 0.6}
@@ -26,31 +26,6 @@ EPS = {"Linf": 0.1, "L2": 0.6}
 @pytest.fixture(params=ATTACKS)
 def attack(request) -> Callable[..., PGD]:
     return ATTACKS[request.param]
-
-
-class Networks(nn.Module):
-    """Whole networks as experts of a layer, run by segments."""
-
-    def __init__(self, networks: list[nn.Module], in_channels: int) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.num_experts, self.in_channels = len(networks), in_channels
-
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        return self.networks[expert](x)
-
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        segments = dispatch(x, route).split(route.counts.tolist())
-        rows = [network(rows) for network, rows in zip(self.networks, segments, strict=True)]
-        return combine(torch.cat(rows), route, weights)
-
-
-def linear(*weights: list[float]) -> nn.Sequential:
-    """An affine function of an image's two pixels (a, b), a row a logit: [of a, of b, bias]."""
-    layer = nn.Linear(2, len(weights))
-    table = torch.tensor(weights, dtype=torch.float32)
-    layer.weight.data, layer.bias.data = table[:, :2].clone(), table[:, 2].clone()
-    return nn.Sequential(nn.Flatten(), layer)
 
 
 def two_experts(top_k: int = 1, **options) -> MoELayer:
@@ -300,16 +275,6 @@ def network(top_k: int = 2, experts: int = 3) -> nn.Module:
     return model
 
 
-def state(model: nn.Module) -> dict[str, object]:
-    return {
-        "training": [module.training for module in model.modules()],
-        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "grad": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        "values": {key: value.tolist() for key, value in model.state_dict().items()},
-        "routing": [(id(layer.routing), layer.reroute, layer.fixed_expert) for layer in moe_layers(model).values()],
-    }
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", EPS)
 def test_in_the_ball_and_the_box(attack, norm, dtype):
@@ -326,16 +291,16 @@ def test_in_the_ball_and_the_box(attack, norm, dtype):
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_the_model_and_the_inputs_stay_as_they_were(attack, fails):
+def test_the_model_and_the_inputs_stay_as_they_were(attack, fails, state_of):
     model = network()
     x, y = images(dtype=torch.float32)
-    before, generator = state(model), torch.get_rng_state()
+    before, generator = state_of(model), torch.get_rng_state()
     if fails:
         with pytest.raises(ValueError, match="y: expected labels below 5"):
             attack(0.1, 2)(model, x, y + 3)
     else:
         attack(0.1, 2)(model, x, y)
-    assert state(model) == before
+    assert state_of(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.equal(x, images(dtype=torch.float32)[0])
 
@@ -365,27 +330,16 @@ def test_independent_of_batch_size_and_order(attack, norm, restarts):
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
 
 
-class Counted(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.forwards = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.forwards += 1
-        return self.model(x)
-
-
 @pytest.mark.parametrize(
     ("settings", "passes"), [({}, (6, 5)), ({"restarts": 2}, (13, 10)), ({"eot_iter": 3}, (16, 15))]
 )
 def test_passes(attack, settings, passes):
-    model = Counted(network())
+    model = Counting(network())
     made = attack(0.1, 5, **settings)
     x, y = images(dtype=torch.float32)
     made.craft(model, x, y)
     assert made.passes == passes
-    assert model.forwards == passes[0]
+    assert model.calls == passes[0]
 
 
 @pytest.mark.parametrize(("top_k", "experts"), [(1, 1), (1, 3), (3, 3)])

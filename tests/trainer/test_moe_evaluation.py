@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from whole_networks import Networks, linear
+from wrapped_models import Counting, Noisy
 
 from robust_moe.data import ImageSet
-from robust_moe.evaluation.curve import CURVE_EPS, error_curve
-from robust_moe.evaluation.moe import RANDOM_POINTS, evaluate_moe
-from robust_moe.evaluation.results import wilson_interval
+from robust_moe.evaluation import Journal, curve_radii, error_curve, evaluate_moe, wilson_interval
+from robust_moe.evaluation.moe import RANDOM_POINTS
 from robust_moe.evaluation.routing_measures import (
     disagreement,
     expert_sets,
@@ -30,33 +34,6 @@ from robust_moe_kernels.modules import (
     replace_blocks,
     rerouted,
 )
-from robust_moe_kernels.ops.permute import combine, dispatch
-from robust_moe_kernels.ops.routing import Route
-
-
-class Networks(nn.Module):
-    """Whole networks as experts of a layer, run by segments."""
-
-    def __init__(self, networks: list[nn.Module], in_channels: int) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.num_experts, self.in_channels = len(networks), in_channels
-
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        return self.networks[expert](x)
-
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        segments = dispatch(x, route).split(route.counts.tolist())
-        rows = [network(rows) for network, rows in zip(self.networks, segments, strict=True)]
-        return combine(torch.cat(rows), route, weights)
-
-
-def linear(*weights: list[float]) -> nn.Sequential:
-    """An affine function of an image's two pixels (a, b), a row a logit: [of a, of b, bias]."""
-    layer = nn.Linear(2, len(weights))
-    table = torch.tensor(weights, dtype=torch.float32)
-    layer.weight.data, layer.bias.data = table[:, :2].clone(), table[:, 2].clone()
-    return nn.Sequential(nn.Flatten(), layer)
 
 
 def two_experts(top_k: int = 1) -> MoELayer:
@@ -370,14 +347,83 @@ def test_image_sets_bytes_and_floats_alike():
     assert evaluate_moe(model, pixels, y, index, **SETTINGS) == expected
 
 
-def test_progress_ends_at_all_images():
+class Told:
+    """What progress was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[list] = []  # (title, images, of them done), and the images done after each batch
+
+    @contextmanager
+    def __call__(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        self.stages.append([(what, total, done)])
+        yield lambda advance=1, note=None: self.stages[-1].append(advance)
+
+
+def test_progress_names_every_stage():
     model = network()
-    seen: list[tuple[int, int]] = []
-    evaluate_moe(model, *labelled(model), **SETTINGS, batch_size=5, on_progress=lambda *now: seen.append(now))
-    total = 13 * (5 + 2 * (3 + 3))  # attacks; of two layers three experts and three protocols
-    assert seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert {whole for _, whole in seen} == {total}
+    told = Told()
+    evaluate_moe(model, *labelled(model), **SETTINGS, batch_size=5, task=told)
+    stages = 1 + 5 + 1 + 2 * (3 + 3)  # clean, attacks, random points; of two layers three experts and three protocols
+    assert [stage[1:] for stage in told.stages] == [[5, 5, 3]] * stages
+    titles, totals, done = zip(*(stage[0] for stage in told.stages), strict=True)
+    assert (set(totals), set(done)) == ({13}, {0})
+    assert [title.partition(":")[0] for title in titles] == [f"moe {at}/{stages}" for at in range(1, stages + 1)]
+    assert titles[1] == f"moe 2/{stages}: ra"
+    assert len({title.partition(": ")[2] for title in titles}) == stages
+
+
+def test_progress_of_the_curve():
+    told = Told()
+    error_curve(linear([-10, 0, 5], [10, 0, -5]), *points(), eps_values=[0.01, "8/255"], steps=1, task=told)
+    assert told.stages == [[("curve 1/2: eps 1/100", 5, 0), 5], [("curve 2/2: eps 8/255", 5, 0), 5]]
+
+
+# --- gone on with after a kill ------------------------------------------------------------------------------------
+
+
+def moe_study(model: nn.Module, **settings) -> dict:
+    return evaluate_moe(model, *labelled(network()), **SETTINGS, batch_size=5, **settings)
+
+
+def curve_study(model: nn.Module, **settings) -> dict:
+    return error_curve(model, *labelled(network()), eps_values=[0.01, 0.03], steps=3, batch_size=5, **settings)
+
+
+@pytest.mark.parametrize("study", [moe_study, curve_study])
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.95])
+def test_stopped_anywhere_it_goes_on_and_repeats_one_batch_at_most(tmp_path, study, place):
+    model = network()
+    whole_model = Counting(model)
+    whole = study(whole_model)
+    stopped, rest, idle = Counting(model, max(2, int(place * whole_model.calls))), Counting(model), Counting(model)
+    with pytest.raises(KeyboardInterrupt):
+        study(stopped, journal=Journal(tmp_path / "a", {}))
+    told = Told()
+    assert study(rest, journal=Journal(tmp_path / "a", {}), task=told) == whole
+    again = stopped.images + rest.images - whole_model.images - 1  # one image shows the number of classes
+    assert 0 <= again <= 5 * 12  # of a batch: look, clean gradient or attack, and imposed routes
+    assert sum(done + sum(new) for (_, _, done), *new in told.stages) == 13 * len(told.stages)
+    assert study(idle, journal=Journal(tmp_path / "a", {})) == whole
+    assert idle.images == 1
+
+
+def test_a_journal_keeps_its_seconds(tmp_path):
+    journal = Journal(tmp_path / "a", {})
+    curve_study(network(), journal=journal)
+    assert journal.seconds > 0
+    assert Journal(tmp_path / "a", {}).seconds == journal.seconds
+
+
+def test_a_random_model_draws_the_same_when_resumed(tmp_path):
+    whole = curve_study(Noisy(network()))
+    torch.manual_seed(123)
+    stopped = Counting(Noisy(network()), 20)
+    with pytest.raises(KeyboardInterrupt):
+        curve_study(stopped, journal=Journal(tmp_path / "a", {}))
+    assert curve_study(Noisy(network()), journal=Journal(tmp_path / "a", {})) == whole
+
+
+# --- what cannot be evaluated -------------------------------------------------------------------------------------
 
 
 def test_models_that_it_cannot_evaluate_are_refused():
@@ -391,6 +437,38 @@ def test_models_that_it_cannot_evaluate_are_refused():
     model.fixed_expert = None
     with rerouted(model, AllExperts()), pytest.raises(ValueError, match="expected its gate to decide"):
         evaluate_moe(model, *inputs, **SETTINGS)
+
+
+def test_whole_networks_mixed_softly():
+    """Two experts an image, on images and returning logits: the shares are those of the model written out."""
+    model, x, _ = mixture()
+    model = MoELayer(model.gate, model.experts, 2).double().eval()
+    with torch.no_grad():
+        scores, indices = model.gate(x).softmax(1).topk(2, dim=1)
+        outputs = torch.stack([expert(x) for expert in model.experts.networks], 1)
+        picked = outputs.gather(1, indices[:, :, None].expand(-1, -1, 5))
+        y = (scores[:, :, None] * picked).sum(1).argmax(1)
+        alone = outputs.argmax(2) == y[:, None]
+    y[0] = (y[0] + 1) % 5
+    alone[0] = (outputs.argmax(2) == y[:, None])[0]
+    found = evaluate_moe(model, x, y, torch.arange(6), eps=0.0, steps=2)
+    assert {found[name] for name in ("sa", "ra", "ra_e", "ra_r", "joint", "union")} == {5 / 6}
+    layer = found["layers"]["model"]
+    assert [row["clean"] for row in layer["single_experts"]] == pytest.approx(alone.double().mean(0).tolist())
+    first = torch.nn.functional.one_hot(indices[:, 0], 3).double().mean(0)
+    assert layer["first"]["clean"] == pytest.approx(first.tolist())
+    attacked = evaluate_moe(model, x, y, torch.arange(6), eps=0.5, steps=5)
+    assert attacked["ra"] < 5 / 6
+    assert attacked["union"] <= min(attacked[name] for name in ("ra", "ra_e", "ra_r", "joint", "transfer"))
+
+
+@pytest.mark.parametrize("count", [1, 13])
+def test_one_image_and_the_last_batch_of_one(count):
+    model = network()
+    inputs = [tensor[:count] for tensor in labelled(model)]
+    whole = evaluate_moe(model.double(), inputs[0].double(), *inputs[1:], **SETTINGS)
+    ones = evaluate_moe(model, inputs[0].double(), *inputs[1:], **SETTINGS, batch_size=1 if count == 1 else 12)
+    assert (ones["sa"], ones["ra"], ones["union"]) == (whole["sa"], whole["ra"], whole["union"])
 
 
 def test_nan_stops_the_evaluation():
@@ -428,7 +506,6 @@ def test_the_curve_of_a_linear_model():
     x = torch.stack([0.5 + distances, torch.full((5,), 0.3)], 1).view(-1, 1, 1, 2)
     y, index = torch.ones(5, dtype=torch.int64), torch.arange(5)
     found = error_curve(model, x, y, index, steps=5)
-    assert found["eps"] == [float(eps) for eps in CURVE_EPS]
     assert found["eps"] == pytest.approx([level / 255 for level in range(1, 21)])
     assert found["robust"] == [(distances > eps).double().mean().item() for eps in found["eps"]]
     assert found["attack"]["steps"] == 5
@@ -439,10 +516,16 @@ def test_the_curve_of_a_linear_model():
 def test_the_curve_of_a_mixture_is_its_attack_at_each_radius():
     model = network()
     inputs = labelled(model)
-    seen: list[tuple[int, int]] = []
-    curve = error_curve(
-        model, *inputs, eps_values=[0.01, 0.03], steps=3, on_progress=lambda *now: seen.append(now), seed=2
-    )
+    curve = error_curve(model, *inputs, eps_values=[0.01, 0.03], steps=3, seed=2)
     expected = [evaluate_moe(model, *inputs, eps=eps, steps=3, seed=2)["ra"] for eps in (0.01, 0.03)]
     assert curve["robust"] == expected
-    assert seen == [(13, 26), (26, 26)]
+
+
+@pytest.mark.parametrize(
+    ("eps", "last"),
+    [("8/255", Fraction(20, 255)), ("20/255", Fraction(20, 255)), (0.1, Fraction(1, 10)), ("0.5", Fraction(1, 2))],
+)
+def test_the_radii_of_a_curve_reach_20_255_and_the_attacks_own(eps, last):
+    radii = curve_radii(eps)
+    assert radii == tuple(last * level / 20 for level in range(1, 21))
+    assert curve_radii("8/255") == curve_radii() == tuple(Fraction(level, 255) for level in range(1, 21))

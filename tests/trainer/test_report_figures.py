@@ -24,20 +24,6 @@ RESULTS = {
 }
 
 
-def samples_of(count: int = 3, channels: int = 3, size: int = 8) -> dict[str, np.ndarray]:
-    """Images that change by 0.03 everywhere; the last is seen as a class that has no name."""
-    rng = np.random.default_rng(0)
-    clean = rng.uniform(0.2, 0.8, (count, channels, size, size)).astype(np.float32)
-    return {
-        "examples/index": np.arange(count) * 10,
-        "examples/label": np.arange(count),
-        "examples/prediction": np.array([0, 0, 2]),
-        "examples/adversarial_prediction": np.arange(count) + 1,
-        "examples/clean": clean,
-        "examples/adversarial": clean + rng.choice([-0.03, 0.03], clean.shape).astype(np.float32),
-    }
-
-
 def test_figures_keep_words_that_look_like_markup_or_mathematics():
     word = 'id="a" #2b6cb0 url(#a) $b'
     shown = {"clean": 0.9, "robust": 0.5, "clean_interval": [0.8, 1.0], "robust_interval": [0.4, 0.6]}
@@ -105,7 +91,7 @@ def pictures(samples: dict[str, np.ndarray]) -> list[list[Picture]]:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_pictures_are_the_image_its_perturbation_and_the_attacked_one(channels):
+def test_pictures_are_the_image_its_perturbation_and_the_attacked_one(channels, samples_of):
     samples = samples_of(channels=channels)
     drawn = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.source.partition(",")[2])))).astype(int)
@@ -119,7 +105,7 @@ def test_pictures_are_the_image_its_perturbation_and_the_attacked_one(channels):
         np.testing.assert_allclose(shown, pixels if channels == 3 else pixels.mean(-1), atol=1.01)
 
 
-def test_pictures_say_what_they_are():
+def test_pictures_say_what_they_are(samples_of):
     text, examples = example_section(RESULTS, samples_of()).blocks
     assert "the perturbation × 10 around grey" in text.text
     assert [example.caption for example in examples.pictures] == [
@@ -131,14 +117,14 @@ def test_pictures_say_what_they_are():
 
 
 @pytest.mark.parametrize(("change", "factor"), [(8 / 255, "10"), (0.1, "5"), (1.0, "0.5"), (1e-4, "5000"), (0.0, "1")])
-def test_magnification_fills_the_grey_scale_and_not_more(change, factor):
+def test_magnification_fills_the_grey_scale_and_not_more(change, factor, samples_of):
     samples = samples_of()
     samples["examples/clean"][:] = 0
     samples["examples/adversarial"] = samples["examples/clean"] + np.float32(change)
     assert f"the perturbation × {factor} around grey" in example_section(RESULTS, samples).blocks[0].text
 
 
-def test_bytes_and_floats_give_the_same_pictures():
+def test_bytes_and_floats_give_the_same_pictures(samples_of):
     octets = {
         name: np.rint(255 * array).astype(np.uint8) if array.ndim == 4 else array
         for name, array in samples_of().items()

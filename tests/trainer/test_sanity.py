@@ -225,10 +225,34 @@ def test_a_curve_that_rises():
     assert not curve_flag({**rising, "robust": [0.4, 0.6, 0.45]}, 100).raised
 
 
+def test_a_long_curve_is_told_by_its_ends_and_its_largest_rise():
+    eps = [level / 255 for level in range(1, 21)]
+    falling = [0.9 - 0.02 * level for level in range(20)]
+    flag = curve_flag({"eps": eps, "robust": falling}, 100)
+    assert flag.message == "robust accuracy under PGD: 90.0% at eps 0.003922 to 52.0% at eps 0.07843"
+    flag = curve_flag({"eps": eps, "robust": [*falling[:10], 0.8, 0.5, *falling[12:]]}, 100)
+    assert flag.raised
+    assert flag.message == (
+        "robust accuracy under PGD: 90.0% at eps 0.003922 to 52.0% at eps 0.07843, but 50.0% at eps 0.04706 and 66.0% "
+        "at eps 0.05098; a stronger attack finds less: the attack, or the model's gradient, is broken"
+    )
+
+
+def test_a_flag_without_a_value_says_that_it_was_not_measured(victim):
+    """And one with a value was measured, also where that is 0."""
+    silent = copy.deepcopy(victim.model)
+    wrong = (silent(victim.x).argmax(1) + 1) % 10  # nothing is right, so that nothing is attacked
+    for model, y in ((silent, wrong), (Random(victim).eval(), victim.y)):
+        stages = [Stage("pgd", PGD(EPS, 2), "pgd")]
+        flags = run_suite(model, victim.x, y, stages, eps=EPS).flags
+        assert [flag.value is None for flag in flags] == [flag.message.startswith("not measured") for flag in flags]
+        assert any(flag.value is None for flag in flags)
+
+
 def test_random_output_is_not_mistaken_for_batch_dependence(victim):
     flags = {flag.name: flag for flag in probe(Random(victim), victim)}
     assert flags["batch_dependent"] == Flag(
-        "batch_dependent", False, "cannot be told from the randomness of the output", None
+        "batch_dependent", False, "not measured: it cannot be told from the randomness of the output", None
     )
 
 

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from wrapped_models import Counting, Noisy
 
 from robust_moe.attacks import APGD, PGD, Attack, AutoAttack, Square
 from robust_moe.config import load_config
+from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation import Journal, ResumeError, Stage, SuiteResult, identity, plan, routing_shares, run_suite
 from robust_moe.evaluation.stages import as_fraction, describe_attack
 
 EPS = 0.15
-
-
-class Counting(nn.Module):
-    """Counts images, and stops the world at a given forward."""
-
-    def __init__(self, model: nn.Module, stop_at: int = -1) -> None:
-        super().__init__()
-        self.model, self.images, self.calls, self.stop_at = model, 0, 0, stop_at
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.stop_at:
-            raise KeyboardInterrupt
-        self.images += len(x)
-        return self.model(x)
 
 
 def chain(eps: float = EPS) -> list[Stage]:
@@ -157,23 +145,12 @@ def test_only_the_batch_in_hand_is_repeated(victim, tmp_path):
 
     def task(name, total, done):
         told.append((name, total, done))
-        from contextlib import nullcontext
-
         return nullcontext(lambda advance=1, note=None: told.append(advance))
 
     result = run(victim, rest, stages=stages, journal=Journal(path, me), task=task)
     assert rest.images == 6 * (int(result.clean.sum()) - 40)
     right = int(result.clean.sum())
     assert told == [("sanity checks", 64, 0), 64, ("clean", 96, 96), ("pgd", right, 40), 40, right - 80]
-
-
-class Noisy(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) + 0.5 * torch.randn(len(x), 10)
 
 
 def test_a_random_model_draws_the_same_when_resumed(victim, tmp_path):
@@ -201,8 +178,6 @@ def test_bytes_and_floats_positions_and_routing():
     assert [module.training for module in model.modules()] == flags
     floats = run_suite(model, pixels / torch.tensor(255.0), labels, stages, eps=0.02, batch_size=7)
     assert_same(whole, floats)
-    from robust_moe.data import ImageSet
-
     assert whole.routing == routing_shares(model, ImageSet(pixels, labels, tuple("0123456789"), "noise"))
     # an image's random start is its position's, wherever it stands
     order = torch.randperm(30)
@@ -288,9 +263,21 @@ def test_nan_stops_the_evaluation(victim, what):
         run(victim, Gives(victim.model, what))
 
 
-def test_a_batch_of_one_and_two_classes():
+def test_a_model_in_train_mode_is_evaluated_in_eval_mode(victim):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5), copy.deepcopy(victim.model))
+    model(victim.x)  # statistics that are not the identity
+    expected = run(victim, copy.deepcopy(model).eval())
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    assert_same(run(victim, model.train()), expected)
+    assert model.training
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_batch_of_one_and_few_classes(classes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
     x = torch.rand(1, 3, 2, 2)
     result = run_suite(model, x, model(x).argmax(1), plan("pgd", PGD(0.5, 3), "standard"), eps=0.5, batch_size=1)
     assert result.clean.tolist() == [True]
@@ -322,11 +309,13 @@ def test_identity_names_all_that_matters(victim):
     assert me(x=victim.x.view(96, 1, 64, 1), eps="3/20")["data"] != base["data"]
 
 
-def test_a_journal_of_another_model_is_refused(victim, tmp_path):
+def test_a_journal_of_another_model_or_data_set_is_refused(victim, tmp_path):
     path = tmp_path / "a.journal"
     run(victim, stages=[], journal=Journal(path, identity(victim.model, victim.x, victim.y, [], {})))
     with pytest.raises(ResumeError, match=r"got another's: model: '\w{64}' here, '\w{64}' there; --fresh"):
         Journal(path, identity(nn.Linear(2, 2), victim.x, victim.y, [], {}))
+    with pytest.raises(ResumeError, match=r"got another's: data: '\w{64}' here, '\w{64}' there; --fresh"):
+        Journal(path, identity(victim.model, victim.x.flip(0), victim.y, [], {}))
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,10 @@ class RouterPGD(RouterAttack):
 class JointPGD(RouterAttack):
     """The route-aware attack: PGD on the classification loss plus ``router_weight`` times the router's.
 
+    Where routes do not matter, the router's share of the step is lost, and the attack is weaker than plain PGD: judge a
+    model by the worst case of the two. :func:`~robust_moe.evaluation.evaluate_moe` does, its ``union`` having both from
+    the same starts; so this attack does not pay for the other a second time.
+
     Args:
         router_weight: λ >= 0.
         soft_gradient, others: see :class:`RouterAttack`.

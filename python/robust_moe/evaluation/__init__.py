@@ -1,8 +1,20 @@
 """Evaluation: attacks in turn under one scorer, sanity checks, result files, figures."""
 
+from robust_moe.evaluation.batches import Task
+from robust_moe.evaluation.curve import curve_radii, error_curve
+from robust_moe.evaluation.html_report import write_report
+from robust_moe.evaluation.moe import evaluate_moe
 from robust_moe.evaluation.plots import plot_comparison, plot_routing, plot_training
-from robust_moe.evaluation.results import make_results, make_samples, wilson_interval, write_results
-from robust_moe.evaluation.sanity import Flag
+from robust_moe.evaluation.results import (
+    make_results,
+    make_samples,
+    read_results,
+    samples_file,
+    wilson_interval,
+    write_results,
+)
+from robust_moe.evaluation.robustbench import robustbench_json
+from robust_moe.evaluation.sanity import Flag, curve_flag
 from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, predict, routing_shares
 from robust_moe.evaluation.stages import Stage, SuiteResult, identity, plan
 from robust_moe.evaluation.store import Journal, ResumeError
@@ -17,8 +29,13 @@ __all__ = [
     "ResumeError",
     "Stage",
     "SuiteResult",
+    "Task",
     "attack_table",
+    "curve_flag",
+    "curve_radii",
+    "error_curve",
     "evaluate",
+    "evaluate_moe",
     "identity",
     "make_results",
     "make_samples",
@@ -27,9 +44,13 @@ __all__ = [
     "plot_routing",
     "plot_training",
     "predict",
+    "read_results",
     "results_table",
+    "robustbench_json",
     "routing_shares",
     "run_suite",
+    "samples_file",
     "wilson_interval",
+    "write_report",
     "write_results",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,11 +11,23 @@ from torch import Tensor, nn
 from robust_moe.attacks import PGD
 from robust_moe.config import parse_fraction
 from robust_moe.data import ImageSet
+from robust_moe.evaluation.batches import Task
+from robust_moe.evaluation.store import Journal
 from robust_moe.evaluation.study import Study
 
-__all__ = ["CURVE_EPS", "error_curve"]
+__all__ = ["curve_radii", "error_curve"]
 
-CURVE_EPS = tuple(Fraction(level, 255) for level in range(1, 21))  # the radii of arXiv:2210.10253
+RADII = 20
+LARGEST = Fraction(20, 255)  # 1/255 to 20/255: the radii of arXiv:2210.10253
+
+
+def curve_radii(eps: str | float | Fraction = 0) -> tuple[Fraction, ...]:
+    """The 20 radii of a curve, equally far apart: up to 20/255, or up to ``eps`` where that is larger.
+
+    For eps <= 20/255 they are 1/255, 2/255, ..., 20/255; for eps = 0.1 they are 0.005, 0.01, ..., 0.1.
+    """
+    largest = max(LARGEST, parse_fraction(eps, "eps"))
+    return tuple(largest * level / RADII for level in range(1, RADII + 1))
 
 
 def error_curve(
@@ -24,12 +36,13 @@ def error_curve(
     labels: Tensor,
     index: Tensor,
     *,
-    eps_values: Sequence[str | float | Fraction] = CURVE_EPS,
+    eps_values: Sequence[str | float | Fraction] | None = None,
     norm: str = "Linf",
     steps: int = 20,
     seed: int = 0,
     batch_size: int = 256,
-    on_progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Robust accuracy under PGD for each radius, of any model: what a result file says under ``"curve"``.
 
@@ -38,8 +51,8 @@ def error_curve(
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits; left exactly as found.
-        images, labels, index, batch_size, on_progress: see :func:`~robust_moe.evaluation.moe.evaluate_moe`.
-        eps_values: radii >= 0, such as ``"8/255"``.
+        images, labels, index, batch_size, journal, task: see :func:`~robust_moe.evaluation.moe.evaluate_moe`.
+        eps_values: radii >= 0, such as ``"8/255"``; None: those of :func:`curve_radii`.
         norm, steps, seed: of every attack, see :class:`~robust_moe.attacks.PGD`.
 
     Returns:
@@ -48,13 +61,13 @@ def error_curve(
     Raises:
         ValueError: a bad input. FloatingPointError: a logit or a gradient is NaN or infinite.
     """
-    radii = [parse_fraction(eps, "eps_values") for eps in eps_values]
-    study = Study(model, images, labels, index, batch_size, on_progress)
-    study.attacks_ahead = len(radii)
-    attacks = [PGD(float(eps), steps, norm=norm, seed=seed) for eps in radii]
+    radii = curve_radii() if eps_values is None else [parse_fraction(eps, "eps_values") for eps in eps_values]
+    study = Study("curve", model, images, labels, index, batch_size, seed, journal, task)
+    study.stages_in_all = len(radii)
+    attacks = {eps: PGD(float(eps), steps, norm=norm, seed=seed) for eps in radii}
     settings = {"name": "pgd", "norm": norm, "alpha": f"2.5 eps / {steps}", "steps": steps, "seed": seed}
     return {
         "eps": [float(eps) for eps in radii],
-        "robust": [study.clean_and_robust(attack)[1] for attack in attacks],
+        "robust": [study.clean_and_robust(f"eps {eps}", attacks[eps])[1] for eps in radii],
         "attack": settings,
     }

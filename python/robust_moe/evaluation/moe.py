@@ -16,18 +16,21 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import PGD, Attack, ExpertPGD, JointPGD, RouterPGD
 from robust_moe.data import Batch, ImageSet
+from robust_moe.evaluation.batches import Task
 from robust_moe.evaluation.results import wilson_interval
 from robust_moe.evaluation.routing_measures import (
+    by_class,
     disagreement,
     distance,
     expert_sets,
+    expert_use,
     gradient_share,
     quantiles,
     routing_change,
     top_k_margin,
 )
-from robust_moe.evaluation.scorer import LayerRouting
 from robust_moe.evaluation.stages import as_fraction
+from robust_moe.evaluation.store import Journal
 from robust_moe.evaluation.study import Study, share
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import (
@@ -62,12 +65,14 @@ def evaluate_moe(
     steps: int = 20,
     seed: int = 0,
     batch_size: int = 256,
-    on_progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Everything a result file says under ``"moe"``; all shares are of all n images, all attacks PGD.
 
     A point is robust against an attack if it is right as it is and attacked. ``union``: against all of ``ra`` (PGD on
-    the model), ``ra_e``, ``ra_r``, ``joint`` (classification and router together, soft gradient) and ``transfer``
+    the model), ``ra_e``, ``ra_r``, ``joint`` (classification and router together, soft gradient; by itself it may be
+    weaker than ``ra``) and ``transfer``
     (images crafted on the soft mixture of all experts and handed to the model: where they break more than PGD on the
     model itself, hard routing hides gradients). ``lipschitz`` is an *estimate from below*: the largest ‖ΔF‖₂ / ‖Δx‖
     (the attack's norm) over the images of those attacks and ``RANDOM_POINTS`` random ones of the ball; nothing is
@@ -89,7 +94,9 @@ def evaluate_moe(
         index: int64 [n], positions in the data set: counters of all random numbers.
         eps, norm, alpha, steps, seed: of every attack, see :class:`~robust_moe.attacks.PGD`.
         batch_size: images a forward; changes nothing but speed, up to the rounding of the model's kernels.
-        on_progress: called after each attacked batch with (images attacked so far, in all).
+        journal: where every batch of every stage is kept: with a journal of the same identity, what it holds is not
+            computed again; None: in memory.
+        task: shows the progress of each stage; see :meth:`robust_moe.engine.Reporter.task`.
 
     Raises:
         ValueError: a dense model; a layer with a fixed expert or imposed routes; a bad input.
@@ -102,7 +109,7 @@ def evaluate_moe(
         expect(free, f"model layer {name!r}", "its gate to decide", "a fixed expert or imposed routes")
     settings = {"eps": eps, "steps": steps, "alpha": alpha, "norm": norm, "seed": seed}
     with attack_mode(model):
-        study = Study(model, images, labels, index, batch_size, on_progress)
+        study = Study("moe", model, images, labels, index, batch_size, seed, journal, task)
         return _MoEStudy(study, layers, settings).results()
 
 
@@ -120,13 +127,16 @@ class _MoEStudy:
         }
         singles = sum(layer.num_experts for layer in layers.values())
         imposed = sum(3 for layer in layers.values() if layer.num_experts > 1)
-        study.attacks_ahead = len(self.attacks) + singles + imposed
+        study.stages_in_all = 2 + len(self.attacks) + singles + imposed  # and the clean images, and random points
         self.clean: dict[str, Tensor] = {}
 
     def results(self) -> dict[str, Any]:
-        clean = self.clean = self.study.over(self._clean)
-        found = {name: self.study.over(self._attack(*attack, name == "ra")) for name, attack in self.attacks.items()}
-        random = self.study.over(self._random_points)
+        clean = self.clean = self.study.over("clean", self._clean)
+        found = {
+            name: self.study.over(name, self._attack(*attack, imposes=name == "ra"))
+            for name, attack in self.attacks.items()
+        }
+        random = self.study.over("random points", self._random_points)
         robust = {name: clean["right"] & attack["right"] for name, attack in found.items()}
         shares = {"sa": clean["right"], **robust, "union": torch.stack(list(robust.values())).all(0)}
         accuracies: dict[str, Any] = {name: share(mask) for name, mask in shares.items()}
@@ -135,7 +145,7 @@ class _MoEStudy:
         pgd = self.attacks["ra"][0]
         return {
             "layers": {
-                name or "model": self._layer(number, name, found, random) for number, name in enumerate(self.layers)
+                _title(name): self._layer(number, name, found, random) for number, name in enumerate(self.layers)
             },
             **accuracies,
             "lipschitz": self._lipschitz("slope", found, random),
@@ -151,7 +161,7 @@ class _MoEStudy:
         for name, layer in self.layers.items():
             found[f"first/{name}"] = layer.routing.indices[:, 0]
             found[f"sets/{name}"] = expert_sets(layer.routing.indices, layer.num_experts)
-            found[f"gate/{name}"] = layer.routing.clean_logits
+            found[f"gate/{name}"] = layer.routing.clean_logits.double()  # exact for every dtype
         return found
 
     def _clean(self, batch: Batch) -> dict[str, Tensor]:
@@ -232,14 +242,18 @@ class _MoEStudy:
             for attack, change in changes.items()
         }
         margin = top_k_margin(clean[f"gate/{name}"], layer.top_k)
-        uses = {which: self._use(name, seen) for which, seen in (("clean", clean), ("adversarial", ra))}
+        seen_by = {"clean": clean, "adversarial": ra}
+        uses = {which: expert_use(seen[f"sets/{name}"], seen[f"first/{name}"]) for which, seen in seen_by.items()}
         return {
             "experts": layer.num_experts,
             "top_k": layer.top_k,
             "selected": {which: use.selected for which, use in uses.items()},
             "first": {which: use.first for which, use in uses.items()},
             "collapsed": uses["clean"].collapsed,
-            "expert_by_class": {"clean": self._by_class(name, clean), "adversarial": self._by_class(name, ra)},
+            "expert_by_class": {
+                which: by_class(seen[f"sets/{name}"], self.study.labels.cpu(), self.study.classes)
+                for which, seen in seen_by.items()
+            },
             **by_attack["ra"],
             "by_attack": by_attack,
             "margin": None if margin is None else quantiles(margin),
@@ -248,23 +262,14 @@ class _MoEStudy:
                 "gradient_share": clean[f"gradient/{name}"].mean().item(),
             },
             "lipschitz": self._lipschitz(f"slope/{name}", found, random),
-            "single_experts": [self._single(layer, expert) for expert in range(layer.num_experts)],
+            "single_experts": [self._single(name, expert) for expert in range(layer.num_experts)],
             "protocols": self._protocols(number, name, ra),
         }
 
-    def _use(self, name: str, seen: dict[str, Tensor]) -> LayerRouting:
-        sets, first = seen[f"sets/{name}"], seen[f"first/{name}"]
-        best = first.bincount(minlength=sets.shape[1]).double() / len(first)
-        return LayerRouting(selected=sets.double().mean(0).tolist(), first=best.tolist())
-
-    def _by_class(self, name: str, seen: dict[str, Tensor]) -> list[list[float]]:
-        """For each class, the share of its images that each expert is sent."""
-        sets, labels = seen[f"sets/{name}"].double(), self.study.labels.to(self.study.device)
-        sums = sets.new_zeros(self.study.classes, sets.shape[1]).index_add_(0, labels, sets)
-        return (sums / labels.bincount(minlength=self.study.classes).clamp_min(1)[:, None]).tolist()
-
-    def _single(self, layer: MoELayer, expert: int) -> dict[str, Any]:
-        clean, robust = self.study.clean_and_robust(PGD(**self.settings), lambda _: _only(layer, expert))
+    def _single(self, name: str, expert: int) -> dict[str, Any]:
+        clean, robust = self.study.clean_and_robust(
+            f"{_title(name)} expert {expert}", PGD(**self.settings), lambda _: _only(self.layers[name], expert)
+        )
         return {"expert": expert, "clean": clean, "robust": robust}
 
     def _protocols(self, number: int, name: str, ra: dict[str, Tensor]) -> dict[str, Any]:
@@ -277,12 +282,19 @@ class _MoEStudy:
         if self.layers[name].num_experts > 1:
             for protocol, routes in impose.items():
                 clean, robust = self.study.clean_and_robust(
-                    PGD(**self.settings), lambda batch, routes=routes: rerouted(self.model, {name: routes(batch)})
+                    f"{_title(name)} {protocol}",
+                    PGD(**self.settings),
+                    lambda batch, routes=routes: rerouted(self.model, {name: routes(batch)}),
                 )
                 protocols[protocol] = {"clean": clean, "robust": robust}
         kept = {"clean": share(self.clean["right"]), "robust": share(ra[f"clean route/{name}"])}
         carried = {"clean": share(ra[f"adversarial route/{name}"]), "robust": None}
         return {**protocols, "clean_route_on_adversarial": kept, "adversarial_route_on_clean": carried}
+
+
+def _title(name: str) -> str:
+    """What a layer is called in results: a model that is itself a layer has no name."""
+    return name or "model"
 
 
 @contextmanager

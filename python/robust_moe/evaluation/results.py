@@ -16,9 +16,22 @@ from robust_moe.evaluation.stages import AUTOATTACK, StageResult, SuiteResult, d
 from robust_moe.evaluation.store import replace_file
 from robust_moe.provenance import provenance
 
-__all__ = ["FORMAT", "make_results", "make_samples", "samples_file", "wilson_interval", "write_results"]
+__all__ = [
+    "FORMAT",
+    "make_results",
+    "make_samples",
+    "read_results",
+    "samples_file",
+    "wilson_interval",
+    "write_results",
+]
 
 FORMAT = 2  # of the JSON; raised when a field changes its meaning
+# What is read of another model's results.
+_SHOWN_BESIDE = (
+    *("model", "data", "count", "eps", "norm", "attacks"),
+    *("clean", "clean_interval", "robust", "robust_interval"),
+)
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -119,6 +132,28 @@ def samples_file(path: Path) -> Path:
     """The arrays beside the result file ``path``: ``samples.npz`` beside ``results.json``."""
     stem = path.stem.replace("results", "samples", 1) if "results" in path.stem else f"{path.stem}-samples"
     return path.with_name(f"{stem}.npz")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a result file.
+
+    Raises:
+        ValueError: nothing there, no result file, or one of another format; the message names the file.
+    """
+    expected = f"{path}: expected a result file (JSON) of robust-moe eval"
+    if not path.is_file():
+        raise ValueError(f"{expected}, found {'a folder' if path.is_dir() else 'nothing'}")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # also what is no text
+        raise ValueError(f"{expected}, got something that is no JSON") from None
+    if not isinstance(results, dict) or "format" not in results:
+        raise ValueError(f"{expected}, got other JSON")
+    if results["format"] != FORMAT:
+        raise ValueError(f"{expected} of format {FORMAT}, got format {results['format']!r}; evaluate again")
+    if missing := [key for key in _SHOWN_BESIDE if key not in results]:
+        raise ValueError(f"{expected}, got one without {', '.join(missing)}")
+    return results
 
 
 def write_results(results: Mapping[str, Any], samples: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import cross_entropy
+from robust_moe.evaluation.scorer import LayerRouting
 from robust_moe_kernels.modules import (
     MoELayer,
     RoutingRecord,
@@ -16,9 +17,11 @@ from robust_moe_kernels.modules import (
 )
 
 __all__ = [
+    "by_class",
     "disagreement",
     "distance",
     "expert_sets",
+    "expert_use",
     "gradient_share",
     "quantiles",
     "routing_change",
@@ -32,6 +35,23 @@ _TINY = 1e-300  # keeps 0 / 0 at 0
 def expert_sets(indices: Tensor, num_experts: int) -> Tensor:
     """Which experts each image is sent to, bool [n, E], from indices [n, k]."""
     return torch.zeros(len(indices), num_experts, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
+
+
+def expert_use(sets: Tensor, first: Tensor) -> LayerRouting:
+    """Where a layer sends n images, from their selected experts, bool [n, E], and first choices, int64 [n]."""
+    best = first.bincount(minlength=sets.shape[1]).double() / len(first)
+    return LayerRouting(selected=sets.double().mean(0).tolist(), first=best.tolist())
+
+
+def by_class(sets: Tensor, labels: Tensor, classes: int) -> list[list[float]]:
+    """For each class, the share of its images that each expert is sent; zeros for a class without images.
+
+    Args:
+        sets: the selected experts, bool [n, E].
+        labels: int64 [n], below ``classes``.
+    """
+    sums = sets.new_zeros(classes, sets.shape[1], dtype=torch.float64).index_add_(0, labels, sets.double())
+    return (sums / labels.bincount(minlength=classes).clamp_min(1)[:, None]).tolist()
 
 
 def routing_change(first: Tensor, second: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ NOISE = 1e-3  # of the logits' spread: what other sums, of another batch size or
 RISE = 0.03  # in robust accuracy, and two images at least: what the luck of a step may give
 RADII = (0.5, 1.0, 2.0)  # times eps, each attacked with STEPS[1] steps
 STEPS = (5, 10, 20)  # at eps
+LISTED = 5  # accuracies that a message names one by one; of more, the ends and the largest rise
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Flag:
     name: str
     raised: bool
     message: str  # what was found; if raised, what it means
-    value: float | None  # what was measured; None: not measured
+    value: float | None  # what was measured; None: not measured, and the message says why
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -137,7 +138,7 @@ def batch_dependent(model: nn.Module, x: Tensor, random: Flag) -> Flag:
     """Images alone, and among others, against the batch that they are in."""
     name = "batch_dependent"
     if random.raised:
-        return Flag(name, False, "cannot be told from the randomness of the output", None)
+        return Flag(name, False, "not measured: it cannot be told from the randomness of the output", None)
     few = x[:8]
     whole = score(model, x)
     alone = torch.cat([score(model, image[None]) for image in few])
@@ -171,10 +172,13 @@ def _monotone(name: str, at: Sequence[str], robust: Sequence[float], count: int)
     rises = [after - before for before, after in pairwise(robust)]
     rise = max(rises, default=0.0)
     raised = rise > RISE and round(rise * count) >= 2
-    seen = ", ".join(f"{share:.1%} at {what}" for what, share in zip(at, robust, strict=True))
-    text = f"robust accuracy under PGD: {seen}"
+    seen = [f"{share:.1%} at {what}" for what, share in zip(at, robust, strict=True)]
+    shown = ", ".join(seen) if len(seen) <= LISTED else f"{seen[0]} to {seen[-1]}"
+    text = f"robust accuracy under PGD: {shown}"
     if raised:
-        text += "; a stronger attack finds less: the attack, or the model's gradient, is broken"
+        place = rises.index(rise)
+        where = "" if len(seen) <= LISTED else f", but {seen[place]} and {seen[place + 1]}"
+        text += f"{where}; a stronger attack finds less: the attack, or the model's gradient, is broken"
     return Flag(name, raised, text, rise)
 
 

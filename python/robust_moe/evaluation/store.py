@@ -68,6 +68,11 @@ class Journal:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def seconds(self) -> float:
+        """The sum of the ``seconds`` of all results: what the work took, in all sessions."""
+        return sum(result.get("seconds", 0.0) for result in self._kept.values())
+
     def get(self, key: str) -> dict[str, Any] | None:
         """What was put under ``key``, or ``None``."""
         return self._kept.get(key)

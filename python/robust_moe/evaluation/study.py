@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import Attack
 from robust_moe.attacks.base import check_inputs
 from robust_moe.data import Batch, ImageSet
+from robust_moe.evaluation.batches import Batches, Task
 from robust_moe.evaluation.scorer import device_of, refuse_nonfinite, score
+from robust_moe.evaluation.store import Journal
 from robust_moe_kernels.checks import expect
 
-__all__ = ["Study"]
+__all__ = ["Study", "share"]
 
 
 class Study:
-    """A model and the images it is studied on.
+    """A model and the images it is studied on, each stage's batches kept in a journal.
 
     Args:
+        name: of the study; begins its keys in the journal.
         model: maps [B, C, H, W] in [0, 1] to logits.
         images: float32 [n, C, H, W] in [0, 1], or bytes (uint8, 0..255), or an image set; n >= 1.
         labels: int64 [n].
         index: int64 [n], positions in the data set: the counters of random starts.
         batch_size: images a forward.
-        on_progress: called after each attacked batch with (images attacked so far, in all); see ``attacks_ahead``.
+        seed: of what the model itself draws.
+        journal: where batches are kept, which a study of the same identity goes on with; None: in memory.
+        task: shows the progress of each stage; see :meth:`robust_moe.engine.Reporter.task`.
 
     Raises:
         ValueError: images, labels or index of the wrong shape, dtype or range; no images.
@@ -34,41 +41,46 @@ class Study:
 
     def __init__(
         self,
+        name: str,
         model: nn.Module,
         images: Tensor | ImageSet,
         labels: Tensor,
         index: Tensor,
         batch_size: int,
-        on_progress: Callable[[int, int], None] | None = None,
+        seed: int,
+        journal: Journal | None = None,
+        task: Task | None = None,
     ) -> None:
         images = images.images if isinstance(images, ImageSet) else images
         expect(images.ndim == 4 and len(images) > 0, "images", "[n, C, H, W] with n >= 1", list(images.shape))
         expect(type(batch_size) is int and batch_size >= 1, "batch_size", "an integer >= 1", repr(batch_size))
         pixels = images if images.is_floating_point() else torch.zeros(len(images), 1, device=images.device)
         largest = check_inputs(pixels, labels, index)
-        self.model, self.images, self.labels, self.index = model, images, labels, index
-        self.batch_size = batch_size
-        self.device = device_of(model)
-        self.classes = score(model, self._batch(slice(0, 1)).images).shape[1]
+        self.name, self.model, self.labels = name, model, labels
+        work = {"batch_size": batch_size, "seed": seed, "journal": journal, "task": task}
+        self.batches = Batches(images, labels, index, device=device_of(model), **work)
+        self.classes = score(model, self.batches.take(np.arange(1)).images).shape[1]
         expect(largest < self.classes, "labels", f"labels below {self.classes}, the number of logits", largest)
-        self.attacks_ahead = 0  # stages with an attack that are still to come; the caller says how many
-        self._attacked = 0
-        self._on_progress = on_progress
+        self.stages_in_all = 0  # for the titles of the progress; the caller says how many
+        self._stages = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _batch(self, rows: slice) -> Batch:
-        images, labels, index = (tensor[rows].to(self.device) for tensor in (self.images, self.labels, self.index))
-        if images.dtype == torch.uint8:  # by a tensor, not a number: as in training, also on a GPU
-            images = images.float().div_(torch.tensor(255.0, device=self.device))
-        return Batch(images, labels, index)
+    def over(self, stage: str, look: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``look`` returns for each image [B, ...] of a batch, by name, joined over all batches to [n, ...] on the
+        CPU. Batches that the journal has of this stage are not looked at again."""
 
-    def over(self, stage: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A stage over all batches; what it returns for each image [B, ...], by name, joined to [n, ...]."""
-        starts = range(0, len(self), self.batch_size)
-        found = [stage(self._batch(slice(start, start + self.batch_size))) for start in starts]
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        def compute(rows: np.ndarray) -> dict[str, Any]:
+            return {name: tensor.numpy(force=True) for name, tensor in look(self.batches.take(rows)).items()}
+
+        self._stages += 1
+        title = f"{self.name} {self._stages}/{self.stages_in_all}: {stage}"
+        found = []
+        for rows, record, advance in self.batches.over(f"{self.name}/{stage}", np.arange(len(self)), compute, title):
+            found.append({name: value for name, value in record.items() if isinstance(value, np.ndarray)})
+            advance(len(rows))
+        return {name: torch.from_numpy(np.concatenate([part[name] for part in found])) for name in found[0]}
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, classes], scored.
@@ -92,24 +104,24 @@ class Study:
         """
         crafted = attack.craft(self.model, batch.images, batch.labels, batch.index)
         attack.refuse_nonfinite(crafted.nonfinite)
-        self._attacked += len(batch.labels)
-        if self._on_progress is not None:
-            self._on_progress(self._attacked, self.attacks_ahead * len(self))
         return crafted.images
 
     def clean_and_robust(
-        self, attack: Attack, under: Callable[[Batch], AbstractContextManager[None]] = lambda _: nullcontext()
+        self,
+        stage: str,
+        attack: Attack,
+        under: Callable[[Batch], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> tuple[float, float]:
         """Shares of the images right as they are, and right both so and attacked; ``under`` gives the context, such as
         imposed routes, in which each batch is scored and attacked."""
 
-        def stage(batch: Batch) -> dict[str, Tensor]:
+        def look(batch: Batch) -> dict[str, Tensor]:
             with under(batch):
                 clean = self.right(batch.images, batch.labels)
                 robust = clean & self.right(self.attacked(attack, batch), batch.labels)
             return {"clean": clean, "robust": robust}
 
-        found = self.over(stage)
+        found = self.over(stage, look)
         return share(found["clean"]), share(found["robust"])
 
 

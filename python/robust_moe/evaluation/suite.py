@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import Counts
+from robust_moe.evaluation.batches import Batches, Task
 from robust_moe.evaluation.sanity import Flag, probe_flags, result_flags
 from robust_moe.evaluation.scorer import LayerRouting, RoutingCounter, device_of, predict, refuse_nonfinite, score
 from robust_moe.evaluation.stages import Stage, StageResult, SuiteResult
 from robust_moe.evaluation.store import Journal
-from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
 
 __all__ = ["run_suite"]
 
 EXAMPLES = 16  # broken images kept for pictures
 PROBED = 64  # images that the sanity checks look at
-
-
-class Progress(Protocol):
-    """Called after each batch: images done, and what to say."""
-
-    def __call__(self, advance: int = 1, note: str | None = None) -> None: ...
-
-
-Task = Callable[[str, int, int], AbstractContextManager[Progress]]  # (what, images, of them done already)
-
-
-def _silent(what: str, total: int, done: int = 0) -> AbstractContextManager[Progress]:
-    return nullcontext(_quiet)
 
 
 def run_suite(
@@ -77,8 +62,8 @@ def run_suite(
     """
     index = torch.arange(len(images)) if index is None else index
     _check(images, labels, index, stages, norm, batch_size)
-    journal = Journal(None, {}) if journal is None else journal
-    run = _Run(model, images, labels, index, eps, norm, seed, batch_size, journal, task or _silent)
+    work = {"batch_size": batch_size, "seed": seed, "journal": journal, "task": task}
+    run = _Run(model, Batches(images, labels, index, device=device_of(model), **work), eps, norm)
     flags = run.probe()
     run.clean()
     results = [run.attack(stage) for stage in stages]
@@ -92,7 +77,7 @@ def run_suite(
         flags=[*flags, *result_flags(results, eps, norm, images[0].numel())],
         routing=run.routing,
         examples=run.examples(),
-        seconds=run.seconds,
+        seconds=run.batches.seconds,
     )
 
 
@@ -116,33 +101,18 @@ def _check(images: Tensor, labels: Tensor, index: Tensor, stages: Sequence[Stage
 class _Run:
     """The state of one evaluation."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        index: Tensor,
-        eps: float,
-        norm: str,
-        seed: int,
-        batch_size: int,
-        journal: Journal,
-        task: Task,
-    ) -> None:
-        self.model, self.images, self.labels, self.index = model, images, labels, index
-        self.eps, self.norm, self.seed, self.batch_size = eps, norm, seed, batch_size
-        self.journal, self.task, self.device = journal, task, device_of(model)
-        self.label = labels.numpy(force=True)
+    def __init__(self, model: nn.Module, batches: Batches, eps: float, norm: str) -> None:
+        self.model, self.batches, self.eps, self.norm = model, batches, eps, norm
+        self.label = batches.labels.numpy(force=True)
         self.prediction = np.empty_like(self.label)
         self.robust = np.ones(len(self.label), dtype=bool)
         self.chains: dict[str, np.ndarray] = {}
         self.routing: dict[str, LayerRouting] = {}
-        self.seconds = 0.0
         self._examples: list[tuple[int, int, np.ndarray]] = []  # row, prediction, attacked
 
     def probe(self) -> list[Flag]:
         """The sanity checks that need no result."""
-        x, y, _ = self._take(np.arange(min(len(self.label), PROBED)))
+        x, y, _ = self.batches.take(np.arange(min(len(self.label), PROBED)))
         largest = int(self.label.max())
 
         def compute() -> dict[str, Any]:
@@ -155,8 +125,8 @@ class _Run:
             refuse_nonfinite((~torch.isfinite(logits).all(1)).sum(), "clean images")
             return {"flags": [flag.plain() for flag in probe_flags(self.model, x, y, self.eps, self.norm)]}
 
-        with self.task("sanity checks", len(x), 0) as advance:
-            record = self._once("sanity", compute)
+        with self.batches.task("sanity checks", len(x), 0) as advance:
+            record = self.batches.once("sanity", compute)
             advance(len(x))
         return [Flag(**flag) for flag in record["flags"]]
 
@@ -166,14 +136,14 @@ class _Run:
         counts: dict[str, np.ndarray] = {}  # [2, E]
 
         def compute(rows: np.ndarray) -> dict[str, Any]:
-            x, _, _ = self._take(rows)
+            x, _, _ = self.batches.take(rows)
             counter = RoutingCounter(self.model)
             predicted = self._predict(x, "clean images")
             counter.add()
             routed = {name: tensor.tolist() for name, tensor in counter.counts.items()}
             return {"prediction": predicted, "routing": routed}
 
-        for rows, record, advance in self._batches("clean", everything, compute):
+        for rows, record, advance in self.batches.over("clean", everything, compute):
             self.prediction[rows] = record["prediction"]
             self.robust[rows] = self.prediction[rows] == self.label[rows]
             for name, added in record["routing"].items():
@@ -193,9 +163,9 @@ class _Run:
         counts, seconds, reach, low, high = Counts(), 0.0, 0.0, 1.0, 0.0
 
         def compute(rows: np.ndarray) -> dict[str, Any]:
-            x, y, index = self._take(rows)
+            x, y, index = self.batches.take(rows)
             made, began = Counts(), time.perf_counter()
-            images = stage.attack(self.model, x, y, index, room=self.batch_size, counts=made)
+            images = stage.attack(self.model, x, y, index, room=self.batches.batch_size, counts=made)
             took = time.perf_counter() - began
             predicted = self._predict(images, f"{stage.name}'s images")
             wrong = np.flatnonzero(predicted != self.label[rows])[: EXAMPLES - len(self._examples)]
@@ -212,7 +182,7 @@ class _Run:
                 "adversarial": images[torch.from_numpy(wrong).to(images.device)].numpy(force=True),
             }
 
-        for rows, record, advance in self._batches(stage.name, np.flatnonzero(left), compute):
+        for rows, record, advance in self.batches.over(stage.name, np.flatnonzero(left), compute):
             prediction[rows] = record["prediction"]
             wrong = rows[record["prediction"] != self.label[rows]]
             broken[wrong] = True
@@ -241,61 +211,17 @@ class _Run:
     def examples(self) -> dict[str, np.ndarray]:
         """The first broken images, as they are and attacked."""
         rows = np.array([row for row, _, _ in self._examples], dtype=np.int64)
-        none = np.empty((0, *self.images.shape[1:]), np.float32)
+        none = np.empty((0, *self.batches.images.shape[1:]), np.float32)
         return {
-            "index": self.index.numpy(force=True)[rows],
+            "index": self.batches.index.numpy(force=True)[rows],
             "label": self.label[rows],
             "prediction": self.prediction[rows],
             "adversarial_prediction": np.array([found for _, found, _ in self._examples], dtype=np.int64),
-            "clean": self._take(rows)[0].numpy(force=True) if len(rows) else none,
+            "clean": self.batches.take(rows)[0].numpy(force=True) if len(rows) else none,
             "adversarial": np.stack([image for _, _, image in self._examples]) if len(rows) else none,
         }
-
-    def _batches(
-        self, name: str, rows: np.ndarray, compute: Callable[[np.ndarray], dict[str, Any]]
-    ) -> Iterator[tuple[np.ndarray, dict[str, Any], Progress]]:
-        """(rows, what was computed of them now or before, progress) of each batch."""
-        starts = range(0, len(rows), self.batch_size)
-        batches = {f"{name}/{number}": rows[at : at + self.batch_size] for number, at in enumerate(starts)}
-        known = sum(len(batch) for key, batch in batches.items() if self.journal.get(key) is not None)
-        with self.task(name, len(rows), known) as advance:
-            for key, batch in batches.items():
-                new = self.journal.get(key) is None
-                yield batch, self._once(key, partial(compute, batch)), advance if new else _quiet
-
-    def _once(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        record = self.journal.get(key)
-        if record is None:
-            began = time.perf_counter()
-            with _drawing(derive_seed(self.seed, key)):
-                result = compute()
-            record = self.journal.put(key, {**result, "seconds": time.perf_counter() - began})
-        self.seconds += record["seconds"]
-        return record
-
-    def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """(images, float32 in [0, 1], labels, positions) on the model's device."""
-        chosen = torch.from_numpy(rows)
-        x, y, index = (
-            tensor[chosen.to(tensor.device)].to(self.device) for tensor in (self.images, self.labels, self.index)
-        )
-        if x.dtype == torch.uint8:  # by a tensor, not a number: as in training, also on a GPU
-            x = x.to(torch.float32).div_(torch.tensor(255.0, device=self.device))
-        return x, y, index
 
     def _predict(self, x: Tensor, what: str) -> np.ndarray:
         predicted, nonfinite = predict(self.model, x)
         refuse_nonfinite(nonfinite.sum(), what)
         return predicted.numpy(force=True)
-
-
-def _quiet(advance: int = 1, note: str | None = None) -> None:
-    pass
-
-
-@contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """PyTorch's generators seeded for what runs inside, and as found afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

@@ -71,10 +71,12 @@ def moe_table(results: Mapping[str, Any]) -> Table:
 
 
 def flag_lines(results: Mapping[str, Any]) -> list[Text]:
-    """A line for every raised sanity flag, or one that says that none is."""
+    """A line for every raised sanity flag, or one that says that none is, and which were not measured."""
     raised = [flag for flag in results["flags"] if flag["raised"]]
     if not raised:
-        return [Text(f"sanity checks: none of {len(results['flags'])} raised", style="green")]
+        skipped = [flag["name"] for flag in results["flags"] if flag["value"] is None]
+        text = f"sanity checks: none of {len(results['flags']) - len(skipped)} raised"
+        return [Text(text + (f"; not measured: {', '.join(skipped)}" if skipped else ""), style="green")]
     return [Text(f"WARNING {flag['name']}: {flag['message']}", style="bold red") for flag in raised]
 
 

@@ -158,10 +158,7 @@ def curve_section(results: Mapping[str, Any]) -> Section | Missing:
     """Robust accuracy at every radius tried."""
     curve = results["curve"]
     if curve is None:
-        what = "Robust accuracy against the radius ε"
-        if not results["routing"]:
-            return Missing(f"{what}; robust_moe.evaluation.curve.error_curve measures it for a dense model.", None)
-        return Missing(f"{what}.", command(results, "moe"))
+        return Missing("Robust accuracy against the radius ε.", command(results, "moe"))
     attack = ", ".join(f"{'.'.join(path)} {value}" for path, value in flat(curve["attack"]))
     scale, unit = figures.radius_unit(results)
     rows = [
