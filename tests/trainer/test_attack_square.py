@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe.attacks import Square
-from robust_moe.attacks.square import _L2, _QUERIES, _STARTS, _bump, _Linf, _Square, _uniform, window_side
+from robust_moe.attacks.square import _QUERIES, _STARTS
+from robust_moe.attacks.square_proposals import L2Proposals, LinfProposals, Query, bump, uniform, window_side
 
 BOTH = pytest.mark.parametrize("norm", ["Linf", "L2"])
 LOSSES = pytest.mark.parametrize("loss", ["margin", "ce"])
@@ -85,17 +86,17 @@ def test_l2_pattern_is_the_standard_implementations(side):
     reference = standard(predict=None, norm="L2", eps=1.0)
     reference.device = "cpu"
     expected = reference.eta(side)
-    proposals = _L2(torch.zeros(1, 1, side, side), 1.0)
+    proposals = L2Proposals(torch.zeros(1, 1, side, side), 1.0)
     ours = [proposals._pattern(side, turn) for turn in (False, True)]
     assert torch.equal(ours[0].T, ours[1])
     assert min((pattern - expected).abs().max() for pattern in ours) < 1e-6
     assert ours[0].norm().item() == pytest.approx(1, abs=1e-6)
-    assert _bump(side, 2 * side).argmax() == side // 2 * 2 * side + side
+    assert bump(side, 2 * side).argmax() == side // 2 * 2 * side + side
 
 
 def test_draws_cover_their_range_and_depend_on_what_they_should():
     attack, x = Square(0.1, 4000), torch.rand(2, 3, 8, 10)
-    squares = list(attack._squares(x, 0, _QUERIES))
+    squares = list(attack._queries(x, 0, _QUERIES))
     assert len(squares) == 4000
     late = squares[1001:]  # side 1
     assert {square.side for square in late} == {1}
@@ -107,7 +108,7 @@ def test_draws_cover_their_range_and_depend_on_what_they_should():
     assert abs(sum(square.turn for square in squares) / 4000 - 0.5) < 0.03
 
     def places(*key, count=4000):
-        return [(s.top, s.left, s.top2, s.left2) for s in Square(0.1, count)._squares(x, *key)]
+        return [(s.top, s.left, s.top2, s.left2) for s in Square(0.1, count)._queries(x, *key)]
 
     assert places(0, _QUERIES, count=100) == places(0, _QUERIES)[:100]  # a longer run begins as a shorter one
     for other in ((1, _QUERIES), (0, _QUERIES + 1), (0, _STARTS)):
@@ -116,9 +117,9 @@ def test_draws_cover_their_range_and_depend_on_what_they_should():
 
 def test_uniform_numbers_belong_to_their_index():
     index = torch.tensor([3, 7, 100000])
-    u = _uniform((3, 5, 7), 9, index, 2)
-    assert torch.equal(_uniform((1, 5, 7), 9, index[1:2], 2)[0], u[1])
-    many = _uniform((1000, 50), 0, torch.arange(1000), 0)
+    u = uniform((3, 5, 7), 9, index, 2)
+    assert torch.equal(uniform((1, 5, 7), 9, index[1:2], 2)[0], u[1])
+    many = uniform((1000, 50), 0, torch.arange(1000), 0)
     assert many.min() >= 0
     assert many.max() < 1
     assert many.mean().item() == pytest.approx(0.5, abs=0.005)
@@ -131,7 +132,7 @@ def plain_search(model, attack: Square, x: Tensor, y: Tensor, index: Tensor) -> 
     """The definition for Linf, one image at a time, every candidate made whole."""
     results = []
     for image, label, number in zip(x, y, index, strict=True):
-        stripes = _uniform((1, x.shape[1], 1, x.shape[3]), attack.seed, number[None], _STARTS)[0] < 0.5
+        stripes = uniform((1, x.shape[1], 1, x.shape[3]), attack.seed, number[None], _STARTS)[0] < 0.5
         best = (image + attack.eps * (2 * stripes.double() - 1)).clamp(0, 1)
 
         def look(candidate, label=label):
@@ -144,7 +145,7 @@ def plain_search(model, attack: Square, x: Tensor, y: Tensor, index: Tensor) -> 
             results.append(image)
             continue
         lowest, fooled = look(best)
-        for square in attack._squares(x, attack.seed, _QUERIES):
+        for square in attack._queries(x, attack.seed, _QUERIES):
             if fooled:
                 break
             candidate = best.clone()
@@ -183,8 +184,8 @@ def test_an_l2_proposal_is_the_papers(places, share):
     delta = torch.randn(x.shape, generator=g, dtype=torch.float64)
     delta *= share * 0.1 / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     delta[0] = 0  # nothing in either square
-    proposals = _L2(x, 0.1)
-    square = _Square(3, *places, False, torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None])
+    proposals = L2Proposals(x, 0.1)
+    square = Query(3, *places, False, torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None])
     images = x + delta
     got = proposals.propose(images, square)
     assert torch.equal(images, x + delta)
@@ -275,7 +276,7 @@ def test_l2_moves_stay_on_the_sphere_and_linf_at_the_edges_of_the_cube(norm):
 @pytest.fixture
 def asking_all(monkeypatch) -> None:
     """As where the host does not look which images a square changes."""
-    monkeypatch.setattr(_Linf, "moved", lambda self: None)
+    monkeypatch.setattr(LinfProposals, "moved", lambda self: None)
 
 
 def test_an_image_that_stays_as_it_is_is_not_asked_about(monkeypatch):
@@ -288,7 +289,7 @@ def test_an_image_that_stays_as_it_is_is_not_asked_about(monkeypatch):
     Square(0.0, 50, restarts=2)(idle, x, y)
     assert idle.images == 3 * 12  # the clean images and the two starts, which are the same
     counting.images = 0
-    monkeypatch.setattr(_Linf, "moved", lambda self: None)
+    monkeypatch.setattr(LinfProposals, "moved", lambda self: None)
     torch.testing.assert_close(attack(counting, x, y), got, rtol=0, atol=1e-15)
     assert asked < 0.95 * counting.images
 

@@ -169,11 +169,12 @@ class FAB(Attack):
         def judge(x: Tensor, logits: Tensor) -> Tensor:
             """Records what is misclassified; the point to go on from."""
             nonlocal nearest, reach, trace
-            wrong, far = logits.argmax(1) != y, distance(x, x0, self.norm)
+            moved = x - x0
+            wrong, far = logits.argmax(1) != y, _length(moved.flatten(1), self.norm)
             closer = wrong & (far < reach)
             nearest, reach = torch.where(per_sample(closer, x), x, nearest), torch.where(closer, far, reach)
             trace = trace + logits.sum(1) + far
-            return torch.where(per_sample(wrong, x), x0 + self.beta * (x - x0), x)
+            return torch.where(per_sample(wrong, x), x0 + self.beta * moved, x)
 
         x = start
         for _ in range(self.steps):
@@ -190,17 +191,14 @@ class FAB(Attack):
     def _step(self, base: Tensor, seen: Tensor, x0: Tensor, boundary: _Boundary) -> Tensor:
         """The next iterate from ``base``, with the boundary linearised at ``seen``."""
         normal = boundary.normal.flatten(1)
-
-        def gap(point: Tensor) -> Tensor:
-            return boundary.gap + (normal * (point - seen).flatten(1)).sum(1)
-
-        # one call for both projections: they share the normal
-        points, gaps = torch.cat([base, x0]).flatten(1), torch.cat([gap(base), gap(x0)])
-        moves = project_to_hyperplane(points, normal.repeat(2, 1), gaps, self.norm)
-        own, clean = _length(moves, self.norm).clamp_min(1e-8).chunk(2)
-        alpha = per_sample((own / (own + clean)).clamp_max(self.alpha_max), x0)
-        there = (points + self.eta * moves).view(2, *x0.shape)
-        return (there[0] * (1 - alpha) + there[1] * alpha).clamp(0.0, 1.0)
+        # both projections in one: they share the normal
+        points = torch.stack([base, x0]).flatten(2)  # [2, B, d]
+        gaps = boundary.gap + (normal * (points - seen.flatten(1))).sum(2)
+        moves = project_to_hyperplane(points, normal, gaps, self.norm)
+        own, clean = _length(moves.flatten(0, 1), self.norm).clamp_min(1e-8).chunk(2)
+        alpha = (own / (own + clean)).clamp_max(self.alpha_max)[:, None]
+        own, clean = points + self.eta * moves
+        return (own * (1 - alpha) + clean * alpha).clamp(0.0, 1.0).view_as(x0)
 
     @staticmethod
     def _look(passes: Passes, x: Tensor) -> Tensor:
@@ -211,15 +209,16 @@ class FAB(Attack):
         """To the target's boundary, or to the one that is nearest where linear: one forward, one backward a class."""
         x = x.detach().requires_grad_(True)
         logits = _full(passes.logits(x))
-        classes = logits.shape[1]
+        seen, label, classes = logits.detach(), y[:, None], logits.shape[1]
         # each label's other classes, one at a time: classes - 1 backwards, not one for every logit
         rivals = [target] if target is not None else [(y + shift) % classes for shift in range(1, classes)]
         best, nearest = None, None
         for number, rival in enumerate(rivals, 1):
-            gap = logits.gather(1, rival[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
-            # the sum keeps each sample's gradient independent of the batch size
-            normal = passes.gradient(gap.sum(), x, retain_graph=number < len(rivals))
-            found = _Boundary(logits.detach(), gap.detach(), normal)
+            # the gap's own gradient, which is known, goes in below the logits: autograd has that many nodes less
+            weights = torch.zeros_like(seen).scatter_(1, rival[:, None], 1.0).scatter_(1, label, -1.0)
+            normal = passes.gradient(logits, x, grad_outputs=weights, retain_graph=number < len(rivals))
+            gap = seen.gather(1, rival[:, None]) - seen.gather(1, label)
+            found = _Boundary(seen, gap[:, 0], normal)
             if len(rivals) == 1:
                 return found
             dual = normal.flatten(1).abs().sum(1) if self.norm == "Linf" else _length(normal.flatten(1), "L2")

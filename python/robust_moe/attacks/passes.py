@@ -115,9 +115,10 @@ class Passes:
         self.nonfinite |= ~torch.isfinite(grad).all()
         return Examined(logits.detach(), loss.detach(), grad)
 
-    def gradient(self, total: Tensor, x: Tensor, **options) -> Tensor:
-        """Gradient of the scalar ``total`` to ``x`` alone; ``options`` of ``torch.autograd.grad``."""
-        (grad,) = torch.autograd.grad(total, x, **options)
+    def gradient(self, output: Tensor, x: Tensor, **options) -> Tensor:
+        """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of
+        ``torch.autograd.grad``."""
+        (grad,) = torch.autograd.grad(output, x, **options)
         self.counts.backward += len(x)
         return grad
 
