@@ -115,11 +115,21 @@ def test_members_alone_draw_what_they_draw_together(victim):
 
 
 def test_names_and_attacks_mix_and_repeat():
-    attack = AutoAttack(0.1, version="custom", attacks=["apgd-dlr", PGD(0.1, 5), "apgd-dlr", PGD(0.2, 3)], steps=7)
+    attack = AutoAttack(0.1, version="custom", attacks=["apgd-dlr", PGD(0.1, 5), "apgd-dlr", PGD(0.1, 3)], steps=7)
     assert list(attack.attacks) == ["apgd-dlr", "pgd", "apgd-dlr 2", "pgd 2"]
     assert [each.steps for each in attack.attacks.values()] == [7, 5, 7, 3]
     for name in MEMBERS:
         assert AutoAttack(0.1, version="custom", attacks=[name]).attacks.keys() == {name}
+
+
+def test_every_attack_has_a_seed_of_its_own():
+    square = Square(0.1, 50, seed=9)
+    attack = AutoAttack(0.1, version="custom", attacks=["square", square, "square"], seed=5)
+    other = AutoAttack(0.1, version="custom", attacks=["square", square, "square"], seed=6)
+    seeds = [each.seed for each in (*attack.attacks.values(), *other.attacks.values())]
+    assert len(set(seeds)) == 6
+    assert attack.attacks["square"].seed == members(0.1, seed=5)["square"].seed
+    assert square.seed == 9  # the caller's is left alone
 
 
 def test_passes_are_counted(victim):
@@ -183,7 +193,15 @@ def test_with_room_the_targets_of_few_images_run_together(victim, attack):
         ({"version": "custom", "attacks": ["square", 3]}, "attacks[1]: expected a name or an Attack, got 3"),
         (
             {"version": "custom", "attacks": [PGD(0.1, 1, mode="train")]},
-            "attacks[0].mode: expected 'eval', got 'train'",
+            "attacks[0].mode: expected 'eval', that of all, got 'train'",
+        ),
+        (
+            {"version": "custom", "attacks": [PGD(0.4, 1)]},
+            "attacks[0].eps: expected 0.1, that of all, got 0.4",
+        ),
+        (
+            {"version": "custom", "attacks": ["square", PGD(0.1, 1, norm="L2")]},
+            "attacks[1].norm: expected 'Linf', that of all, got 'L2'",
         ),
         ({"batch_size": 0}, "batch_size: expected a count >= 1, got 0"),
         ({"eps": -1}, "eps: expected a finite number >= 0, got -1"),

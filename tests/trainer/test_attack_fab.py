@@ -7,7 +7,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robust_moe.attacks import FAB
+from robust_moe.attacks import FAB, projections
 from robust_moe.attacks.fab import distance
 from robust_moe.attacks.projections import project_to_hyperplane
 
@@ -51,6 +51,15 @@ def by_bisection(x: Tensor, w: Tensor, gap: Tensor, norm: str) -> Tensor:
         short = (w * move(middle)).sum(1).abs() < gap.abs()
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     return torch.where(gap[:, None] == 0, 0.0, move(high))
+
+
+@BOTH
+def test_parts_of_a_large_batch_are_projected_alike(norm, monkeypatch):
+    x, w, gap = problems(45, 7)
+    x, gap = torch.stack([x, x.flip(1)]), torch.stack([gap, -gap])
+    whole = project_to_hyperplane(x, w, gap, norm)
+    monkeypatch.setattr(projections, "_ELEMENTS", 100)
+    assert torch.equal(project_to_hyperplane(x, w, gap, norm), whole)
 
 
 @BOTH

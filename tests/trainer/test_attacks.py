@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import ATTACKS, PGD, Attack, attack_mode, build_attack
+from robust_moe.attacks import APGD, ATTACKS, FAB, PGD, Attack, Square, attack_mode, build_attack
 from robust_moe.config import AttackConfig, ConfigError, TrainConfig
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import FusedBlockMoE, balance_loss, replace_blocks
@@ -330,6 +330,51 @@ def test_nan_never_passes_for_an_attack(when, restarts):
         PGD(0.1, steps, restarts=restarts)(model, x, y)
     assert bool(PGD(0.1, steps, restarts=restarts).craft(model, x, y).nonfinite)
     assert model.training
+
+
+class LostOnTheWay(nn.Module):
+    """Logits that are NaN in a shell around the clean images, by a constant: their gradients stay finite."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x, self.fc = x, nn.Linear(x[0].numel(), 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = (x.detach() - self.x).abs().flatten(1).amax(1, keepdim=True)
+        lost = (far > 0.01) & (far < 0.08)
+        return self.fc(x.flatten(1)) + torch.where(lost, torch.nan, 0.0)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_nan_between_start_and_end_counts(best):
+    torch.manual_seed(0)
+    x, y = batch()
+    model = LostOnTheWay(x).eval()
+    attack = PGD(0.1, 5, 0.02, loss="margin", random_start=False, best=best)
+    with pytest.raises(FloatingPointError, match="non-finite"):
+        attack(model, x, y)
+
+
+class Thresholds(nn.Module):
+    def __init__(self, x: Tensor, keeps_graph: bool) -> None:
+        super().__init__()
+        self.fc, self.keeps_graph = nn.Linear(x[0].numel(), 5), keeps_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.fc((x > 0.5).float().flatten(1))
+        return out + 0 * x.flatten(1)[:, :1] if self.keeps_graph else out
+
+
+@pytest.mark.parametrize("keeps_graph", [True, False])
+@pytest.mark.parametrize(
+    "attack", [PGD(0.1, 3), APGD(0.1, 3), FAB(0.1, 3), Square(0.1, 20)], ids=lambda a: type(a).__name__
+)
+def test_a_model_without_gradients_can_be_attacked(attack, keeps_graph):
+    """Nothing to climb by: the random start stays, or Square's queries find something."""
+    torch.manual_seed(0)
+    x, y = batch()
+    got = attack(Thresholds(x, keeps_graph).eval(), x, y)
+    assert (got - x).abs().max() <= 0.1 + 1e-6
 
 
 X, Y = batch(4)

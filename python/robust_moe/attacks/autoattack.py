@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 
@@ -56,8 +57,11 @@ def members(
     }
 
 
-def _named(attacks: Sequence[str | Attack], mode: str, make: Callable[[str], Attack]) -> dict[str, Attack]:
-    """Attacks by name; a second one of a name gets its number."""
+def _named(
+    attacks: Sequence[str | Attack], own: Mapping[str, object], seed: int, make: Callable[[str], Attack]
+) -> dict[str, Attack]:
+    """Attacks by name, a second one of a name with its number, each with a seed made of that name; ``own``: what an
+    attack that is given must have in common with the others."""
     named: dict[str, Attack] = {}
     for place, entry in enumerate(attacks):
         if isinstance(entry, str):
@@ -65,10 +69,14 @@ def _named(attacks: Sequence[str | Attack], mode: str, make: Callable[[str], Att
             name, attack = entry, make(entry)
         else:
             expect(isinstance(entry, Attack), f"attacks[{place}]", "a name or an Attack", repr(entry))
-            expect(entry.mode == mode, f"attacks[{place}].mode", repr(mode), repr(entry.mode))
-            name, attack = type(entry).__name__.lower(), entry
+            for setting, value in own.items():
+                got = getattr(entry, setting, value)
+                expect(got == value, f"attacks[{place}].{setting}", f"{value!r}, that of all", repr(got))
+            name, attack = type(entry).__name__.lower(), copy.copy(entry)
         same = sum(other == name or other.startswith(f"{name} ") for other in named)
-        named[f"{name} {same + 1}" if same else name] = attack
+        name = f"{name} {same + 1}" if same else name
+        attack.seed = derive_seed(seed, name)
+        named[name] = attack
     return named
 
 
@@ -87,7 +95,8 @@ class AutoAttack(Attack):
         eps: radius of the ball, >= 0, pixels being in [0, 1].
         norm: ``"Linf"`` or ``"L2"``.
         version: ``"standard"``, ``"rand"``, or ``"custom"``: what ``attacks`` lists.
-        attacks: for ``"custom"``: names of :data:`MEMBERS`, with the settings given here, or attacks with their own.
+        attacks: for ``"custom"``: names of :data:`MEMBERS`, with the settings given here, or attacks with their own, of
+            the same ``eps``, ``norm`` and ``mode``.
         seed: each attack draws from a seed made of this one and its name; an attack's own is not used.
         batch_size: images a forward, >= 1; the result does not depend on it.
         steps: of the gradient attacks, >= 0; Square makes 50 times as many queries. The standard is 100.
@@ -95,7 +104,8 @@ class AutoAttack(Attack):
         mode: see :class:`~robust_moe.attacks.base.Attack`.
 
     Raises:
-        ValueError: a value of another type or out of its range; attacks without "custom", or none with it.
+        ValueError: a value of another type or out of its range; attacks without "custom", or none with it, or of
+            another ball.
     """
 
     def __init__(
@@ -120,7 +130,8 @@ class AutoAttack(Attack):
         if version == "custom":
             expect(bool(attacks), "attacks", "at least one with version='custom'", attacks)
             settings = {"norm": norm, "restarts": restarts, "mode": mode}
-            self.attacks = _named(attacks, mode, lambda name: MEMBERS[name](eps, steps, **settings))
+            own = {"eps": float(eps), "norm": norm, "mode": mode}
+            self.attacks = _named(attacks, own, seed, lambda name: MEMBERS[name](eps, steps, **settings))
         else:
             expect(attacks is None, "attacks", f"None with version={version!r} (use 'custom')", attacks)
             self.attacks = members(eps, norm, version, seed, steps=steps, restarts=restarts, mode=mode)

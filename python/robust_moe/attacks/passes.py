@@ -112,14 +112,17 @@ class Passes:
             grad = self.gradient(loss.sum(), x)
             total = grad if total is None else total + grad
         grad = total if self.draws == 1 else total / self.draws
-        self.nonfinite |= ~torch.isfinite(grad).all()
+        # the loss too: where only it is lost, a margin's say, a finite gradient would go on from there
+        self.nonfinite |= ~(torch.isfinite(grad).all() & torch.isfinite(loss).all())
         return Examined(logits.detach(), loss.detach(), grad)
 
     def gradient(self, output: Tensor, x: Tensor, **options) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of
-        ``torch.autograd.grad``."""
-        (grad,) = torch.autograd.grad(output, x, **options)
+        ``torch.autograd.grad``. Zero where the output does not depend on ``x`` through anything with a gradient."""
         self.counts.backward += len(x)
+        if not output.requires_grad:
+            return torch.zeros_like(x)
+        (grad,) = torch.autograd.grad(output, x, materialize_grads=True, **options)
         return grad
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = ["project_to_hyperplane"]
 
+_ELEMENTS = 2**20  # pixels projected at once: a dozen float64 tensors of so many, 100 MB
 _NEGLIGIBLE = 1e-150  # weights below this share of the largest count as zero: their squares underflow float64
 
 
@@ -33,6 +34,13 @@ def project_to_hyperplane(points: Tensor, normals: Tensor, gaps: Tensor, norm: s
     Returns:
         d, [..., B, d], dtype of ``points``. NaN and infinite weights give NaN in their own row.
     """
+    rows = max(1, _ELEMENTS // max(1, points[..., :1, :].numel()))
+    split = zip(points.split(rows, -2), normals.split(rows), gaps.split(rows, -1), strict=True)
+    parts = [_project(*part, norm) for part in split]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def _project(points: Tensor, normals: Tensor, gaps: Tensor, norm: str) -> Tensor:
     tiny = torch.finfo(torch.float64).tiny
     x, w, gap = points.double(), normals.double(), gaps.double()[..., None]
     scale = w.abs().amax(1, keepdim=True).clamp_min(tiny)
