@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from robust_moe.data import DataError
 from robust_moe.demo import run_demo
 from robust_moe.engine import CheckpointError, Reporter, Trainer
 from robust_moe.engine.experiment import checkpoint_file
-from robust_moe.evaluation import attack_table, results_table
+from robust_moe.evaluation import attack_table, results_table, robustbench_json
+from robust_moe.evaluation.store import replace_file
 from robust_moe.evaluation.tables import flag_lines, moe_table
 from robust_moe.provenance import git_revision, versions
 from robust_moe.report import PRESETS, assess, draw
@@ -133,6 +135,14 @@ def evaluate_checkpoint(
     out: Annotated[
         Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
     ] = None,
+    robustbench: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TITLE",
+            help="With --preset standard: write RobustBench's entry of that name beside the results too.",
+            show_default=False,
+        ),
+    ] = None,
     show_traceback: Traceback = False,
 ) -> None:
     """Clean and robust accuracy of a checkpoint; model and split are those of the configuration inside it.
@@ -148,6 +158,8 @@ def evaluate_checkpoint(
             settings.append(f"eval.attack.{name}={value}")
     if batch_size is not None:
         settings.append(f"eval.batch_size={batch_size}")
+    if robustbench is not None and preset != "standard":
+        raise ConfigError(f"robustbench: expected --preset standard, which it is about, got {preset!r}")
     file = checkpoint_file(checkpoint)
     reporter = Reporter(console=_console())
     results, written = assess(
@@ -162,6 +174,11 @@ def evaluate_checkpoint(
         reporter=reporter,
     )
     _show(reporter.console, file.resolve().parent.name if file.stem == "best" else file.stem, results, written)
+    if robustbench is not None:
+        entry = written.with_name(f"{written.stem}-robustbench.json")
+        text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
+        replace_file(entry, f"{text}\n".encode())
+        reporter.console.print(f"RobustBench entry: {entry}", soft_wrap=True)
 
 
 @app.command()

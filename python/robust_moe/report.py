@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from robust_moe.attacks import build_attack
+from robust_moe.attacks.autoattack import VERSIONS
+from robust_moe.attacks.losses import LOSSES
 from robust_moe.config import ConfigError, TrainConfig, parse_fraction
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
@@ -21,10 +23,10 @@ from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import (
     Journal,
+    SuiteResult,
     curve_flag,
     curve_radii,
     error_curve,
-    evaluate_moe,
     identity,
     make_results,
     make_samples,
@@ -34,6 +36,9 @@ from robust_moe.evaluation import (
     read_results,
     run_suite,
     samples_file,
+    study_moe,
+    wilson_interval,
+    with_stages,
     write_report,
     write_results,
 )
@@ -45,6 +50,7 @@ SPLITS = ("train", "val", "test")
 PRESETS = {
     "quick": "clean, and eval.attack (PGD-20 unless set otherwise)",
     "standard": "quick, and AutoAttack standard",
+    "rand": "quick, and AutoAttack rand, for models that draw random numbers",
     "moe": "quick, an error curve over 20 radii, and of a mixture of experts: experts, router and routing under attack",
 }
 
@@ -112,16 +118,16 @@ def assess(
             return finished, path
         with open(file, "rb") as stream:
             checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-        journal = Journal(path.with_suffix(".journal"), evaluation.identity, resume)
-        results, samples = evaluation.run(
-            journal,
-            model={**dataclasses.asdict(config.model), **state["position"]},
-            data={"split": split, "image_size": state["data"]["image_size"]},
-            checkpoint={"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
-        )
-        results = write_results(results, samples, path)
-        write_report(results, samples, path.with_suffix(".html"), others)
-        journal.remove()
+        with Journal(path.with_suffix(".journal"), evaluation.identity, resume) as journal:
+            results, samples = evaluation.run(
+                journal,
+                model={**dataclasses.asdict(config.model), **state["position"]},
+                data={"split": split, "image_size": state["data"]["image_size"]},
+                checkpoint={"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
+            )
+            results = write_results(results, samples, path)
+            write_report(results, samples, path.with_suffix(".html"), others)
+            journal.remove()
     return results, path
 
 
@@ -141,12 +147,22 @@ class _Evaluation:
         self.config, self.model, self.images, self.index = config.eval, model, images, index
         self.preset, self.reporter, self.seed = preset, reporter, config.eval_seed
         self.eps = parse_fraction(attack.eps, "eval.attack.eps")
-        version = "standard" if preset == "standard" else None
+        version = preset if preset in VERSIONS else None
+        if version is not None and attack.name == "autoattack":
+            raise ConfigError(
+                f"eval.attack.name: expected another beside preset {preset!r}, which runs 'autoattack' itself"
+            )
+        if preset == "moe" and attack.name != "pgd":
+            raise ConfigError(
+                f"eval.attack.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}"
+            )
+        if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
+            losses = ", ".join(LOSSES)
+            raise ConfigError(f"eval.attack.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
         self.stages = plan(attack.name, build_attack(attack, seed=self.seed, key="eval.attack"), version, self.seed)
         self.settings = {"eps": str(self.eps), "norm": attack.norm, "preset": preset, "seed": self.seed}
-        self.identity = identity(
-            model, images.images, images.labels, self.stages, {**self.settings, "batch_size": self.config.batch_size}
-        )
+        settings = {**self.settings, "batch_size": self.config.batch_size}
+        self.identity = identity(model, images.images, images.labels, self.stages, settings, index)
 
     def finished(self, path: Path) -> dict[str, Any] | None:
         """The content of ``path`` if it is this evaluation's and all that belongs to it is there."""
@@ -178,7 +194,8 @@ class _Evaluation:
         )
         moe = curve = None
         if self.preset == "moe":
-            moe, curve = self._moe(journal), self._curve(journal)
+            suite, moe = self._moe(suite, journal)
+            curve = self._curve(journal)
             flags = [*suite.flags, curve_flag(curve, len(self.images))]
             suite = dataclasses.replace(suite, flags=flags, seconds=journal.seconds)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -194,27 +211,31 @@ class _Evaluation:
         )
         return results, make_samples(suite)
 
-    def _moe(self, journal: Journal) -> dict[str, Any] | None:
-        """Measures of the experts; None, and a line that says so, for a dense model."""
+    def _moe(self, suite: SuiteResult, journal: Journal) -> tuple[SuiteResult, dict[str, Any] | None]:
+        """The suite with the attacks on experts and router, and their measures; None, and a line that says so, for a
+        dense model. The worst case of both is one and the same."""
         if not moe_layers(self.model):
             self.reporter.line("the model is dense: no experts, router or routing to measure")
-            return None
-        alpha = self.config.attack.alpha
+            return suite, None
+        eps, alpha = float(self.eps), self.config.attack.alpha
         step = None if alpha is None else float(parse_fraction(alpha))
-        return evaluate_moe(self.model, eps=float(self.eps), alpha=step, **self._study(journal))
+        moe, stages = study_moe(self.model, eps=eps, alpha=step, **self._study(journal))
+        suite = with_stages(suite, stages, eps, self.config.attack.norm)
+        robust = float(suite.robust.mean())
+        return suite, {**moe, "union": robust, "union_interval": list(wilson_interval(robust, len(self.images)))}
 
     def _curve(self, journal: Journal) -> dict[str, Any]:
         return error_curve(self.model, eps_values=curve_radii(self.eps), **self._study(journal))
 
     def _study(self, journal: Journal) -> dict[str, Any]:
-        """What the studies of the preset ``moe`` have in common."""
+        """What the studies of the preset ``moe`` have in common: the attack's settings, but for its radius and step."""
         attack = self.config.attack
+        shared = ("norm", "steps", "restarts", "random_start", "loss", "eot_iter", "graph")
         return {
             "images": self.images,
             "labels": self.images.labels,
             "index": self.index,
-            "norm": attack.norm,
-            "steps": attack.steps,
+            **{name: getattr(attack, name) for name in shared},
             "seed": self.seed,
             "batch_size": self.config.batch_size,
             "journal": journal,

@@ -210,7 +210,8 @@ def kept(monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
 def test_killed_amid_the_experts_only_the_batch_in_hand_is_done_again(config, tmp_path, kept):
     assert run("train", config, "run.epochs=12", "method.name=standard").exit_code == 0
-    options = ("--preset", "moe", "--n", 20, "--batch-size", 8, "eval.attack.eps=0.02")
+    attack = ("eval.attack.eps=0.078", "eval.attack.restarts=3", "eval.attack.loss=margin")
+    options = ("--preset", "moe", "--n", 20, "--batch-size", 8, *attack)
     whole, killed = tmp_path / "whole" / "results.json", tmp_path / "killed" / "results.json"
     kept.clear()  # training ends with an evaluation
     done = run("eval", tmp_path / "run", *options, "--out", whole)
@@ -227,8 +228,27 @@ def test_killed_amid_the_experts_only_the_batch_in_hand_is_done_again(config, tm
     assert kept == every[second:]  # with the batch of the second kill, and no other
     one, other = (without_times(json.loads(path.read_text())) for path in (whole, killed))
     assert one == other
-    assert one["moe"] is not None
-    assert one["curve"] is not None
+    moe, robust = one["moe"], one["robust"]
+    names = ["ra", "ra_e", "ra_r", "joint", "transfer"]
+    assert [attack["name"] for attack in one["attacks"]] == ["pgd", *names]
+    assert all(attack["settings"]["restarts"] == 3 for attack in one["attacks"])
+    assert all(attack["settings"]["loss"] == "margin" for attack in one["attacks"])
+    assert (one["curve"]["attack"]["restarts"], one["curve"]["attack"]["loss"]) == (3, "margin")
+    # one worst case, wherever it is said
+    assert (moe["union"], moe["union_interval"]) == (robust, one["robust_interval"])
+    assert robust == one["attacks"][-1]["robust_after"] <= min(attack["alone"] for attack in one["attacks"])
+    assert robust < one["clean"]
+    with np.load(killed.with_name("samples.npz")) as samples:
+        broken = np.stack([samples[f"broken/{attack['name']}"] for attack in one["attacks"]])
+        np.testing.assert_array_equal(samples["robust"], samples["clean"] & ~broken.any(0))
+        assert samples["robust"].mean() == robust
+    for name in names:
+        (attack,) = [attack for attack in one["attacks"] if attack["name"] == name]
+        assert (attack["attacked"], attack["alone"]) == (20, moe[name])
+        assert attack["passes_per_image"]["backward"] == 6  # two steps, three restarts
+        assert attack["passes_per_image"]["forward"] == 6 + 3 + (name in ("ra_e", "ra_r", "joint"))
+    assert f"{100 * robust:.1f} [" in done.output
+    assert "PGD-2 x3 + attacks on the mixture x3, Linf eps = 39/500" in done.output
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
@@ -281,8 +301,12 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(config, tmp_path, kept):
 def test_the_standard_preset_is_pgd_and_autoattack(config, tmp_path):
     assert run("train", config, "method.name=standard").exit_code == 0
     out = tmp_path / "results.json"
-    done = run("eval", tmp_path / "run", "--preset", "standard", "--n", 10, "--out", out, "eval.attack.eps=0.01")
+    options = ("--preset", "standard", "--n", 10, "--out", out, "eval.attack.eps=0.01", "--robustbench", "A title")
+    done = run("eval", tmp_path / "run", *options)
     assert done.exit_code == 0, done.output
+    entry = json.loads(out.with_name("results-robustbench.json").read_text())
+    assert entry["name"] == "A title"
+    assert entry["autoattack_acc"] == f"{100 * json.loads(out.read_text())['autoattack']:.2f}"
     results = json.loads(out.read_text())
     assert [attack["name"] for attack in results["attacks"]] == ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert [attack["settings"]["steps"] for attack in results["attacks"]] == [2, 100, 100, 100, 5000]
@@ -298,7 +322,7 @@ def test_eval_writes_what_the_contract_says(config, tmp_path):
     done = run("eval", tmp_path / "run", "--preset", "moe", "--n", 20, "--out", out, "eval.attack.steps=2")
     assert done.exit_code == 0, done.output
     results = json.loads(out.read_text())
-    assert results["format"] == 2
+    assert results["format"] == 3
     assert results["count"] == 20
     assert (results["eps"], results["norm"], results["preset"]) == ("1/10", "Linf", "moe")
     assert results["data"]["classes"] == list("0123456789")
@@ -322,7 +346,35 @@ def test_eval_writes_what_the_contract_says(config, tmp_path):
     assert results["curve"]["eps"] == pytest.approx([level / 200 for level in range(1, 21)])  # up to eps itself
     other = run("eval", tmp_path / "run", "--preset", "all")
     assert other.exit_code == 2
-    assert "preset: expected one of quick, standard, moe, got 'all'" in other.stderr
+    assert "preset: expected one of quick, standard, rand, moe, got 'all'" in other.stderr
+
+
+def test_presets_refuse_what_they_cannot_run(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    refused = {
+        ("--preset", "standard", "eval.attack.name=autoattack"): "eval.attack.name: expected another beside preset",
+        ("--preset", "rand", "eval.attack.name=autoattack"): "eval.attack.name: expected another beside preset 'rand'",
+        ("--preset", "moe", "eval.attack.name=square"): "eval.attack.name: expected 'pgd' with preset 'moe'",
+        (
+            "--preset",
+            "moe",
+            "eval.attack.loss=kl",
+        ): "eval.attack.loss: expected one of ce, margin, dlr with preset 'moe'",
+        ("--robustbench", "A title"): "robustbench: expected --preset standard, which it is about, got 'quick'",
+    }
+    for options, words in refused.items():
+        done = run("eval", tmp_path / "run", *options)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"error: {words}")
+
+
+def test_a_journal_at_work_is_refused(config, tmp_path):
+    assert run("train", config).exit_code == 0
+    out = tmp_path / "results.json"
+    with Journal(out.with_suffix(".journal"), {}):
+        done = run("eval", tmp_path / "run", "--out", out)
+    assert done.exit_code == 2
+    assert "results.journal: expected a journal of this evaluation alone" in done.stderr
 
 
 def test_the_moe_preset_on_a_dense_model_is_its_curve(config, tmp_path):
@@ -369,8 +421,8 @@ def test_results_of_other_models_are_shown_beside(config, tmp_path):
         ("\udcff", "got something that is no JSON"),
         ("[1]", "got other JSON"),
         ('{"a": 1}', "got other JSON"),
-        ('{"format": 1}', "of format 2, got format 1; evaluate again"),
-        ('{"format": 2, "model": {}, "data": {}, "count": 1}', "got one without eps, norm, attacks, clean"),
+        ('{"format": 1}', "of format 3, got format 1; evaluate again"),
+        ('{"format": 3, "model": {}, "data": {}, "count": 1}', "got one without eps, norm, attacks, clean"),
     ],
 )
 def test_what_is_no_result_file_is_not_shown_beside(tmp_path, content, words):

@@ -245,7 +245,7 @@ def test_result_file_has_the_numbers_settings_and_masks(tmp_path):
     assert read["autoattack"] is None
     assert read["robust_interval"] == list(wilson_interval(0.5, 4))
     assert read["versions"]["torch"] == torch.__version__
-    assert (read["format"], read["moe"], read["curve"], read["tf32"]) == (2, None, None, False)
+    assert (read["format"], read["moe"], read["curve"], read["tf32"]) == (3, None, None, False)
     assert {"git", "hardware", "dtype", "seconds", "routing", "flags"} <= read.keys()
     assert read["samples"] == "samples.npz"
     with np.load(tmp_path / read["samples"], allow_pickle=False) as samples:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 from whole_networks import Networks, linear
 from wrapped_models import Counting, Noisy
 
+from robust_moe.attacks import PGD, Counts
 from robust_moe.data import ImageSet
-from robust_moe.evaluation import Journal, curve_radii, error_curve, evaluate_moe, wilson_interval
-from robust_moe.evaluation.moe import RANDOM_POINTS
+from robust_moe.evaluation import (
+    Journal,
+    ResumeError,
+    curve_radii,
+    error_curve,
+    evaluate_moe,
+    study_moe,
+    wilson_interval,
+)
+from robust_moe.evaluation.moe_study import RANDOM_POINTS
 from robust_moe.evaluation.routing_measures import (
     disagreement,
     expert_sets,
@@ -72,8 +82,51 @@ def test_accuracies(by_hand):
     for name in (*expected, "transfer"):
         assert by_hand[f"{name}_interval"] == list(wilson_interval(by_hand[name], 5))
     assert by_hand["union"] <= by_hand["transfer"] <= by_hand["sa"]
-    assert by_hand["settings"] == {"eps": "1/10", "steps": 10, "alpha": "1/40", "norm": "Linf", "seed": 3}
+    given = {"eps": "1/10", "steps": 10, "alpha": "1/40", "norm": "Linf", "seed": 3}
+    assert by_hand["settings"] == {**given, "restarts": 1, "random_start": True, "loss": "ce", "eot_iter": 1}
     assert list(by_hand["layers"]) == ["model"]
+
+
+def test_every_attack_is_a_stage_with_masks_passes_and_its_ball():
+    model, (x, y, index) = two_experts(), points()
+    numbers, stages = study_moe(model, x, y, index, eps=0.1, steps=10, seed=3, batch_size=2)
+    assert [stage.stage.name for stage in stages] == ["ra", "ra_e", "ra_r", "joint", "transfer"]
+    right = [True, True, True, False, True]
+    robust = {"ra": [0, 4, 2], "ra_e": [0, 4, 2], "ra_r": [0, 4, 1], "joint": [0, 4]}
+    for stage in stages:
+        assert stage.attacked.all()
+        wrong = stage.prediction != y.numpy()
+        np.testing.assert_array_equal(stage.broken, wrong & right)
+        name = stage.stage.name
+        assert stage.stage.chain == f"moe/{name}"
+        assert numbers[name] == stage.alone == (right & ~stage.broken).mean()
+        if name in robust:
+            assert set(np.flatnonzero(right & ~stage.broken)) == set(robust[name])
+        clean_forward = name in ("ra_e", "ra_r", "joint")
+        assert stage.counts == Counts(5 * (10 + clean_forward), 5 * 10)
+        assert stage.seconds > 0
+        assert stage.reach == pytest.approx(0.1, rel=1e-6)
+        assert 0 <= stage.low < stage.high <= 1
+
+
+def test_all_settings_of_the_attack_are_those_of_every_attack():
+    model, (x, y, index) = two_experts(), points()
+    given = {"restarts": 3, "loss": "margin", "eot_iter": 2, "steps": 4, "alpha": 0.01}
+    numbers, stages = study_moe(model, x, y, index, eps=0.1, **given, graph=False)
+    assert {name: numbers["settings"][name] for name in given} == {**given, "alpha": "1/100"}
+    for stage in stages:
+        attack = stage.stage.attack
+        assert (attack.restarts, attack.loss_name, attack.eot_iter, attack.steps) == (3, "margin", 2, 4)
+    _, (ra, *_) = study_moe(model, x, y, index, eps=0.1, steps=4, random_start=False)
+    images = PGD(0.1, 4, random_start=False)(model, x, y)
+    np.testing.assert_array_equal(ra.prediction, model(images).argmax(1))
+    with pytest.raises(ValueError, match="loss: expected one of ce, margin, dlr, got 'kl'"):
+        study_moe(model, x, y, index, eps=0.1, loss="kl")
+    counting = [Counting(model), Counting(model)]
+    for one, restarts in zip(counting, (1, 3), strict=True):
+        error_curve(one, x, y, index, eps_values=[0.1], steps=4, restarts=restarts, eot_iter=2, loss="dlr")
+    images = [one.images - 1 - 10 for one in counting]  # one shows the classes; two scores of five
+    assert images == [5 * 8, 3 * 5 * (8 + 1)]
 
 
 def test_routing(by_hand):
@@ -396,14 +449,16 @@ def test_stopped_anywhere_it_goes_on_and_repeats_one_batch_at_most(tmp_path, stu
     whole_model = Counting(model)
     whole = study(whole_model)
     stopped, rest, idle = Counting(model, max(2, int(place * whole_model.calls))), Counting(model), Counting(model)
-    with pytest.raises(KeyboardInterrupt):
-        study(stopped, journal=Journal(tmp_path / "a", {}))
+    with Journal(tmp_path / "a", {}) as journal, pytest.raises(KeyboardInterrupt):
+        study(stopped, journal=journal)
     told = Told()
-    assert study(rest, journal=Journal(tmp_path / "a", {}), task=told) == whole
+    with Journal(tmp_path / "a", {}) as journal:
+        assert study(rest, journal=journal, task=told) == whole
     again = stopped.images + rest.images - whole_model.images - 1  # one image shows the number of classes
     assert 0 <= again <= 5 * 12  # of a batch: look, clean gradient or attack, and imposed routes
     assert sum(done + sum(new) for (_, _, done), *new in told.stages) == 13 * len(told.stages)
-    assert study(idle, journal=Journal(tmp_path / "a", {})) == whole
+    with Journal(tmp_path / "a", {}) as journal:
+        assert study(idle, journal=journal) == whole
     assert idle.images == 1
 
 
@@ -411,16 +466,32 @@ def test_a_journal_keeps_its_seconds(tmp_path):
     journal = Journal(tmp_path / "a", {})
     curve_study(network(), journal=journal)
     assert journal.seconds > 0
+    journal.close()
     assert Journal(tmp_path / "a", {}).seconds == journal.seconds
 
 
-def test_a_random_model_draws_the_same_when_resumed(tmp_path):
-    whole = curve_study(Noisy(network()))
+@pytest.mark.parametrize(("study", "stop_at"), [(curve_study, 20), (moe_study, 60)])
+def test_a_random_model_draws_the_same_when_resumed(tmp_path, study, stop_at):
+    """And what it draws does not show outside."""
+    whole = study(Counting(Noisy(network())))
     torch.manual_seed(123)
-    stopped = Counting(Noisy(network()), 20)
-    with pytest.raises(KeyboardInterrupt):
-        curve_study(stopped, journal=Journal(tmp_path / "a", {}))
-    assert curve_study(Noisy(network()), journal=Journal(tmp_path / "a", {})) == whole
+    stopped = Counting(Noisy(network()), stop_at)
+    state = torch.get_rng_state()
+    with Journal(tmp_path / "a", {}) as journal, pytest.raises(KeyboardInterrupt):
+        study(stopped, journal=journal)
+    assert torch.equal(torch.get_rng_state(), state)
+    with Journal(tmp_path / "a", {}) as journal:
+        assert study(Counting(Noisy(network())), journal=journal) == whole
+
+
+@pytest.mark.parametrize("study", [moe_study, curve_study])
+def test_batches_of_another_model_are_refused(study):
+    journal, other = Journal(None, {}), network()
+    whole = study(network(), journal=journal)
+    assert study(network(), journal=journal) == whole
+    moe_layers(other)["1"].renormalize ^= True
+    with pytest.raises(ResumeError, match="another's: model: "):
+        study(other, journal=journal)
 
 
 # --- what cannot be evaluated -------------------------------------------------------------------------------------

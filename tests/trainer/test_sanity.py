@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import APGD, PGD, Attack, Square
-from robust_moe.attacks.losses import cross_entropy, margin
+from robust_moe.attacks import APGD, PGD, Attack, Counts, Square
 from robust_moe.evaluation import Stage, run_suite
-from robust_moe.evaluation.sanity import Flag, curve_flag, gradients, probe_flags
+from robust_moe.evaluation.sanity import Flag, batch_dependent, curve_flag, probe_flags, randomised, square_stronger
+from robust_moe.evaluation.stages import StageResult
 
 EPS = 0.1
 PROBE = (
@@ -23,7 +24,9 @@ PROBE = (
     "batch_dependent",
     "monotone_in_eps",
     "monotone_in_steps",
+    "keeps_state",
 )
+MONOTONE = ("monotone_in_eps", "monotone_in_steps")
 RESULT = ("square_stronger", "outside_ball")
 
 
@@ -63,6 +66,38 @@ class Rounded(Around):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner((x * 32).round() / 32)
+
+
+class Thresholded(Around):
+    """Not even a gradient of zeros: the logits do not depend on the image, as autograd sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x > 0.5).float())
+
+
+class Sigmoid(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).sigmoid()
+
+
+class HalfSoftmax(Around):
+    """Its rows sum to 1 within bfloat16's rounding only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) / 8).bfloat16().softmax(1)
+
+
+class Remembers(Around):
+    """Moves a statistic whenever it is asked."""
+
+    def __init__(self, victim) -> None:
+        super().__init__(victim)
+        self.register_buffer("mean", torch.full((), torch.nan), persistent=False)
+        self.register_buffer("other", torch.full((), torch.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = x.mean().detach()
+        return self.inner(x)
 
 
 class NaNGradient(Around):
@@ -119,7 +154,11 @@ def probe(model: nn.Module, victim) -> list[Flag]:
         (Softmax, {"probabilities"}),
         (Sure, {"gradient_of_ce"}),
         (Rounded, {"gradient_of_ce", "gradient_of_margin"}),
-        (NaNGradient, {"gradient_of_ce", "gradient_of_margin"}),
+        (NaNGradient, {"gradient_of_ce", "gradient_of_margin", *MONOTONE}),
+        (Thresholded, {"gradient_of_ce", "gradient_of_margin", *MONOTONE}),
+        (Sigmoid, {"probabilities"}),
+        (HalfSoftmax, {"probabilities"}),
+        (Remembers, {"keeps_state"}),
         (Normed, {"batch_dependent"}),
         (Detects, {"monotone_in_eps"}),
         (Tires, {"monotone_in_steps"}),
@@ -129,21 +168,17 @@ def probe(model: nn.Module, victim) -> list[Flag]:
 def test_what_is_broken_raises_its_flag(victim, broken, expected):
     torch.manual_seed(0)
     model = broken(victim).eval()
-    if broken is NaNGradient:  # no attack can run on it
-        flags = [
-            gradients(model, victim.x, victim.y, "gradient_of_ce", cross_entropy),
-            gradients(model, victim.x, victim.y, "gradient_of_margin", margin),
-        ]
-    else:
-        flags = probe(model, victim)
-        assert [flag.name for flag in flags] == list(PROBE)
+    flags = probe(model, victim)
+    assert [flag.name for flag in flags] == list(PROBE)
     found = raised(flags)
-    luck = {"monotone_in_eps", "monotone_in_steps"} if broken is Random else set()
+    luck = set(MONOTONE) if broken is Random else set()
+    luck |= {"gradient_of_ce", "gradient_of_margin", "batch_dependent", *MONOTONE} if broken is HalfSoftmax else set()
     assert expected <= found <= expected | luck
     for flag in flags:
         assert flag.message
         if flag.name in expected:
-            assert flag.value is not None
+            assert (flag.value is None) == flag.message.startswith("not measured: PGD cannot climb here (")
+            assert (flag.value is None) == (broken in (NaNGradient, Thresholded) and flag.name in MONOTONE)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -177,6 +212,70 @@ def test_square_finds_what_masked_gradients_hide(victim):
     (flag,) = [flag for flag in without if flag.name == "square_stronger"]
     assert (flag.raised, flag.value) == (False, None)
     assert flag.message.startswith("not measured")
+
+
+@pytest.mark.parametrize("broken", [NaNGradient, Thresholded])
+def test_an_attack_without_gradients_judges_a_model_without_them(victim, broken):
+    stages = [Stage("square", Square(0.2, 50), "square")]
+    result = run_suite(broken(victim), victim.x, victim.y, stages, eps=0.2)
+    assert 0 < result.robust.sum() < result.clean.sum()
+    assert raised(result.flags) == {"gradient_of_ce", "gradient_of_margin", *MONOTONE}
+
+
+@pytest.mark.parametrize(("broken", "loud"), [(0, False), (2, False), (3, True)])
+def test_square_is_loud_from_two_in_a_thousand(broken, loud):
+    """As the authors of AutoAttack warn; below, the number is said and no more."""
+    n = 1000
+    mask = np.arange(n) < broken
+    rest = {"prediction": np.zeros(n, int), "robust_after": 0.5, "alone": None, "counts": Counts(), "seconds": 0.0}
+    rest |= {"reach": EPS, "low": 0.0, "high": 1.0, "attacked": np.ones(n, bool)}
+    stages = [
+        StageResult(stage=Stage("pgd", PGD(EPS, 2), "one"), broken=np.zeros(n, bool), **rest),
+        StageResult(stage=Stage("square", Square(EPS, 2), "one"), broken=mask, **rest),
+    ]
+    flag = square_stronger(stages)
+    assert (flag.raised, flag.value) == (loud, broken / n)
+    assert flag.message.startswith(f"Square broke {broken} of 1000 images that white-box attacks had left")
+
+
+class DullWhereBright(nn.Module):
+    """No gradient for the images of one class, which a data set may have at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.where((x.mean((1, 2, 3)) > 0.5)[:, None, None, None], x.detach(), x))
+
+
+def test_the_probe_looks_at_images_from_all_over_the_data_set():
+    torch.manual_seed(0)
+    x = torch.cat([0.4 * torch.rand(900, 1, 2, 2), 1 - 0.4 * torch.rand(100, 1, 2, 2)])
+    model = DullWhereBright()
+    flags = {flag.name: flag for flag in run_suite(model, x, model(x).argmax(1), [], eps=EPS).flags}
+    assert flags["gradient_of_ce"].raised
+    assert 0 < flags["gradient_of_ce"].value < 0.5
+
+
+class OfTheBatch(nn.Module):
+    """A single logit around 1, which other images move as rounding does, or more."""
+
+    def __init__(self, moved: float) -> None:
+        super().__init__()
+        self.moved = moved
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((1, 2, 3))[:, None] / 6 + self.moved * len(x)
+
+
+def test_a_single_class_does_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    x, calm = torch.rand(20, 3, 2, 2), Flag("randomised_output", False, "", 0.0)
+    for moved, expected in ((1e-7, False), (1e-2, True)):
+        model = OfTheBatch(moved)
+        assert batch_dependent(model, x, calm).raised == expected
+        assert not randomised(model, x).raised
 
 
 class Off(Attack):

@@ -1,5 +1,9 @@
 """The journal: whatever a kill leaves of it, all that was put before is there."""
 
+import errno
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -30,6 +34,7 @@ def assert_same(one, other, keys=("clean/0", "pgd/0", "pgd/1")):
 
 def test_what_was_put_is_there_again(tmp_path):
     journal = filled(tmp_path / "deep" / "a.journal")
+    journal.close()
     again = Journal(tmp_path / "deep" / "a.journal", ME)
     assert len(again) == len(journal) == 3
     assert_same(journal, again)
@@ -37,6 +42,71 @@ def test_what_was_put_is_there_again(tmp_path):
     assert [item.name for item in (tmp_path / "deep").iterdir()] == ["a.journal"]
     again.remove()
     assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_second_opener_is_refused_until_the_first_lets_go(tmp_path):
+    path = tmp_path / "a.journal"
+    first = filled(path)
+    before = path.read_bytes()
+    for resume in (True, False):
+        with pytest.raises(ResumeError, match=r"a\.journal: expected a journal of this evaluation alone, got one that"):
+            Journal(path, ME, resume=resume)
+    assert path.read_bytes() == before
+    first.put("pgd/2", {"wrong": 1})
+    first.close()
+    with Journal(path, ME) as again:
+        assert len(again) == 4
+    code = "import sys; from pathlib import Path; from robust_moe.evaluation import Journal, ResumeError\n"
+    code += f"try: Journal(Path(sys.argv[1]), {ME})\nexcept ResumeError: sys.exit(3)"
+    with Journal(path, ME):
+        assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 3
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 0
+
+
+class Full:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self.file, self.room = file, room
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+    def write(self, data) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "no space left")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_what_cannot_be_written_leaves_the_journal_whole(tmp_path, room):
+    path = tmp_path / "a.journal"
+    journal = filled(path)
+    before, real = path.read_bytes(), journal._file
+    journal._file = Full(real, room)
+    with pytest.raises(OSError, match="no space left"):
+        journal.put("pgd/2", {"wrong": 1})
+    assert path.read_bytes() == before
+    assert journal.get("pgd/2") is None
+    journal._file = real
+    journal.put("pgd/3", {"wrong": 2})
+    journal.close()
+    with Journal(path, ME) as again:
+        assert len(again) == 4
+        assert again.get("pgd/3") == {"wrong": 2}
+
+
+def test_an_identity_is_claimed_once():
+    journal = Journal(None, {})
+    journal.claim("suite", {"model": "aa", "radii": (1, 2)})
+    journal.claim("suite", {"radii": (1, 2), "model": "aa"})
+    journal.claim("moe", {"model": "bb"})
+    with pytest.raises(
+        ResumeError, match="journal: expected that of this suite, got another's: model: 'bb' here, 'aa'"
+    ):
+        journal.claim("suite", {"model": "bb", "radii": (1, 2)})
 
 
 def test_put_returns_what_get_will():
@@ -47,6 +117,7 @@ def test_put_returns_what_get_will():
 def test_cut_within_the_last_line_only_that_line_is_lost(tmp_path):
     path = tmp_path / "a.journal"
     journal = filled(path)
+    journal.close()
     whole = path.read_bytes()
     start = whole.rindex(b"\n", 0, -1) + 1
     for end in (start, start + 1, start + 9, start + 40, len(whole) - 2, len(whole) - 1):
@@ -57,11 +128,12 @@ def test_cut_within_the_last_line_only_that_line_is_lost(tmp_path):
         assert path.read_bytes() == whole[:start]
         again.put("pgd/1", {"flags": [{"name": "x", "value": None}]})
         assert path.read_bytes() == whole  # as if nothing had been
+        again.close()
 
 
 def test_damage_before_the_end_is_refused(tmp_path):
     path = tmp_path / "a.journal"
-    filled(path)
+    filled(path).close()
     lines = path.read_bytes().splitlines(keepends=True)
     lines[2] = lines[2].replace(b"4", b"5", 1)
     path.write_bytes(b"".join(lines))
@@ -71,7 +143,15 @@ def test_damage_before_the_end_is_refused(tmp_path):
     assert len(path.read_bytes().splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00\xff" * 50, b'00000000 {"format": 1}\n'])
+def test_a_file_that_a_kill_left_empty_is_begun_anew(tmp_path):
+    path = tmp_path / "a.journal"
+    path.write_bytes(b"")
+    with Journal(path, ME) as journal:
+        journal.put("a", {})
+    assert len(Journal(path, ME)) == 1
+
+
+@pytest.mark.parametrize("content", [b"\n", b"hello\n", b"\x00\xff" * 50, b'00000000 {"format": 1}\n'])
 def test_another_file_is_refused(tmp_path, content):
     path = tmp_path / "a.journal"
     path.write_bytes(content)
@@ -93,7 +173,7 @@ def test_another_file_is_refused(tmp_path, content):
 )
 def test_another_evaluations_journal_is_refused_by_name(tmp_path, other, words):
     path = tmp_path / "a.journal"
-    filled(path)
+    filled(path).close()
     before = path.read_bytes()
     with pytest.raises(ResumeError) as error:
         Journal(path, other)

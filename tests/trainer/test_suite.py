@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,8 +17,19 @@ from robust_moe.attacks import APGD, PGD, Attack, AutoAttack, Square
 from robust_moe.config import load_config
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import make_model
-from robust_moe.evaluation import Journal, ResumeError, Stage, SuiteResult, identity, plan, routing_shares, run_suite
+from robust_moe.evaluation import (
+    Journal,
+    ResumeError,
+    Stage,
+    SuiteResult,
+    identity,
+    plan,
+    routing_shares,
+    run_suite,
+    with_stages,
+)
 from robust_moe.evaluation.stages import as_fraction, describe_attack
+from robust_moe_kernels.modules import AllExperts, FixedRoutes, MoELayer, moe_layers
 
 EPS = 0.15
 
@@ -32,6 +45,12 @@ def chain(eps: float = EPS) -> list[Stage]:
 def run(victim, model: nn.Module | None = None, **settings) -> SuiteResult:
     settings = {"eps": EPS, "batch_size": 40, "stages": chain()} | settings
     return run_suite(model or victim.model, victim.x, victim.y, **settings)
+
+
+def kept(victim, path, model: nn.Module, me: dict | None = None, **settings) -> SuiteResult:
+    """A run with the journal ``path``, which is let go of afterwards."""
+    with Journal(path, me or {}) as journal:
+        return run(victim, model, journal=journal, **settings)
 
 
 def assert_same(one: SuiteResult, other: SuiteResult) -> None:
@@ -111,43 +130,48 @@ def test_plan_of_a_preset():
     alone = plan("square", Square(0.1, 50), "standard")
     assert [stage.name for stage in alone] == ["square alone", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert [stage.name for stage in plan("pgd", PGD(0.1, 5))] == ["pgd"]
+    assert [stage.name for stage in plan("pgd", PGD(0.1, 5), "rand")] == ["pgd", "apgd-ce", "apgd-dlr"]
+    with pytest.raises(ValueError, match="attack: expected another one beside AutoAttack's version 'standard', got"):
+        plan("autoattack", AutoAttack(0.1), "standard")
 
 
 @pytest.mark.parametrize("place", [1, 3, 0.3, 0.6, 0.9])
 def test_stopped_anywhere_it_goes_on_and_repeats_one_batch_at_most(victim, tmp_path, place):
-    whole_model = Counting(victim.model)
-    whole = run(victim, whole_model)
+    whole_model, marks = Counting(victim.model), [0]
+
+    def task(name, total, done):
+        return nullcontext(lambda advance=1, note=None: marks.append(whole_model.images))
+
+    whole = run(victim, whole_model, task=task)
     stop_at = place if isinstance(place, int) else int(place * whole_model.calls)
     stopped = Counting(victim.model, stop_at)
     path, me = tmp_path / "a.journal", {"model": "victim"}
     with pytest.raises(KeyboardInterrupt):
-        run(victim, stopped, journal=Journal(path, me))
+        kept(victim, path, stopped, me)
     rest = Counting(victim.model)
-    assert_same(run(victim, rest, journal=Journal(path, me)), whole)
-    again = stopped.images + rest.images - whole_model.images
-    dearest = 40 * 45  # a batch of Square; the sanity checks take fewer
-    assert 0 <= again <= max(dearest, 64 * 150)
+    assert_same(kept(victim, path, rest, me), whole)
+    done = max(mark for mark in marks if mark <= stopped.images)  # of the batches that were finished
+    assert stopped.images + rest.images - whole_model.images == stopped.images - done
     idle = Counting(victim.model)
-    assert_same(run(victim, idle, journal=Journal(path, me)), whole)
+    assert_same(kept(victim, path, idle, me), whole)
     assert idle.images == 0
 
 
 def test_only_the_batch_in_hand_is_repeated(victim, tmp_path):
     """Stopped in the second of the three batches of PGD."""
-    path, me = tmp_path / "a.journal", {}
-    stages = chain()[:1]
+    path, stages = tmp_path / "a.journal", chain()[:1]
     before = Counting(victim.model)
     run(victim, before, stages=[])
     stopped = Counting(victim.model, before.calls + 6 + 3)  # a batch: five steps and a score; then two steps
     with pytest.raises(KeyboardInterrupt):
-        run(victim, stopped, stages=stages, journal=Journal(path, me))
+        kept(victim, path, stopped, stages=stages)
     rest, told = Counting(victim.model), []
 
     def task(name, total, done):
         told.append((name, total, done))
         return nullcontext(lambda advance=1, note=None: told.append(advance))
 
-    result = run(victim, rest, stages=stages, journal=Journal(path, me), task=task)
+    result = kept(victim, path, rest, stages=stages, task=task)
     assert rest.images == 6 * (int(result.clean.sum()) - 40)
     right = int(result.clean.sum())
     assert told == [("sanity checks", 64, 0), 64, ("clean", 96, 96), ("pgd", right, 40), 40, right - 80]
@@ -159,9 +183,9 @@ def test_a_random_model_draws_the_same_when_resumed(victim, tmp_path):
     stopped = Counting(Noisy(victim.model), 120)
     state = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        run(victim, stopped, journal=Journal(tmp_path / "a", {}))
+        kept(victim, tmp_path / "a", stopped)
     assert torch.equal(torch.get_rng_state(), state)
-    assert_same(run(victim, Noisy(victim.model), journal=Journal(tmp_path / "a", {})), whole)
+    assert_same(kept(victim, tmp_path / "a", Counting(Noisy(victim.model))), whole)
 
 
 def test_bytes_and_floats_positions_and_routing():
@@ -197,7 +221,7 @@ def test_examples_are_the_first_broken_images(victim):
     attacked = torch.from_numpy(examples["adversarial"])
     assert attacked.dtype == torch.float32
     np.testing.assert_array_equal(victim.model(attacked).argmax(1), examples["adversarial_prediction"])
-    none = run(victim, stages=[Stage("pgd", PGD(0.0, 1, 0.0), "pgd")])
+    none = run(victim, stages=[Stage("pgd", PGD(0.0, 1, 0.0), "pgd")], eps=0.0)
     assert {len(values) for values in none.examples.values()} == {0}
 
 
@@ -228,6 +252,12 @@ def test_no_attack(victim):
         ({"norm": "L1"}, "norm: expected Linf or L2, got 'L1'"),
         ({"batch_size": 0}, "batch_size: expected a count >= 1, got 0"),
         ({"stages": chain() + chain()[:1]}, "stages: expected a name of its own for each, got pgd, apgd, square, pgd"),
+        ({"eps": 0.01}, r"stages: expected 'pgd' with eps = 0.01, as the evaluation has it, got 0\.15"),
+        ({"norm": "L2"}, "stages: expected 'pgd' with norm = 'L2', as the evaluation has it, got 'Linf'"),
+        (
+            {"stages": [Stage("a", PGD(EPS, 2, mode="train"), "a")]},
+            "stages: expected 'a' with mode = 'eval', as the evaluation has it, got 'train'",
+        ),
     ],
 )
 def test_bad_inputs(victim, change, message):
@@ -309,9 +339,150 @@ def test_identity_names_all_that_matters(victim):
     assert me(x=victim.x.view(96, 1, 64, 1), eps="3/20")["data"] != base["data"]
 
 
+def mixture() -> nn.Module:
+    torch.manual_seed(0)
+    config = load_config(None, ["model.width=4", "model.blocks=[1,2]", "model.moe.layers=[layer2.1]"])
+    data = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
+    return make_model(config, data).eval()
+
+
+def imposed(layer: MoELayer, **options) -> None:
+    for name, value in options.items():
+        setattr(layer, name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, layer: imposed(layer, fixed_expert=0),
+        lambda model, layer: imposed(layer, top_k=1),
+        lambda model, layer: imposed(layer, renormalize=not layer.renormalize),
+        lambda model, layer: imposed(layer, straight_through=not layer.straight_through),
+        lambda model, layer: imposed(layer, reroute=AllExperts()),
+        lambda model, layer: imposed(layer, reroute=FixedRoutes(torch.zeros(3, 1, dtype=torch.int64))),
+        lambda model, layer: imposed(model.bn1, eps=1e-3),
+        lambda model, layer: model.fold.mul_(2),
+        lambda model, layer: setattr(model, "bn1", nn.Identity()),
+    ],
+)
+def test_identity_sees_all_of_a_model(change):
+    x, y = torch.zeros(3, 1, 8, 8), torch.arange(3)
+    one, other = mixture(), mixture()
+    for model in (one, other):
+        model.register_buffer("fold", torch.ones(2), persistent=False)
+    before = identity(one, x, y, [], {})
+    assert identity(other, x, y, [], {}) == before
+    change(other, next(iter(moe_layers(other).values())))
+    after = identity(other, x, y, [], {})
+    assert {name for name in before if before[name] != after[name]} == {"model"}
+
+
+def test_identity_sees_routes_and_positions_and_precision(victim):
+    def me(index: Tensor | None = None) -> dict:
+        return identity(victim.model, victim.x, victim.y, [], {}, index)
+
+    def differences(other: dict) -> set[str]:
+        return {name for name in base if base[name] != other[name]}
+
+    base = me()
+    assert me(torch.arange(96)) == base
+    assert differences(me(torch.arange(96) + 1)) == {"index"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert differences(me()) == {"autocast"}
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if before != "tf32" else "ieee"
+    try:
+        assert differences(me()) == {"fp32_precision.cudnn.conv"}
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    model = mixture()
+    (layer,) = moe_layers(model).values()
+    shas = []
+    for expert in (0, 1):
+        layer.reroute = FixedRoutes(torch.full((96, 1), expert))
+        shas.append(identity(model, victim.x, victim.y, [], {})["model"])
+    assert shas[0] != shas[1]
+
+
+def test_batches_of_another_suite_are_refused(victim, tmp_path):
+    """Also where the journal itself says nothing of what it is of."""
+    path, stages = tmp_path / "a.journal", chain()[:1]
+    whole = kept(victim, path, victim.model, stages=stages)
+    other = copy.deepcopy(victim.model)
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    with pytest.raises(ResumeError, match=r"that of this suite, got another's: model: '\w{64}' here, '\w{64}' there"):
+        kept(victim, path, other, stages=stages)
+    for change in ({"seed": 1}, {"batch_size": 41}, {"index": torch.arange(96) + 1}):
+        with pytest.raises(ResumeError, match=f"got another's: {next(iter(change))}: "):
+            kept(victim, path, victim.model, stages=stages, **change)
+    idle = Counting(victim.model)
+    assert_same(kept(victim, path, victim.model, stages=stages), whole)
+    with pytest.raises(ResumeError, match="model: "):  # a wrapper is another model
+        kept(victim, path, idle, stages=stages)
+    assert idle.images == 0
+
+
+def test_a_stage_may_have_any_name(victim):
+    names = ("clean", "sanity", "suite")
+    stages = [Stage(name, stage.attack, stage.chain) for name, stage in zip(names, chain(), strict=True)]
+    for one, other in zip(run(victim, stages=stages).stages, run(victim).stages, strict=True):
+        np.testing.assert_array_equal(one.broken, other.broken)
+
+
+def test_in_inference_mode_too(victim):
+    expected = run(victim)
+    with torch.inference_mode():
+        assert_same(run(victim), expected)
+
+
+def test_further_attacks_make_one_worst_case(victim):
+    first, second = (run(victim, stages=[stage]) for stage in chain()[:2])
+    (more,) = second.stages
+    everything = dataclasses.replace(more, attacked=np.ones_like(more.attacked))  # the wrong ones too
+    both = with_stages(first, [everything], EPS, "Linf")
+    np.testing.assert_array_equal(both.robust, first.robust & second.robust)
+    np.testing.assert_array_equal(both.chains["auto"], second.robust)
+    assert [stage.stage.name for stage in both.stages] == ["pgd", "apgd"]
+    assert both.stages[1].robust_after == both.robust.mean() < second.stages[0].robust_after
+    assert [flag.name for flag in both.flags] == [flag.name for flag in first.flags]
+    far = with_stages(first, [dataclasses.replace(more, reach=EPS + 0.01)], EPS, "Linf")
+    (flag,) = [flag for flag in far.flags if flag.raised]
+    assert (flag.name, flag.value) == ("outside_ball", pytest.approx(0.01))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda model: model.double(), "model: expected one that takes float32 images, got weights of torch.float64"),
+        (
+            lambda model: model.bfloat16(),
+            "model: expected one that takes float32 images, got weights of torch.bfloat16",
+        ),
+        (lambda model: Returns(model, lambda x, y: (y, x)), r"model: expected a tensor of logits \(wrap .*'tuple'"),
+        (
+            lambda model: Returns(model, lambda x, y: x.mul_(0.5) is None or y),
+            "model: expected its input left as it is",
+        ),
+    ],
+)
+def test_models_that_cannot_be_evaluated_are_refused(victim, model, message):
+    with pytest.raises(ValueError, match=message):
+        run(victim, model(copy.deepcopy(victim.model)))
+
+
+class Returns(nn.Module):
+    def __init__(self, model: nn.Module, returns) -> None:
+        super().__init__()
+        self.model, self.returns = model, returns
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.returns(x, self.model(x))
+
+
 def test_a_journal_of_another_model_or_data_set_is_refused(victim, tmp_path):
     path = tmp_path / "a.journal"
-    run(victim, stages=[], journal=Journal(path, identity(victim.model, victim.x, victim.y, [], {})))
+    kept(victim, path, victim.model, identity(victim.model, victim.x, victim.y, [], {}), stages=[])
     with pytest.raises(ResumeError, match=r"got another's: model: '\w{64}' here, '\w{64}' there; --fresh"):
         Journal(path, identity(nn.Linear(2, 2), victim.x, victim.y, [], {}))
     with pytest.raises(ResumeError, match=r"got another's: data: '\w{64}' here, '\w{64}' there; --fresh"):
@@ -352,4 +523,16 @@ def test_settings_are_plain_and_complete():
         def run(self, passes, x0, sample_index, seed):
             return x0
 
-    assert describe_attack(Own(steps=0))["attack"] == "Own"
+    own = Own(steps=0)
+    assert describe_attack(own)["attack"] == "Own"
+    own.radii, own.target, own.none, own.climb = (0.1, [2]), torch.ones(2), None, torch.relu
+    described = describe_attack(own)
+    assert (described["radii"], described["none"]) == ([0.1, [2]], None)
+    own.target = torch.zeros(2)
+    own.radii = (0.1, [3])
+    changed = describe_attack(own)
+    assert {name for name in changed if changed[name] != described[name]} == {"radii", "target"}
+    assert json.loads(json.dumps(changed)) == changed
+    own.climb = lambda x: x
+    with pytest.raises(ValueError, match=r"Own\.climb: expected plain values, tensors, .*, got <function"):
+        describe_attack(own)

@@ -3,7 +3,7 @@
 from robust_moe.evaluation.batches import Task
 from robust_moe.evaluation.curve import curve_radii, error_curve
 from robust_moe.evaluation.html_report import write_report
-from robust_moe.evaluation.moe import evaluate_moe
+from robust_moe.evaluation.moe import evaluate_moe, study_moe
 from robust_moe.evaluation.plots import plot_comparison, plot_routing, plot_training
 from robust_moe.evaluation.results import (
     make_results,
@@ -18,7 +18,7 @@ from robust_moe.evaluation.sanity import Flag, curve_flag
 from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, predict, routing_shares
 from robust_moe.evaluation.stages import Stage, SuiteResult, identity, plan
 from robust_moe.evaluation.store import Journal, ResumeError
-from robust_moe.evaluation.suite import run_suite
+from robust_moe.evaluation.suite import run_suite, with_stages
 from robust_moe.evaluation.tables import attack_table, results_table
 
 __all__ = [
@@ -50,7 +50,9 @@ __all__ = [
     "routing_shares",
     "run_suite",
     "samples_file",
+    "study_moe",
     "wilson_interval",
+    "with_stages",
     "write_report",
     "write_results",
 ]

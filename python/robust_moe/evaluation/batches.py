@@ -16,7 +16,7 @@ from robust_moe.data import Batch
 from robust_moe.evaluation.store import Journal
 from robust_moe.seeding import derive_seed
 
-__all__ = ["Batches", "Progress", "Task"]
+__all__ = ["Batches", "Progress", "Task", "drawing"]
 
 Record = dict[str, Any]
 
@@ -41,8 +41,9 @@ def _silent(what: str, total: int, done: int = 0) -> AbstractContextManager[Prog
 class Batches:
     """Images, and what was computed of them so far.
 
-    What a batch gives is taken from the journal where it is there. PyTorch's generators are seeded for each piece of
-    work by (seed, key) and left as found, so that a model that draws random numbers draws the same when resumed.
+    What a batch gives is taken from the journal where it is there. PyTorch's default generators, the CPU's and the
+    device's, are seeded for each piece of work by (seed, key) and left as found, so that a model that draws from them
+    draws the same when resumed; one with a ``torch.Generator`` of its own does not.
 
     Args:
         images: uint8 [n, C, H, W] in 0..255, or floats in [0, 1]; checked by the caller, like all that follows.
@@ -90,7 +91,7 @@ class Batches:
         record = self.journal.get(key)
         if record is None:
             began = time.perf_counter()
-            with _drawing(derive_seed(self.seed, key)):
+            with drawing(derive_seed(self.seed, key), self.device):
                 result = compute()
             record = self.journal.put(key, {**result, "seconds": time.perf_counter() - began})
         self.seconds += record["seconds"]
@@ -115,8 +116,13 @@ class Batches:
 
 
 @contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """PyTorch's generators seeded for what runs inside, and as found afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's default generators, of the CPU and of ``device``, seeded for what runs inside, and as found after it.
+    Other GPUs are left alone."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield

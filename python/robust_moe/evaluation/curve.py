@@ -39,6 +39,11 @@ def error_curve(
     eps_values: Sequence[str | float | Fraction] | None = None,
     norm: str = "Linf",
     steps: int = 20,
+    restarts: int = 1,
+    random_start: bool = True,
+    loss: str = "ce",
+    eot_iter: int = 1,
+    graph: str | bool = "auto",
     seed: int = 0,
     batch_size: int = 256,
     journal: Journal | None = None,
@@ -51,9 +56,10 @@ def error_curve(
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits; left exactly as found.
-        images, labels, index, batch_size, journal, task: see :func:`~robust_moe.evaluation.moe.evaluate_moe`.
+        images, labels, index, batch_size, journal, task: see :func:`~robust_moe.evaluation.moe.study_moe`.
         eps_values: radii >= 0, such as ``"8/255"``; None: those of :func:`curve_radii`.
-        norm, steps, seed: of every attack, see :class:`~robust_moe.attacks.PGD`.
+        norm, steps, restarts, random_start, loss, eot_iter, graph, seed: of every attack, see
+            :class:`~robust_moe.attacks.PGD`.
 
     Returns:
         ``{"eps": radii, "robust": shares of all n images, right as they are and attacked, "attack": settings}``.
@@ -62,12 +68,13 @@ def error_curve(
         ValueError: a bad input. FloatingPointError: a logit or a gradient is NaN or infinite.
     """
     radii = curve_radii() if eps_values is None else [parse_fraction(eps, "eps_values") for eps in eps_values]
-    study = Study("curve", model, images, labels, index, batch_size, seed, journal, task)
+    given = {"norm": norm, "steps": steps, "restarts": restarts, "random_start": random_start}
+    given |= {"loss": loss, "eot_iter": eot_iter, "seed": seed}
+    study = Study("curve", model, images, labels, index, batch_size, seed, given, journal, task)
     study.stages_in_all = len(radii)
-    attacks = {eps: PGD(float(eps), steps, norm=norm, seed=seed) for eps in radii}
-    settings = {"name": "pgd", "norm": norm, "alpha": f"2.5 eps / {steps}", "steps": steps, "seed": seed}
+    attacks = {eps: PGD(float(eps), **given, graph=graph) for eps in radii}
     return {
         "eps": [float(eps) for eps in radii],
         "robust": [study.clean_and_robust(f"eps {eps}", attacks[eps])[1] for eps in radii],
-        "attack": settings,
+        "attack": {"name": "pgd", **given, "alpha": f"2.5 eps / {steps}"},
     }

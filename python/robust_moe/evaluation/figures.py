@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -64,7 +65,9 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     """
     drawn = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "robust-moe", "svg.image_inline": True}):
+    options = {"svg.fonttype": "none", "svg.hashsalt": "robust-moe", "svg.image_inline": True}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page's font draws the text
         figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(drawn.getvalue())
     used = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", drawn.getvalue().decode()))

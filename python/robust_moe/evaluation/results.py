@@ -26,7 +26,7 @@ __all__ = [
     "write_results",
 ]
 
-FORMAT = 2  # of the JSON; raised when a field changes its meaning
+FORMAT = 3  # of the JSON; raised when a field changes its meaning
 # What is read of another model's results.
 _SHOWN_BESIDE = (
     *("model", "data", "count", "eps", "norm", "attacks"),
@@ -57,7 +57,8 @@ def make_results(
     """The result file's content, plain types.
 
     ``robust`` is the share, of all n images, of those right as they are and after every attack; ``autoattack`` that
-    after AutoAttack's attacks alone, which start anew with all right images. ``robust_after`` of an attack counts all
+    after AutoAttack's attacks alone, which start anew with all right images; those on a mixture are each given all
+    images, for their routes, and ``broken`` counts the right ones. ``robust_after`` of an attack counts all
     that ran before it, ``alone`` it only (null where it was given what another of its ``chain`` left). Passes are a
     mean over the images that an attack was given. What did not run is null.
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import PGD, Square
+from robust_moe.attacks.base import ordinary
 from robust_moe.attacks.losses import cross_entropy, margin
-from robust_moe.evaluation.scorer import predict, score
+from robust_moe.evaluation.scorer import predict, score, scoring_mode
 from robust_moe_kernels.modules import attack_mode
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ NOISE = 1e-3  # of the logits' spread: what other sums, of another batch size or
 RISE = 0.03  # in robust accuracy, and two images at least: what the luck of a step may give
 RADII = (0.5, 1.0, 2.0)  # times eps, each attacked with STEPS[1] steps
 STEPS = (5, 10, 20)  # at eps
+SQUARE = 0.002  # of all images, broken by Square alone, from which AutoAttack's authors too warn of masked gradients
+BOUNDED = 32  # outputs, all of them from 0 to 1, that logits do not give by chance
 LISTED = 5  # accuracies that a message names one by one; of more, the ends and the largest rise
 
 
@@ -49,20 +52,16 @@ class Flag:
 
 def probe_flags(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str) -> list[Flag]:
     """The checks that a few images show: x [m, C, H, W] in [0, 1], y [m]. The model is left exactly as found."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     random = randomised(model, x)
-    robust = _robust_shares(model, x, y, eps, norm)
     return [
         random,
         probabilities(model, x),
         gradients(model, x, y, "gradient_of_ce", cross_entropy),
         gradients(model, x, y, "gradient_of_margin", margin),
         batch_dependent(model, x, random),
-        _monotone(
-            "monotone_in_eps", [f"{factor:g} eps" for factor in RADII], [robust(at, STEPS[1]) for at in RADII], len(x)
-        ),
-        _monotone(
-            "monotone_in_steps", [f"{steps} steps" for steps in STEPS], [robust(1.0, at) for at in STEPS], len(x)
-        ),
+        *monotone(model, x, y, eps, norm),
+        keeps_state(model, before),
     ]
 
 
@@ -79,8 +78,9 @@ def curve_flag(curve: Mapping[str, Any], count: int) -> Flag:
 
 
 def _spread(logits: Tensor) -> Tensor:
-    """The scale of the logits: mean distance of the greatest from the least."""
-    return (logits.amax(1) - logits.amin(1)).mean().clamp_min(torch.finfo(logits.dtype).tiny)
+    """The scale of the logits: mean distance of the greatest from the least; of a single one, its mean size."""
+    spread = logits.abs() if logits.shape[1] == 1 else logits.amax(1) - logits.amin(1)
+    return spread.mean().clamp_min(torch.finfo(logits.dtype).tiny)
 
 
 def _share(count: Tensor) -> float:
@@ -94,7 +94,7 @@ def randomised(model: nn.Module, x: Tensor) -> Flag:
     if change > NOISE:
         text = (
             f"two forwards of the same images differ by {change:.2g} of the logits' spread: gradients and scores are "
-            "random; average over draws (eot_iter, AutoAttack 'rand') or switch the noise off"
+            "random; average over draws (eval.attack.eot_iter, --preset rand) or switch the noise off"
         )
     else:
         text = "two forwards of the same images agree"
@@ -102,26 +102,36 @@ def randomised(model: nn.Module, x: Tensor) -> Flag:
 
 
 def probabilities(model: nn.Module, x: Tensor) -> Flag:
-    """Rows that are not negative and sum to 1."""
-    out = score(model, x)
+    """Rows that are not negative and sum to 1, or outputs that are all from 0 to 1."""
+    with scoring_mode(model):
+        raw = model(x)
+    out = raw.float()
     off = (out.sum(1) - 1).abs().amax().item()
-    raised = off < 1e-3 and out.amin().item() >= 0
+    low, high = out.amin().item(), out.amax().item()
+    softmax = low >= 0 and off < max(1e-3, torch.finfo(raw.dtype).eps)
+    sigmoid = low >= 0 and high <= 1 and out.numel() >= BOUNDED
+    how = "not negative, each row sums to 1" if softmax else "all from 0 to 1"
     text = (
-        "the outputs look like probabilities (not negative, each row sums to 1): losses on them are flat where the "
-        "model is sure; give the model without its softmax"
-        if raised
+        f"the outputs look like probabilities ({how}): losses on them are flat where the model is sure; give the model "
+        f"without its {'softmax' if softmax else 'sigmoid'}"
+        if softmax or sigmoid
         else "the outputs are no probabilities"
     )
-    return Flag("probabilities", raised, text, off)
+    return Flag("probabilities", softmax or sigmoid, text, off)
+
+
+def _gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, bool]:
+    """(gradient of each image's loss, whether the loss depends on the images at all; if not, it is 0)."""
+    with attack_mode(model):
+        inputs = ordinary(x).detach().requires_grad_(True)
+        total = loss(model(inputs), ordinary(y)).sum()
+        found = torch.autograd.grad(total, inputs, allow_unused=True)[0] if total.requires_grad else None
+    return (torch.zeros_like(x), False) if found is None else (found, True)
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> Flag:
     """Images whose loss has a gradient of zeros, or with NaN in it."""
-    with attack_mode(model):
-        inputs = x.detach().requires_grad_(True)
-        total = loss(model(inputs), y).sum()
-        grad = torch.autograd.grad(total, inputs)[0] if total.requires_grad else torch.zeros_like(x)
-    size = grad.flatten(1).abs().amax(1)  # propagates NaN
+    size = _gradient(model, x, y, loss)[0].flatten(1).abs().amax(1)  # propagates NaN
     zero, bad = _share(size == 0), _share(~torch.isfinite(size))
     of = name.removeprefix("gradient_of_").replace("ce", "cross-entropy")
     if zero + bad > 0:
@@ -152,6 +162,44 @@ def batch_dependent(model: nn.Module, x: Tensor, random: Flag) -> Flag:
         else "an image's logits do not depend on the rest of the batch"
     )
     return Flag(name, value > NOISE, text, value)
+
+
+def monotone(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str) -> list[Flag]:
+    """Robust accuracy under PGD, which has to fall with the radius and with the steps; both raised, and not measured,
+    where PGD cannot run."""
+    why = "the logits have no gradient to the image"
+    try:
+        if _gradient(model, x, y, cross_entropy)[1]:
+            share = _robust_shares(model, x, y, eps, norm)
+            by_radius = {f"{factor:g} eps": share(factor, STEPS[1]) for factor in RADII}
+            by_steps = {f"{steps} steps": share(1.0, steps) for steps in STEPS}
+            return [
+                _monotone(name, list(seen), list(seen.values()), len(x))
+                for name, seen in (("monotone_in_eps", by_radius), ("monotone_in_steps", by_steps))
+            ]
+    except FloatingPointError as error:
+        why = str(error)
+    text = f"not measured: PGD cannot climb here ({why}); attacks without gradients (Square) have to judge this model"
+    return [Flag(name, True, text, None) for name in ("monotone_in_eps", "monotone_in_steps")]
+
+
+def keeps_state(model: nn.Module, before: Mapping[str, Tensor]) -> Flag:
+    """Buffers that forwards in eval mode have changed since ``before``."""
+    now = dict(model.named_buffers())
+    changed = [name for name in dict.fromkeys([*before, *now]) if not _same(before.get(name), now.get(name))]
+    text = (
+        f"forwards change {', '.join(changed[:LISTED])}{', ...' * (len(changed) > LISTED)}: an image's logits depend "
+        "on the images before it, and the model is not left as it was; no accuracy of it is one of a fixed model"
+        if changed
+        else "forwards change no buffer"
+    )
+    return Flag("keeps_state", bool(changed), text, float(len(changed)))
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _robust_shares(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str) -> Callable[[float, int], float]:
@@ -194,10 +242,11 @@ def square_stronger(stages: Sequence[StageResult]) -> Flag:
             white |= torch.from_numpy(stage.broken)
     broken = torch.stack([torch.from_numpy(stage.broken) for stage in squares]).any(0) & ~white
     count, left = int(broken.sum()), sum(int(stage.attacked.sum()) for stage in squares)
+    raised = _share(broken) > SQUARE
     text = f"Square broke {count} of {left} images that white-box attacks had left"
-    if count:
+    if raised:
         text += ": an attack that sees less did more, so gradients are masked and the true robustness is lower"
-    return Flag(name, count > 0, text, _share(broken))
+    return Flag(name, raised, text, _share(broken))
 
 
 def outside_ball(stages: Sequence[StageResult], eps: float, norm: str, size: int) -> Flag:

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import Attack
 from robust_moe.data import BatchLoader, ImageSet
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "RoutingCounter",
     "device_of",
     "evaluate",
+    "precision",
     "predict",
     "refuse_nonfinite",
     "routing_shares",
@@ -65,11 +68,27 @@ def device_of(model: nn.Module, device: str | torch.device | None = None) -> tor
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def _switches() -> dict[str, Any]:
+    """What decides how fp32 products are made, by name."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    ops = {"cuda.matmul": cuda.matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
+    return {**ops, "mkldnn.matmul": mkldnn.matmul, "mkldnn.conv": mkldnn.conv}
+
+
+def precision(device: torch.device) -> dict[str, Any]:
+    """The caller's settings that change the rounding of attacks (scores have their own), plain values by name."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return {
+        **{f"fp32_precision.{name}": op.fp32_precision for name, op in _switches().items()},
+        "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32: no TF32 on a GPU, no bf16 on a CPU; every setting is put back as found."""
-    backends = torch.backends
-    ops = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    backends, ops = torch.backends, _switches().values()
     before = [op.fp32_precision for op in ops]
     try:
         older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -104,9 +123,15 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 def score(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits [B, classes], float32, of images [B, C, H, W] in [0, 1]."""
+    """Logits [B, classes], float32, of images [B, C, H, W] in [0, 1].
+
+    Raises:
+        ValueError: the model returns no tensor.
+    """
     with scoring_mode(model):
-        return model(x).float()
+        logits = model(x)
+    expect(isinstance(logits, Tensor), "model", "a tensor of logits (wrap a model that returns more)", type(logits))
+    return logits.float()
 
 
 def predict(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,22 +17,29 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import Attack, AutoAttack, Counts
 from robust_moe.attacks.autoattack import members
+from robust_moe.attacks.graph import StepGraphs
 from robust_moe.evaluation.sanity import Flag
-from robust_moe.evaluation.scorer import LayerRouting, device_of
+from robust_moe.evaluation.scorer import LayerRouting, device_of, precision
+from robust_moe_kernels import __version__, moe_layers
+from robust_moe_kernels.checks import expect
 
 __all__ = [
     "AUTOATTACK",
+    "MOE",
     "Stage",
     "StageResult",
     "SuiteResult",
     "as_fraction",
     "describe_attack",
     "digest",
+    "expect_ball",
+    "fingerprint",
     "identity",
     "plan",
 ]
 
 AUTOATTACK = "autoattack"  # the chain of its attacks
+MOE = "moe"  # begins the chains of the attacks on mixtures, which start anew each
 _LENGTHS = ("eps", "alpha")  # given as fractions of the pixel range
 
 
@@ -49,7 +58,7 @@ class StageResult:
 
     stage: Stage
     attacked: np.ndarray  # bool [n]: it was given the image
-    broken: np.ndarray  # bool [n]: and the model misclassifies what it made of it
+    broken: np.ndarray  # bool [n]: and of one that is right as it is, made one that the model misclassifies
     prediction: np.ndarray  # int64 [n], of what it made; the clean one where not attacked
     robust_after: float  # share of all n images that neither this nor an earlier attack broke
     alone: float | None  # share of all n images robust against this attack; None: it saw those left by another
@@ -84,13 +93,27 @@ class SuiteResult:
 def plan(name: str, attack: Attack, version: str | None = None, seed: int = 0) -> list[Stage]:
     """``attack``, and then the attacks of AutoAttack's ``version`` with its ``eps`` and ``norm`` (None: it alone).
 
-    An :class:`~robust_moe.attacks.AutoAttack` gives the stages of its own attacks, and no others.
+    An :class:`~robust_moe.attacks.AutoAttack` gives the stages of its own attacks.
+
+    Raises:
+        ValueError: an AutoAttack, and a version of it too; an unknown version.
     """
     if isinstance(attack, AutoAttack):
+        expect(version is None, "attack", f"another one beside AutoAttack's version {version!r}", repr(name))
         return [Stage(member, each, AUTOATTACK) for member, each in attack.attacks.items()]
     more = {} if version is None else members(attack.eps, attack.norm, version, seed)
     own = f"{name} alone" if name in more else name
     return [Stage(own, attack, own), *(Stage(member, each, AUTOATTACK) for member, each in more.items())]
+
+
+def expect_ball(stages: Sequence[Stage], eps: float, norm: str) -> None:
+    """Refuse an attack of another ball than the evaluation's, or one that moves the model's statistics."""
+    for stage in stages:
+        for name, value in (("eps", eps), ("norm", norm), ("mode", "eval")):
+            got = getattr(stage.attack, name, value)
+            expect(
+                got == value, "stages", f"{stage.name!r} with {name} = {value!r}, as the evaluation has it", repr(got)
+            )
 
 
 def as_fraction(value: float) -> str:
@@ -103,18 +126,41 @@ def as_fraction(value: float) -> str:
 
 
 def describe_attack(attack: Attack) -> dict[str, Any]:
-    """An attack's settings as plain values by name; radius and step as fractions of the pixel range."""
+    """An attack's settings as plain values by name; radius and step as fractions of the pixel range.
+
+    Of tensors and models that it holds, their SHA-256; what decides only how its steps run (``graph``) is left out.
+
+    Raises:
+        ValueError: a public attribute that cannot be described, so that a change of it would go unseen.
+    """
     settings: dict[str, Any] = {"attack": type(attack).__name__}
     for name, value in vars(attack).items():
-        if name.startswith("_"):
+        if name.startswith("_") or isinstance(value, StepGraphs):
             continue
-        if name in _LENGTHS:
-            value = as_fraction(value)
-        if isinstance(value, dict):  # of attacks
-            value = {key: describe_attack(each) for key, each in value.items() if isinstance(each, Attack)}
-        if isinstance(value, str | int | float | dict):
-            settings[name.removesuffix("_name")] = value
+        what = f"{type(attack).__name__}.{name}"
+        settings[name.removesuffix("_name")] = as_fraction(value) if name in _LENGTHS else _plain(value, what)
     return settings
+
+
+def _plain(value: Any, what: str) -> Any:
+    """As JSON will have it."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each, what) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each, what) for key, each in value.items()}
+    if isinstance(value, Attack):
+        return describe_attack(value)
+    if isinstance(value, Tensor):
+        return digest({"": value})
+    if isinstance(value, nn.Module):
+        return fingerprint(value)
+    name = getattr(value, "__qualname__", "<")
+    expect("<" not in name, what, "plain values, tensors, models, attacks or named functions", repr(value))
+    return f"{value.__module__}.{name}"
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -127,25 +173,51 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model: its modules and their options as it prints them, weights and all buffers (persistent or
+    not), and what each MoE layer has imposed. Not of its code, nor of options that it does not print."""
+    state = model.state_dict()
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    tensors |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+    imposed = {name: [layer.fixed_expert, _imposed(layer.reroute, name)] for name, layer in moe_layers(model).items()}
+    others = {name: repr(value) for name, value in state.items() if name not in tensors}
+    printed = re.sub(r" at 0x[0-9a-f]+", "", f"{model!r} {others!r}")
+    return hashlib.sha256(f"{printed}\n{json.dumps(imposed)}\n{digest(tensors)}".encode()).hexdigest()
+
+
+def _imposed(reroute: Any, layer: str) -> Any:
+    if reroute is None:
+        return None
+    return [type(reroute).__qualname__, _plain(getattr(reroute, "__dict__", {}), f"{layer}.reroute")]
+
+
 def identity(
-    model: nn.Module, images: Tensor, labels: Tensor, stages: Sequence[Stage], settings: Mapping[str, Any]
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    stages: Sequence[Stage],
+    settings: Mapping[str, Any],
+    index: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a result depends on, plain values by name: SHA-256 of weights and of images with labels; ``settings`` and
-    those of the attacks; what decides rounding."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    """What a result depends on, plain values by name: SHA-256 of the model (:func:`fingerprint`), of images with
+    labels, and of positions (None: 0..n-1); ``settings`` and those of the attacks; what decides rounding."""
     device = device_of(model)
+    index = torch.arange(len(images)) if index is None else index
     attacks = {
         f"{stage.name}.{name}": value
         for stage in stages
         for name, value in {"chain": stage.chain, **describe_attack(stage.attack)}.items()
     }
     return {
-        "model": digest(state),
+        "model": fingerprint(model),
         "data": digest({"images": images, "labels": labels}),
+        "index": digest({"index": index}),
         **settings,
         "attacks": ", ".join(stage.name for stage in stages),
         **attacks,
+        "robust-moe": __version__,
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        **precision(device),
     }

@@ -9,13 +9,19 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows, whose locks are another module's
+    fcntl = None
+    import msvcrt
+
 __all__ = ["Journal", "ResumeError", "replace_file"]
 
-FORMAT = 1
+FORMAT = 2
 _ARRAY = "__array__"
 
 
@@ -41,7 +47,8 @@ class Journal:
     """Results by key, each on the disk before :meth:`put` returns.
 
     A file of lines, a checksum and JSON each; the first holds ``identity``. A line cut short by a kill is dropped when
-    the file is opened again, so at most the result that was being written is lost.
+    the file is opened again, so at most the result that was being written is lost. The file is open, and locked where
+    the file system has locks, until :meth:`close`, the end of a ``with`` block, or the end of the process.
 
     Args:
         path: the file; None: kept in memory only.
@@ -49,21 +56,38 @@ class Journal:
         resume: go on with the file that is there; False: write it anew.
 
     Raises:
-        ResumeError: the file is of another identity, or damaged before its end.
+        ResumeError: the file is of another identity, or damaged before its end, or open in another evaluation.
         OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any], resume: bool = True) -> None:
         self.path = path
         self._kept: dict[str, dict[str, Any]] = {}
+        self._file: BinaryIO | None = None
         header = _line({"format": FORMAT, "identity": dict(identity)})
         if path is None:
             return
-        if resume and path.is_file():
-            self._read(path, json.loads(header[9:])["identity"])
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - until closed
+        try:
+            if not _lock(self._file):
+                raise ResumeError(f"{path}: expected a journal of this evaluation alone, got one that another writes")
+            self._file.seek(0)
+            data = self._file.read() if resume else b""
+            if data:
+                self._read(data, json.loads(header[9:])["identity"])
+            else:  # new, or left empty by a kill before the first line
+                self._file.truncate(0)
+                self._append(header)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -78,32 +102,60 @@ class Journal:
         return self._kept.get(key)
 
     def put(self, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep ``result``: plain values and arrays by name. Returns it as :meth:`get` will."""
+        """Keep ``result``: plain values and arrays by name. Returns it as :meth:`get` will. What cannot be written
+        leaves the file as it was."""
         line = _line({"key": key, "result": {name: _encode(value) for name, value in result.items()}})
         if self.path is not None:
-            with open(self.path, "ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            self._append(line)
         self._kept[key] = _decode(json.loads(line[9:])["result"])
         return self._kept[key]
 
+    def claim(self, key: str, identity: Mapping[str, Any]) -> None:
+        """Put ``identity``, plain values by name, under ``key``; or compare it with what is there.
+
+        Raises:
+            ResumeError: it differs; the message names in what.
+        """
+        known = self.get(key)
+        if known is None:
+            self.put(key, identity)
+        elif differences := _differences(known, json.loads(json.dumps(dict(identity)))):
+            raise ResumeError(f"journal: expected that of this {key}, got another's: {_first(differences)}")
+
+    def close(self) -> None:
+        """Let go of the file; what was put stays in it."""
+        if self._file is not None:
+            self._file.close()
+
     def remove(self) -> None:
         """Delete the file: the evaluation is done."""
+        self.close()
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _read(self, path: Path, identity: Mapping[str, Any]) -> None:
-        data = path.read_bytes()
+    def _append(self, line: bytes) -> None:
+        """Write a line whole; cut off what came of it where that fails, or the next one would follow half a line."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
+
+    def _read(self, data: bytes, identity: Mapping[str, Any]) -> None:
+        path = self.path
         lines = data.splitlines(keepends=True)
         records = [_record(line) for line in lines]
         if not records or records[0] is None or records[0].get("format") != FORMAT:
             raise ResumeError(f"{path}: expected the journal of an evaluation, got another file; --fresh starts anew")
         differences = _differences(records[0]["identity"], identity)
         if differences:
-            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise ResumeError(
-                f"{path}: expected the journal of this evaluation, got another's: {'; '.join(differences[:3])}{more}; "
+                f"{path}: expected the journal of this evaluation, got another's: {_first(differences)}; "
                 "--fresh starts anew"
             )
         if None in records[:-1]:
@@ -112,12 +164,26 @@ class Journal:
                 "--fresh starts anew"
             )
         if records[-1] is None:  # cut short
-            with open(path, "r+b") as file:
-                file.truncate(len(data) - len(lines.pop()))
-                os.fsync(file.fileno())
+            self._file.truncate(len(data) - len(lines.pop()))
+            os.fsync(self._file.fileno())
             records.pop()
         for record in records[1:]:
             self._kept[record["key"]] = _decode(record["result"])
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether no other open file of that name has the lock. A file system without locks is taken to have none."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(2**62)  # far beyond what is read: a locked byte cannot be
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -153,3 +219,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in dict.fromkeys([*new, *old])
         if old.get(name, "nothing") != new.get(name, "nothing")
     ]
+
+
+def _first(differences: list[str]) -> str:
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more

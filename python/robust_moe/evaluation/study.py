@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import Attack
+from robust_moe.attacks import Attack, Counts
 from robust_moe.attacks.base import check_inputs
 from robust_moe.data import Batch, ImageSet
-from robust_moe.evaluation.batches import Batches, Task
+from robust_moe.evaluation.batches import Batches, Task, drawing
 from robust_moe.evaluation.scorer import device_of, refuse_nonfinite, score
+from robust_moe.evaluation.stages import identity
 from robust_moe.evaluation.store import Journal
+from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
 
 __all__ = ["Study", "share"]
@@ -32,11 +34,13 @@ class Study:
         index: int64 [n], positions in the data set: the counters of random starts.
         batch_size: images a forward.
         seed: of what the model itself draws.
-        journal: where batches are kept, which a study of the same identity goes on with; None: in memory.
+        settings: of its attacks, plain values by name.
+        journal: where batches are kept, of this model, images and settings; None: in memory.
         task: shows the progress of each stage; see :meth:`robust_moe.engine.Reporter.task`.
 
     Raises:
         ValueError: images, labels or index of the wrong shape, dtype or range; no images.
+        ResumeError: the journal has another study's batches of that name.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Study:
         index: Tensor,
         batch_size: int,
         seed: int,
+        settings: Mapping[str, Any],
         journal: Journal | None = None,
         task: Task | None = None,
     ) -> None:
@@ -59,8 +64,12 @@ class Study:
         self.name, self.model, self.labels = name, model, labels
         work = {"batch_size": batch_size, "seed": seed, "journal": journal, "task": task}
         self.batches = Batches(images, labels, index, device=device_of(model), **work)
-        self.classes = score(model, self.batches.take(np.arange(1)).images).shape[1]
+        with drawing(derive_seed(seed, name), self.batches.device):
+            self.classes = score(model, self.batches.take(np.arange(1)).images).shape[1]
         expect(largest < self.classes, "labels", f"labels below {self.classes}, the number of logits", largest)
+        if journal is not None:
+            given = {**settings, "seed": seed, "batch_size": batch_size}
+            journal.claim(name, identity(model, images, labels, [], given, index))
         self.stages_in_all = 0  # for the titles of the progress; the caller says how many
         self._stages = 0
 
@@ -96,15 +105,13 @@ class Study:
         """Whether each image is classified right, bool [B]; errors of :meth:`logits`."""
         return self.logits(images).argmax(1) == labels
 
-    def attacked(self, attack: Attack, batch: Batch) -> Tensor:
-        """Adversarial images [B, C, H, W].
+    def attacked(self, attack: Attack, batch: Batch, counts: Counts | None = None) -> Tensor:
+        """Adversarial images [B, C, H, W]; ``counts`` grows by the passes made.
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite.
         """
-        crafted = attack.craft(self.model, batch.images, batch.labels, batch.index)
-        attack.refuse_nonfinite(crafted.nonfinite)
-        return crafted.images
+        return attack(self.model, batch.images, batch.labels, batch.index, counts=counts)
 
     def clean_and_robust(
         self,

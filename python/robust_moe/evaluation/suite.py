@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,12 @@ from robust_moe.attacks import Counts
 from robust_moe.evaluation.batches import Batches, Task
 from robust_moe.evaluation.sanity import Flag, probe_flags, result_flags
 from robust_moe.evaluation.scorer import LayerRouting, RoutingCounter, device_of, predict, refuse_nonfinite, score
-from robust_moe.evaluation.stages import Stage, StageResult, SuiteResult
+from robust_moe.evaluation.stages import Stage, StageResult, SuiteResult, expect_ball, identity
 from robust_moe.evaluation.store import Journal
+from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
 
-__all__ = ["run_suite"]
+__all__ = ["run_suite", "with_stages"]
 
 EXAMPLES = 16  # broken images kept for pictures
 PROBED = 64  # images that the sanity checks look at
@@ -50,20 +52,26 @@ def run_suite(
         images: uint8 [n, C, H, W] in 0..255, or float32 in [0, 1].
         labels: int64 [n], below the number of logits.
         stages: the attacks; none: clean accuracy only.
-        eps, norm: the ball that all images have to be in.
+        eps, norm: the ball that all images have to be in, and that of every attack.
         index: int64 [n], positions in the data set, the counters of random starts; None: 0..n-1.
         batch_size: images a forward, >= 1.
-        journal: where batches are kept; None: in memory.
+        journal: where batches are kept, of this model, images and attacks; None: in memory.
         task: shows progress; see :meth:`robust_moe.engine.Reporter.task`.
 
     Raises:
-        ValueError: no images, pixels or labels out of range, a wrong shape or dtype.
+        ValueError: no images, pixels or labels out of range, a wrong shape or dtype; an attack of another ball, or of
+            the model in train mode; a model that takes no float32 images, writes to them or returns no tensor.
+        ResumeError: the journal has another suite's batches.
         FloatingPointError: a logit or a gradient is NaN or infinite: it would count as robust, or as broken.
     """
     index = torch.arange(len(images)) if index is None else index
     _check(images, labels, index, stages, norm, batch_size)
+    expect_ball(stages, eps, norm)
     work = {"batch_size": batch_size, "seed": seed, "journal": journal, "task": task}
     run = _Run(model, Batches(images, labels, index, device=device_of(model), **work), eps, norm)
+    if journal is not None:
+        settings = {"eps": eps, "norm": norm, "seed": seed, "batch_size": batch_size}
+        journal.claim("suite", identity(model, images, labels, stages, settings, index))
     flags = run.probe()
     run.clean()
     results = [run.attack(stage) for stage in stages]
@@ -78,6 +86,26 @@ def run_suite(
         routing=run.routing,
         examples=run.examples(),
         seconds=run.batches.seconds,
+    )
+
+
+def with_stages(suite: SuiteResult, stages: Sequence[StageResult], eps: float, norm: str) -> SuiteResult:
+    """``suite`` and what further attacks on the same images did, each of them a chain of its own: one worst case."""
+    robust = suite.clean if suite.robust is None else suite.robust
+    chains, added = dict(suite.chains), []
+    for result in stages:
+        right = suite.clean & ~(result.attacked & (result.prediction != suite.label))
+        robust = robust & right
+        chains[result.stage.chain] = right
+        added.append(dataclasses.replace(result, robust_after=float(robust.mean())))
+    found = result_flags([*suite.stages, *added], eps, norm, int(np.prod(suite.examples["clean"].shape[1:])))
+    names = {flag.name for flag in found}
+    return dataclasses.replace(
+        suite,
+        robust=robust,
+        stages=[*suite.stages, *added],
+        chains=chains,
+        flags=[*(flag for flag in suite.flags if flag.name not in names), *found],
     )
 
 
@@ -112,11 +140,14 @@ class _Run:
 
     def probe(self) -> list[Flag]:
         """The sanity checks that need no result."""
-        x, y, _ = self.batches.take(np.arange(min(len(self.label), PROBED)))
+        count = len(self.label)
+        # from all over the data set, which may be in the order of its classes
+        rows = np.random.default_rng(derive_seed(self.batches.seed, "probe")).permutation(count)[:PROBED]
+        x, y, _ = self.batches.take(np.sort(rows))
         largest = int(self.label.max())
 
         def compute() -> dict[str, Any]:
-            logits = score(self.model, x)
+            logits = self._first_logits(x)
             ok = logits.ndim == 2 and len(logits) == len(x)
             expect(ok, "model", f"logits of shape [{len(x)}, classes]", f"shape {list(logits.shape)}")
             classes = logits.shape[1]
@@ -129,6 +160,23 @@ class _Run:
             record = self.batches.once("sanity", compute)
             advance(len(x))
         return [Flag(**flag) for flag in record["flags"]]
+
+    def _first_logits(self, x: Tensor) -> Tensor:
+        """Logits, from a model that takes the images that it will be given."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters()} - {torch.float32}
+        given = x.clone()
+        try:
+            logits = score(self.model, given)
+        except RuntimeError as error:
+            if not dtypes:
+                raise
+            kinds = ", ".join(sorted(map(str, dtypes)))
+            raise ValueError(
+                f"model: expected one that takes float32 images, got weights of {kinds} ({error}); wrap it in one that "
+                "casts its input"
+            ) from error
+        expect(torch.equal(given, x), "model", "its input left as it is", "a model that writes to it")
+        return logits
 
     def clean(self) -> None:
         """Predictions and routing of the images as they are."""
@@ -182,7 +230,9 @@ class _Run:
                 "adversarial": images[torch.from_numpy(wrong).to(images.device)].numpy(force=True),
             }
 
-        for rows, record, advance in self.batches.over(stage.name, np.flatnonzero(left), compute):
+        for rows, record, advance in self.batches.over(
+            f"attack/{stage.name}", np.flatnonzero(left), compute, stage.name
+        ):
             prediction[rows] = record["prediction"]
             wrong = rows[record["prediction"] != self.label[rows]]
             broken[wrong] = True

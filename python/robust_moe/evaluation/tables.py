@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from robust_moe.evaluation.stages import AUTOATTACK
+from robust_moe.evaluation.stages import AUTOATTACK, MOE
 
 __all__ = ["attack_name", "attack_table", "flag_lines", "moe_table", "results_table"]
 
@@ -32,7 +32,9 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
 
 def attack_table(results: Mapping[str, Any]) -> Table:
     """A row an attack: what it was given and broke, what it cost."""
-    table = Table(title="attacks, each on what its predecessors left; AutoAttack starts anew")
+    table = Table(
+        title="attacks, each on what its predecessors left; AutoAttack, and every attack on a mixture, starts anew"
+    )
     for column in ("attack", "attacked", "broken", "robust after %", "alone %", "forwards", "backwards", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right", no_wrap=True)
     for attack in results["attacks"]:
@@ -54,7 +56,7 @@ def attack_table(results: Mapping[str, Any]) -> Table:
 
 
 def moe_table(results: Mapping[str, Any]) -> Table:
-    """A row each for SA, RA, RA-E, RA-R and their union, in percent with 95 % intervals."""
+    """A row each for SA, RA, RA-E, RA-R and the worst case of all attacks, in percent with 95 % intervals."""
     table = Table(title="mixture of experts under PGD")
     table.add_column("images right", no_wrap=True)
     table.add_column("%", justify="right", no_wrap=True)
@@ -93,6 +95,8 @@ def _short(attack: Mapping[str, Any]) -> str:
     restarts = f" x{settings['restarts']}" if settings["restarts"] > 1 else ""
     if attack["chain"] == AUTOATTACK:
         return f"AutoAttack{restarts}"
+    if attack["chain"].startswith(f"{MOE}/"):
+        return f"attacks on the mixture{restarts}"
     return f"{attack['name'].upper()}-{settings['steps']}{restarts}"
 
 

@@ -32,7 +32,7 @@ SHARES = {
     "ra_r": ("RA-R", "right under an attack that pushes the chosen experts out of the router's selection"),
     "joint": ("joint", "right under an attack on classification and router together"),
     "transfer": ("transfer", "right when attacked by way of the soft mixture of all experts"),
-    "union": ("worst case", "right under all of these attacks"),
+    "union": ("worst case", "right under these and all other attacks of the evaluation"),
 }
 MEASURES = {
     "experts": "experts",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from robust_moe.evaluation.html_report.sections import (
     tradeoff_section,
 )
 from robust_moe.evaluation.results import FORMAT
+from robust_moe.evaluation.store import replace_file
 
 __all__ = ["write_report"]
 
@@ -74,6 +74,4 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    replace_file(path, page.encode("utf-8", "replace"))

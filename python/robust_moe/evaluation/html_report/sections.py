@@ -42,15 +42,12 @@ def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     if count:
         notes = [_sure(results, "robust"), f"worst case over {count} attack{'s' * (count > 1)}, of all images"]
-        cards.append(("Robust accuracy (RA)", percent(results["robust"]), notes, "robust"))
+        cards.append(("Robust accuracy", percent(results["robust"]), notes, "robust"))
     else:
-        cards.append(("Robust accuracy (RA)", percent(None), ["no attack ran"], "robust"))
+        cards.append(("Robust accuracy", percent(None), ["no attack ran"], "robust"))
     if results[AUTOATTACK] is not None:
         notes = [_sure(results, AUTOATTACK), "the attacks of its chain alone"]
         cards.append(("AutoAttack", percent(results[AUTOATTACK]), notes, "robust"))
-    if results["moe"] is not None:
-        notes = [_sure(results["moe"], "union"), "worst case of RA, RA-E, RA-R, joint and transfer attacks"]
-        cards.append(("MoE under attack", percent(results["moe"]["union"]), notes, "robust"))
     cards += [
         ("Radius ε", Cell(results["eps"]), [f"{results['norm']} norm", "pixels from 0 to 1"], ""),
         ("Images", number(results["count"]), [f"preset {results['preset']}", f"seed {results['seed']}"], ""),
@@ -87,7 +84,8 @@ def attack_section(results: Mapping[str, Any]) -> Section | Missing:
     text = Text(
         "text",
         "An attack is given the images that the earlier ones of its chain have left; a chain starts with all that are "
-        f"classified right. Shares are of all {results['count']:,} images: “robust after it” are those right as they "
+        "classified right (on a mixture with all images, for their routes). "
+        f"Shares are of all {results['count']:,} images: “robust after it” are those right as they "
         "are and after every attack up to this one, “robust against it alone” those right after this one.",
     )
     return Section("attacks", "Attacks", [text, Table("Every attack and its cost", columns, rows)])
