@@ -186,8 +186,8 @@ class JointPGD(RouterAttack):
     """The route-aware attack: PGD on the classification loss plus ``router_weight`` times the router's.
 
     Where routes do not matter, the router's share of the step is lost, and the attack is weaker than plain PGD: judge a
-    model by the worst case of the two. :func:`~robust_moe.evaluation.evaluate_moe` does, its ``union`` having both from
-    the same starts; so this attack does not pay for the other a second time.
+    model by the worst case of the two, as the evaluations of :mod:`robust_moe.evaluation` do, which have both from the
+    same starts; so this attack does not pay for the other a second time.
 
     Args:
         router_weight: λ >= 0.
