@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not installed
 
 from benchmarks import expert_sweep, harness, layer_case, train_step
 from benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
