@@ -36,9 +36,9 @@ def run(inputs: Inputs, case: Case, algorithm: str) -> tuple[torch.Tensor, ...]:
     x, weight, offsets, sample, d_out = inputs
     geometry = Geometry(case.stride, case.padding, case.dilation)
     return (
-        native_impl.forward(x, weight, offsets, sample, geometry, algorithm),
-        native_impl.dgrad(d_out, weight, offsets, *case.size, geometry, algorithm),
-        native_impl.wgrad(x, d_out, offsets, sample, weight, geometry, algorithm),
+        native_impl.forward_by(algorithm, x, weight, offsets, sample, geometry),
+        native_impl.dgrad_by(algorithm, d_out, weight, offsets, *case.size, geometry),
+        native_impl.wgrad_by(algorithm, x, d_out, offsets, sample, weight, geometry),
     )
 
 

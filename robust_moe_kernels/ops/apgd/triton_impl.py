@@ -161,8 +161,9 @@ def _track_kernel(
     sample = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index = sample * size + place
-    improved = (tl.load(improved_ptr + sample) != 0) & (place < size)
-    fooled = (tl.load(fooled_ptr + sample) != 0) & (place < size)
+    # as far as the sample is taken: all of it, or nothing
+    improved = place < size * (tl.load(improved_ptr + sample) != 0).to(tl.int64)
+    fooled = place < size * (tl.load(fooled_ptr + sample) != 0).to(tl.int64)
     x = tl.load(x_ptr + index, mask=improved | fooled, other=0.0)
     grad = tl.load(grad_ptr + index, mask=improved, other=0.0)
     tl.store(x_best_ptr + index, x, mask=improved)

@@ -74,14 +74,34 @@ def _run(
     )
 
 
-def forward(
+def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+    return forward_by("auto", x, weight, offsets, sample, geometry)
+
+
+def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+    return dgrad_by("auto", d_out, weight, offsets, height, width, geometry)
+
+
+def wgrad(
+    x: Tensor,
+    d_out: Tensor,
+    offsets: Tensor,
+    sample: Tensor | None,
+    weight: Tensor,
+    geometry: Geometry,
+) -> Tensor:
+    return wgrad_by("auto", x, d_out, offsets, sample, weight, geometry)
+
+
+def forward_by(
+    algorithm: str,
     x: Tensor,
     weight: Tensor,
     offsets: Tensor,
     sample: Tensor | None,
     geometry: Geometry,
-    algorithm: str = "auto",  # by shape
 ) -> Tensor:
+    """``forward`` by "tap_skip" or "winograd"; "auto": by shape."""
     weight = _uniform_taps(weight)
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
     sizes = (x.shape[2], x.shape[3], out.shape[2], out.shape[3])
@@ -100,14 +120,14 @@ def forward(
     return out
 
 
-def dgrad(
+def dgrad_by(
+    algorithm: str,
     d_out: Tensor,
     weight: Tensor,
     offsets: Tensor,
     height: int,
     width: int,
     geometry: Geometry,
-    algorithm: str = "auto",
 ) -> Tensor:
     weight = _uniform_taps(weight)
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
@@ -116,14 +136,14 @@ def dgrad(
     return d_x
 
 
-def wgrad(
+def wgrad_by(
+    algorithm: str,
     x: Tensor,
     d_out: Tensor,
     offsets: Tensor,
     sample: Tensor | None,
     weight: Tensor,
     geometry: Geometry,
-    algorithm: str = "auto",
 ) -> Tensor:
     filters = _uniform_taps(weight)
     d_weight = KEPT.empty_like(filters)
