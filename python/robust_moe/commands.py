@@ -19,8 +19,8 @@ from robust_moe.demo import run_demo
 from robust_moe.engine import CheckpointError, Reporter, Trainer
 from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.evaluation import attack_table, results_table, robustbench_json
-from robust_moe.evaluation.store import replace_file
 from robust_moe.evaluation.tables import flag_lines, moe_table
+from robust_moe.files import replace_file
 from robust_moe.provenance import git_revision, versions
 from robust_moe.report import PRESETS, assess, draw
 from robust_moe_kernels.env import report

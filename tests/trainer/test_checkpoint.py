@@ -63,7 +63,7 @@ def test_full_disk_keeps_the_last_good_one(tmp_path, monkeypatch, room):
     save_checkpoint(STATE, path)
     before = path.read_bytes()
     real_open = open
-    module = sys.modules["robust_moe.engine.checkpoint"]
+    module = sys.modules["robust_moe.files"]
     monkeypatch.setattr(module, "open", lambda *a: FullDisk(real_open(*a), room), raising=False)
     with pytest.raises(CheckpointError, match=r"could not be written.*the last good one is kept"):
         save_checkpoint({**STATE, "position": {"step": 4}}, path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robust_moe.evaluation import Journal, ResumeError
-from robust_moe.evaluation.store import replace_file
+from robust_moe.files import replace_file
 
 ME = {"model": "aa", "eps": "8/255", "steps": 20, "threads": None}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from robust_moe.files import replacing
 
 __all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "load_model_state", "refuse_foreign", "save_checkpoint"]
 
@@ -24,41 +24,19 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
-    """Write ``state`` (plain types and tensors) to ``path`` atomically.
-
-    The bytes go to a temporary file in the same folder, are forced to the disk, and only then take the name: a full
-    disk, a kill or a power cut leaves the file that was there before.
+    """Write ``state`` (plain types and tensors) to ``path`` whole or not at all (:func:`~robust_moe.files.replacing`).
 
     Raises:
         CheckpointError: it could not be written; an earlier file at ``path`` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns some failed writes into RuntimeError
         kept = "the last good one is kept" if path.exists() else "there is no earlier one"
         raise CheckpointError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk, where the system can do that for a folder."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:

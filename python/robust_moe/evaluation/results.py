@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from robust_moe.evaluation.stages import AUTOATTACK, StageResult, SuiteResult, describe_attack
-from robust_moe.evaluation.store import replace_file
+from robust_moe.files import replace_file
 from robust_moe.provenance import provenance
 
 __all__ = [

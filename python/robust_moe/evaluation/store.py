@@ -19,7 +19,7 @@ except ImportError:  # Windows, whose locks are another module's
     fcntl = None
     import msvcrt
 
-__all__ = ["Journal", "ResumeError", "replace_file"]
+__all__ = ["Journal", "ResumeError"]
 
 FORMAT = 2
 _ARRAY = "__array__"
@@ -27,20 +27,6 @@ _ARRAY = "__array__"
 
 class ResumeError(ValueError):
     """A journal that cannot be gone on with; the message names what differs."""
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``path`` whole or not at all: a kill or a full disk leaves what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class Journal:

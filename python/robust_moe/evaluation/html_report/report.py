@@ -23,7 +23,7 @@ from robust_moe.evaluation.html_report.sections import (
     tradeoff_section,
 )
 from robust_moe.evaluation.results import FORMAT
-from robust_moe.evaluation.store import replace_file
+from robust_moe.files import replace_file
 
 __all__ = ["write_report"]
 
