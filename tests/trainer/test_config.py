@@ -59,6 +59,31 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("method.attack.eps=8/0", ["method.attack.eps", "fraction", "8/0"]),
         ("eval.attack.norm=L1", ["eval.attack.norm", "Linf or L2", "L1"]),
         ("method.attack_mode=evil", ["method.attack_mode", "eval or train", "evil"]),
+        ("method.beta=-1", ["method.beta", ">= 0", "-1"]),
+        ("method.form=papers", ["method.form", "paper, released", "did you mean 'paper'"]),
+        ("method.replays=0", ["method.replays", ">= 1", "0"]),
+        ("method.awp_gamma=-0.1", ["method.awp_gamma", ">= 0", "-0.1"]),
+        ("optim.lr_min=0.2", ["optim.lr_min", "[0, optim.lr = 0.1]", "0.2"]),  # above the highest
+        ("optim.cycle_epochs=0", ["optim.cycle_epochs", ">= 0.001", "0"]),
+        ("optim.cycle_epochs=1e-320", ["optim.cycle_epochs", ">= 0.001"]),  # NaN for a rate
+        ("method.awp_warmup_epochs=0.5", ["method.awp_warmup_epochs", "0.5", "Integer"]),
+        ("method.awp_warmup_epochs=-1", ["method.awp_warmup_epochs", ">= 0", "-1"]),
+        ("method.awp_warmup_epochs=nan", ["method.awp_warmup_epochs", "nan", "Integer"]),
+        ("method.attack.eps=8", ["method.attack.eps", "[0, 1]", "8/255", "got '8'"]),  # in 255ths
+        ("eval.attack.eps=1.5", ["eval.attack.eps", "[0, 1]", "1.5"]),
+        ("optim.milestones=[0.5,0.5]", ["optim.milestones", "strictly rising", "[0.5, 0.5]"]),
+        ("optim.milestones=[]", ["optim.milestones", "strictly rising", "[]"]),
+        ("optim.milestones=[0.7,0.5]", ["optim.milestones", "rising", "0.7"]),
+        ("optim.milestones=[1.5]", ["optim.milestones", "(0, 1)", "1.5"]),  # epochs for shares
+        ("run.ema_decay=1", ["run.ema_decay", "[0, 1)", "1"]),
+        ("model.mixture.num_experts=-1", ["model.mixture.num_experts", ">= 0", "-1"]),
+        ("model.mixture.routing=topk", ["model.mixture.routing", "soft, top_k, hard", "did you mean 'top_k'"]),
+        ("model.mixture.mix=logit", ["model.mixture.mix", "did you mean 'logits'"]),
+        ("model.dual.alpha=1.5", ["model.dual.alpha", "[0, 1]", "1.5"]),
+        ("model.dual.mix=probs", ["model.dual.mix", "logits, probabilities", "probs"]),
+        ("model.dual.standard=run/best.pt", ["model.dual.standard", "section", "run/best.pt"]),
+        ("model.dual.standard.width=0", ["model.dual.standard.width", ">= 1", "0"]),
+        ("model.dual.standard.blocks=[0]", ["model.dual.standard.blocks", ">= 1", "[0]"]),
         ("eval.seed=-1", ["eval.seed", ">= 0", "-1"]),
         ("run.precision=fp8", ["run.precision", "bf16-mixed", "fp8"]),
         ("optim.momentum=0", ["optim.nesterov", "false", "momentum is 0"]),  # nesterov needs momentum
@@ -80,6 +105,13 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
     [
         "model.moe.noise_std",
         "model.moe.balance_weight",
+        "model.mixture.noise_std",
+        "model.dual.alpha",
+        "method.beta",
+        "method.awp_gamma",
+        "run.ema_decay",
+        "optim.lr_min",
+        "optim.cycle_epochs",
         "optim.lr",
         "optim.momentum",
         "optim.weight_decay",
@@ -112,6 +144,28 @@ def test_bad_files_are_named(text: str, words: list[str], tmp_path: Path):
         load_config(path)
     for word in [str(path), *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "words"),
+    [
+        (["routing=top_k", "top_k=4"], ["model.mixture.top_k", "k <= 3", "4"]),
+        (["moe.layers=[layer4.1]"], ["model.moe.layers", "none, as model.mixture.num_experts > 0", "layer4.1"]),
+    ],
+)
+def test_bad_mixtures_of_networks_name_key_expected_and_got(mixture: list[str], words: list[str]):
+    """Of settings that only an enabled mixture has to obey."""
+    overrides = [f"model.{item}" if item.startswith("moe.") else f"model.mixture.{item}" for item in mixture]
+    load_config(None, overrides)
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [*overrides, "model.mixture.num_experts=3"])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_ball_of_another_norm_may_be_larger_than_a_pixel():
+    assert load_config(None, ["eval.attack.norm=L2", "eval.attack.eps=1.5"]).eval.attack.eps == "1.5"
+    assert load_config(None, ["eval.attack.eps=1"]).eval.attack.eps == "1"
 
 
 def test_unknown_preset_offers_the_nearest():

@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from robust_moe.config.schema import ConfigError, TrainConfig
+from robust_moe.config.checks import ConfigError
+from robust_moe.config.schema import TrainConfig
 
 __all__ = ["config_from_dict", "flatten", "load_config", "preset_names", "save_config"]
 

@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, TypeVar
+
+from robust_moe.config.checks import expect_one_of, parse_fraction, require
+from robust_moe.config.model import ModelConfig
 
 __all__ = [
     "AttackConfig",
     "AugmentConfig",
-    "ConfigError",
     "DataConfig",
     "EvalConfig",
     "MethodConfig",
-    "MoEConfig",
-    "ModelConfig",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
-    "choose",
-    "parse_fraction",
 ]
 
-T = TypeVar("T")
 ACCELERATORS = ("auto", "cpu", "cuda")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key, what was expected and what came."""
-
-
-def parse_fraction(text: str | float, name: str = "value") -> Fraction:
-    """An exact number from ``"8/255"``, ``"0.1"`` or ``0.1``; so that 8/255 stays 8/255 in every report."""
-    try:
-        return Fraction(str(text).replace(" ", ""))
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{name}: expected a number or a fraction such as 8/255, got {text!r}") from None
-
-
-def choose(table: Mapping[str, T], name: str, key: str) -> T:
-    """``table[name]``; a name that is not in the table is refused with the nearest one that is."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{key}: expected one of {', '.join(table)}, got {name!r}{hint}")
-
-
-def _require(ok: bool, key: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+FORMS = ("paper", "released")
+SHORTEST_CYCLE = 1e-3  # epochs; far below a step a rate is noise, and in the end NaN
 
 
 @dataclass
@@ -67,9 +36,9 @@ class AugmentConfig:
     cutout: int = 0  # side in pixels of one square set to zero; 0: off
 
     def check(self, key: str) -> None:
-        _require(self.crop_padding >= 0, f"{key}.crop_padding", "pixels >= 0", self.crop_padding)
-        _require(0 <= self.color_jitter < 1, f"{key}.color_jitter", "a number in [0, 1)", self.color_jitter)
-        _require(self.cutout >= 0, f"{key}.cutout", "pixels >= 0", self.cutout)
+        require(self.crop_padding >= 0, f"{key}.crop_padding", "pixels >= 0", self.crop_padding)
+        require(0 <= self.color_jitter < 1, f"{key}.color_jitter", "a number in [0, 1)", self.color_jitter)
+        require(self.cutout >= 0, f"{key}.cutout", "pixels >= 0", self.cutout)
 
 
 @dataclass
@@ -82,54 +51,18 @@ class DataConfig:
     validation_fraction: float = 0.1  # share of the training images held out to choose the checkpoint
     train_limit: int | None = None  # use only n training images (after the split), the first of every class; None: all
     test_limit: int | None = None  # likewise for the test images
+    expects: str | None = (
+        None  # refuse images other than those of, e.g., cifar10 (engine.experiment.EXPECTED); None: any
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def check(self, key: str) -> None:
         ok = 0 <= self.validation_fraction < 1
-        _require(ok, f"{key}.validation_fraction", "a share in [0, 1)", self.validation_fraction)
+        require(ok, f"{key}.validation_fraction", "a share in [0, 1)", self.validation_fraction)
         for name in ("image_size", "train_limit", "test_limit"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{key}.{name}", "null or a count >= 1", value)
+            require(value is None or value >= 1, f"{key}.{name}", "null or a count >= 1", value)
         self.augment.check(f"{key}.augment")
-
-
-@dataclass
-class MoEConfig:
-    """Which blocks or convolutions become a mixture of experts, and how it routes (docs: FusedBlockMoE)."""
-
-    layers: list[str] = field(default_factory=list)  # module names, e.g. [layer4.1]; empty: a dense model
-    num_experts: int = 4  # E
-    top_k: int = 2  # k, experts a sample is sent to
-    gate: str = "gap_fc"  # a key of robust_moe_kernels.modules.GATES
-    renormalize: bool = True  # divide the kept scores by their sum (k >= 2)
-    straight_through: bool = True  # k = 1: forward weight exactly 1, gradient through the score
-    noise_std: float = 0.0  # standard deviation of the score noise in units of a row's own; 0: off
-    init: str = "fresh"  # "fresh": experts initialised independently; "copy": each starts as the replaced block
-    balance: str = "entropy"  # a key of robust_moe_kernels.modules.BALANCE_LOSSES, or "none"
-    balance_weight: float = 0.5  # factor of the balance loss in the training loss
-
-    def check(self, key: str) -> None:
-        _require(self.num_experts >= 1, f"{key}.num_experts", "a count >= 1", self.num_experts)
-        _require(1 <= self.top_k <= self.num_experts, f"{key}.top_k", f"1 <= k <= {self.num_experts}", self.top_k)
-        _require(0 <= self.noise_std < math.inf, f"{key}.noise_std", "a finite number >= 0", self.noise_std)
-        ok = 0 <= self.balance_weight < math.inf
-        _require(ok, f"{key}.balance_weight", "a finite number >= 0", self.balance_weight)
-
-
-@dataclass
-class ModelConfig:
-    """A CIFAR-style residual network (3x3 stem, no max-pool), input normalisation inside."""
-
-    name: str = "resnet_small"  # a key of robust_moe.models.MODELS
-    width: int | None = None  # channels of the first stage; None: the architecture's own (64; small: 16)
-    blocks: list[int] | None = None  # residual blocks a stage; None: the architecture's own
-    moe: MoEConfig = field(default_factory=MoEConfig)
-
-    def check(self, key: str) -> None:
-        _require(self.width is None or self.width >= 1, f"{key}.width", "null or channels >= 1", self.width)
-        ok = self.blocks is None or (len(self.blocks) > 0 and min(self.blocks) >= 1)
-        _require(ok, f"{key}.blocks", "null or a list of counts >= 1", self.blocks)
-        self.moe.check(f"{key}.moe")
 
 
 @dataclass
@@ -148,55 +81,79 @@ class AttackConfig:
     graph: bool | str = "auto"  # on a GPU, replay PGD's steps as one CUDA graph: true, false, or auto (where possible)
 
     def check(self, key: str) -> None:
-        _require(parse_fraction(self.eps, f"{key}.eps") >= 0, f"{key}.eps", "a radius >= 0", self.eps)
+        eps = parse_fraction(self.eps, f"{key}.eps")
+        require(eps >= 0, f"{key}.eps", "a radius >= 0", self.eps)
+        ok = self.norm != "Linf" or eps <= 1
+        require(ok, f"{key}.eps", f"a radius of Linf in [0, 1], as pixels are, or {self.eps}/255", self.eps)
         if self.alpha is not None:
-            _require(parse_fraction(self.alpha, f"{key}.alpha") >= 0, f"{key}.alpha", "a step >= 0", self.alpha)
-        _require(self.steps >= 0, f"{key}.steps", "a count >= 0", self.steps)
-        _require(self.restarts >= 1, f"{key}.restarts", "a count >= 1", self.restarts)
-        _require(self.norm in ("Linf", "L2"), f"{key}.norm", "Linf or L2", self.norm)
+            require(parse_fraction(self.alpha, f"{key}.alpha") >= 0, f"{key}.alpha", "a step >= 0", self.alpha)
+        require(self.steps >= 0, f"{key}.steps", "a count >= 0", self.steps)
+        require(self.restarts >= 1, f"{key}.restarts", "a count >= 1", self.restarts)
+        require(self.norm in ("Linf", "L2"), f"{key}.norm", "Linf or L2", self.norm)
         losses = ("ce", "margin", "dlr", "kl")
-        _require(self.loss in losses, f"{key}.loss", f"one of {', '.join(losses)}", self.loss)
-        _require(self.eot_iter >= 1, f"{key}.eot_iter", "a count >= 1", self.eot_iter)
-        _require(self.graph in ("auto", True, False), f"{key}.graph", "auto, true or false", self.graph)
+        require(self.loss in losses, f"{key}.loss", f"one of {', '.join(losses)}", self.loss)
+        require(self.eot_iter >= 1, f"{key}.eot_iter", "a count >= 1", self.eot_iter)
+        require(self.graph in ("auto", True, False), f"{key}.graph", "auto, true or false", self.graph)
 
 
 @dataclass
 class MethodConfig:
-    """How a batch becomes a loss."""
+    """How a batch becomes updates of the weights."""
 
     name: str = "pgd_at"  # a key of robust_moe.methods.METHODS
     attack: AttackConfig = field(default_factory=lambda: AttackConfig(alpha="2/255"))  # used by adversarial methods
     attack_mode: str = "eval"  # the model's mode while adversarial images are made: "eval" or "train"
+    beta: float = 6.0  # factor of the robustness term of trades, mart, rt_er, jtdmoe and advmoe
+    form: str = "paper"  # of rt_er and jtdmoe: "paper" or "released" (what the authors' code computes)
+    replays: int = 4  # m of free_at: updates a batch, each of weights and perturbation
+    overfit_guard: bool = True  # of fast_at: stop raising single-step overfitting when PGD sees it
+    awp_gamma: float = 0.0  # adversarial weight perturbation: its size relative to each weight tensor; 0: off
+    awp_warmup_epochs: int = 0  # whole epochs before the weights are perturbed
 
     def check(self, key: str) -> None:
-        _require(self.attack_mode in ("eval", "train"), f"{key}.attack_mode", "eval or train", self.attack_mode)
+        require(self.attack_mode in ("eval", "train"), f"{key}.attack_mode", "eval or train", self.attack_mode)
+        expect_one_of(FORMS, self.form, f"{key}.form")
+        for name in ("beta", "awp_gamma"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{key}.{name}", "a finite number >= 0", value)
+        require(self.awp_warmup_epochs >= 0, f"{key}.awp_warmup_epochs", "epochs >= 0", self.awp_warmup_epochs)
+        require(self.replays >= 1, f"{key}.replays", "a count >= 1", self.replays)
         self.attack.check(f"{key}.attack")
 
 
 @dataclass
 class OptimConfig:
-    """Stochastic gradient descent and its schedule, stepped once a batch."""
+    """The optimiser and its schedule, stepped once an update."""
 
+    name: str = "sgd"  # a key of robust_moe.engine.OPTIMIZERS: sgd, adam or adamw
     lr: float = 0.1  # peak learning rate
-    momentum: float = 0.9  # SGD momentum
-    nesterov: bool = True  # Nesterov's form of it
-    weight_decay: float = 5e-4  # L2 penalty on every parameter
-    schedule: str = "polynomial"  # a key of robust_moe.engine.SCHEDULES: polynomial, cosine or constant
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = True  # of sgd: Nesterov's form of momentum
+    weight_decay: float = 5e-4  # on every parameter; an L2 penalty, of adamw decoupled from the gradient
+    schedule: str = "polynomial"  # a key of robust_moe.engine.SCHEDULES
     power: float = 1.0  # exponent of the polynomial decay to zero
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])  # shares of the run after which multistep / 10
+    lr_min: float = 0.0  # lowest rate of cyclic; lr is its highest
+    cycle_epochs: float = 10.0  # epochs from one lowest rate of cyclic to the next
     warmup_epochs: float = 0.0  # epochs of linear rise from zero
     grad_clip: float | None = None  # largest global gradient norm; None: no clipping
 
     def check(self, key: str) -> None:
-        _require(0 < self.lr < math.inf, f"{key}.lr", "a finite rate > 0", self.lr)
-        _require(0 <= self.momentum < 1, f"{key}.momentum", "a number in [0, 1)", self.momentum)
+        require(0 < self.lr < math.inf, f"{key}.lr", "a finite rate > 0", self.lr)
+        require(0 <= self.momentum < 1, f"{key}.momentum", "a number in [0, 1)", self.momentum)
         for name, what in (("weight_decay", "number"), ("warmup_epochs", "number of epochs")):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{key}.{name}", f"a finite {what} >= 0", value)
-        _require(0 < self.power < math.inf, f"{key}.power", "a finite exponent > 0", self.power)
+            require(0 <= value < math.inf, f"{key}.{name}", f"a finite {what} >= 0", value)
+        require(0 < self.power < math.inf, f"{key}.power", "a finite exponent > 0", self.power)
+        ok = all(0 < share < 1 for share in self.milestones) and sorted(set(self.milestones)) == self.milestones
+        require(ok and self.milestones, f"{key}.milestones", "strictly rising shares in (0, 1)", self.milestones)
+        require(0 <= self.lr_min <= self.lr, f"{key}.lr_min", f"a rate in [0, {key}.lr = {self.lr}]", self.lr_min)
+        ok = SHORTEST_CYCLE <= self.cycle_epochs < math.inf
+        require(ok, f"{key}.cycle_epochs", f"a finite number >= {SHORTEST_CYCLE}", self.cycle_epochs)
         ok = self.grad_clip is None or 0 < self.grad_clip < math.inf
-        _require(ok, f"{key}.grad_clip", "null or a finite norm > 0", self.grad_clip)
-        ok = self.momentum > 0 or not self.nesterov
-        _require(ok, f"{key}.nesterov", "false when optim.momentum is 0", self.nesterov)
+        require(ok, f"{key}.grad_clip", "null or a finite norm > 0", self.grad_clip)
+        ok = self.name != "sgd" or self.momentum > 0 or not self.nesterov
+        require(ok, f"{key}.nesterov", "false when optim.momentum is 0", self.nesterov)
 
 
 @dataclass
@@ -208,12 +165,13 @@ class EvalConfig:
     batch_size: int = 256  # images
     limit: int | None = None  # validate on the first n images only; None: all
     seed: int | None = None  # of the attack's random starts; None: run.seed
+    ema_eval: bool = True  # with run.ema_decay > 0: measure, and choose the checkpoint by, the averaged weights
 
     def check(self, key: str) -> None:
-        _require(self.every >= 1, f"{key}.every", "epochs >= 1", self.every)
-        _require(self.batch_size >= 1, f"{key}.batch_size", "a count >= 1", self.batch_size)
-        _require(self.limit is None or self.limit >= 1, f"{key}.limit", "null or a count >= 1", self.limit)
-        _require(self.seed is None or self.seed >= 0, f"{key}.seed", "null or a number >= 0", self.seed)
+        require(self.every >= 1, f"{key}.every", "epochs >= 1", self.every)
+        require(self.batch_size >= 1, f"{key}.batch_size", "a count >= 1", self.batch_size)
+        require(self.limit is None or self.limit >= 1, f"{key}.limit", "null or a count >= 1", self.limit)
+        require(self.seed is None or self.seed >= 0, f"{key}.seed", "null or a number >= 0", self.seed)
         self.attack.check(f"{key}.attack")
 
 
@@ -233,17 +191,19 @@ class RunConfig:
     devices: int = 1  # processes, one a device
     precision: str = "32-true"  # Fabric's: 32-true, bf16-mixed, 16-mixed
     threads: int | None = None  # CPU threads; None: PyTorch's choice
+    ema_decay: float = 0.0  # of the moving average of weights and BN buffers, a factor a step; 0: none is kept
 
     def check(self, key: str) -> None:
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "devices"):
-            _require(getattr(self, name) >= 1, f"{key}.{name}", "a count >= 1", getattr(self, name))
-        _require(self.seed >= 0, f"{key}.seed", "a number >= 0", self.seed)
+            require(getattr(self, name) >= 1, f"{key}.{name}", "a count >= 1", getattr(self, name))
+        require(self.seed >= 0, f"{key}.seed", "a number >= 0", self.seed)
+        require(0 <= self.ema_decay < 1, f"{key}.ema_decay", "a number in [0, 1)", self.ema_decay)
         for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
             value = getattr(self, name)
-            _require(value in known, f"{key}.{name}", f"one of {', '.join(known)}", value)
+            require(value in known, f"{key}.{name}", f"one of {', '.join(known)}", value)
         for name in ("max_steps", "threads", "checkpoint_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{key}.{name}", "null or a count >= 1", value)
+            require(value is None or value >= 1, f"{key}.{name}", "null or a count >= 1", value)
 
 
 @dataclass
