@@ -19,14 +19,14 @@ SCRIPT = """
 
     fit, set_up = Trainer.fit, Trainer._set_up
 
-    def recorded(self, resume=True):
-        outcome = fit(self, resume)
+    def recorded(self, resume=True, override=False):
+        outcome = fit(self, resume, override)
         states = self.start, self.model.state_dict()
         torch.save(states, self.folder / f"rank{self.fabric.global_rank}.pt")
         return outcome
 
-    def prepared(self, resume):
-        set_up(self, resume)
+    def prepared(self, *options):
+        set_up(self, *options)
         self.start = copy.deepcopy(self.model.state_dict())
         if not os.environ.get("FREEZE"):
             return
@@ -98,3 +98,12 @@ def test_two_processes_compute_what_one_does(train, tmp_path):
         assert both["lr"] == single["lr"]
         for name in ("task_loss", "accuracy"):
             assert both[name] == pytest.approx(single[name], abs=1e-6)
+
+
+def test_two_processes_train_networks_though_each_may_leave_some_without_an_image(train):
+    mixture = ("model.moe.layers=[]", "model.mixture.num_experts=4", "model.mixture.routing=hard")
+    (start, one), (_, two) = train("networks", 2, *mixture, "method.attack.steps=1")
+    assert set(differences(one, two).values()) == {0.0}
+    moved = differences(start, one)
+    assert max(value for name, value in moved.items() if name.startswith("gate.")) > 0
+    assert max(value for name, value in moved.items() if name.startswith("experts.")) > 1e-3

@@ -24,6 +24,42 @@ def test_closed_forms(step):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_stays_between_zero_and_the_peak(schedule):
+    config = OptimConfig(lr=0.3, schedule=schedule, warmup_epochs=0.5)
+    rates = [learning_rate(config, step, TOTAL, EPOCH) for step in range(TOTAL)]
+    assert rates[:10] == pytest.approx([0.03 * (step + 1) for step in range(10)])
+    assert min(rates) >= 0
+    assert max(rates) <= 0.3 + 1e-12
+
+
+def test_multistep_divides_by_ten_after_each_milestone():
+    config = OptimConfig(lr=0.3, schedule="multistep", milestones=[0.5, 0.75])
+    rates = [learning_rate(config, step, TOTAL, EPOCH) for step in range(TOTAL)]
+    assert rates == pytest.approx([0.3] * 50 + [0.03] * 25 + [0.003] * 25)
+
+
+def test_cyclic_agrees_with_pytorch():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.1, max_lr=0.3, step_size_up=EPOCH)
+    config = OptimConfig(lr=0.3, lr_min=0.1, schedule="cyclic", cycle_epochs=2.0)  # 40 steps, up in 20
+    for step in range(TOTAL):
+        assert learning_rate(config, step, TOTAL, EPOCH) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_cyclic_begins_where_the_warm_up_ended():
+    config = OptimConfig(lr=0.3, lr_min=0.1, schedule="cyclic", cycle_epochs=2.0, warmup_epochs=0.5)
+    rates = [learning_rate(config, step, TOTAL, EPOCH) for step in range(TOTAL)]
+    assert rates[9:11] == pytest.approx([0.3, 0.3])
+    assert rates[30] == pytest.approx(0.1)  # half a cycle, 20 steps, later
+    assert rates[50] == pytest.approx(0.3)
+    steps = [abs(later - earlier) for earlier, later in itertools.pairwise(rates)]
+    assert max(steps) < 0.0301  # no jump
+
+
+@pytest.mark.parametrize("schedule", ["polynomial", "cosine", "constant"])
 def test_warm_up_rises_linearly_to_the_peak_and_decay_starts_there(schedule):
     config = OptimConfig(lr=0.3, schedule=schedule, warmup_epochs=0.5)  # 10 steps
     rates = [learning_rate(config, step, TOTAL, EPOCH) for step in range(TOTAL)]

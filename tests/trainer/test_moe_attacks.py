@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from whole_networks import Networks, linear
+from whole_networks import linear
 from wrapped_models import Counting
 
 from robust_moe.attacks import PGD, ExpertPGD, JointPGD, RouterPGD
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.moe import router_margin
-from robust_moe.models import BasicBlock
+from robust_moe.models import BasicBlock, NetworkExperts
 from robust_moe_kernels.modules import FusedConvMoE, MoELayer, SwapTop, moe_layers, replace_blocks, rerouted
 
 ATTACKS: dict[str, Callable[..., PGD]] = {"ra_e": ExpertPGD, "ra_r": RouterPGD, "joint": JointPGD}
@@ -33,7 +33,7 @@ def two_experts(top_k: int = 1, **options) -> MoELayer:
     gate = linear([0, 20, -10], [0, -20, 10])
     agree, contradict = linear([-20, 0, 10], [20, 0, -10]), linear([20, 0, -10], [-20, 0, 10])
     hard = {"renormalize": False, "straight_through": True}  # the score's gradient reaches the router
-    return MoELayer(gate, Networks([agree, contradict], 1), top_k, **{**hard, **options}).eval()
+    return MoELayer(gate, NetworkExperts([agree, contradict], 1), top_k, **{**hard, **options}).eval()
 
 
 def points(*pixels: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def test_scored_on_the_whole_model_which_routes_anew():
     """The frozen expert is fooled, but on the way the image is sent to another, which is right: no success."""
     gate = linear([20, 0, -10], [-20, 0, 10])  # by pixel a, like the expert itself
     agree, contradict = linear([-20, 0, 10], [20, 0, -10]), linear([20, 0, -10], [-20, 0, 10])
-    model = MoELayer(gate, Networks([agree, contradict], 1), 1).eval()
+    model = MoELayer(gate, NetworkExperts([agree, contradict], 1), 1).eval()
     x, y = points((0.55, 0.5))
     images = ExpertPGD(0.1, 10, random_start=False)(model, x, y)
     torch.testing.assert_close(images, torch.tensor([[[[0.45, 0.5]]]]))
@@ -132,8 +132,8 @@ def test_layers_count_alike_whatever_the_scale_of_their_logits():
         def __init__(self) -> None:
             super().__init__()
             experts = [linear([1, 0, 0], [0, 1, 0]) for _ in range(4)]
-            self.loud = MoELayer(linear([0, 2000, 0], [0, -2000, 0]), Networks(experts[:2], 1), 1)
-            self.quiet = MoELayer(linear([2, 0, 0], [-2, 0, 0]), Networks(experts[2:], 1), 1)
+            self.loud = MoELayer(linear([0, 2000, 0], [0, -2000, 0]), NetworkExperts(experts[:2], 1), 1)
+            self.quiet = MoELayer(linear([2, 0, 0], [-2, 0, 0]), NetworkExperts(experts[2:], 1), 1)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.loud(x) + self.quiet(x)
@@ -154,7 +154,7 @@ def soft(top_k: int = 2, experts: int = 4, **options) -> MoELayer:
     heads = [
         nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, 5, bias=False)) for _ in range(experts)
     ]
-    return MoELayer(gate, Networks(heads, 2), top_k, **options).double().eval()
+    return MoELayer(gate, NetworkExperts(heads, 2), top_k, **options).double().eval()
 
 
 def images(count: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from whole_networks import Networks, linear
+from whole_networks import linear
 from wrapped_models import Counting, Noisy
 
 from robust_moe.attacks import PGD, Counts
@@ -35,7 +35,7 @@ from robust_moe.evaluation.routing_measures import (
     routing_change,
     top_k_margin,
 )
-from robust_moe.models import BasicBlock
+from robust_moe.models import BasicBlock, NetworkExperts
 from robust_moe_kernels.modules import (
     AllExperts,
     MoELayer,
@@ -52,7 +52,7 @@ def two_experts(top_k: int = 1) -> MoELayer:
     gate = linear([0, 20, -10], [0, -20, 10])
     agree, contradict = linear([-10, 0, 5], [10, 0, -5]), linear([10, 0, -5], [-10, 0, 5])
     with pytest.warns(UserWarning, match="the gate gets no gradient"):
-        return MoELayer(gate, Networks([agree, contradict], 1), top_k, straight_through=False).eval()
+        return MoELayer(gate, NetworkExperts([agree, contradict], 1), top_k, straight_through=False).eval()
 
 
 # All of class 1. Within 0.1 pixel a decides the class and b the expert; 0.0999 leaves a random point no say.
@@ -218,7 +218,7 @@ def mixture() -> tuple[MoELayer, Tensor, Tensor]:
     torch.manual_seed(0)
     gate = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     heads = [nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in range(3)]
-    model = MoELayer(gate, Networks(heads, 3), 1).double().eval()
+    model = MoELayer(gate, NetworkExperts(heads, 3), 1).double().eval()
     return model, torch.rand(6, 3, 2, 2, dtype=torch.float64), torch.arange(6) % 5
 
 

@@ -13,7 +13,15 @@ from torch import nn
 
 from robust_moe.files import replacing
 
-__all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "load_model_state", "refuse_foreign", "save_checkpoint"]
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "load_checkpoint",
+    "load_model_state",
+    "measured_weights",
+    "refuse_foreign",
+    "save_checkpoint",
+]
 
 FORMAT = 1  # of the dict; raised when a reader of the old one would misread the new one
 KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
@@ -79,6 +87,12 @@ def refuse_foreign(state: Mapping[str, Any], source: str | Path) -> None:
     wrong = [f"{key}: {type(state.get(key)).__name__}" for key in KEYS if not isinstance(state.get(key), dict)]
     if wrong:
         raise CheckpointError(f"{source}: expected a checkpoint of robust-moe, with dicts; got {', '.join(wrong)}")
+
+
+def measured_weights(state: Mapping[str, Any], averaged: bool = True) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights to evaluate: the moving average where the run kept one and ``averaged``, or the last."""
+    average = state.get("ema") if averaged else None
+    return state["model"] if average is None else average["model"]
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:

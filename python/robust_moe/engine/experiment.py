@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten
+from robust_moe.config import ConfigError, DataConfig, TrainConfig, choose, config_from_dict, flatten
 from robust_moe.data import DataError, ImageSet, Splits, channel_statistics, load_splits
-from robust_moe.engine.checkpoint import load_checkpoint, load_model_state
-from robust_moe.models import build_model
+from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state, measured_weights
+from robust_moe.models import DualModel, build_model
 
 __all__ = [
     "EVALUATION",
+    "EXPECTED",
+    "ImageKind",
     "checkpoint_file",
     "cpu_threads",
     "describe_data",
@@ -26,8 +28,28 @@ __all__ = [
     "resolve_device",
 ]
 
-# Settings of an evaluation; all others belong to the checkpoint: they made the model, or drew its training images.
-EVALUATION = ("data.root", "data.test_limit", "eval.*", "run.accelerator", "run.threads")
+# Settings of an evaluation; all others belong to the checkpoint: they made the model, or drew its training images. The
+# share of the robust half of a dual model is no weight, and meant to be swept.
+EVALUATION = ("data.root", "data.test_limit", "eval.*", "model.dual.alpha", "run.accelerator", "run.threads")
+
+
+class ImageKind(NamedTuple):
+    """What a recipe takes for granted about its images."""
+
+    classes: int
+    channels: int
+    size: int  # pixels a side
+
+    def __str__(self) -> str:
+        return f"{self.classes} classes, {self.channels}x{self.size}x{self.size}"
+
+
+# Values of ``data.expects``; the images may come from any source, such as a Parquet folder of the same set.
+EXPECTED: dict[str, ImageKind] = {
+    "cifar10": ImageKind(10, 3, 32),
+    "cifar100": ImageKind(100, 3, 32),
+    "fashion_mnist": ImageKind(10, 1, 28),
+}
 
 
 def describe_data(images: ImageSet) -> dict[str, Any]:
@@ -43,17 +65,68 @@ def describe_data(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def make_model(config: TrainConfig, data: dict[str, Any]) -> nn.Module:
-    """The network of ``config`` for images as described; weights from PyTorch's global generator.
+def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = True) -> nn.Module:
+    """The model of ``config`` for images as described; weights from PyTorch's global generator.
+
+    Args:
+        config: the whole run's; ``model`` and ``data.expects`` are used.
+        data: see :func:`describe_data`.
+        warm_start: then take weights from the checkpoints that ``init_from`` names. False where a checkpoint of the
+            model itself follows: those files need not exist any more.
 
     Raises:
-        ConfigError: an unknown name, or layers that cannot be mixtures of experts.
+        ConfigError: an unknown name, layers that cannot be mixtures of experts, or data that the configuration is not
+            for.
+        CheckpointError: a checkpoint to start from that cannot be read, or is of another architecture.
     """
+    _refuse_other_data(config.data, data)
     size = {"num_classes": len(data["class_names"]), "channels": data["channels"], "image_size": data["image_size"]}
     try:
-        return build_model(config.model, **size, mean=data["mean"], std=data["std"])
+        model = build_model(config.model, **size, mean=data["mean"], std=data["std"])
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if not warm_start:
+        return model
+    dual = config.model.dual
+    if isinstance(model, DualModel):
+        _start_from(model.robust, "robust", config.model.init_from, "model.init_from", size)
+        _start_from(model.standard, "standard", dual.standard.init_from, "model.dual.standard.init_from", size)
+    else:
+        _start_from(model, None, config.model.init_from, "model.init_from", size)
+    return model
+
+
+def _start_from(model: nn.Module, half: str | None, source: str | None, key: str, size: Mapping[str, int]) -> None:
+    """Load the weights of the checkpoint or run folder ``source``, the moving average where the run kept one; for a
+    ``half`` of a dual model, either that half of another dual model or a whole model."""
+    if source is None:
+        return
+    path = checkpoint_file(source)
+    checkpoint = load_checkpoint(path)
+    classes = len(checkpoint["data"].get("class_names", ()))
+    if classes != size["num_classes"]:
+        raise ConfigError(f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}")
+    state = measured_weights(checkpoint)
+    if half is not None and any(name.startswith(f"{half}.") for name in state):
+        state = {name.removeprefix(f"{half}."): value for name, value in state.items() if name.startswith(f"{half}.")}
+    try:
+        load_model_state(model, state, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+
+
+def _refuse_other_data(config: DataConfig, data: dict[str, Any]) -> None:
+    """Raise ConfigError unless the images are of the kind that ``config.expects``."""
+    if config.expects is None:
+        return
+    kind = choose(EXPECTED, config.expects, "data.expects")
+    images = ImageKind(len(data["class_names"]), data["channels"], data["image_size"])
+    named = data["name"] in EXPECTED and data["name"] != config.expects
+    if named or images != kind:
+        raise ConfigError(
+            f"data.expects: this configuration is for {config.expects} ({kind}), got {data['name']} ({images}); "
+            "data.expects=null runs it on other images, for which its numbers were not chosen"
+        )
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -115,8 +188,8 @@ def load_experiment(
     ):
         if expected != got:
             raise DataError(f"data.name={config.data.name}: expected {name} {expected} as in {path}, got {got}")
-    model = make_model(config, data)
-    load_model_state(model, checkpoint["model"], path)
+    model = make_model(config, data, warm_start=False)
+    load_model_state(model, measured_weights(checkpoint, config.eval.ema_eval), path)
     return config, model.to(device).eval(), splits, checkpoint
 
 

@@ -27,8 +27,9 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {run.devices}")
     if run.batch_size % run.devices:
         raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
-    # experts share stacked parameters, so plain DDP finds a gradient for each, also where an expert got no image
-    strategy = "auto" if run.devices == 1 else "ddp"
+    # stacked experts all get a gradient, also those without an image; a network without images gets none
+    ddp = "ddp_find_unused_parameters_true" if config.model.mixture.num_experts > 0 else "ddp"
+    strategy = "auto" if run.devices == 1 else ddp
     return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)
 
 

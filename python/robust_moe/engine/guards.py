@@ -1,13 +1,15 @@
-"""Signs that a run has gone wrong: weights that are no longer numbers, routing that has collapsed."""
+"""Signs that a run has gone wrong: weights that are no longer numbers, routing that has collapsed or does not learn, an
+attack that does not attack."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robust_moe.evaluation.scorer import COLLAPSE_SHARE, LayerRouting
+from robust_moe_kernels.modules import moe_layers
 
-__all__ = ["describe_collapse", "state_is_finite"]
+__all__ = ["GateWatch", "describe_collapse", "describe_gain", "state_is_finite"]
 
 
 def state_is_finite(model: nn.Module) -> bool:
@@ -17,10 +19,64 @@ def state_is_finite(model: nn.Module) -> bool:
     return not tensors or bool(torch.isfinite(torch.stack([tensor.double().abs().sum() for tensor in tensors])).all())
 
 
+class GateWatch:
+    """Whether the gates of a model get gradients, in any update of an interval, and their weights move.
+
+    Layers with one expert, or whose gate has nothing to train, are not watched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {
+            name: layer
+            for name, layer in moe_layers(model).items()
+            if layer.num_experts > 1 and any(parameter.requires_grad for parameter in layer.gate.parameters())
+        }
+        self._start()
+
+    def _start(self) -> None:
+        self.weights = {
+            name: [p.detach().clone() for p in layer.gate.parameters()] for name, layer in self.layers.items()
+        }
+        self.seen: dict[str, Tensor] = {}  # bool scalars on the device: some gradient was not zero
+        self.steps = False  # some update had a rate above 0
+
+    def look(self, rate: float) -> None:
+        """After a backward, before a step of learning rate ``rate``; never waits for the device."""
+        self.steps |= rate > 0
+        for name, layer in self.layers.items():
+            found = [parameter.grad.any() for parameter in layer.gate.parameters() if parameter.grad is not None]
+            if found:
+                self.seen[name] = torch.stack([*found, *([self.seen[name]] if name in self.seen else [])]).any()
+
+    def warnings(self) -> dict[str, str]:
+        """What is wrong with the gates since the last call, by layer. Reads the host."""
+        found = {}
+        for name, layer in self.layers.items():
+            if layer.fixed_expert is not None:
+                continue
+            moved = [(p != old).any() for p, old in zip(layer.gate.parameters(), self.weights[name], strict=True)]
+            if name not in self.seen or not bool(self.seen[name]):
+                found[name] = f"{name or 'the mixture'}: its gate gets no gradient, so its routing does not learn"
+            elif self.steps and not bool(torch.stack(moved).any()):
+                found[name] = f"{name or 'the mixture'}: its gate's weights do not move, though they get a gradient"
+        self._start()
+        return found
+
+
 def describe_collapse(name: str, shares: LayerRouting) -> str:
     """The warning for a layer whose routing has collapsed."""
     expert = max(range(len(shares.first)), key=shares.first.__getitem__)
     return (
-        f"{name}: routing has collapsed: expert {expert} is the first choice of {shares.first[expert]:.0%} of the "
-        f"images (more than {COLLAPSE_SHARE:.0%}); a larger model.moe.balance_weight spreads them"
+        f"{name or 'the mixture'}: routing has collapsed: expert {expert} is the first choice of "
+        f"{shares.first[expert]:.0%} of the images (more than {COLLAPSE_SHARE:.0%}); a larger "
+        "model.moe.balance_weight spreads them"
+    )
+
+
+def describe_gain(gain: float) -> str:
+    """The warning for an attack that gains nothing: on the clean images in cross-entropy, or on its own random start in
+    an objective that compares with the clean image."""
+    return (
+        f"method.attack: the attack does not raise the loss: its images change it by {gain:+.3g} on average; look at "
+        "its eps, steps and alpha"
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from robust_moe.files import replace_file
 
 __all__ = ["MetricLog", "read_metrics"]
 
@@ -51,9 +52,7 @@ class MetricLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(folder)[:lines]
-        temporary = folder / f".{FILE}.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, folder / FILE)
+        replace_file(folder / FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 

@@ -12,31 +12,34 @@ __all__ = ["Meter"]
 
 
 class Meter:
-    """Means of scalars over steps; adding never waits for the device, :meth:`read` does so once."""
+    """Means of scalars over the steps that gave them; adding never waits for the device, :meth:`read` does so once."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # float64 scalars
-        self.count = 0
+        self.counts: dict[str, int] = {}  # steps that gave a value
+        self.count = 0  # steps
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.count += 1
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda means: means) -> dict[str, float]:
         """Means since the last reset; empty before any step. ``reduce`` joins those of several processes."""
-        if self.count == 0:
+        if not self.sums:
             return {}
-        means = reduce(torch.stack(list(self.sums.values())) / self.count).tolist()
-        return dict(zip(self.sums, means, strict=True))
+        means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
+        return dict(zip(self.sums, reduce(means).tolist(), strict=True))
 
     def reset(self) -> None:
-        self.sums, self.count = {}, 0
+        self.sums, self.counts, self.count = {}, {}, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "count": self.count}
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
         self.count = state["count"]

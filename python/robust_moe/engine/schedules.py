@@ -5,39 +5,67 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from robust_moe.config import OptimConfig, choose
+from robust_moe.config import ConfigError, OptimConfig, choose
 
-__all__ = ["SCHEDULES", "learning_rate"]
-
-
-def _polynomial(progress: float, power: float) -> float:
-    return (1.0 - progress) ** power
+__all__ = ["SCHEDULES", "expect_warmup_within", "learning_rate"]
 
 
-def _cosine(progress: float, power: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+def _polynomial(config: OptimConfig, progress: float, epochs: float) -> float:
+    return config.lr * (1.0 - progress) ** config.power
 
 
-def _constant(progress: float, power: float) -> float:
-    return 1.0
+def _cosine(config: OptimConfig, progress: float, epochs: float) -> float:
+    return config.lr * (0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-# (share of the steps after warm-up that are done, in [0, 1); optim.power) -> factor of the peak rate
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
+def _constant(config: OptimConfig, progress: float, epochs: float) -> float:
+    return config.lr
+
+
+def _multistep(config: OptimConfig, progress: float, epochs: float) -> float:
+    return config.lr * 0.1 ** sum(progress >= milestone for milestone in config.milestones)
+
+
+def _cyclic(config: OptimConfig, progress: float, epochs: float) -> float:
+    """A triangle: lr_min, up to lr in half a cycle, down again; after a warm-up it begins at lr, where that ended."""
+    begin = 0.5 if config.warmup_epochs > 0 else 0.0
+    position = (epochs / config.cycle_epochs + begin) % 1.0
+    return config.lr_min + (config.lr - config.lr_min) * (1.0 - abs(2.0 * position - 1.0))
+
+
+# (settings, share of the steps after warm-up that are done, in [0, 1), epochs after warm-up) -> rate
+SCHEDULES: dict[str, Callable[[OptimConfig, float, float], float]] = {
     "polynomial": _polynomial,
     "cosine": _cosine,
+    "multistep": _multistep,
+    "cyclic": _cyclic,
     "constant": _constant,
 }
 
 
+def _warmup(config: OptimConfig, steps_per_epoch: int) -> int:
+    return round(config.warmup_epochs * steps_per_epoch)
+
+
+def expect_warmup_within(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> None:
+    """Raise :class:`ConfigError` for a warm-up that would not end in the run."""
+    warmup = _warmup(config, steps_per_epoch)
+    if warmup > total_steps:
+        raise ConfigError(
+            f"optim.warmup_epochs: expected no longer than the run, {total_steps} steps, {steps_per_epoch} an epoch, "
+            f"got {config.warmup_epochs}, which is {warmup} steps"
+        )
+
+
 def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """Rate of optimiser step ``step`` (0 is the first of ``total_steps``).
+    """Rate of all updates of batch ``step`` (0 is the first of ``total_steps``).
 
     With w warm-up steps (``warmup_epochs`` in steps, rounded), step s < w has rate ``lr * (s + 1) / w``; after that the
-    schedule runs from ``lr`` at step w towards its end at ``total_steps``.
+    schedule runs from step w towards its end at ``total_steps``.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = _warmup(config, steps_per_epoch)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    return config.lr * choose(SCHEDULES, config.schedule, "optim.schedule")(progress, config.power)
+    done = step - warmup
+    progress = done / max(total_steps - warmup, 1)
+    return choose(SCHEDULES, config.schedule, "optim.schedule")(config, progress, done / steps_per_epoch)

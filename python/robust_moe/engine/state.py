@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import nn
 
 from robust_moe.config import TrainConfig, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
+from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
 from robust_moe.engine.rng import restore_rng, rng_state
+from robust_moe.methods import Method
 from robust_moe.provenance import git_revision, versions
 
-__all__ = ["NEUTRAL", "RunState", "clear_run", "find_checkpoint", "refuse_changes"]
+__all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "find_checkpoint"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
 NEUTRAL = frozenset(
@@ -24,24 +27,60 @@ NEUTRAL = frozenset(
     for name in ("out", "threads", "accelerator", "devices", "log_every", "checkpoint_every", "checkpoint_steps")
 )
 
+# What no override changes: the order of the images, what is held out, what the optimiser's state means, where the
+# weights began.
+FIXED = (
+    "data.name",
+    "data.image_size",
+    "data.validation_fraction",
+    "data.train_limit",
+    "run.seed",
+    "run.batch_size",
+    "optim.name",
+    "model.init_from",
+    "model.dual.standard.init_from",
+)
 
-def refuse_changes(old: dict[str, Any], new: TrainConfig, source: str | Path) -> None:
-    """Raise :class:`CheckpointError` that lists every setting in which ``new`` differs from the checkpoint's ``old``.
+# Changes after which a validation measures another model, or measures it otherwise.
+REMEASURED = ("model.*", "eval.*", "run.ema_decay")
 
-    Settings of :data:`NEUTRAL` may differ.
+
+def changed_settings(
+    old: dict[str, Any], new: TrainConfig, source: str | Path, override: bool = False
+) -> dict[str, str]:
+    """The settings in which ``new`` differs from the checkpoint's ``old``, apart from those of :data:`NEUTRAL`; by
+    name, a text with both values.
+
+    Args:
+        old, new: what the run was started with, and what it is to go on with.
+        source: the checkpoint, for the message.
+        override: let them differ, apart from those of :data:`FIXED`; False: they must not.
+
+    Raises:
+        CheckpointError: there are such settings; lists them with both values.
     """
     before, after = flatten(old), flatten(new)
     absent = "(not set)"
-    changed = [
-        f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
+    changed = {
+        key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
         for key in sorted(before.keys() | after.keys())
         if key not in NEUTRAL and before.get(key, absent) != after.get(key, absent)
-    ]
-    if changed:
+    }
+    fixed = [text for key, text in changed.items() if key in FIXED]
+    if override and fixed:
         raise CheckpointError(
-            f"{source}: expected the configuration that the run was started with; {'; '.join(changed)}. "
-            "Start anew with --fresh, or choose another run.out"
+            f"{source}: --override cannot change {', '.join(FIXED)}, which the saved state depends on; "
+            f"{'; '.join(fixed)}. Start anew with --fresh, or choose another run.out"
         )
+    if changed and not override:
+        advice = "Start anew with --fresh, or choose another run.out"
+        if not fixed:
+            advice = "Go on with them by --override, start anew with --fresh, or choose another run.out"
+        raise CheckpointError(
+            f"{source}: expected the configuration that the run was started with; {'; '.join(changed.values())}. "
+            f"{advice}"
+        )
+    return changed
 
 
 @dataclass
@@ -53,9 +92,11 @@ class RunState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Any  # Fabric's precision plug-in: holds the gradient scaler's state
+    method: Method
+    average: WeightAverage | None = None  # None: none is kept
     epoch: int = 0  # epochs finished, validation included
     batch: int = 0  # batches of the current epoch done
-    step: int = 0  # optimiser steps done
+    step: int = 0  # batches done in all epochs; each one update of the weights, or as many as the method makes
     best: dict[str, Any] = field(default_factory=dict)  # of the best validation so far: robust, clean, epoch, step
     interval: Meter = field(default_factory=Meter)  # since the last log line
     running: Meter = field(default_factory=Meter)  # since the epoch began
@@ -69,6 +110,8 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"name": self.config.optim.schedule, "step": self.step},  # a pure function of these
             "precision": self.precision.state_dict(),
+            "method": self.method.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
             "rng": _all_ranks(rng_state()) if gather else [rng_state()],
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
             "best": self.best,
@@ -78,23 +121,50 @@ class RunState:
             "git": git_revision(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device) -> int:
-        """Continue from ``state``; returns the number of metric lines written by then.
+    def expect_something_left(self, total_steps: int, source: str | Path, changed: list[str]) -> None:
+        """Raise :class:`CheckpointError` where settings have ``changed`` in a run that ends before it would take a step
+        or measure anything: its files would say that it had been made with them."""
+        if changed and (self.step > total_steps or (self.step == total_steps and self.batch == 0)):
+            raise CheckpointError(
+                f"{source}: --override expects steps that are left to do, got a run of {self.step} steps, "
+                f"{total_steps} being asked for ({'; '.join(changed)}). Raise run.epochs or run.max_steps; to measure "
+                "otherwise, use robust-moe eval"
+            )
+
+    def load_state_dict(
+        self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device, override: bool = False
+    ) -> tuple[int, list[str]]:
+        """Continue from ``state``: (metric lines written by then, settings that ``override`` changed, as texts).
+
+        The optimiser goes on with its state and the configuration's options. The best so far does not count any more
+        where one of :data:`REMEASURED` changed.
 
         Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
         """
         refuse_foreign(state, source)
-        refuse_changes(state["config"], self.config, source)
+        changed = changed_settings(state["config"], self.config, source, override)
         load_model_state(self.model, state["model"], source)
         try:
+            if state["config"]["method"]["name"] == self.config.method.name:
+                self.method.load_state_dict(state["method"])
+            if self.average is not None:
+                if state["ema"] is None:  # switched on by an override: it starts here
+                    self.average = WeightAverage(self.model, self.average.decay)
+                else:
+                    self.average.load_state_dict(state["ema"], source)
+            kept = ("params", "lr")  # the rate is the last step's
+            options = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, configured in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(configured)
             self.precision.load_state_dict(state["precision"])
             self.epoch, self.batch, self.step = (state["position"][name] for name in ("epoch", "batch", "step"))
-            self.best = state["best"]
+            other = any(fnmatchcase(key, pattern) for key in changed for pattern in REMEASURED)
+            self.best = {} if other else state["best"]
             self.interval.load_state_dict(state["meters"]["interval"], device)
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
-            return int(state["log_lines"])
+            return int(state["log_lines"]), list(changed.values())
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: expected a whole training state, got {error!r}") from error
 

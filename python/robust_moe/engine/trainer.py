@@ -8,27 +8,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from robust_moe.attacks import ATTACKS
+from robust_moe.attacks import build_attack
 from robust_moe.config import ConfigError, TrainConfig, choose, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
+from robust_moe.engine.crash import CrashGuard
+from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
 from robust_moe.engine.fabric import StopRequest, make_fabric
-from robust_moe.engine.guards import describe_collapse, state_is_finite
+from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
+from robust_moe.engine.optimizers import OPTIMIZERS, build_optimizer
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
-from robust_moe.engine.schedules import SCHEDULES, learning_rate
+from robust_moe.engine.schedules import SCHEDULES, expect_warmup_within, learning_rate
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint
+from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.methods import build_method
 from robust_moe.seeding import derive_seed
-from robust_moe_kernels.modules import check_finite, gates_without_gradient
+from robust_moe_kernels.modules import check_finite
 
 __all__ = ["TrainResult", "Trainer"]
 
@@ -39,7 +42,7 @@ class TrainResult:
 
     folder: Path
     finished: bool  # False: stopped by a signal; fitting again goes on from there
-    steps: int  # optimiser steps done, in all calls
+    steps: int  # batches trained on, in all calls
     best: dict[str, Any]  # of the best validation: robust, clean (shares), epoch (1 is the first), step; {}: none
     seconds: float  # wall clock of this call
 
@@ -52,9 +55,10 @@ class Trainer:
     """Trains as a configuration says and leaves a run folder behind.
 
     ``config.yaml``; ``metrics.jsonl`` and TensorBoard events; ``last.pt``, to go on from; ``best.pt``, by the robust
-    accuracy on validation images, then the clean one, then the earliest; ``crash.pt`` if the loss
-    became NaN. A run that is killed and fitted again gives the numbers of one that was not, on the same software and
-    device.
+    accuracy on validation images, then the clean one, then the earliest; ``crash.pt`` if a loss, a gradient or a weight
+    became NaN. With ``run.ema_decay`` a moving average of the weights is kept, in every checkpoint, and
+    (``eval.ema_eval``) is what is validated. A run that is killed and fitted again gives the numbers of one that was
+    not, on the same software and device.
 
     Args:
         config: checked; every name is looked up before anything is written.
@@ -67,27 +71,32 @@ class Trainer:
     def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
         config.check()
         choose(SCHEDULES, config.optim.schedule, "optim.schedule")
+        choose(OPTIMIZERS, config.optim.name, "optim.name")
         self.config = config
         self.folder = Path(config.run.out)
         self.reporter = reporter or Reporter()
-        self.method = build_method(config)
-        choose(ATTACKS, config.eval.attack.name, "eval.attack.name")
+        build_method(config)  # refuses what it cannot train
+        build_attack(config.eval.attack, key="eval.attack")
 
-    def fit(self, resume: bool = True) -> TrainResult:
+    def fit(self, resume: bool = True, override: bool = False) -> TrainResult:
         """Train to the end, or until SIGINT or SIGTERM, which save and stop.
 
         Args:
             resume: go on from ``last.pt`` if there is one; False: remove an earlier run's files and start anew.
+            override: go on also if the configuration has changed; the changes are reported. What the saved state
+                depends on (:data:`robust_moe.engine.state.FIXED`) must still be the same, and there must be something
+                left to do.
 
         Raises:
-            CheckpointError: ``last.pt`` is damaged, or of another configuration; or a checkpoint cannot be written.
-            ConfigError: the run folder cannot be written.
+            CheckpointError: ``last.pt`` is damaged, of another configuration, or with ``override`` already at the new
+                configuration's end; or a checkpoint cannot be written.
+            ConfigError: the run folder cannot be written, or the warm-up is longer than the run.
             DataError: the data cannot be read.
             FloatingPointError: a loss, gradient or gate became NaN or infinite.
         """
         began = time.perf_counter()
         with cpu_threads(self.config.run.threads):
-            self._set_up(resume)
+            self._set_up(resume, override)
             try:
                 exact = torch.backends.cudnn.flags(enabled=True, deterministic=True)
                 with StopRequest(self.fabric) as self.stop, exact:
@@ -99,7 +108,7 @@ class Trainer:
 
     # --- setting up ---
 
-    def _set_up(self, resume: bool) -> None:
+    def _set_up(self, resume: bool, override: bool) -> None:
         config = self.config
         self.fabric = fabric = make_fabric(config)
         fabric.launch()
@@ -122,31 +131,34 @@ class Trainer:
             drop_last=len(splits.train) >= config.run.batch_size,  # a last batch of one image would upset BN
         )
         self.total_steps = min(config.run.epochs * len(self.loader), config.run.max_steps or 2**62)
+        expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
-        self.model = make_model(config, data)
-        optim = config.optim
-        optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=optim.lr,
-            momentum=optim.momentum,
-            nesterov=optim.nesterov,
-            weight_decay=optim.weight_decay,
-            foreach=True,  # on a CPU too: 220 ms for 84 M parameters, of 366 one by one and 423 fused
-        )
-        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)
+        self.model = make_model(config, data, warm_start=checkpoint is None)
+        self.method = build_method(config)  # fresh: it may carry a perturbation from an earlier call
+        optimizer = build_optimizer(self.model, config.optim)
+        wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
-        self.state = RunState(config, data, self.model, optimizer, fabric.strategy.precision)
+        average = WeightAverage(self.model, config.run.ema_decay) if config.run.ema_decay > 0 else None
+        precision = fabric.strategy.precision
+        self.state = RunState(config, data, self.model, optimizer, precision, self.method, average)
         lines = 0
         if checkpoint is not None:
-            lines = self.state.load_state_dict(checkpoint, source, fabric.global_rank, fabric.device)
+            lines, changed = self.state.load_state_dict(
+                checkpoint, source, fabric.global_rank, fabric.device, override=override
+            )
+            self.state.expect_something_left(self.total_steps, source, changed)
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
+            for text in changed:
+                self.reporter.line(f"changed: {text}")
+        self.updater = Updater(fabric, self.model, wrapped, self.optimizer, self.method, config.optim.grad_clip)
         with self._in_run_folder():
             if checkpoint is None and fabric.is_global_zero:
                 clear_run(self.folder)
             fabric.barrier()
             self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
-            if fabric.is_global_zero:
+            if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
+        self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
         if len(self.validation) == 0:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self._warned: set[tuple[str, str]] = set()
@@ -183,12 +195,11 @@ class Trainer:
             for batch in self.loader.epoch(state.epoch, state.batch):
                 if state.step >= self.total_steps:
                     break
-                with self._crash_report():
+                with self.guard.report():
                     self._step(batch)
                 note = None
                 if state.step % run.log_every == 0 or state.step == self.total_steps:
                     note = self._write_interval()
-                self.optimizer.zero_grad(set_to_none=True)
                 advance(1, note)
                 if run.checkpoint_steps and state.step % run.checkpoint_steps == 0:
                     self._save("last.pt")
@@ -201,82 +212,44 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        with self.fabric.autocast():
-            # the attack works on the bare model: a distributed wrapper would wait for weight gradients
-            seed = derive_seed(config.run.seed, "attack", state.step)
-            output = self.method(self.model, batch, seed, forward=self.wrapped)
-        self.fabric.backward(output.loss)
-        if config.optim.grad_clip is not None:
-            self.fabric.clip_gradients(
-                self.wrapped, self.optimizer, max_norm=config.optim.grad_clip, error_if_nonfinite=False
-            )
-        self.optimizer.step()
-        flag = {} if output.nonfinite is None else {"attack_nonfinite": output.nonfinite}
-        state.interval.add({**output.logs, **flag})
-        state.running.add(output.logs)
+        self.method.epoch, self.method.step = state.epoch, state.step
+        logs, nonfinite = self.updater.run(batch, derive_seed(config.run.seed, "attack", state.step))
+        if state.average is not None:
+            state.average.update(self.model)
+        state.interval.add(logs if nonfinite is None else {**logs, "attack_nonfinite": nonfinite})
+        state.running.add(logs)
         state.step += 1
         state.batch += 1
 
     def _write_interval(self) -> str:
         """One "train" line; the only place in the loop where the host waits for the device."""
         state = self.state
-        values = self._finite_means()
-        with self._crash_report():
+        values = self.guard.means()
+        with self.guard.report():
             check_finite(self.model)
-        for layer in gates_without_gradient(self.model):
-            self._warn_once(("gradient", layer), f"{layer}: its gate gets no gradient, so its routing does not learn")
+        for layer, text in self.updater.gates.warnings().items():
+            self._warn_once(("gate", layer), text)
+        for text in self.method.warnings():
+            self._warn_once(("method", ""), text)
+        if values.get("attack_gain", math.inf) <= 0:
+            self._warn_once(("attack", ""), describe_gain(values["attack_gain"]))
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         self.log.write("train", state.step, {"epoch": state.epoch + 1, **values})
         state.interval.reset()
         return f"loss {values['task_loss']:.3f}  accuracy {values['accuracy']:.3f}"
-
-    def _finite_means(self) -> dict[str, float]:
-        """Means since the last line; a NaN stops the run, with the state it was in beside the last good one."""
-        state = self.state
-        means = state.interval.read(self._mean_of_processes)
-        attacked = means.pop("attack_nonfinite", 0.0)
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad or attacked:
-            what = "the attack's gradient" if attacked else ", ".join(bad)
-            self._crash(
-                f"{what}: expected finite numbers, got NaN or infinity in the {state.interval.count} steps up to "
-                f"{state.step}"
-            )
-        return means
-
-    @contextmanager
-    def _crash_report(self) -> Iterator[None]:
-        """Leaves crash.pt when what is inside refuses NaN itself: a gate on the CPU, the scorer."""
-        try:
-            yield
-        except (FloatingPointError, ValueError) as error:
-            if self.fabric.world_size == 1:  # the others may not have met it, and would not join in the mean
-                self._finite_means()  # names the loss, if that was lost first
-            self._crash(f"after step {self.state.step}: {error}", type(error), error)
-
-    def _crash(self, text: str, kind: type[Exception] = FloatingPointError, cause: Exception | None = None) -> NoReturn:
-        crash = self.folder / "crash.pt"
-        if self.fabric.is_global_zero:
-            save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
-        good = find_checkpoint(self.folder)
-        kept = "there is no earlier one" if good is None else f"the last good one in {good}"
-        raise kind(f"{text}; the state is in {crash}, {kept}") from cause
-
-    def _mean_of_processes(self, values: Tensor) -> Tensor:
-        return self.fabric.all_reduce(values, reduce_op="mean") if self.fabric.world_size > 1 else values
 
     # --- ends of epochs ---
 
     def _finish_epoch(self) -> None:
         state, config = self.state, self.config
         last = state.step >= self.total_steps
-        self._finite_means()  # never validate, nor save, a state that is already lost
+        self.guard.means()  # never validate, nor save, a state that is already lost
         values: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
-        values |= {f"train_{name}": value for name, value in state.running.read(self._mean_of_processes).items()}
+        values |= {f"train_{name}": value for name, value in state.running.read(self.guard.mean_of_processes).items()}
         improved = False
         if last or (state.epoch + 1) % config.eval.every == 0:
             # on one process: the others' BN statistics differ until the next training step
-            with self._crash_report():
+            with self.guard.report():
                 validated = self._validate() if self.fabric.is_global_zero else {}
             validated = self.fabric.broadcast(validated)
             values |= validated
@@ -297,10 +270,12 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images."""
         epoch, result = self.state.epoch + 1, None
+        average = self.state.average
+        model = average.model if average is not None and self.config.eval.ema_eval else self.model
         if len(self.validation):
             with self.reporter.task(f"validation {epoch}", len(self.validation)) as advance:
-                result = self.validation.accuracy(self.model, self._interruptible(advance))
-        for split, name, shares in self.validation.routing(self.model, result):
+                result = self.validation.accuracy(model, self._interruptible(advance))
+        for split, name, shares in self.validation.routing(model, result):
             line = {"epoch": epoch, "split": split, "layer": name, "collapsed": shares.collapsed}
             self.log.write("routing", self.state.step, line | {"selected": shares.selected, "first": shares.first})
             if shares.collapsed:
@@ -330,10 +305,10 @@ class Trainer:
             self.reporter.warn(text)
 
     def _save(self, name: str) -> None:
-        self._finite_means()
-        if not state_is_finite(self.model):  # the last update may have broken what the loss has not seen yet
-            self._crash(f"weights: expected finite numbers, got NaN or infinity after step {self.state.step}")
+        self.guard.means()
+        self.guard.expect_finite_weights()
         content = self.state.state_dict(self.log.lines)  # gathers random states: on every process
         if self.fabric.is_global_zero:
             save_checkpoint(content, self.folder / name)
+            save_config(self.config, self.folder / "config.yaml")  # an override's settings, from here on
         self.fabric.barrier()

@@ -24,7 +24,9 @@ class Validation:
         limit = config.eval.limit
         self.val = splits.val if limit is None else splits.val.head(limit)
         self.test = splits.test if limit is None else splits.test.head(limit)
-        self.attack = build_attack(config.eval.attack, seed=derive_seed(config.eval_seed, "validation"))
+        self.attack = build_attack(
+            config.eval.attack, seed=derive_seed(config.eval_seed, "validation"), key="eval.attack"
+        )
         self.how: dict[str, Any] = {"batch_size": config.eval.batch_size, "device": device}
 
     def __len__(self) -> int:

@@ -1,41 +1,68 @@
-"""How a training method turns a batch into a loss."""
+"""How a training method turns a batch into updates of the weights."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.config import ConfigError, ModelConfig, TrainConfig
 from robust_moe.data import Batch
+from robust_moe.methods.weight_perturbation import WeightPerturbation
 from robust_moe_kernels.modules import BALANCE_LOSSES, balance_loss, moe_layers
 
-__all__ = ["Method", "StepOutput"]
+__all__ = ["Forward", "Method", "Objective", "Scored", "Update"]
 
 Forward = Callable[[Tensor], Tensor]
+Scored = tuple[Tensor, dict[str, Tensor]]  # a scalar loss on its graph; detached scalars to log
 
 
-@dataclass
-class StepOutput:
-    """What one batch gave; nothing here has been read by the host."""
+@dataclass(frozen=True)
+class Objective:
+    """What one update lowers; a method yields these."""
 
-    loss: Tensor  # scalar with its graph: the caller runs the backward
-    logs: dict[str, Tensor] = field(default_factory=dict)  # detached scalars, averaged over steps by the engine
+    compute: Callable[[], Scored]  # forwards in train mode; may be called twice (weight perturbation)
     nonfinite: Tensor | None = None  # bool scalar: an attack met a NaN or infinite gradient; None: no attack
+    trains: Collection[nn.Parameter] | None = None  # what moves; None: every parameter
+    logs: dict[str, Tensor] = field(default_factory=dict)  # what was measured on the way, besides those of ``compute``
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of the weights, up to its backward; nothing here has been read by the host.
+
+    The engine zeroes all gradients, runs the backward of ``loss``, calls ``after_backward``, and steps the optimiser.
+    A parameter outside ``trains`` keeps its value and its optimiser state: no gradient, no weight decay. An expert that
+    gets no image is another matter: of stacked experts (ConvMoE, BlockMoE) its gradient is zero, so weight decay and
+    momentum still move it; one of whole networks has no gradient and stays as it is.
+    """
+
+    loss: Tensor  # scalar with its graph
+    logs: dict[str, Tensor]  # detached scalars, averaged over updates and steps by the engine
+    nonfinite: Tensor | None = None
+    trains: Collection[nn.Parameter] | None = None
+    after_backward: Callable[[], None] | None = None  # puts perturbed weights back; once is enough, twice is once
 
 
 class Method(ABC):
-    """Makes the loss of a batch: subclasses say which images the model is trained on.
+    """Turns a batch into updates: a subclass yields an :class:`Objective` for each, most of them just one.
+
+    Between two objectives the engine has moved the weights, so what a method crafts for the second sees the first's
+    step. ``method.awp_gamma`` > 0 perturbs the weights of any method (:class:`WeightPerturbation`).
 
     Args:
-        config: the whole run's; ``method`` and ``model.moe`` are used.
+        config: the whole run's; ``method`` and ``model`` are used, and ``run.devices``.
 
     Raises:
-        ConfigError: an unknown name in the configuration.
+        ConfigError: an unknown name, or a model or number of devices that the method cannot train.
     """
+
+    distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
     def __init__(self, config: TrainConfig) -> None:
         moe = config.model.moe
@@ -43,30 +70,109 @@ class Method(ABC):
         if moe.balance not in known:
             raise ConfigError(f"model.moe.balance: expected one of {', '.join(known)}, got {moe.balance!r}")
         self.balance = moe.balance if moe.balance_weight > 0 else "none"
+        if self.balance == "load":
+            _expect_noise(config.model)
         self.balance_weight = moe.balance_weight
+        self.epoch = 0  # finished, and
+        self.step = 0  # batches done: the engine sets both before a batch
+        self.perturbation_starts = config.method.awp_warmup_epochs
+        gamma = config.method.awp_gamma
+        self.perturbation = WeightPerturbation(gamma) if gamma > 0 else None
+        if config.run.devices > 1 and not (self.distributed and self.perturbation is None):
+            what = config.method.name if self.perturbation is None else "adversarial weight perturbation"
+            raise ConfigError(
+                f"run.devices: expected 1 for {what}, whose updates are more than one pass of the model, got "
+                f"{config.run.devices}"
+            )
 
     @abstractmethod
-    def images(self, model: nn.Module, batch: Batch, step_seed: int) -> tuple[Tensor, Tensor | None]:
-        """(images to train on, [B, C, H, W]; the attack's non-finite flag, or None)."""
+    def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
+        """The objectives of one batch, in order; arguments as in :meth:`updates`."""
 
-    def __call__(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward | None = None) -> StepOutput:
-        """Loss of one batch: cross-entropy, and the weighted balance loss when the model has MoE layers.
+    def updates(
+        self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward | None = None
+    ) -> Iterator[Update]:
+        """The updates of one batch, each computed when it is asked for.
 
         Args:
             model: in train mode; logits [B, classes].
             batch: images [B, C, H, W] in [0, 1], labels [B], index [B].
-            step_seed: of every random choice in this step; with the index it decides the attack's random start.
+            step_seed: of every random choice in this step; with the index it decides an attack's random start.
             forward: the training pass, e.g. a distributed wrapper of ``model``; None: ``model`` itself.
         """
-        images, nonfinite = self.images(model, batch, step_seed)
-        logits = (forward or model)(images)
-        task = F.cross_entropy(logits.float(), batch.labels)
-        loss = task
-        # left on the device: the engine reads these at its logging interval
-        logs = {"task_loss": task.detach(), "accuracy": (logits.argmax(1) == batch.labels).float().mean()}
-        if self.balance != "none" and moe_layers(model):
-            balance = balance_loss(model, self.balance)
-            loss = task + self.balance_weight * balance
-            logs["balance_loss"] = balance.detach()
-        logs["loss"] = loss.detach()
-        return StepOutput(loss, logs, nonfinite)
+        if forward is None or self.perturbation is not None:  # the perturbation's own gradient needs the bare model
+            forward = model
+        for objective in self.objectives(model, batch, step_seed, forward):
+            restore = None
+            try:
+                with _training_only(model, objective.trains):
+                    if self.perturbation is not None and self.epoch >= self.perturbation_starts:
+                        restore = self.perturbation.apply(model, objective.compute)
+                    loss, logs = objective.compute()
+                # left on the device: the engine reads these at its logging interval
+                logs = {**objective.logs, **logs, "loss": loss.detach()}
+                yield Update(loss, logs, objective.nonfinite, objective.trains, restore)
+            finally:
+                if restore is not None:  # does nothing after the engine's own call
+                    restore()
+
+    def classify(self, model: nn.Module, forward: Forward, images: Tensor, labels: Tensor) -> Scored:
+        """Mean cross-entropy of ``images``, balanced; logs it with the accuracy."""
+        logits = forward(images)
+        task = F.cross_entropy(full(logits), labels)
+        return self.balanced(model, task, {"task_loss": task.detach(), "accuracy": accuracy(logits, labels)})
+
+    def balanced(self, model: nn.Module, loss: Tensor, logs: dict[str, Tensor]) -> Scored:
+        """``loss`` plus the weighted balance loss of the last forward, where the model has MoE layers."""
+        if self.balance == "none" or not moe_layers(model):
+            return loss, logs
+        balance = balance_loss(model, self.balance)
+        return loss + self.balance_weight * balance, {**logs, "balance_loss": balance.detach()}
+
+    def warnings(self) -> list[str]:
+        """What the run should say, once each; asked for at the engine's logging interval."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method carries from one batch to the next, as plain types and tensors; goes into checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`. Raises KeyError for one of another method."""
+        if state:
+            raise KeyError(f"method: expected no state for {type(self).__name__}, got {', '.join(state)}")
+
+
+def _expect_noise(model: ModelConfig) -> None:
+    """Raise :class:`ConfigError` where the load loss would have no score noise to go by."""
+    routed = {"moe": bool(model.moe.layers), "mixture": model.mixture.num_experts > 0}
+    for section, used in routed.items():
+        if used and not getattr(model, section).noise_std > 0:
+            raise ConfigError(
+                f"model.{section}.noise_std: expected > 0 for model.moe.balance=load, which is about the score noise, "
+                f"got {getattr(model, section).noise_std!r}"
+            )
+
+
+def full(logits: Tensor) -> Tensor:
+    """Logits in fp32 at least."""
+    return logits if logits.element_size() >= 4 else logits.float()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right predictions, a detached scalar."""
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+@contextmanager
+def _training_only(model: nn.Module, trains: Collection[nn.Parameter] | None) -> Iterator[None]:
+    """What is computed inside has a gradient for ``trains`` alone: the others' weight gradients cost nothing."""
+    chosen = None if trains is None else {id(parameter) for parameter in trains}
+    held = [p for p in model.parameters() if p.requires_grad and chosen is not None and id(p) not in chosen]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)

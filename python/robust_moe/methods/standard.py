@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterator
+
+from torch import nn
 
 from robust_moe.data import Batch
-from robust_moe.methods.base import Method
+from robust_moe.methods.base import Forward, Method, Objective
 
 __all__ = ["Standard"]
 
 
 class Standard(Method):
-    """Empirical risk minimisation: no attack."""
+    """Empirical risk minimisation: mean cross-entropy, no attack."""
 
-    def images(self, model: nn.Module, batch: Batch, step_seed: int) -> tuple[Tensor, None]:
-        return batch.images, None
+    distributed = True
+
+    def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
+        yield Objective(lambda: self.classify(model, forward, batch.images, batch.labels))

@@ -1,0 +1,72 @@
+"""When a run is lost to NaN or infinity: how it is noticed, and what is left behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from robust_moe.engine.checkpoint import save_checkpoint
+from robust_moe.engine.guards import state_is_finite
+from robust_moe.engine.log import MetricLog
+from robust_moe.engine.state import RunState, find_checkpoint
+
+__all__ = ["CrashGuard"]
+
+
+class CrashGuard:
+    """Reads what the device gathered, and ends a run that is lost with its state in ``crash.pt``.
+
+    Args:
+        fabric, state, log: the run's.
+        folder: the run folder.
+    """
+
+    def __init__(self, fabric: Fabric, state: RunState, log: MetricLog, folder: Path) -> None:
+        self.fabric, self.state, self.log, self.folder = fabric, state, log, folder
+
+    def means(self) -> dict[str, float]:
+        """Means since the last line; a NaN stops the run, with the state it was in beside the last good one."""
+        state = self.state
+        means = state.interval.read(self.mean_of_processes)
+        attacked = means.pop("attack_nonfinite", 0.0)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad or attacked:
+            what = "the attack's gradient" if attacked else ", ".join(bad)
+            self.crash(
+                f"{what}: expected finite numbers, got NaN or infinity in the {state.interval.count} steps up to "
+                f"{state.step}"
+            )
+        return means
+
+    def expect_finite_weights(self) -> None:
+        """The last update may have broken what the loss has not seen yet."""
+        if not state_is_finite(self.state.model):
+            self.crash(f"weights: expected finite numbers, got NaN or infinity after step {self.state.step}")
+
+    @contextmanager
+    def report(self) -> Iterator[None]:
+        """Leaves crash.pt when what is inside refuses NaN itself: a gate on the CPU, the scorer."""
+        try:
+            yield
+        except (FloatingPointError, ValueError) as error:
+            if self.fabric.world_size == 1:  # the others may not have met it, and would not join in the mean
+                self.means()  # names the loss, if that was lost first
+            self.crash(f"after step {self.state.step}: {error}", type(error), error)
+
+    def crash(self, text: str, kind: type[Exception] = FloatingPointError, cause: Exception | None = None) -> NoReturn:
+        """Save the state and raise ``kind``, which says where the last good state is."""
+        crash = self.folder / "crash.pt"
+        if self.fabric.is_global_zero:
+            save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
+        good = find_checkpoint(self.folder)
+        kept = "there is no earlier one" if good is None else f"the last good one in {good}"
+        raise kind(f"{text}; the state is in {crash}, {kept}") from cause
+
+    def mean_of_processes(self, values: Tensor) -> Tensor:
+        return self.fabric.all_reduce(values, reduce_op="mean") if self.fabric.world_size > 1 else values

@@ -1,0 +1,108 @@
+"""What methods with an attack share: the attack itself, and a look at whether it raises the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_moe.attacks import Attack, Crafted, attack_mode, build_attack
+from robust_moe.attacks.base import StepAttack
+from robust_moe.config import ConfigError, TrainConfig, parse_fraction
+from robust_moe.data import Batch
+from robust_moe.methods.base import Method, full
+
+__all__ = ["AdversarialMethod", "expect_attack", "pgd_settings", "probed_gain"]
+
+PROBE_EVERY = 10  # batches between two looks at what the attack gains, each of two to eight forwards
+
+
+class AdversarialMethod(Method):
+    """A method that trains on images of the attack in ``method.attack``.
+
+    They are made in eval mode and trained on in train mode, so that every forward that is trained on moves the BN
+    statistics once and the attack never does. ``method.attack_mode: train`` makes them in train mode, as some published
+    code does; the BN statistics then move with every step of the attack too.
+
+    Args:
+        config: the whole run's.
+        changes: settings of the attack that the method decides itself, such as ``loss="kl"``.
+    """
+
+    def __init__(self, config: TrainConfig, **changes: Any) -> None:
+        super().__init__(config)
+        try:
+            self.attack: Attack = build_attack(
+                replace(config.method.attack, **changes), mode=config.method.attack_mode, key="method.attack"
+            )
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"method.attack: {error}") from error
+
+    def craft(self, model: nn.Module, batch: Batch, seed: int, attack: Attack | None = None) -> Crafted:
+        """Adversarial images of the batch, by ``attack`` (None: the method's own)."""
+        return (attack or self.attack).craft(model, batch.images, batch.labels, batch.index, seed=seed)
+
+    def probed_climb(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        seed: int,
+        attack: StepAttack,
+        images: Tensor,
+        objective: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """As :func:`probed_gain`, for ``images`` of an ``attack`` whose ``objective`` (images to [B]) compares with the
+        clean image and is lowest there: how much higher it is on them than on the random start of ``seed``."""
+        if self.step % PROBE_EVERY:
+            return {}
+        start = attack.start(batch.images, batch.index, seed, 0)
+        with attack_mode(model), torch.no_grad():
+            before, after = objective(start), objective(images)
+        return {"attack_gain": (after - before).mean()}
+
+
+def probed_gain(step: int, model: nn.Module, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+    """Every ``PROBE_EVERY`` batches ``attack_gain``, how far an attack on the cross-entropy has raised its loss: the
+    mean of adversarial ``images`` minus that of the clean ones, in eval mode. Zero or less: it does not work."""
+    if step % PROBE_EVERY:
+        return {}
+    with attack_mode(model), torch.no_grad():
+        losses = [F.cross_entropy(full(model(x)), batch.labels) for x in (images, batch.images)]
+    return {"attack_gain": losses[0] - losses[1]}
+
+
+def expect_attack(config: TrainConfig, why: str, **expected: Collection[Any]) -> None:
+    """Raise :class:`ConfigError` where a setting of ``method.attack`` is none of those that the method heeds."""
+    for key, values in expected.items():
+        got = getattr(config.method.attack, key)
+        if got not in values:
+            raise ConfigError(
+                f"method.attack.{key}: expected {' or '.join(map(repr, values))} for method.name={config.method.name}, "
+                f"{why}, got {got!r}"
+            )
+
+
+def pgd_settings(config: TrainConfig) -> dict[str, Any]:
+    """``method.attack`` as arguments of a subclass of PGD that brings its own loss.
+
+    Raises:
+        ConfigError: an attack other than PGD, several restarts, or a loss of its own.
+    """
+    why = "whose attack has a loss of its own"
+    expect_attack(config, why, name=["pgd"], restarts=[1], loss=["ce"], random_start=[True])
+    attack = config.method.attack
+    return {
+        "eps": float(parse_fraction(attack.eps, "method.attack.eps")),
+        "steps": attack.steps,
+        "alpha": None if attack.alpha is None else float(parse_fraction(attack.alpha, "method.attack.alpha")),
+        "norm": attack.norm,
+        "eot_iter": attack.eot_iter,
+        "mode": config.method.attack_mode,
+        "graph": attack.graph,
+    }

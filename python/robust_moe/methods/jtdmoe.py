@@ -1,0 +1,83 @@
+"""JTDMoE: joint training of a dual model (Zhang et al., ICML 2025; see :mod:`robust_moe.methods.rt_er`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_moe.attacks.losses import kl_divergence
+from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.data import Batch
+from robust_moe.methods.adversarial import probed_gain
+from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
+from robust_moe.methods.moe_attacks import held
+from robust_moe.methods.rt_er import RobustExperts
+from robust_moe_kernels.modules import moe_layers, rerouted
+
+__all__ = ["JointDual"]
+
+
+class JointDual(RobustExperts):
+    """Two updates a batch of a dual model F_D = (1 − α) F_S + α F_R.
+
+    Lower level: the robust loss of F_R moves Θ_R. Upper level: CE(F_D(x), y) on clean images.
+    ``method.form: paper``: the robust loss is RT-ER's, the upper level moves Θ_S and Θ_R.
+    ``released``: the robust loss is CE(F_R(x'), y) + β times the mean over all experts of KL(f_e(x) ‖ f_e(x')), x'
+    raising the former; the upper level moves Θ_S alone.
+
+    The authors' code applies gradients of the upper level once more at the next lower one; here every update has its
+    own. There is one optimiser, so Θ_R has one momentum, or Adam's moments, of both levels' gradients: in the paper's
+    form a step of the lower level carries on what the upper one gathered, and the reverse. Without momentum
+    (``optim.momentum=0 optim.nesterov=false``) a step is its own level's gradient alone.
+    BN statistics of F_R move with adversarial images at the lower level and with clean ones at the upper.
+
+    Raises:
+        ConfigError: a model that is not dual, or whose robust half has no experts, or an alpha of 0 or 1, where one
+            half is not in F_D and the upper level does not train it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        if not config.model.dual.enabled:
+            raise ConfigError("model.dual.enabled: expected true for method.name=jtdmoe, got False")
+        alpha = config.model.dual.alpha
+        if alpha in (0, 1):
+            raise ConfigError(
+                "model.dual.alpha: expected a share in (0, 1) for method.name=jtdmoe, which trains both halves through "
+                f"their mixture, got {alpha:g}"
+            )
+        super().__init__(config)
+
+    def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
+        robust = list(model.robust.parameters())
+        if self.form == "paper":
+            yield self.robust(model.robust, batch, step_seed, model.robust, robust)
+        else:
+            yield self._all_experts(model.robust, batch, step_seed, robust)
+        standard = None if self.form == "paper" else list(model.standard.parameters())
+        yield Objective(lambda: self._upper(model, forward, batch), trains=standard)
+
+    def _all_experts(self, model: nn.Module, batch: Batch, seed: int, trains: list[nn.Parameter]) -> Objective:
+        images, nonfinite = self.craft(model, batch, seed)
+        logs = probed_gain(self.step, model, batch, images)
+        return Objective(lambda: self._lower(model, batch, images), nonfinite, trains, logs)
+
+    def _lower(self, model: nn.Module, batch: Batch, images: Tensor) -> Scored:
+        loss, logs = self.classify(model, model, images, batch.labels)
+        layers = moe_layers(model)
+        terms = []
+        for expert in range(next(iter(layers.values())).num_experts):
+            chosen = {name: torch.full_like(batch.labels, expert) for name in layers}
+            with rerouted(model, held(chosen)):
+                attacked, clean = model(torch.cat([images, batch.images])).chunk(2)
+            terms.append(kl_divergence(attacked, clean).mean())
+        robust = torch.stack(terms).mean()
+        return loss + self.beta * robust, {**logs, "expert_loss": robust.detach()}
+
+    def _upper(self, model: nn.Module, forward: Forward, batch: Batch) -> Scored:
+        logits = forward(batch.images)
+        task = F.cross_entropy(full(logits), batch.labels)
+        logs = {"dual_loss": task.detach(), "dual_accuracy": accuracy(logits, batch.labels)}
+        return self.balanced(model, task, logs)

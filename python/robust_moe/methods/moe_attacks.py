@@ -1,0 +1,166 @@
+"""Attacks that mixtures of experts are trained against: on a model and its second expert, on a model and its routes.
+
+Both are PGD with a loss that compares with the clean image. What belongs to a batch goes through ``passes.extras`` and
+the loss is a bound method, so that the steps can be captured once and replayed (:mod:`robust_moe.attacks.graph`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks import PGD, attack_mode
+from robust_moe.attacks.losses import cross_entropy, kl_divergence
+from robust_moe.attacks.passes import Passes
+from robust_moe_kernels.modules import MoELayer, moe_layers, rerouted
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+
+__all__ = [
+    "OneExpert",
+    "RoutePGD",
+    "SecondExpertPGD",
+    "clean_second_experts",
+    "gate_divergence",
+    "gate_logits",
+    "held",
+    "second_experts",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class OneExpert:
+    """A reroute: each sample to one given expert with weight 1, as if the layer were that expert.
+
+    index: int64 [B]; a forward of n * B samples takes it n times over.
+    """
+
+    index: Tensor
+
+    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        index = self.index.repeat(len(record.scores) // len(self.index))[:, None]
+        return index, torch.ones_like(index, dtype=record.weights.dtype)
+
+
+def held(indices: Mapping[str, Tensor]) -> dict[str, OneExpert]:
+    """:class:`OneExpert` for every layer named; what ``rerouted`` takes."""
+    return {name: OneExpert(index) for name, index in indices.items()}
+
+
+def second_experts(model: nn.Module) -> dict[str, Tensor]:
+    """Each layer's second-ranked expert of each sample in the last forward, int64 [B], by the gate's logits without
+    noise."""
+    ranked = {
+        name: layer.routing.clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
+        for name, layer in moe_layers(model).items()
+    }
+    return {name: indices[:, 1] for name, indices in ranked.items()}
+
+
+def clean_second_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """:func:`second_experts` of ``images`` in eval mode; the model is left as found. One forward."""
+    with attack_mode(model), torch.no_grad():
+        model(images)
+        return second_experts(model)
+
+
+class _BothModels(nn.Module):
+    """[B, 2 * classes]: logits of a model, then its logits along imposed routes."""
+
+    def __init__(self, model: nn.Module, routes: Mapping[str, OneExpert]) -> None:
+        super().__init__()
+        self.model, self.routes = model, routes
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        with rerouted(self.model, self.routes):
+            return torch.cat([logits, self.model(x)], 1)
+
+
+class SecondExpertPGD(PGD):
+    """The inner maximum of RT-ER: CE(F(x'), y) + β KL(f_2(x') ‖ f_2(x)), f_2 being the expert ranked second at the
+    clean x, held there while x' moves. In a model with several layers, f_2 takes the second expert in each.
+
+    Costs two forwards and backwards a step, and two forwards before the first.
+
+    Args:
+        beta: β >= 0.
+        settings: those of :class:`~robust_moe.attacks.PGD`; one restart, last iterate.
+    """
+
+    def __init__(self, *, beta: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.beta = beta
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        forwards, backwards = super().passes
+        return 2 * forwards + 2, 2 * backwards
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        with torch.no_grad():
+            passes.logits(x0)
+            second = second_experts(passes.model)
+            with rerouted(passes.model, held(second)):
+                clean = passes.logits(x0)
+        passes.extras = (clean, *second.values())
+        passes.loss = self._objective
+        return super().run(passes, x0, sample_index, seed)
+
+    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        second = dict(zip(moe_layers(passes.model), passes.extras[1:], strict=True))
+        paired = copy.copy(passes)
+        paired.model = _BothModels(passes.model, held(second))
+        found = super().climb(paired, x, x0)
+        passes.classes = paired.classes // 2
+        return found
+
+    def _objective(self, both: Tensor, y: Tensor, clean: Tensor, *_: Tensor) -> Tensor:
+        logits, second = both.chunk(2, 1)
+        return cross_entropy(logits, y) + self.beta * kl_divergence(clean, second)
+
+
+def gate_logits(model: nn.Module) -> tuple[Tensor, ...]:
+    """Each layer's gate logits [B, E] of the last forward, on its graph."""
+    return tuple(layer.routing.logits for layer in moe_layers(model).values())
+
+
+def gate_divergence(logits: tuple[Tensor, ...], clean: tuple[Tensor, ...]) -> Tensor:
+    """Sum over the layers of KL(softmax(clean) ‖ softmax(logits)), [B]; ``clean`` is a constant."""
+    return sum(kl_divergence(one, other.detach()) for one, other in zip(logits, clean, strict=True))
+
+
+class RoutePGD(PGD):
+    """AdvMoE's attack: KL(F(x) ‖ F(x')) + Σ KL(r(x) ‖ r(x')) over the layers' routing scores r, clean sides constant.
+
+    Args:
+        settings: those of :class:`~robust_moe.attacks.PGD`; with a random start, as the gradient at the image is zero.
+    """
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        forwards, backwards = super().passes
+        return forwards + 1, backwards
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        with torch.no_grad():
+            clean = passes.logits(x0)
+        layers = _Gates(passes.model)
+        passes.extras = (clean, *gate_logits(passes.model))
+        passes.loss = layers.objective
+        return super().run(passes, x0, sample_index, seed)
+
+
+class _Gates:
+    """The gates of a model under attack; reads each layer's record of the forward just made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[MoELayer] = list(moe_layers(model).values())
+
+    def objective(self, logits: Tensor, y: Tensor, clean: Tensor, *gates: Tensor) -> Tensor:
+        now = tuple(layer.routing.logits for layer in self.layers)
+        return kl_divergence(logits, clean) + gate_divergence(now, gates)

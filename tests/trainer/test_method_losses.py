@@ -1,0 +1,271 @@
+"""Every method's loss and attack against its formula written out, sample by sample, in float64 on networks without
+batch norm."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from robust_moe.data import Batch
+from robust_moe.methods import build_method
+from robust_moe.methods.mart import boosted_cross_entropy
+from robust_moe.models import DualModel, ExpertMixture
+from robust_moe.seeding import derive_seed
+from robust_moe_kernels.ops.attack_step import random_start
+
+EPS, ALPHA, STEPS, BETA, B, CLASSES = 0.1, 0.04, 3, 2.5, 7, 4
+COMMON = (
+    f"method.attack.eps={EPS}",
+    f"method.attack.alpha={ALPHA}",
+    f"method.attack.steps={STEPS}",
+    f"method.beta={BETA}",
+    "model.moe.layers=[]",
+    "model.moe.balance=none",
+)
+MIXTURE = ("model.mixture.num_experts=3", "model.moe.balance=none")
+
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double()
+
+
+def mixture(routing="hard", experts=3):
+    router = nn.Sequential(nn.Flatten(), nn.Linear(16, experts)).double()
+    return ExpertMixture(router, [network() for _ in range(experts)], 1, routing=routing, top_k=2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch():
+    images = torch.rand(B, 1, 4, 4, dtype=torch.float64)
+    return Batch(images, torch.arange(B) % CLASSES, torch.arange(B) + 30)
+
+
+def update(config, model, batch, number=0):
+    """The update of that number, the weights left alone in between; its loss and the gradients."""
+    method = build_method(config)
+    for count, found in enumerate(method.updates(model.train(), batch, step_seed=5)):
+        if count == number:
+            model.zero_grad()
+            found.loss.backward()
+            return method, found
+    raise AssertionError(f"no update {number}")
+
+
+def ce(logits, y):
+    """-log p_y of each sample, from probabilities."""
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    return torch.stack([-p[i, y[i]].log() for i in range(len(y))])
+
+
+def kl(p_logits, q_logits):
+    """sum p (log p - log q) of each sample."""
+    p, q = p_logits.softmax(1), q_logits.softmax(1)
+    return (p * (p.log() - q.log())).sum(1)
+
+
+def ascend(objective, x0, index, seed):
+    """PGD by hand: sign steps on a loss of each sample, projected on the ball and on [0, 1]."""
+    x = random_start(x0, EPS, seed, index)
+    for _ in range(STEPS):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(objective(x).sum(), x)
+        x = x.detach() + ALPHA * grad.sign()
+        x = torch.min(torch.max(x, x0 - EPS), x0 + EPS).clamp(0, 1)
+    return x.detach()
+
+
+def assert_same_update(model, reference, got, wanted):
+    """The same loss and, after a backward of the reference, the same weight gradients."""
+    torch.testing.assert_close(got.loss, wanted, rtol=1e-10, atol=1e-12)
+    reference.zero_grad()
+    wanted.backward()
+    for (name, one), two in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_trades(tiny, batch):
+    model = network()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny("method.name=trades", *COMMON), model, batch)
+    with torch.no_grad():
+        clean = reference(batch.images)
+    x = ascend(lambda x: kl(clean, reference(x)), batch.images, batch.index, 5)
+    f, g = reference(batch.images), reference(x)
+    assert_same_update(model, reference, got, (ce(f, batch.labels) + BETA * kl(f, g)).mean())
+
+
+def test_mart(tiny, batch):
+    model = network()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny("method.name=mart", *COMMON), model, batch)
+    x = ascend(lambda x: ce(reference(x), batch.labels), batch.images, batch.index, 5)
+    f, g = reference(batch.images), reference(x)
+    p, q = f.softmax(1), g.softmax(1)
+    terms = []
+    for i, y in enumerate(batch.labels.tolist()):
+        wrong = max(q[i, k] for k in range(CLASSES) if k != y)
+        boosted = -q[i, y].log() - (1 - wrong).log()
+        terms.append(boosted + BETA * kl(f, g)[i] * (1 - p[i, y]))
+    assert_same_update(model, reference, got, torch.stack(terms).mean())
+
+
+def test_boosted_cross_entropy_is_finite_where_probabilities_round_to_one():
+    logits = torch.tensor([[200.0, 0.0, -3.0], [0.0, 200.0, -3.0]], requires_grad=True)
+    loss = boosted_cross_entropy(logits, torch.tensor([1, 1]))
+    # a sure mistake costs its margin twice; a right one nothing
+    torch.testing.assert_close(loss, torch.tensor([400.0, 0.0]), atol=1e-3, rtol=1e-3)
+    loss.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_fast_at_trains_on_one_step_of_five_quarters_of_the_radius(tiny, batch):
+    model = network()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny("method.name=fast_at", "method.overfit_guard=false", *COMMON), model, batch)
+    x = random_start(batch.images, EPS, 5, batch.index).requires_grad_()
+    (grad,) = torch.autograd.grad(ce(reference(x), batch.labels).sum(), x)
+    moved = x.detach() + 1.25 * EPS * grad.sign()
+    x = torch.min(torch.max(moved, batch.images - EPS), batch.images + EPS).clamp(0, 1)
+    assert_same_update(model, reference, got, ce(reference(x), batch.labels).mean())
+
+
+def test_free_at_moves_the_perturbation_by_the_gradient_of_each_update_and_keeps_it(tiny, batch):
+    config = tiny("method.name=free_at", "method.replays=3", *COMMON)
+    model = network()
+    method = build_method(config)
+    delta = torch.zeros_like(batch.images)
+    for step in range(2):  # the second batch goes on with the first one's perturbation
+        for found in method.updates(model, batch, step_seed=step):
+            reference = copy.deepcopy(model)
+            x = (batch.images + delta).clamp(0, 1).requires_grad_()
+            wanted = ce(reference(x), batch.labels).mean()
+            (grad,) = torch.autograd.grad(wanted, x, retain_graph=True)
+            model.zero_grad()
+            found.loss.backward()
+            assert_same_update(model, reference, found, wanted)
+            delta = (delta + EPS * grad.sign()).clamp(-EPS, EPS)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+        torch.testing.assert_close(method.state_dict()["delta"], delta)
+    assert float(delta.abs().max()) == EPS
+
+
+def chosen(model, x, rank):
+    """Logits of the expert that the router ranks there, and its number, sample by sample."""
+    order = model.gate(x).argsort(1, descending=True)[:, rank].tolist()
+    return order, torch.cat([model.experts.networks[e](x[i : i + 1]) for i, e in enumerate(order)])
+
+
+def through(model, x, order):
+    return torch.cat([model.experts.networks[e](x[i : i + 1]) for i, e in enumerate(order)])
+
+
+def hard(model, x):
+    """The hard mixture with its straight-through weight, sample by sample."""
+    order, logits = chosen(model, x, 0)
+    scores = model.gate(x).softmax(1)
+    weight = torch.stack([1 + scores[i, e] - scores[i, e].detach() for i, e in enumerate(order)])
+    return weight[:, None] * logits
+
+
+def soft(model, x):
+    scores = model.gate(x).softmax(1)
+    return sum(scores[:, e, None] * model.experts.networks[e](x) for e in range(len(model.experts.networks)))
+
+
+@pytest.mark.parametrize(("routing", "whole"), [("hard", hard), ("soft", soft)])
+def test_rt_er_as_the_paper_defines_it(tiny, batch, routing, whole):
+    model = mixture(routing)
+    reference = copy.deepcopy(model)
+    _, got = update(tiny("method.name=rt_er", *COMMON, *MIXTURE), model, batch)
+    order, second = chosen(reference, batch.images, 1)
+    target = second.detach()
+
+    def joint(x):
+        return ce(whole(reference, x), batch.labels) + BETA * kl(through(reference, x, order), target)
+
+    x = ascend(joint, batch.images, batch.index, 5)
+    wanted = ce(whole(reference, x), batch.labels) + BETA * kl(through(reference, x, order), second)
+    assert_same_update(model, reference, got, wanted.mean())
+
+
+def test_rt_er_as_released_has_two_adversaries_and_the_other_divergence(tiny, batch):
+    model = mixture()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny("method.name=rt_er", "method.form=released", *COMMON, *MIXTURE), model, batch)
+    order, second = chosen(reference, batch.images, 1)
+    x = ascend(lambda x: ce(hard(reference, x), batch.labels), batch.images, batch.index, 5)
+    x2 = ascend(
+        lambda x: ce(through(reference, x, order), batch.labels), batch.images, batch.index, derive_seed(5, "second")
+    )
+    wanted = ce(hard(reference, x), batch.labels) + BETA * kl(second, through(reference, x2, order))
+    assert_same_update(model, reference, got, wanted.mean())
+
+
+def dual():
+    return DualModel(network(), mixture(), alpha=0.7)
+
+
+DUAL = ("model.dual.enabled=true", "method.name=jtdmoe", *COMMON, *MIXTURE)
+
+
+def test_jtdmoe_upper_level_is_the_cross_entropy_of_mixed_probabilities(tiny, batch):
+    model = dual()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny(*DUAL), model, batch, number=1)
+    mixed = 0.3 * reference.standard(batch.images).softmax(1) + 0.7 * hard(reference.robust, batch.images).softmax(1)
+    wanted = torch.stack([-mixed[i, y].log() for i, y in enumerate(batch.labels.tolist())]).mean()
+    assert_same_update(model, reference, got, wanted)
+
+
+def test_jtdmoe_lower_level_of_the_paper_is_rt_er_of_the_robust_half(tiny, batch):
+    model = dual()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny(*DUAL), model, batch)
+    _, wanted = update(tiny("method.name=rt_er", *COMMON, *MIXTURE), reference.robust, batch)
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=0, atol=0)
+    for one, two in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        assert one.grad is None or torch.equal(one.grad, two.grad)
+
+
+def test_jtdmoe_lower_level_as_released_holds_all_experts_to_their_clean_predictions(tiny, batch):
+    model = dual()
+    reference = copy.deepcopy(model)
+    _, got = update(tiny("method.form=released", *DUAL), model, batch)
+    robust = reference.robust
+    x = ascend(lambda x: ce(hard(robust, x), batch.labels), batch.images, batch.index, 5)
+    divergence = sum(kl(f(batch.images), f(x)) for f in robust.experts.networks) / 3
+    assert_same_update(model, reference, got, (ce(hard(robust, x), batch.labels) + BETA * divergence).mean())
+
+
+@pytest.mark.parametrize("level", ["experts", "router"])
+def test_advmoe_levels(tiny, batch, level):
+    model = mixture()
+    reference = copy.deepcopy(model)
+    number = ("experts", "router").index(level)
+    _, got = update(tiny("method.name=advmoe", *COMMON, *MIXTURE), model, batch, number)
+    with torch.no_grad():
+        clean, routes = hard(reference, batch.images), reference.gate(batch.images)
+    x = ascend(
+        lambda x: kl(clean, hard(reference, x)) + kl(routes, reference.gate(x)),
+        batch.images,
+        batch.index,
+        derive_seed(5, level),
+    )
+    for parameter in (reference.gate if level == "experts" else reference.experts).parameters():
+        parameter.requires_grad_(False)
+    f, g = hard(reference, batch.images), hard(reference, x)
+    wanted = ce(f, batch.labels) + BETA * kl(f, g)
+    if level == "router":
+        wanted = wanted + BETA * kl(routes, reference.gate(x))  # the target is a constant
+    assert_same_update(model, reference, got, wanted.mean())
