@@ -1,0 +1,124 @@
+"""The configurations that come with the package: of things that exist; each small twin is the same method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from robust_moe.config import TrainConfig, load_config, preset_names
+from robust_moe.data import DATASETS
+from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.experiment import EXPECTED, make_model
+from robust_moe.models import DualModel, ExpertMixture
+from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, moe_layers
+
+SMALL = [name for name in preset_names() if f"{name}-small" in preset_names()]
+
+
+def model_of(config: TrainConfig) -> nn.Module:
+    """Without memory for its weights, for the images that the preset is for."""
+    classes, channels, size = EXPECTED.get(config.data.expects, (10, 1, config.data.image_size))
+    name = config.data.expects or config.data.name
+    data = {"name": name, "class_names": list(map(str, range(classes))), "channels": channels, "image_size": size}
+    with torch.device("meta"):
+        return make_model(config, {**data, "mean": [0.5] * channels, "std": [0.25] * channels})
+
+
+def millions(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_name_in_a_preset_exists(name: str):
+    config = load_config(name)
+    Trainer(config, Reporter(enabled=False))  # method, optimiser, schedule and attacks
+    model = model_of(config)
+    assert config.data.name in DATASETS
+    for layer in moe_layers(model).values():
+        assert layer.straight_through or layer.renormalize is False or layer.top_k > 1  # the gate learns
+    images = "digits" if name.startswith("digits") else config.data.expects
+    assert images in name
+    assert config.run.out == f"runs/{name}"
+
+
+def one(model: nn.Module) -> MoELayer:
+    (layer,) = moe_layers(model).values()
+    return layer
+
+
+def _block_r18(config: TrainConfig, model: nn.Module) -> None:
+    layer = one(model)
+    assert isinstance(layer, FusedBlockMoE) and (layer.num_experts, layer.top_k) == (4, 2)
+    assert millions(model) == pytest.approx(11.2 + 3 * millions(layer.expert(0)), abs=0.05)
+    assert (config.run.epochs, config.run.batch_size, config.method.attack.steps) == (200, 640, 7)
+
+
+def _block_r50(config: TrainConfig, model: nn.Module) -> None:
+    layer = one(model)
+    assert isinstance(layer, FusedBlockMoE) and (layer.num_experts, layer.top_k) == (4, 2)
+    assert millions(model) == pytest.approx(23.7 + 3 * millions(layer.expert(0)), abs=0.05)
+
+
+def _conv_r18(config: TrainConfig, model: nn.Module) -> None:
+    layer = one(model)
+    assert isinstance(layer, FusedConvMoE) and (layer.num_experts, layer.top_k) == (4, 2)
+    third_and_fourth = [name for name, module in model.named_modules() if name in ("layer4.1.conv1", "layer4.1.conv2")]
+    assert third_and_fourth[1] in moe_layers(model)
+
+
+def _rt_er(config: TrainConfig, model: nn.Module) -> None:
+    assert isinstance(model, ExpertMixture) and (model.num_experts, model.top_k) == (4, 4)
+    assert millions(model.experts) == pytest.approx(4 * 11.17, abs=0.05)
+    assert (config.run.epochs, config.run.batch_size, config.optim.lr_min, config.optim.lr) == (130, 512, 5e-5, 1e-4)
+    assert (config.eval.attack.steps, config.method.attack.steps, config.method.beta) == (50, 10, 6)
+
+
+def _jtdmoe(config: TrainConfig, model: nn.Module) -> None:
+    assert isinstance(model, DualModel) and model.alpha == 0.7
+    assert list(moe_layers(model)) == ["standard", "robust"]
+
+
+def _advmoe(config: TrainConfig, model: nn.Module) -> None:
+    layers = moe_layers(model)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert [name for name in convolutions if ".conv" in name] == []  # all in blocks are routed
+    assert len(layers) == 16 and {layer.num_experts for layer in layers.values()} == {2}
+
+
+PUBLISHED: dict[str, Callable[[TrainConfig, nn.Module], None]] = {
+    "blockmoe-cifar10-r18": _block_r18,
+    "blockmoe-cifar100-r18": _block_r18,
+    "blockmoe-cifar100-r50": _block_r50,
+    "convmoe-cifar100-r18": _conv_r18,
+    "rt-er-cifar10": _rt_er,
+    "jtdmoe-cifar10": _jtdmoe,
+    "advmoe-cifar10": _advmoe,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str):
+    config = load_config(name)
+    PUBLISHED[name](config, model_of(config))
+
+
+def test_the_published_presets_have_small_twins():
+    assert set(PUBLISHED) == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_twin_is_the_same_method_on_the_same_data(name: str):
+    config, small = load_config(name), load_config(f"{name}-small")
+    assert small.method == config.method
+    assert small.data.expects == config.data.expects
+    for section in ("mixture", "dual"):
+        assert getattr(small.model, section) == getattr(config.model, section)
+    for item in ("num_experts", "top_k", "gate", "balance"):
+        assert getattr(small.model.moe, item) == getattr(config.model.moe, item)
+    assert set(small.model.moe.layers) <= set(config.model.moe.layers)
+    assert bool(small.model.moe.layers) == bool(config.model.moe.layers)
+    assert (small.optim.name, small.run.max_steps is not None) == (config.optim.name, True)
+    assert millions(model_of(small)) < millions(model_of(config)) / 8
