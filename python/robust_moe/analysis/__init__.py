@@ -1,0 +1,64 @@
+"""Certification and analysis: certified radii, the constants behind them, estimates, smoothing, the mixture's Jacobian.
+
+Sound: :mod:`bounds`, :mod:`reach`, :mod:`lipschitz`, :mod:`enclosure` and what joins them, :func:`certify_mixture`.
+True with a stated probability: :class:`Smoothed`. Not sound, and named so: :func:`estimate_lipschitz`,
+:func:`estimate_radius`.
+"""
+
+from robust_moe.analysis.bounds import (
+    dual_radius,
+    dual_radius_any_standard,
+    hard_router_radius,
+    mixture_margin,
+    mixture_slope,
+    moe_radius,
+)
+from robust_moe.analysis.certify import Certificate, certify_mixture
+from robust_moe.analysis.empirical import estimate_lipschitz, estimate_radius
+from robust_moe.analysis.enclosure import Box, ball, gradient_bounds, layer_bounds, linear_bounds
+from robust_moe.analysis.graph import Graph, lower
+from robust_moe.analysis.jacobian import MixtureJacobian, mixture_jacobian
+from robust_moe.analysis.lipschitz import (
+    Probabilities,
+    class_margins,
+    enclose_probabilities,
+    lipschitz_constants,
+    norm_product,
+    pair_rows,
+)
+from robust_moe.analysis.reach import exact_router_reach, router_reach
+from robust_moe.analysis.smoothing import ABSTAIN, Smoothed, SmoothedCertificate, clopper_pearson_lower
+
+__all__ = [
+    "ABSTAIN",
+    "Box",
+    "Certificate",
+    "Graph",
+    "MixtureJacobian",
+    "Probabilities",
+    "Smoothed",
+    "SmoothedCertificate",
+    "ball",
+    "certify_mixture",
+    "class_margins",
+    "clopper_pearson_lower",
+    "dual_radius",
+    "dual_radius_any_standard",
+    "enclose_probabilities",
+    "estimate_lipschitz",
+    "estimate_radius",
+    "exact_router_reach",
+    "gradient_bounds",
+    "hard_router_radius",
+    "layer_bounds",
+    "linear_bounds",
+    "lipschitz_constants",
+    "lower",
+    "mixture_jacobian",
+    "mixture_margin",
+    "mixture_slope",
+    "moe_radius",
+    "norm_product",
+    "pair_rows",
+    "router_reach",
+]
