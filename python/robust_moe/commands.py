@@ -1,4 +1,4 @@
-"""The commands of ``robust-moe``: train, eval, env, demo."""
+"""The commands of ``robust-moe``: train, eval, reproduce, env, demo."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from robust_moe.evaluation.tables import flag_lines, moe_table
 from robust_moe.files import replace_file
 from robust_moe.provenance import git_revision, versions
 from robust_moe.report import PRESETS, assess, draw
+from robust_moe.reproduce import SCALES, STUDIES, claim_line, reproduce
 from robust_moe_kernels.env import report
 
 __all__ = ["app"]
@@ -87,6 +88,9 @@ def train(
     config: Annotated[str, typer.Argument(help=f"A YAML file, or one of: {', '.join(preset_names())}.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on from last.pt, or start anew.")] = True,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on also with a changed configuration; says what changed.")
+    ] = False,
     show_traceback: Traceback = False,
 ) -> None:
     """Train, then evaluate the best checkpoint on the test images, and draw the figures.
@@ -96,7 +100,7 @@ def train(
     settings = load_config(config, overrides)
     reporter = Reporter(console=_console())
     trainer = Trainer(settings, reporter)
-    outcome = trainer.fit(resume=resume)
+    outcome = trainer.fit(resume=resume, override=override)
     if not trainer.fabric.is_global_zero:
         return
     draw(outcome.folder)
@@ -149,8 +153,8 @@ def evaluate_checkpoint(
 
     Writes results as JSON, arrays of every image and an HTML report; the same command goes on after a kill.
 
-    Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), run.accelerator,
-    run.threads.
+    Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), model.dual.alpha,
+    run.accelerator, run.threads.
     """
     settings = list(overrides or [])
     for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):
@@ -179,6 +183,55 @@ def evaluate_checkpoint(
         text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
         replace_file(entry, f"{text}\n".encode())
         reporter.console.print(f"RobustBench entry: {entry}", soft_wrap=True)
+
+
+@app.command("reproduce")
+@_one_line_errors
+def run_study(
+    study: Annotated[str, typer.Argument(help=f"One of: {', '.join(STUDIES)}.", show_default=False)],
+    overrides: Overrides = None,
+    scale: Annotated[str, typer.Option(help=f"One of: {', '.join(SCALES)}.")] = "cpu",
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with train.parquet and test.parquet of CIFAR-10.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds every model is trained with.")] = 3,
+    jobs: Annotated[
+        int | None, typer.Option(help="Models at a time; default: one a CPU core, one on a GPU.", show_default=False)
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of the run folders; default: runs/study-SCALE.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report; default: report, in that of the runs.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with what is there, or start anew.")] = True,
+    show_traceback: Traceback = False,
+) -> None:
+    """Put published claims to the test: train the models over several seeds, measure, and say what held.
+
+    Leaves study.json, figures and summary.md. Ctrl-C saves and stops; the same command goes on from there.
+    """
+    reporter = Reporter(console=_console())
+    done = reproduce(
+        study,
+        scale,
+        data_root=data_root,
+        overrides=overrides or [],
+        seeds=seeds,
+        workers=jobs,
+        runs=runs,
+        out=out,
+        resume=resume,
+        reporter=reporter,
+    )
+    for part in done.results["parts"].values():
+        reporter.line(part["title"])
+        for claim in part["claims"]:
+            reporter.line(f"  {claim_line(claim)}")
+    reporter.line(f"report: {done.path.with_name('summary.md')}")
+    if not done.finished:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()

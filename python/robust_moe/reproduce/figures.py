@@ -1,0 +1,163 @@
+"""Figures of a study, as PNG: means over the seeds, and every seed as a dot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from robust_moe.evaluation.plots import CLEAN, INK, MARKERS, NEUTRAL, PERCENT, ROBUST, RUNS, new_figure, tidy
+from robust_moe.reproduce import runs
+from robust_moe.reproduce.studies import PARTS
+
+__all__ = ["FIGURES", "draw_part"]
+
+Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by run and seed, what was measured
+ACCURACIES = (("sa", "SA", CLEAN), ("ra", "RA", ROBUST), ("ra_e", "RA-E", "#b7791f"), ("ra_r", "RA-R", "#2f855a"))
+
+
+def draw_part(part: str, found: Found, folder: Path) -> list[Path]:
+    """Draw what there is to draw of a part of a study into ``folder``; returns the files."""
+    drawn = []
+    for name, (needs, draw) in FIGURES[part].items():
+        there = {run: found[run] for run in needs if found.get(run)}
+        if len(there) == len(needs):
+            path = folder / f"{part}-{name}.png"
+            draw(there).savefig(path)
+            drawn.append(path)
+    return drawn
+
+
+def _accuracies(title: str) -> Callable[[Found], Figure]:
+    """SA, RA, RA-E and RA-R of every run, side by side."""
+
+    def draw(found: Found) -> Figure:
+        figure = new_figure(2.6 + 1.9 * len(found), 4.0, title)
+        axes = figure.subplots()
+        for number, (key, label, color) in enumerate(ACCURACIES):
+            groups = [[each[key] for each in seeds.values() if key in each] for seeds in found.values()]
+            places = np.arange(len(found)) + (number - 1.5) * 0.2
+            _bars(axes, places, groups, color, 0.18, label)
+        _name_groups(axes, found)
+        tidy(axes, "", "test images")
+        axes.grid(False, axis="x")
+        return figure
+
+    return draw
+
+
+def _bars(
+    axes: Axes, places: np.ndarray, groups: Sequence[Sequence[float]], color: str, width: float, label: str | None
+) -> None:
+    """Bars of means, with their values; dots are seeds. An empty group has no bar."""
+    there = [(place, group) for place, group in zip(places, groups, strict=True) if len(group)]
+    means = [float(np.mean(group)) for _, group in there]
+    bars = axes.bar([place for place, _ in there], means, width, color=color, alpha=0.75, label=label)
+    tops = [max(group) for _, group in there]
+    for bar, mean, top in zip(bars, means, tops, strict=True):
+        middle = bar.get_x() + width / 2
+        axes.annotate(
+            f"{100 * mean:.1f}", (middle, top), (0, 4), textcoords="offset points", ha="center", fontsize=7, color=INK
+        )
+    for place, group in there:
+        spread = np.linspace(-0.25, 0.25, len(group)) * width if len(group) > 1 else [0.0]
+        axes.plot(place + np.asarray(spread), group, "o", color=INK, markersize=3)
+
+
+def _name_groups(axes: Axes, found: Found) -> None:
+    titles = [runs.RUNS[run].title.replace(", ", "\n") for run in found]
+    axes.set_xticks(range(len(found)), titles, fontsize=8)
+    axes.set_ylim(0)
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12))
+
+
+def _sweep(found: Found) -> Figure:
+    """SA and RA of the dual models against alpha; the band is the seeds' range."""
+    figure = new_figure(9.0, 4.0, "Dual model: what alpha trades")
+    panels = figure.subplots(1, 2)
+    for axes, key, label in ((panels[0], "sa", "clean accuracy (SA)"), (panels[1], "ra", "robust accuracy (RA)")):
+        for number, (run, seeds) in enumerate(found.items()):
+            alphas = [point["alpha"] for point in next(iter(seeds.values()))["sweep"]]
+            values = np.array([[point[key] for point in each["sweep"]] for each in seeds.values()])  # [seeds, alphas]
+            color = RUNS[number]
+            axes.fill_between(alphas, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            axes.plot(np.repeat([alphas], len(values), 0).T, values.T, ".", color=color, markersize=4)
+            axes.plot(alphas, values.mean(0), f"-{MARKERS[number]}", color=color, label=runs.RUNS[run].title)
+        tidy(axes, "alpha, share of the robust model", label)
+        axes.yaxis.set_major_formatter(PERCENT)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center")
+    return figure
+
+
+def _utilisation(found: Found) -> Figure:
+    """Each expert's share of first choices, the most used one first; in each seed another may be it."""
+    figure = new_figure(7.5, 3.8, "Share of test images by expert, the most used first")
+    axes = figure.subplots()
+    experts = len(next(iter(next(iter(found.values())).values()))["first"])
+    width = 0.8 / len(found)
+    for number, (run, seeds) in enumerate(found.items()):
+        shares = np.array([sorted(each["first"], reverse=True) for each in seeds.values()])  # [seeds, E]
+        places = np.arange(experts) + (number - (len(found) - 1) / 2) * width
+        _bars(axes, places, list(shares.T), RUNS[number], 0.9 * width, runs.RUNS[run].title)
+    axes.axhline(1 / experts, color=NEUTRAL, linewidth=0.9, linestyle=":")
+    axes.set_xticks(range(experts), [f"rank {rank + 1}" for rank in range(experts)])
+    axes.set_ylim(0)
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes, "", "share of first choices")
+    axes.grid(False, axis="x")
+    return figure
+
+
+def _single_experts(found: Found) -> Figure:
+    """Every expert alone (dots) against the gated model (line), a group of dots a seed."""
+    figure = new_figure(2.2 + 2.6 * len(found), 4.0, "Single experts (dots) and the gated model (lines)")
+    for axes, (run, seeds) in zip(
+        np.atleast_1d(figure.subplots(1, len(found), sharey=True)), found.items(), strict=True
+    ):
+        for offset, alone, gated, color, label in (
+            (-0.15, "clean", "sa", CLEAN, "clean"),
+            (0.15, "robust", "ra", ROBUST, "robust"),
+        ):
+            for place, each in enumerate(seeds.values()):
+                dots = [expert[alone] for expert in each["single_experts"]]
+                axes.plot([place + offset] * len(dots), dots, "o", color=color, alpha=0.6, markersize=4)
+                left, right = place + offset - 0.13, place + offset + 0.13
+                axes.plot([left, right], [each[gated]] * 2, "-", color=color, label=None if place else label)
+        axes.set_xticks(range(len(seeds)), [f"seed {seed}" for seed in seeds], fontsize=8)
+        axes.set_title(runs.RUNS[run].title, fontsize=9, color=INK)
+        axes.set_ylim(0)
+        axes.yaxis.set_major_formatter(PERCENT)
+        tidy(axes, "", "test images")
+        axes.grid(False, axis="x")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _routed(part: str) -> tuple[str, ...]:
+    """The runs of a part that have experts."""
+    return tuple(run for run in PARTS[part].runs if not run.startswith("dense"))
+
+
+# part -> figure -> (the runs it needs, how it is drawn)
+FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] = {
+    "weak-link": {
+        "accuracy": (PARTS["weak-link"].runs, _accuracies("Standard training, under attack")),
+    },
+    "rt-er": {
+        "accuracy": (PARTS["rt-er"].runs, _accuracies("Adversarial training of a mixture of networks")),
+        "single-experts": (PARTS["rt-er"].runs, _single_experts),
+    },
+    "dual": {"alpha": (PARTS["dual"].runs, _sweep)},
+    "block-moe": {
+        "accuracy": (PARTS["block-moe"].runs, _accuracies("Dense network and BlockMoE, adversarially trained")),
+        "utilisation": (("block-k1", "block-k1-switch"), _utilisation),
+        "single-experts": (_routed("block-moe"), _single_experts),
+    },
+}

@@ -1,0 +1,237 @@
+"""The studies: which published claims, which runs, which number decides each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from robust_moe.evaluation.scorer import COLLAPSE_SHARE
+from robust_moe.reproduce.claims import Claim, Measures
+
+__all__ = ["PARTS", "STUDIES", "Part"]
+
+DUAL_MODEL = "Zhang et al., ICML 2025"
+ROBUST_EXPERTS = "Robust Experts, arXiv:2509.05086"
+ALPHA = 0.7  # at which the two dual models are compared, and at which JTDMoE trains
+MINIMAL = 0.02  # the "minimal drop in clean accuracy" of the source, which gives no number
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question, with the runs that answer it."""
+
+    title: str
+    runs: tuple[str, ...]
+    claims: tuple[Claim, ...]
+
+
+def _of(run: str, name: str) -> Callable[[Measures], float]:
+    return lambda runs: runs[run][name]
+
+
+def _gain(name: str, better: str, other: str) -> Callable[[Measures], float]:
+    return lambda runs: runs[better][name] - runs[other][name]
+
+
+def _at(runs: Measures, run: str, alpha: float) -> dict[str, Any]:
+    """The point of a dual model's sweep."""
+    return next(point for point in runs[run]["sweep"] if point["alpha"] == alpha)
+
+
+def _along(name: str, high: float, low: float, run: str = "dual-separate") -> Callable[[Measures], float]:
+    return lambda runs: _at(runs, run, high)[name] - _at(runs, run, low)[name]
+
+
+def _joint_gain(name: str) -> Callable[[Measures], float]:
+    return lambda runs: _at(runs, "dual-joint", ALPHA)[name] - _at(runs, "dual-separate", ALPHA)[name]
+
+
+def _weakest(runs: Measures, run: str) -> float:
+    return min(expert["robust"] for expert in runs[run]["single_experts"])
+
+
+def _strongest(runs: Measures, run: str) -> float:
+    return max(expert["robust"] for expert in runs[run]["single_experts"])
+
+
+def _top_share(run: str) -> Callable[[Measures], float]:
+    return lambda runs: max(runs[run]["first"])
+
+
+WEAK = "mixture-standard"
+AT, RT_ER = "mixture-at", "mixture-rt-er"
+BOTH = (AT, RT_ER)
+DUALS = ("dual-separate", "dual-joint")
+DENSE, K1, K2, SWITCH = "dense-at", "block-k1", "block-k2", "block-k1-switch"
+
+PARTS: dict[str, Part] = {
+    "weak-link": Part(
+        "A standard mixture of networks: which part gives in, the experts or the router?",
+        (WEAK,),
+        (
+            Claim(
+                "The experts are the weak link: attacking them costs more than attacking the router.",
+                DUAL_MODEL,
+                "RA-R − RA-E",
+                lambda runs: runs[WEAK]["ra_r"] - runs[WEAK]["ra_e"],
+                (WEAK,),
+            ),
+            Claim(
+                "The experts have next to no robustness: RA-E is below 4 %.",
+                DUAL_MODEL,
+                "RA-E",
+                _of(WEAK, "ra_e"),
+                (WEAK,),
+                bound=0.04,
+                below=True,
+            ),
+            Claim(
+                "Under an attack on the router more than half of the accuracy is left (published as RA-R > 50 %; here "
+                "as a share of SA, which depends on the scale).",
+                DUAL_MODEL,
+                "RA-R / SA",
+                lambda runs: runs[WEAK]["ra_r"] / max(runs[WEAK]["sa"], 1e-9),
+                (WEAK,),
+                bound=0.5,
+            ),
+        ),
+    ),
+    "rt-er": Part(
+        "The same mixture, adversarially trained: plain AT or RT-ER?",
+        BOTH,
+        (
+            Claim(
+                "RT-ER makes the experts more robust than AT.",
+                DUAL_MODEL,
+                "RA-E, RT-ER − AT",
+                _gain("ra_e", RT_ER, AT),
+                BOTH,
+            ),
+            Claim(
+                "Routes are more stable: PGD on the model changes fewer of them than under AT.",
+                DUAL_MODEL,
+                "share of changed routes, AT − RT-ER",
+                lambda runs: runs[AT]["flips"]["ra"] - runs[RT_ER]["flips"]["ra"],
+                BOTH,
+            ),
+            Claim(
+                "RT-ER raises robust accuracy over AT (published: by 16 points).",
+                DUAL_MODEL,
+                "RA, RT-ER − AT",
+                _gain("ra", RT_ER, AT),
+                BOTH,
+            ),
+            Claim(
+                "Robustness is spread over the experts: the weakest of them, alone, is stronger than under AT.",
+                DUAL_MODEL,
+                "RA of the weakest expert alone, RT-ER − AT",
+                lambda runs: _weakest(runs, RT_ER) - _weakest(runs, AT),
+                BOTH,
+            ),
+            Claim(
+                f"Clean accuracy drops minimally: by less than {100 * MINIMAL:g} points (the source gives no number).",
+                DUAL_MODEL,
+                "SA, RT-ER − AT",
+                _gain("sa", RT_ER, AT),
+                BOTH,
+                bound=-MINIMAL,
+            ),
+        ),
+    ),
+    "dual": Part(
+        "A standard and a robust mixture side by side: what does alpha trade, and what does joint training add?",
+        DUALS,
+        (
+            Claim(
+                "A larger alpha buys robustness.",
+                DUAL_MODEL,
+                "RA, alpha 1 − alpha 0.5, trained separately",
+                _along("ra", 1.0, 0.5),
+                DUALS[:1],
+            ),
+            Claim(
+                "A smaller alpha buys clean accuracy.",
+                DUAL_MODEL,
+                "SA, alpha 0.5 − alpha 1, trained separately",
+                _along("sa", 0.5, 1.0),
+                DUALS[:1],
+            ),
+            Claim(
+                "JTDMoE is more robust than the same two models trained separately (published: by 20 points, under "
+                "AutoAttack).",
+                DUAL_MODEL,
+                f"RA at alpha {ALPHA:g}, JTDMoE − separate",
+                _joint_gain("ra"),
+                DUALS,
+            ),
+            Claim(
+                "JTDMoE is more accurate on clean images too.",
+                DUAL_MODEL,
+                f"SA at alpha {ALPHA:g}, JTDMoE − separate",
+                _joint_gain("sa"),
+                DUALS,
+            ),
+        ),
+    ),
+    "block-moe": Part(
+        "A dense network and its last block as four experts, adversarially trained: what do k and the balance loss do?",
+        (DENSE, K1, K2, SWITCH),
+        (
+            Claim(
+                "BlockMoE with k = 1 is more robust than the dense network.",
+                ROBUST_EXPERTS,
+                "RA, k = 1 − dense",
+                _gain("ra", K1, DENSE),
+                (DENSE, K1),
+            ),
+            Claim(
+                "BlockMoE with k = 2 is more robust than the dense network.",
+                ROBUST_EXPERTS,
+                "RA, k = 2 − dense",
+                _gain("ra", K2, DENSE),
+                (DENSE, K2),
+            ),
+            Claim(
+                "Two experts an image are more robust than one.",
+                ROBUST_EXPERTS,
+                "RA, k = 2 − k = 1",
+                _gain("ra", K2, K1),
+                (K1, K2),
+            ),
+            Claim(
+                "The entropy loss makes for more robustness than the switch loss.",
+                ROBUST_EXPERTS,
+                "RA, entropy − switch, k = 1",
+                _gain("ra", K1, SWITCH),
+                (K1, SWITCH),
+            ),
+            Claim(
+                f"The entropy loss keeps routing balanced: none is the first of {COLLAPSE_SHARE:.0%} of the images.",
+                ROBUST_EXPERTS,
+                "largest share of first choices, entropy, k = 1",
+                _top_share(K1),
+                (K1,),
+                bound=COLLAPSE_SHARE,
+                below=True,
+            ),
+            Claim(
+                f"Under the switch loss routing collapses: one expert is the first of over {COLLAPSE_SHARE:.0%} of the "
+                "images.",
+                ROBUST_EXPERTS,
+                "largest share of first choices, switch, k = 1",
+                _top_share(SWITCH),
+                (SWITCH,),
+                bound=COLLAPSE_SHARE,
+            ),
+            Claim(
+                "Under the switch loss a single expert is more robust than the gated model.",
+                ROBUST_EXPERTS,
+                "RA, best single expert (best on these images) − gated, switch, k = 1",
+                lambda runs: _strongest(runs, SWITCH) - runs[SWITCH]["ra"],
+                (SWITCH,),
+            ),
+        ),
+    ),
+}
+STUDIES: dict[str, tuple[str, ...]] = {**{name: (name,) for name in PARTS}, "all": tuple(PARTS)}

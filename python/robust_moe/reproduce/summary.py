@@ -1,0 +1,77 @@
+"""A study's results as a page of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["claim_line", "summary"]
+
+COLUMNS = (("sa", "SA"), ("ra", "RA"), ("ra_e", "RA-E"), ("ra_r", "RA-R"), ("union", "all three"))
+
+
+def percent(spread: Mapping[str, Any] | None) -> str:
+    """``41.2 ± 0.8``: mean and standard deviation over the seeds, in percent; a dash where nothing was measured."""
+    if spread is None or spread["mean"] is None:
+        return "–"
+    deviation = "" if spread["sd"] is None else f" ± {100 * spread['sd']:.1f}"
+    return f"{100 * spread['mean']:.1f}{deviation}"
+
+
+def claim_line(claim: Mapping[str, Any]) -> str:
+    """One line for the screen: verdict, statement, numbers."""
+    return f"{claim['verdict']}: {claim['statement']} {claim['quantity']} = {percent(claim)} % (n = {claim['n']})"
+
+
+def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -> str:
+    """The page for ``study.json``'s content; ``figures``: by part, files beside the page."""
+    scale, parts = results["scale"], results["parts"]
+    lines = [
+        f"# `robust-moe reproduce {results['study']} --scale {scale['name']}`",
+        "",
+        f"{results['data']['name']}, seeds {', '.join(map(str, results['seeds']))}; "
+        f"{results['hardware']}; commit {results['git'] or 'unknown'}; "
+        f"{results['seconds']['computing'] / 60:.0f} minutes of computing in all runs. "
+        "Percent, mean ± standard deviation over the seeds.",
+        "",
+        scale["why"],
+        "",
+        f"How claims are decided: {results['rule']}",
+    ]
+    if results["failed"]:
+        lines += ["", "Failed: " + "; ".join(f"{job}: {why}" for job, why in results["failed"].items())]
+    for name, part in parts.items():
+        lines += ["", f"## {part['title']}", "", *_claims(part["claims"]), "", *_runs(part["runs"], results["runs"])]
+        for figure in figures.get(name, ()):
+            lines += ["", f"![{figure.stem}]({figure.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = ["| claim | source | measured, % | claimed, % | n | verdict |", "|---|---|---|---|---|---|"]
+    for claim in claims:
+        sign, bound = claim["claimed"][0], 100 * claim["bound"]
+        rows.append(
+            f"| {claim['statement']} | {claim['source']} | {claim['quantity']}: {percent(claim)} | {sign} {bound:g} | "
+            f"{claim['n']} | **{claim['verdict']}** |"
+        )
+    return rows
+
+
+def _runs(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
+    head = ["run", *(title for _, title in COLUMNS), "routes changed under PGD", "largest expert", "PGD", "images", "n"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in names:
+        run = runs[name]
+        keys = (*(key for key, _ in COLUMNS), "flips", "largest")
+        cells = [run["title"], *(percent(run["mean"].get(key)) for key in keys)]
+        first = next(iter(run["seeds"].values()), None)
+        if first is None:
+            cells += ["–", "–"]
+        else:
+            attack = first["attack"]
+            cells += [f"{attack['steps']} steps, ε = {attack['eps']}", f"{first['measures']['images']:,}"]
+        cells.append(str(len(run["seeds"])))
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows

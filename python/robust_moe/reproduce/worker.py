@@ -1,0 +1,110 @@
+"""``python -m robust_moe.reproduce.worker JOB.json``: trains and measures one model of a study.
+
+Trained and measured models are left alone, a killed training goes on. SIGTERM saves and stops, exit status 130; so does
+the end of standard input, which is a pipe of the process that started it: no worker outlives its study.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robust_moe.config import TrainConfig, parse_fraction
+from robust_moe.data import ImageSet, load_splits
+from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
+from robust_moe.engine.rng import seed_all
+from robust_moe.engine.state import find_checkpoint
+from robust_moe.provenance import provenance
+from robust_moe.reproduce.jobs import Job
+from robust_moe.reproduce.measures import measure
+
+__all__ = ["STOPPED", "work"]
+
+STOPPED = 130  # exit status of a worker that a signal stopped
+
+
+def work(job: Job, reporter: Reporter) -> bool:
+    """Train as ``job`` says, measure, and leave both in its folder; False if a signal stopped it on the way."""
+    if job.finished() is not None:
+        return True
+    seconds: dict[str, float | None] = {"train": None}  # null: nothing was trained, or in more than one go
+    best: dict[str, Any] = {}
+    if job.trained:
+        resumed = find_checkpoint(job.folder) is not None
+        outcome = Trainer(job.config, reporter).fit(resume=True)
+        if not outcome.finished:
+            return False
+        best = outcome.best
+        seconds["train"] = None if resumed else round(outcome.seconds, 3)
+    began = time.perf_counter()
+    with cpu_threads(job.config.run.threads):
+        model, images, trained = _model(job)
+        measures = measure(
+            model,
+            images,
+            _attack(job.config),
+            count=job.images,
+            sweep_count=job.sweep_images,
+            batch_size=job.config.eval.batch_size,
+        )
+        device = next(model.parameters()).device
+        seconds["measure"] = round(time.perf_counter() - began, 3)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        facts = {"parameters": parameters, "checkpoint": trained, "validation": best, "seconds": seconds}
+        attack = {**_attack(job.config), "eps": job.config.eval.attack.eps}
+        job.finish({"measures": measures, "attack": attack, **facts, **provenance(device)})
+    return True
+
+
+def _model(job: Job) -> tuple[nn.Module, ImageSet, dict[str, Any]]:
+    """(model in eval mode, test images, epoch and step of its checkpoint)."""
+    if job.trained:
+        _, model, splits, state = load_experiment(job.folder)
+        return model, splits.test, state["position"]
+    splits = load_splits(job.config.data, job.config.run.seed)
+    seed_all(job.config.run.seed)
+    model = make_model(job.config, describe_data(splits.train))
+    return model.to(resolve_device(job.config.run.accelerator)).eval(), splits.test, {}
+
+
+def _attack(config: TrainConfig) -> dict[str, Any]:
+    attack = config.eval.attack
+    return {
+        "eps": float(parse_fraction(attack.eps, "eval.attack.eps")),
+        "steps": attack.steps,
+        "alpha": None if attack.alpha is None else float(parse_fraction(attack.alpha, "eval.attack.alpha")),
+        "norm": attack.norm,
+        "seed": config.eval_seed,
+    }
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to stop when its standard input ends."""
+
+    def wait() -> None:
+        while os.read(0, 4096):  # not sys.stdin, whose lock a waiting thread would hold at the interpreter's end
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    _stop_with_parent()
+    job = Job.read(Path(sys.argv[1]))
+    torch.set_num_threads(job.config.run.threads or torch.get_num_threads())
+    if not work(job, Reporter()):
+        sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()

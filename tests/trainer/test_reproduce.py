@@ -1,0 +1,297 @@
+"""Studies on 64 digits: what is measured, kept, gone on with and reported. Training runs in this process but where the
+processes themselves are tested."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from robust_moe.commands import app
+from robust_moe.config import ConfigError, flatten
+from robust_moe.engine import Reporter, load_checkpoint
+from robust_moe.engine.experiment import load_experiment
+from robust_moe.evaluation.moe import evaluate_moe
+from robust_moe.reproduce import SCALES, STUDIES, StudyError, reproduce
+from robust_moe.reproduce.jobs import Job, make_jobs
+from robust_moe.reproduce.measures import ALPHAS, measure
+from robust_moe.reproduce.runs import RUNS
+from robust_moe.reproduce.studies import PARTS
+from robust_moe.reproduce.worker import work
+
+TINY = (
+    "data.name=digits",
+    "data.image_size=9",
+    "data.train_limit=64",
+    "data.test_limit=40",
+    "data.augment.crop_padding=0",
+    "model.width=4",
+    "method.attack.eps=0.1",
+    "method.attack.steps=1",
+    "eval.attack.eps=0.1",
+    "eval.attack.steps=2",
+    "eval.attack.alpha=null",
+    "run.epochs=1",
+    "run.batch_size=32",
+)
+SEEDS = (0, 1)
+ATTACK = {"eps": 0.1, "steps": 2, "seed": 0}
+
+
+def quiet():
+    return Reporter(enabled=False, console=Console(quiet=True))
+
+
+def jobs_in(folder, *overrides, names=tuple(RUNS), seeds=SEEDS):
+    return make_jobs(names, SCALES["cpu"], seeds, folder, [*TINY, *overrides])
+
+
+def jobs_of(job, folder, *overrides):
+    """The same run and seed with other settings."""
+    return [each for each in jobs_in(folder, *overrides, names=[job.run], seeds=[job.seed]) if each.run == job.run]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Every run of every study, over two seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    jobs = sorted(jobs_in(folder), key=lambda job: bool(job.parts))
+    for job in jobs:
+        assert work(job, quiet())
+    return folder, {(job.run, job.seed): job for job in jobs}
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_measures_are_those_of_an_evaluation(finished):
+    """On a mixture of networks: the numbers of evaluate_moe, attack by attack."""
+    _, jobs = finished
+    _, model, splits, _ = load_experiment(jobs["mixture-rt-er", 0].folder)
+    found = measure(model, splits.test, ATTACK, count=40, sweep_count=1)
+    index = torch.arange(40)
+    oracle = evaluate_moe(model, splits.test, splits.test.labels, index, **ATTACK)
+    layer = oracle["layers"]["model"]
+    for name in ("sa", "ra", "ra_e", "ra_r"):
+        assert found[name] == oracle[name], name
+    for attack in ("ra", "ra_e", "ra_r"):
+        assert found["flips"][attack] == layer["by_attack"][attack]["route_flips"]
+        assert found["change"][attack] == layer["by_attack"][attack]["routing_change"]
+    singles = [{"clean": each["clean"], "robust": each["robust"]} for each in layer["single_experts"]]
+    assert found["single_experts"] == singles
+    assert (found["first"], found["selected"]) == (layer["first"]["clean"], layer["selected"]["clean"])
+    assert oracle["union"] <= found["union"] <= min(found["ra"], found["ra_e"], found["ra_r"])
+    assert len({found["sa"], found["ra"], found["ra_r"]}) > 1  # the attacks do something to this model
+
+
+def test_a_dual_model_is_swept_and_put_together_from_its_parts(finished):
+    _, jobs = finished
+    found = jobs["dual-separate", 1].finished()["measures"]
+    assert [point["alpha"] for point in found["sweep"]] == list(ALPHAS)
+    whole = jobs["mixture-rt-er", 1]
+    _, robust, splits, _ = load_experiment(whole.folder)
+    alone = measure(robust, splits.test, {**ATTACK, "seed": 1}, count=40, sweep_count=40)
+    end = found["sweep"][-1]
+    assert (end["sa"], end["ra"]) == (alone["sa"], alone["ra"])  # at alpha 1 it is F_R
+    at = next(point for point in found["sweep"] if point["alpha"] == 0.7)
+    assert (found["sa"], found["ra"], found["alpha"]) == (at["sa"], at["ra"], 0.7)
+    # the jointly trained one has the same halves, and alpha is left as it was
+    _, joint, splits, _ = load_experiment(jobs["dual-joint", 0].folder)
+    assert {name for name, _ in joint.robust.named_parameters()} == {name for name, _ in robust.named_parameters()}
+    assert {name for name, _ in joint.standard.named_parameters()} == {name for name, _ in robust.named_parameters()}
+    swept = measure(joint, splits.test, ATTACK, count=1, sweep_count=20, alphas=(0.2,))
+    assert [point["alpha"] for point in swept["sweep"]] == [0.2, 0.7]
+    assert joint.alpha == 0.7
+
+
+def test_a_dense_model_has_accuracies_only(finished):
+    _, jobs = finished
+    measures = jobs["dense-at", 0].finished()["measures"]
+    assert set(measures) == {"sa", "ra", "images"}
+    assert measures["images"] == 40
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_job_is_known_by_what_decides_its_numbers(finished, tmp_path):
+    folder, jobs = finished
+    job = jobs["dual-separate", 0]
+    before = job.identity()
+    assert Job.read(job.write()) == job
+    (elsewhere,) = jobs_of(job, tmp_path / "other", "run.threads=2", "data.root=/moved")
+    assert elsewhere.identity() == before
+    for change in ("method.attack.steps=3", "eval.attack.steps=3", "data.test_limit=20"):
+        (changed,) = jobs_of(job, folder, change)
+        assert changed.identity() != before, change
+        assert changed.finished() is None
+    # what it starts from decides too
+    other = dataclasses.replace(job.parts["model.init_from"], images=7)
+    assert dataclasses.replace(job, parts={**job.parts, "model.init_from": other}).identity() != before
+    assert dataclasses.replace(job, sweep_images=7).finished() is None
+    assert len({each.identity() for each in jobs.values()}) == len(jobs)
+
+
+def test_a_finished_job_is_not_repeated(finished):
+    _, jobs = finished
+    job = jobs["dense-at", 1]
+    times = {path: path.stat().st_mtime_ns for path in job.folder.rglob("*")}
+    assert work(job, quiet())
+    assert {path: path.stat().st_mtime_ns for path in job.folder.rglob("*")} == times
+
+
+class StopAt(Reporter):
+    """Asks the process to stop after the first batch."""
+
+    def __init__(self):
+        super().__init__(enabled=False, console=Console(quiet=True))
+        self.asked = False
+
+    @contextmanager
+    def task(self, name, total, done=0):
+        def advance(*_, **__):
+            if not self.asked:
+                self.asked = True
+                signal.raise_signal(signal.SIGTERM)
+
+        yield advance
+
+
+def test_a_killed_job_goes_on_to_the_same_numbers(finished, tmp_path):
+    _, jobs = finished
+    (job,) = jobs_in(tmp_path, names=["mixture-rt-er"], seeds=[0])
+    assert not work(job, StopAt())
+    assert job.finished() is None
+    assert load_checkpoint(job.folder / "last.pt")["position"]["step"] == 1
+    assert work(job, quiet())
+    resumed, whole = job.finished(), jobs["mixture-rt-er", 0].finished()
+    assert resumed["measures"] == whole["measures"]
+    assert resumed["checkpoint"] == whole["checkpoint"]
+    assert resumed["seconds"]["train"] is None  # was not trained in one go
+    assert whole["seconds"]["train"] > 0
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path):
+    folder, jobs = finished
+    done = reproduce("all", overrides=TINY, seeds=2, runs=folder, out=tmp_path / "report", reporter=quiet())
+    assert done.finished
+    results = json.loads(done.path.read_text())
+    assert results == done.results
+    assert results["seeds"] == [0, 1]
+    assert results["git"] is None or len(results["git"]) >= 40
+    assert {"versions", "hardware", "rule"} <= results.keys()
+    assert results["data"]["name"] == "digits"
+    for (run, seed), job in jobs.items():
+        assert results["runs"][run]["seeds"][str(seed)] == job.finished()
+    rt_er = results["runs"]["mixture-rt-er"]
+    values = [jobs["mixture-rt-er", seed].finished()["measures"]["ra_e"] for seed in SEEDS]
+    assert rt_er["mean"]["ra_e"]["values"] == values
+    assert rt_er["mean"]["ra_e"]["mean"] == pytest.approx(sum(values) / 2)
+    claims = {claim["quantity"]: claim for part in results["parts"].values() for claim in part["claims"]}
+    assert len(claims) == sum(len(part.claims) for part in PARTS.values())
+    at = [jobs["mixture-at", seed].finished()["measures"]["ra_e"] for seed in SEEDS]
+    assert claims["RA-E, RT-ER − AT"]["values"] == [new - old for new, old in zip(values, at, strict=True)]
+    figures = sorted(path.name for path in done.path.parent.glob("*.png"))
+    assert figures == [
+        "block-moe-accuracy.png",
+        "block-moe-single-experts.png",
+        "block-moe-utilisation.png",
+        "dual-alpha.png",
+        "rt-er-accuracy.png",
+        "rt-er-single-experts.png",
+        "weak-link-accuracy.png",
+    ]
+    assert all((done.path.parent / name).stat().st_size > 5000 for name in figures)
+    page = (done.path.parent / "summary.md").read_text()
+    for claim in claims.values():
+        assert f"| {claim['statement']} |" in page
+        assert f"**{claim['verdict']}**" in page
+    assert all(f"({name})" in page for name in figures)
+    assert page.count("2 steps, ε = 0.1 | 40 | 2 |") == sum(len(part.runs) for part in PARTS.values())
+    assert str(folder) not in page
+
+
+def test_a_study_of_fewer_runs_shares_them(finished, tmp_path):
+    folder, _ = finished
+    done = reproduce("rt-er", overrides=TINY, seeds=2, runs=folder, out=tmp_path, reporter=quiet())
+    assert set(done.results["runs"]) == {"mixture-at", "mixture-rt-er"}
+    assert list(done.results["parts"]) == ["rt-er"]
+
+
+@pytest.mark.slow  # a process that imports everything
+def test_what_failed_is_said_and_the_rest_reported(finished, tmp_path):
+    """A damaged checkpoint of a run that is not measured yet."""
+    folder, _ = finished
+    copy = tmp_path / "copy"
+    for run in ("mixture-at", "mixture-rt-er"):
+        shutil.copytree(folder / run / "seed-0", copy / run / "seed-0")
+    (copy / "mixture-at" / "seed-0" / "measures.json").unlink()
+    (copy / "mixture-at" / "seed-0" / "last.pt").write_bytes(b"torn")
+    with pytest.raises(StudyError, match=r"1 of 2 runs failed; mixture-at, seed 0: exit status 1: .*last\.pt"):
+        reproduce("rt-er", overrides=TINY, seeds=1, runs=copy, reporter=quiet())
+    results = json.loads((copy / "report" / "study.json").read_text())
+    assert set(results["failed"]) == {"mixture-at, seed 0"}
+    assert results["runs"]["mixture-rt-er"]["mean"]["sa"]["n"] == 1
+    assert {claim["verdict"] for claim in results["parts"]["rt-er"]["claims"]} == {"not measured"}
+    assert not list((copy / "report").glob("*.png"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
+    jobs = {job.run: job for job in make_jobs(list(RUNS), SCALES[scale], [3], tmp_path, ["data.root=/data"])}
+    base = flatten(jobs["mixture-at"].config)
+    for name, job in jobs.items():
+        differ = {key for key, value in flatten(job.config).items() if value != base[key]}
+        named = {setting.split("=")[0] for run in (name, "mixture-at") for setting in RUNS[run].settings}
+        assert differ <= {"run.out", *named, *RUNS[name].parts}
+        assert job.config.run.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["rt-re"],
+            "study: expected one of weak-link, rt-er, dual, block-moe, all, got 'rt-re'; did you mean 'rt-er'?",
+        ),
+        (["rt-er", "--scale", "cpuu"], "scale: expected one of cpu, gpu, got 'cpuu'; did you mean 'cpu'?"),
+        (["rt-er", "--data-root", "/nowhere"], "/nowhere/train.parquet"),
+        (["rt-er"], "data.root"),
+        (["rt-er", "--seeds", "0"], "seeds: expected a count >= 1, got 0"),
+        (["rt-er", "run.epoch=3"], "unknown key 'run.epoch'; did you mean 'run.epochs'?"),
+    ],
+)
+def test_what_cannot_run_is_said_in_one_line_before_anything_starts(arguments, words, tmp_path):
+    done = CliRunner().invoke(app, ["reproduce", *arguments, "--runs", str(tmp_path / "runs")], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert words in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_gpu_is_said_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"run\.accelerator: expected a CUDA device"):
+        reproduce("rt-er", "gpu", data_root="/nowhere", runs=tmp_path, reporter=quiet())
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_the_command_trains_measures_and_reports(finished, tmp_path):
+    folder, _ = finished
+    arguments = ["reproduce", "weak-link", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path), *TINY]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "undecided: The experts are the weak link" in done.output  # one seed
+    first, again = (
+        json.loads((path / "mixture-standard" / "seed-0" / "measures.json").read_text()) for path in (folder, tmp_path)
+    )
+    assert first["measures"] == again["measures"]  # a process of its own, the same numbers
+    shown = CliRunner().invoke(app, ["reproduce", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in shown for name in STUDIES)

@@ -1,0 +1,90 @@
+"""The queue of a study, with a worker that trains nothing."""
+
+import signal
+import sys
+import textwrap
+
+import pytest
+from rich.console import Console
+
+from robust_moe.engine import Reporter
+from robust_moe.reproduce import SCALES
+from robust_moe.reproduce.jobs import make_jobs
+from robust_moe.reproduce.runner import run_jobs
+from robust_moe.reproduce.runs import RUNS
+
+
+def quiet():
+    return Reporter(enabled=False, console=Console(quiet=True))
+
+
+STUB = """
+import json, os, pathlib, signal, sys
+folder = pathlib.Path(sys.argv[1]).parent
+job = json.loads((folder / "job.json").read_text())
+with open(folder.parents[1] / "order", "a") as order:
+    order.write(job["run"] + "\\n")
+if job["run"] == os.environ.get("FAILS"):
+    sys.exit("ValueError: planted")
+if job["run"] == os.environ.get("STOPS"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    os.kill(os.getppid(), signal.SIGTERM)
+    sys.stdin.read()  # until the signal comes
+(folder / "planted.json").rename(folder / "measures.json")
+"""
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    """Jobs of all runs at one seed, and a worker that trains nothing but says when it ran."""
+    script = tmp_path / "stub.py"
+    script.write_text(textwrap.dedent(STUB))
+    jobs = make_jobs(tuple(RUNS), SCALES["cpu"], (0,), tmp_path / "runs")
+    for job in jobs:
+        job.folder.mkdir(parents=True)
+        job.finish({"measures": {"sa": 0.5}})
+        (job.folder / "measures.json").rename(job.folder / "planted.json")
+    order = tmp_path / "runs" / "order"
+    return jobs, (sys.executable, str(script)), lambda: order.read_text().split()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_jobs_run_once_each_after_those_they_start_from(stubbed, workers):
+    jobs, worker, order = stubbed
+    outcome = run_jobs(jobs, workers, quiet(), worker)
+    assert (outcome.stopped, outcome.failed) == (False, {})
+    ran = order()
+    assert sorted(ran) == sorted(RUNS)
+    assert ran.index("dual-separate") > max(ran.index("mixture-rt-er"), ran.index("mixture-standard"))
+    if workers == 1:
+        assert ran[0] == max(RUNS, key=lambda name: RUNS[name].cost)  # the longest first
+    assert run_jobs(jobs, workers, quiet(), worker).failed == {}
+    assert order() == ran  # nothing was left to do
+
+
+def test_a_failed_job_stops_those_that_start_from_it_alone(stubbed, monkeypatch):
+    jobs, worker, order = stubbed
+    monkeypatch.setenv("FAILS", "mixture-standard")
+    outcome = run_jobs(jobs, 2, quiet(), worker)
+    assert not outcome.stopped
+    assert set(outcome.failed) == {"mixture-standard, seed 0", "dual-separate, seed 0"}
+    assert "exit status 1: ValueError: planted (log:" in outcome.failed["mixture-standard, seed 0"]
+    assert outcome.failed["dual-separate, seed 0"] == "needs mixture-standard, seed 0"
+    assert sorted(order()) == sorted(set(RUNS) - {"dual-separate"})
+    monkeypatch.delenv("FAILS")
+    assert run_jobs(jobs, 2, quiet(), worker).failed == {}
+    assert order().count("mixture-at") == 1
+
+
+def test_a_signal_stops_all_and_the_same_call_goes_on(stubbed, monkeypatch):
+    jobs, worker, order = stubbed
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setenv("STOPS", "mixture-at")
+    outcome = run_jobs(jobs, 1, quiet(), worker)
+    assert (outcome.stopped, outcome.failed) == (True, {})
+    assert order()[-1] == "mixture-at"  # nothing was started after it
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.delenv("STOPS")
+    outcome = run_jobs(jobs, 1, quiet(), worker)
+    assert (outcome.stopped, outcome.failed) == (False, {})
+    assert all(job.finished() for job in jobs)
