@@ -12,7 +12,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own mess
 
 import torch
 
-from benchmarks import apgd, attack_step, autoattack, expert_sweep, routing_ops, train_step
+from benchmarks import apgd, attack_step, autoattack, expert_sweep, routing_ops, rt_er_step, train_step
 from benchmarks.harness import Options, Row, save, show
 
 
@@ -27,6 +27,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "expert_sweep": Benchmark(expert_sweep.run, 5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
     "train_step": Benchmark(train_step.run, 3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
+    "rt_er_step": Benchmark(rt_er_step.run, 3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
     "routing_ops": Benchmark(routing_ops.run, 9, "gate, sort, dispatch and combine: every implementation"),
     "attack_step": Benchmark(attack_step.run, 9, "one PGD step and its random start: every implementation"),
     "apgd": Benchmark(apgd.run, 9, "one Auto-PGD step and its tracking: every implementation"),
@@ -48,7 +49,7 @@ def main() -> None:
         "--repeats", type=int, help="timed runs of each variant (default: 9; expert_sweep 5, whole steps and attacks 3)"
     )
     parser.add_argument("--seconds", type=float, help="a case starts no further round after so long (two at least)")
-    parser.add_argument("--batch", type=int, help="images of train_step (default: 128; on the CPU 32)")
+    parser.add_argument("--batch", type=int, help="images of train_step (128; on the CPU 32) and rt_er_step (64)")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet files: autoattack's second network")
     parser.add_argument("--compile", action="store_true", help="expert_sweep: also torch.compile of (b) and (d)")
     parser.add_argument("--quick", action="store_true", help="one small case each, to see that everything works")

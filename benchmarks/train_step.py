@@ -77,8 +77,9 @@ def _our_step(model: nn.Module, method: PGDAdversarialTraining, batches: list[Ba
     optimizer = _optimizer(model, foreach=True)
 
     def step(number: int) -> None:
-        method(model, batches[number % INPUTS], step_seed=number + 2**16).loss.backward()
-        optimizer.step()
+        for update in method.updates(model, batches[number % INPUTS], step_seed=number + 2**16):
+            update.loss.backward()
+            optimizer.step()
         optimizer.zero_grad()
 
     return step
