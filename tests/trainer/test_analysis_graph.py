@@ -231,6 +231,16 @@ def test_hooks_on_what_joins_networks_are_refused(path):
     assert str(error.value).startswith(f"model{path and '.'}{path}: expected a module without hooks")
 
 
+def test_a_hook_on_all_modules_is_refused():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: -output)
+    try:
+        with pytest.raises(ValueError, match="with forward_hooks of all modules"):
+            lower(nn.Sequential(nn.Linear(4, 3)), (4,))
+    finally:
+        handle.remove()
+    lower(nn.Sequential(nn.Linear(4, 3)), (4,))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from robust_moe.analysis.rounding import UNDERFLOW
 from robust_moe.models.normalize import Normalize
@@ -20,13 +21,14 @@ __all__ = ["CHAINS", "LAYERS", "Linear", "expect_plain"]
 Linear = Callable[[Tensor, bool], Tensor]  # (x [N, ...], absolute: with the entries' magnitudes) -> A x, no constant
 
 _SMALLEST = 1e-290  # factor, short of none at all
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
 def expect_plain(module: nn.Module, name: str) -> None:
     """A module does what its class says: no hooks of its own (pruning, weight and spectral norms are such, and leave
-    parameters in ``module.weight`` that the next forward replaces), no forward of its own."""
-    found = [hook.strip("_") for hook in _HOOKS if getattr(module, hook)]
+    parameters in ``module.weight`` that the next forward replaces) nor for all modules, no forward of its own."""
+    found = [hook for hook in _HOOKS if getattr(module, f"_{hook}")]
+    found += [f"{hook} of all modules" for hook in _HOOKS if getattr(torch_module, f"_global_{hook}", None)]
     found += ["a forward of its own"] if "forward" in vars(module) else []
     wanted = "a module without hooks (torch.nn.utils.remove_weight_norm and the like bake them in)"
     expect(not found, name, wanted, f"{type(module).__name__} with {', '.join(found)}")
