@@ -199,18 +199,19 @@ def run_study(
         int | None, typer.Option(help="Models at a time; default: one a CPU core, one on a GPU.", show_default=False)
     ] = None,
     runs: Annotated[
-        Path | None, typer.Option(help="Folder of the run folders; default: runs/study-SCALE.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of the run folders; default: runs/study-SCALE, or one for these settings."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the report; default: report, in that of the runs.", show_default=False),
+        typer.Option(help="Folder of the report; default: report-STUDY, in that of the runs.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with what is there, or start anew.")] = True,
     show_traceback: Traceback = False,
 ) -> None:
     """Put published claims to the test: train the models over several seeds, measure, and say what held.
 
-    Leaves study.json, figures and summary.md. Ctrl-C saves and stops; the same command goes on from there.
+    Leaves study.json, figures and summary.md. Ctrl-C saves and stops; the same command (without --fresh) goes on.
     """
     reporter = Reporter(console=_console())
     done = reproduce(

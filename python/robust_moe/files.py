@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, or by one process at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replace_file", "replacing"]
+try:
+    import fcntl
+except ImportError:  # Windows, whose locks are another module's
+    fcntl = None
+    import msvcrt
+
+__all__ = ["lock", "replace_file", "replacing"]
 
 
 @contextlib.contextmanager
@@ -38,6 +44,22 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write ``data`` by :func:`replacing`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def lock(file: BinaryIO) -> bool:
+    """Whether no other open file of that name has the lock, which ``file`` then keeps until it is closed. A file system
+    without locks is taken to have none."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(2**62)  # far beyond what is read: a locked byte cannot be
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

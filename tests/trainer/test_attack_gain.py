@@ -26,12 +26,17 @@ CASES = {
 }
 
 
-def gains(tiny, case, *overrides):
+def parts(tiny, case, *overrides):
     config = tiny(f"method.name={case.split()[0]}", *CASES[case], "method.attack.steps=10", *overrides)
     torch.manual_seed(0)
     model = make_model(config, DATA).train()
     batch = Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 10, torch.arange(12) + 40)
-    updates = list(build_method(config).updates(model, batch, 0))
+    return build_method(config), model, batch
+
+
+def gains(tiny, case, *overrides):
+    method, model, batch = parts(tiny, case, *overrides)
+    updates = list(method.updates(model, batch, 0))
     assert all(module.training for module in model.modules())
     return [float(update.logs["attack_gain"]) for update in updates if "attack_gain" in update.logs]
 
@@ -68,6 +73,33 @@ def test_an_attack_that_does_nothing_gains_nothing(tiny, case, nothing):
 def test_a_second_expert_that_outweighs_the_model_is_no_false_alarm(tiny):
     """What RT-ER's attack raises is mostly the divergence then; the cross-entropy may fall."""
     assert min(gains(tiny, "rt_er", "method.beta=1000")) > 0
+
+
+def test_rt_er_watches_what_its_attack_raises(tiny):
+    """CE(F(x'), y) + β KL(f_2(x') ‖ f_2(x)), by hand: the adversarial image's own distribution weighs."""
+    method, model, batch = parts(tiny, "rt_er", "method.beta=50")
+    attack = method.joint
+    places = (
+        attack.start(batch.images, batch.index, 0, 0),
+        attack.craft(model, batch.images, batch.labels, batch.index, seed=0).images,
+    )
+    model.eval()
+    with torch.no_grad():
+        model(batch.images)
+        second = model.routing.logits.argsort(dim=1, descending=True)[:, 1].tolist()
+        found = []
+        for x in places:
+            task = torch.nn.functional.cross_entropy(model(x), batch.labels)
+            clean, moved = (
+                torch.cat([model.experts.networks[e](each[None]) for e, each in zip(second, images, strict=True)])
+                .double()
+                .log_softmax(1)
+                for images in (batch.images, x)
+            )
+            found.append(task + 50 * (moved.exp() * (moved - clean)).sum(1).mean())
+    model.train()
+    (update,) = method.updates(model, batch, 0)
+    assert float(update.logs["attack_gain"]) == pytest.approx(float(found[1] - found[0]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["trades", "advmoe"])

@@ -2,6 +2,7 @@
 processes themselves are tested."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -9,19 +10,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, flatten
-from robust_moe.engine import Reporter, load_checkpoint
+from robust_moe.engine import CheckpointError, Reporter, load_checkpoint
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
+from robust_moe.files import lock
 from robust_moe.reproduce import SCALES, STUDIES, StudyError, reproduce
 from robust_moe.reproduce.jobs import Job, make_jobs
-from robust_moe.reproduce.measures import ALPHAS, measure
+from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS
+from robust_moe.reproduce.study import data_digest, load_data, remove, variant
 from robust_moe.reproduce.worker import work
 
 TINY = (
@@ -47,8 +51,13 @@ def quiet():
     return Reporter(enabled=False, console=Console(quiet=True))
 
 
+@functools.cache
+def content(*overrides):
+    return data_digest(load_data([*SCALES["cpu"].settings, *TINY, *overrides]))
+
+
 def jobs_in(folder, *overrides, names=tuple(RUNS), seeds=SEEDS):
-    return make_jobs(names, SCALES["cpu"], seeds, folder, [*TINY, *overrides])
+    return make_jobs(names, SCALES["cpu"], seeds, folder, [*TINY, *overrides], content())
 
 
 def jobs_of(job, folder, *overrides):
@@ -72,7 +81,7 @@ def finished(tmp_path_factory):
 def test_measures_are_those_of_an_evaluation(finished):
     """On a mixture of networks: the numbers of evaluate_moe, attack by attack."""
     _, jobs = finished
-    _, model, splits, _ = load_experiment(jobs["mixture-rt-er", 0].folder)
+    _, model, splits, _ = load_experiment(jobs["mixture-rt-er", 0].checkpoint)
     found = measure(model, splits.test, ATTACK, count=40, sweep_count=1)
     index = torch.arange(40)
     oracle = evaluate_moe(model, splits.test, splits.test.labels, index, **ATTACK)
@@ -94,19 +103,44 @@ def test_a_dual_model_is_swept_and_put_together_from_its_parts(finished):
     found = jobs["dual-separate", 1].finished()["measures"]
     assert [point["alpha"] for point in found["sweep"]] == list(ALPHAS)
     whole = jobs["mixture-rt-er", 1]
-    _, robust, splits, _ = load_experiment(whole.folder)
+    _, robust, splits, _ = load_experiment(whole.checkpoint)
     alone = measure(robust, splits.test, {**ATTACK, "seed": 1}, count=40, sweep_count=40)
     end = found["sweep"][-1]
     assert (end["sa"], end["ra"]) == (alone["sa"], alone["ra"])  # at alpha 1 it is F_R
     at = next(point for point in found["sweep"] if point["alpha"] == 0.7)
     assert (found["sa"], found["ra"], found["alpha"]) == (at["sa"], at["ra"], 0.7)
     # the jointly trained one has the same halves, and alpha is left as it was
-    _, joint, splits, _ = load_experiment(jobs["dual-joint", 0].folder)
+    _, joint, splits, _ = load_experiment(jobs["dual-joint", 0].checkpoint)
     assert {name for name, _ in joint.robust.named_parameters()} == {name for name, _ in robust.named_parameters()}
     assert {name for name, _ in joint.standard.named_parameters()} == {name for name, _ in robust.named_parameters()}
     swept = measure(joint, splits.test, ATTACK, count=1, sweep_count=20, alphas=(0.2,))
     assert [point["alpha"] for point in swept["sweep"]] == [0.2, 0.7]
     assert joint.alpha == 0.7
+
+
+def test_the_best_of_several_is_scored_where_it_was_not_chosen():
+    t, f = True, False
+    #                      0  1  2  3  4  5, chosen on the even and scored on the odd, and the reverse
+    masks = torch.tensor([[t, f, t, f, t, f], [f, t, f, t, f, f], [f, f, t, t, f, f]])
+    assert best_of_halves(masks) == pytest.approx((0 + 0) / 6)  # experts 0 and 1: each lucky where it was chosen
+    assert best_of_halves(torch.tensor([[t, t, f], [f, f, f]])) == pytest.approx(2 / 3)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(8, 20_000, generator=generator) < 0.3  # all alike: nothing is gained by choosing
+    assert best_of_halves(masks) == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 20_000) ** 0.5)
+
+
+def test_second_experts_are_those_of_the_clean_image(finished):
+    _, jobs = finished
+    _, model, splits, _ = load_experiment(jobs["mixture-at", 0].checkpoint)
+    found = measure(model, splits.test, ATTACK, count=40, sweep_count=1)
+    images, labels = splits.test.images[:40].float() / 255, splits.test.labels[:40]
+    with torch.no_grad():
+        model(images)
+        second = model.routing.logits.argsort(dim=1, descending=True)[:, 1].tolist()
+        rows = [model.experts.networks[e](each[None]) for e, each in zip(second, images, strict=True)]
+    right = torch.cat(rows).argmax(1) == labels
+    assert found["second"]["clean"] == pytest.approx(right.double().mean().item())
+    assert found["second"]["robust"] <= found["second"]["clean"]
 
 
 def test_a_dense_model_has_accuracies_only(finished):
@@ -134,6 +168,7 @@ def test_a_finished_job_is_known_by_what_decides_its_numbers(finished, tmp_path)
     other = dataclasses.replace(job.parts["model.init_from"], images=7)
     assert dataclasses.replace(job, parts={**job.parts, "model.init_from": other}).identity() != before
     assert dataclasses.replace(job, sweep_images=7).finished() is None
+    assert dataclasses.replace(job, data="another").finished() is None
     assert len({each.identity() for each in jobs.values()}) == len(jobs)
 
 
@@ -216,7 +251,14 @@ def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path
         assert f"**{claim['verdict']}**" in page
     assert all(f"({name})" in page for name in figures)
     assert page.count("2 steps, ε = 0.1 | 40 | 2 |") == sum(len(part.runs) for part in PARTS.values())
-    assert str(folder) not in page
+    for text in (page, done.path.read_text()):
+        assert str(folder) not in text
+    # it is not the scale that was run
+    assert SCALES["cpu"].why not in page
+    assert f"With other settings than the scale's: `{' '.join(TINY)}`" in page
+    assert {claim["verdict"] for claim in claims.values()} == {"undecided"}  # two seeds
+    assert results["commits"] == [results["git"]]
+    assert "alpha" not in results["runs"]["dual-joint"]["mean"]
 
 
 def test_a_study_of_fewer_runs_shares_them(finished, tmp_path):
@@ -228,20 +270,102 @@ def test_a_study_of_fewer_runs_shares_them(finished, tmp_path):
 
 @pytest.mark.slow  # a process that imports everything
 def test_what_failed_is_said_and_the_rest_reported(finished, tmp_path):
-    """A damaged checkpoint of a run that is not measured yet."""
+    """A run that is not measured yet cannot write its metrics."""
     folder, _ = finished
     copy = tmp_path / "copy"
     for run in ("mixture-at", "mixture-rt-er"):
         shutil.copytree(folder / run / "seed-0", copy / run / "seed-0")
     (copy / "mixture-at" / "seed-0" / "measures.json").unlink()
-    (copy / "mixture-at" / "seed-0" / "last.pt").write_bytes(b"torn")
-    with pytest.raises(StudyError, match=r"1 of 2 runs failed; mixture-at, seed 0: exit status 1: .*last\.pt"):
+    (copy / "mixture-at" / "seed-0" / "metrics.jsonl").unlink()
+    (copy / "mixture-at" / "seed-0" / "metrics.jsonl").mkdir()
+    with pytest.raises(StudyError, match=r"1 of 2 runs failed; mixture-at, seed 0: exit status 1: .*run\.out"):
         reproduce("rt-er", overrides=TINY, seeds=1, runs=copy, reporter=quiet())
-    results = json.loads((copy / "report" / "study.json").read_text())
+    report = copy / "report-rt-er"
+    results = json.loads((report / "study.json").read_text())
     assert set(results["failed"]) == {"mixture-at, seed 0"}
     assert results["runs"]["mixture-rt-er"]["mean"]["sa"]["n"] == 1
     assert {claim["verdict"] for claim in results["parts"]["rt-er"]["claims"]} == {"not measured"}
-    assert not list((copy / "report").glob("*.png"))
+    assert not list(report.glob("*.png"))
+    for file in ("study.json", "summary.md"):
+        assert str(tmp_path) not in (report / file).read_text()
+
+
+def test_what_was_begun_otherwise_is_refused_before_anything_starts(finished, tmp_path):
+    folder, _ = finished
+    copy = tmp_path / "copy"
+    for run in ("mixture-at", "mixture-rt-er"):
+        shutil.copytree(folder / run / "seed-0", copy / run / "seed-0")
+    before = {path: path.read_bytes() for path in copy.rglob("*.*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"run\.epochs: checkpoint has 1, got 2\. Start anew with --fresh, or"):
+        reproduce("rt-er", overrides=[*TINY, "run.epochs=2"], seeds=1, runs=copy, reporter=quiet())
+    assert before == {path: path.read_bytes() for path in before}
+    assert not list(copy.glob("report*"))
+    (copy / "mixture-at" / "seed-0" / "measures.json").unlink()
+    (copy / "mixture-at" / "seed-0" / "last.pt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"last\.pt: expected a whole checkpoint"):
+        reproduce("rt-er", overrides=TINY, seeds=1, runs=copy, reporter=quiet())
+
+
+def test_a_folder_has_one_study_at_a_time(finished, tmp_path):
+    folder, _ = finished
+    with open(folder / ".lock", "ab") as file:
+        assert lock(file)
+        with pytest.raises(StudyError, match="expected a folder that no other study works in"):
+            reproduce("rt-er", overrides=TINY, seeds=2, runs=folder, out=tmp_path, reporter=quiet())
+    assert reproduce("rt-er", overrides=TINY, seeds=2, runs=folder, out=tmp_path, reporter=quiet()).finished
+
+
+def test_starting_anew_removes_what_was_made_from_it(tmp_path):
+    for run in ("dense-at", "mixture-at", "mixture-standard", "dual-separate"):
+        (tmp_path / run / "seed-0").mkdir(parents=True)
+        (tmp_path / run / "seed-1").mkdir()
+    remove(jobs_in(tmp_path, names=["mixture-standard", "mixture-at"], seeds=[0]), tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    assert left == ["dense-at/seed-0", "dense-at/seed-1", "mixture-at/seed-1", "mixture-standard/seed-1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("method.name=trades", "which makes the run mixture-standard what it is"),
+        ("model.moe.top_k=2", "which makes the run block-k1"),
+        ("model.moe.balance=kl", "which makes the run block-k1"),
+        ("model.mixture.num_experts=2", "which makes the run"),
+        ("model.init_from=x.pt", "which makes the run dual-separate what it is"),
+        ("run.seed=7", r"which differs from run to run \(--seeds, --runs\)"),
+        ("data.root=/data", "which --data-root gives"),
+        ("eval.attack.restarts=5", "as all is measured by PGD from one random start"),
+        ("eval.attack.name=apgd-ce", "as all is measured by PGD"),
+    ],
+)
+def test_overrides_that_would_mislead_are_refused(override, why, tmp_path):
+    with pytest.raises(ConfigError, match=f"{override.split('=')[0]}: expected no such override, {why}"):
+        reproduce("all", overrides=[*TINY, override], runs=tmp_path / "runs", reporter=quiet())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_settings_have_another_folder():
+    assert variant([]) == ""
+    assert variant(["run.epochs=2", "run.threads=1"]) == variant(["run.threads=1", "run.epochs=2"])
+    assert variant(["run.epochs=2"]) != variant(["run.epochs=3"])
+
+
+def test_data_of_other_classes_are_refused(tmp_path):
+    folder = tmp_path / "images"
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / part / name / f"{number}.png")
+    settings = [*TINY, "data.name=image_folder", "data.validation_fraction=0.5"]
+    with pytest.raises(ConfigError, match="data: expected 10 classes, as CIFAR-10 has, got 2 in"):
+        reproduce("rt-er", data_root=folder, overrides=settings, runs=tmp_path / "runs", reporter=quiet())
+
+
+def test_a_network_that_the_images_are_too_small_for_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"image_size|pixels"):
+        reproduce("rt-er", overrides=[*TINY, "data.image_size=4"], runs=tmp_path / "runs", reporter=quiet())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("scale", SCALES)

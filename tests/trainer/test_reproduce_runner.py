@@ -76,6 +76,19 @@ def test_a_failed_job_stops_those_that_start_from_it_alone(stubbed, monkeypatch)
     assert order().count("mixture-at") == 1
 
 
+def test_a_job_that_cannot_be_started_fails_alone(stubbed):
+    jobs, worker, order = stubbed
+    (blocked,) = (job for job in jobs if job.run == "block-k1")
+    (blocked.folder / "planted.json").unlink()
+    blocked.folder.rmdir()
+    blocked.folder.write_text("in the way")
+    outcome = run_jobs(jobs, 1, quiet(), worker)
+    assert set(outcome.failed) == {"block-k1, seed 0"}
+    assert "cannot be started" in outcome.failed["block-k1, seed 0"]
+    assert str(blocked.folder.parents[1]) not in outcome.failed["block-k1, seed 0"]
+    assert sorted(order()) == sorted(set(RUNS) - {"block-k1"})
+
+
 def test_a_signal_stops_all_and_the_same_call_goes_on(stubbed, monkeypatch):
     jobs, worker, order = stubbed
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

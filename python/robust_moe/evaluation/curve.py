@@ -13,7 +13,7 @@ from robust_moe.config import parse_fraction
 from robust_moe.data import ImageSet
 from robust_moe.evaluation.batches import Task
 from robust_moe.evaluation.store import Journal
-from robust_moe.evaluation.study import Study
+from robust_moe.evaluation.study import Study, share
 
 __all__ = ["curve_radii", "error_curve"]
 
@@ -75,6 +75,6 @@ def error_curve(
     attacks = {eps: PGD(float(eps), **given, graph=graph) for eps in radii}
     return {
         "eps": [float(eps) for eps in radii],
-        "robust": [study.clean_and_robust(f"eps {eps}", attacks[eps])[1] for eps in radii],
+        "robust": [share(study.clean_and_robust(f"eps {eps}", attacks[eps])[1]) for eps in radii],
         "attack": {"name": "pgd", **given, "alpha": f"2.5 eps / {steps}"},
     }

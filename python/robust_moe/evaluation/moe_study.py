@@ -239,7 +239,7 @@ class MoEStudy:
         clean, robust = self.study.clean_and_robust(
             f"{_title(name)} expert {expert}", self._pgd(), lambda _: _only(self.layers[name], expert)
         )
-        return {"expert": expert, "clean": clean, "robust": robust}
+        return {"expert": expert, "clean": share(clean), "robust": share(robust)}
 
     def _protocols(self, number: int, name: str, ra: dict[str, Tensor]) -> dict[str, Any]:
         impose: dict[str, Callable[[Batch], Reroute]] = {
@@ -255,7 +255,7 @@ class MoEStudy:
                     self._pgd(),
                     lambda batch, routes=routes: rerouted(self.model, {name: routes(batch)}),
                 )
-                protocols[protocol] = {"clean": clean, "robust": robust}
+                protocols[protocol] = {"clean": share(clean), "robust": share(robust)}
         kept = {"clean": share(self.clean["right"]), "robust": share(ra[f"clean route/{name}"])}
         carried = {"clean": share(ra[f"adversarial route/{name}"]), "robust": None}
         return {**protocols, "clean_route_on_adversarial": kept, "adversarial_route_on_clean": carried}

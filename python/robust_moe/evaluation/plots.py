@@ -23,6 +23,7 @@ RUNS = ("#2b6cb0", "#c2410c", "#2f855a", "#6b46c1", "#b7791f", "#0e7490")
 MARKERS = "osD^vP"
 Line = Mapping[str, Any]
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")  # as many decimals as the ticks need
+TITLE = {"fontsize": 12, "fontweight": "bold", "color": INK, "parse_math": False}
 _LONGEST = 48  # characters of a name in a figure
 
 
@@ -30,7 +31,7 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     """An empty figure of ``width`` x ``height`` inches; without a title where the page around it has one."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     if title is not None:
-        figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, parse_math=False)
+        figure.suptitle(title, **TITLE)
     return figure
 
 

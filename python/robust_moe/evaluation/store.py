@@ -13,11 +13,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows, whose locks are another module's
-    fcntl = None
-    import msvcrt
+from robust_moe.files import lock
 
 __all__ = ["Journal", "ResumeError"]
 
@@ -56,7 +52,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - until closed
         try:
-            if not _lock(self._file):
+            if not lock(self._file):
                 raise ResumeError(f"{path}: expected a journal of this evaluation alone, got one that another writes")
             self._file.seek(0)
             data = self._file.read() if resume else b""
@@ -155,21 +151,6 @@ class Journal:
             records.pop()
         for record in records[1:]:
             self._kept[record["key"]] = _decode(record["result"])
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Whether no other open file of that name has the lock. A file system without locks is taken to have none."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            file.seek(2**62)  # far beyond what is read: a locked byte cannot be
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

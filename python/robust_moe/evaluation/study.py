@@ -118,9 +118,9 @@ class Study:
         stage: str,
         attack: Attack,
         under: Callable[[Batch], AbstractContextManager[None]] = lambda _: nullcontext(),
-    ) -> tuple[float, float]:
-        """Shares of the images right as they are, and right both so and attacked; ``under`` gives the context, such as
-        imposed routes, in which each batch is scored and attacked."""
+    ) -> tuple[Tensor, Tensor]:
+        """Bool [n] each: right as it is, and right both so and attacked; ``under`` gives the context, such as imposed
+        routes, in which each batch is scored and attacked."""
 
         def look(batch: Batch) -> dict[str, Tensor]:
             with under(batch):
@@ -129,7 +129,7 @@ class Study:
             return {"clean": clean, "robust": robust}
 
         found = self.over(stage, look)
-        return share(found["clean"]), share(found["robust"])
+        return found["clean"], found["robust"]
 
 
 def share(mask: Tensor) -> float:

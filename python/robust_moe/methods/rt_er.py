@@ -94,7 +94,7 @@ class RobustExperts(AdversarialMethod):
         task = F.cross_entropy(full(model(images)), batch.labels, reduction="none")
         with rerouted(model, held(second)):
             attacked, clean = model(torch.cat([images, batch.images])).chunk(2)
-        return task + self.beta * kl_divergence(attacked, clean)
+        return task + self.beta * kl_divergence(clean, attacked)
 
     def _loss(
         self,

@@ -11,11 +11,13 @@ from typing import Any
 __all__ = ["HELD", "NOT_HELD", "NOT_MEASURED", "RULE", "UNDECIDED", "Claim", "Measures", "Spread", "check", "verdict"]
 
 HELD, NOT_HELD, UNDECIDED, NOT_MEASURED = "held", "did not hold", "undecided", "not measured"
+ENOUGH = 3  # seeds for a verdict
 RULE = (
     "Every seed gives one number, compared with the claim's bound within the seed. Held: all seeds lie on the claimed "
     "side, and their mean is more than two standard errors (sd / sqrt(n)) away from the bound. Did not hold: the same "
-    "on the other side. Undecided: anything else, and always with one seed. Where there is no difference at all, three "
-    "seeds of normal noise pass as held 9 times in 100, and as often as not held; five seeds 3 times in 100."
+    "on the other side. Undecided: anything else, and always with fewer than three seeds. A verdict is about the "
+    "direction alone; a published size stands in the claim's text and is not tested. Where there is no difference at "
+    "all, three seeds of normal noise pass as held 9 times in 100, and as often as not held; five seeds 3 times each."
 )
 Measures = Mapping[str, Mapping[str, Any]]  # of one seed: by run, what robust_moe.reproduce.measures found
 
@@ -58,7 +60,7 @@ class Claim:
 
 def verdict(margins: Sequence[float]) -> str:
     """The rule, :data:`RULE`. ``margins``: of each seed, how far it lies on the claimed side of the bound."""
-    if len(margins) < 2:
+    if len(margins) < ENOUGH:
         return UNDECIDED
     spread = Spread(tuple(margins))
     if abs(spread.mean) <= 2 * spread.sd / math.sqrt(spread.n):

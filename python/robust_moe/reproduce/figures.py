@@ -10,26 +10,49 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_moe.evaluation.plots import CLEAN, INK, MARKERS, NEUTRAL, PERCENT, ROBUST, RUNS, new_figure, tidy
+from robust_moe.evaluation.plots import CLEAN, INK, MARKERS, NEUTRAL, PERCENT, ROBUST, RUNS, TITLE, new_figure, tidy
 from robust_moe.reproduce import runs
 from robust_moe.reproduce.studies import PARTS
 
 __all__ = ["FIGURES", "draw_part"]
 
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by run and seed, what was measured
+Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by run and seed, what was measured
 ACCURACIES = (("sa", "SA", CLEAN), ("ra", "RA", ROBUST), ("ra_e", "RA-E", "#b7791f"), ("ra_r", "RA-R", "#2f855a"))
 
 
-def draw_part(part: str, found: Found, folder: Path) -> list[Path]:
-    """Draw what there is to draw of a part of a study into ``folder``; returns the files."""
+def draw_part(part: str, records: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Draw what there is to draw of a part of a study into ``folder``, and remove what there is not.
+
+    Args:
+        records: by run and seed, what each job left (``measures``, ``attack``).
+
+    Returns:
+        The files.
+    """
     drawn = []
     for name, (needs, draw) in FIGURES[part].items():
-        there = {run: found[run] for run in needs if found.get(run)}
-        if len(there) == len(needs):
-            path = folder / f"{part}-{name}.png"
-            draw(there).savefig(path)
-            drawn.append(path)
+        path = folder / f"{part}-{name}.png"
+        if not all(records.get(run) for run in needs):
+            path.unlink(missing_ok=True)
+            continue
+        there = {run: records[run] for run in needs}
+        figure = draw({run: {seed: each["measures"] for seed, each in seeds.items()} for run, seeds in there.items()})
+        figure.suptitle(f"{figure.get_suptitle()}\n{_note(there)}", **TITLE)
+        figure.savefig(path)
+        drawn.append(path)
     return drawn
+
+
+def _note(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the numbers are of: attack, images, seeds."""
+    each = [record for seeds in records.values() for record in seeds.values()]
+    radii = sorted({str(record["attack"]["eps"]) for record in each})
+    steps = sorted({record["attack"]["steps"] for record in each})
+    images = sorted({record["measures"]["images"] for record in each})
+    counts = sorted({len(seeds) for seeds in records.values()})
+    listed = [" or ".join(map(str, values)) for values in (steps, radii, counts)]
+    shown = " or ".join(f"{count:,}" for count in images)
+    return f"PGD-{listed[0]}, ε = {listed[1]}, {shown} images, {listed[2]} seed{'' if counts == [1] else 's'}"
 
 
 def _accuracies(title: str) -> Callable[[Found], Figure]:
@@ -157,7 +180,7 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
     "dual": {"alpha": (PARTS["dual"].runs, _sweep)},
     "block-moe": {
         "accuracy": (PARTS["block-moe"].runs, _accuracies("Dense network and BlockMoE, adversarially trained")),
-        "utilisation": (("block-k1", "block-k1-switch"), _utilisation),
+        "utilisation": (("block-k1", "block-k1-released", "block-k1-switch"), _utilisation),
         "single-experts": (_routed("block-moe"), _single_experts),
     },
 }

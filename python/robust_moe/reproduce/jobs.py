@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_moe.config import TrainConfig, config_from_dict, flatten, load_config
-from robust_moe.engine.state import NEUTRAL
+from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
+from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
+from robust_moe.engine.state import NEUTRAL, changed_settings
 from robust_moe.files import replace_file
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
 
-__all__ = ["Job", "make_jobs"]
+__all__ = ["Job", "expect_overrides", "make_jobs"]
 
 JOB, MEASURES, LOG = "job.json", "measures.json", "log.txt"
-FORMAT = 1  # of what is measured; raised when finished runs have to be measured anew
+CHECKPOINT = "last.pt"  # of every run, so that all have trained to the end; the best would be one of chance's choosing
+FORMAT = 2  # of what is measured; raised when finished runs have to be measured anew
 ELSEWHERE = ("data.root", "eval.batch_size")  # besides the trainer's: where things are, how many at once
+MEASURED = ("eps", "steps", "alpha", "norm")  # settings of eval.attack that a study's PGD has
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Job:
     run: str
     seed: int
     config: TrainConfig
+    data: str  # digest of the images and labels: the same configuration may meet others in data.root
     images: int
     sweep_images: int
     trained: bool
@@ -49,12 +53,17 @@ class Job:
     def log(self) -> Path:
         return self.folder / LOG
 
+    @property
+    def checkpoint(self) -> Path:
+        """What is measured, and what other runs start from."""
+        return self.folder / CHECKPOINT
+
     def identity(self) -> str:
         """A digest of all that decides the numbers: another one, other numbers."""
         where = {*NEUTRAL, *ELSEWHERE, *self.parts}
         settings = {key: value for key, value in flatten(self.config).items() if key not in where}
         parts = {key: part.identity() for key, part in self.parts.items()}
-        content = [FORMAT, self.run, settings, parts, self.images, self.sweep_images, self.trained]
+        content = [FORMAT, self.run, settings, self.data, parts, self.images, self.sweep_images, self.trained]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def write(self) -> Path:
@@ -72,6 +81,20 @@ class Job:
     def _from_dict(cls, tree: dict[str, Any]) -> Job:
         parts = {key: cls._from_dict(part) for key, part in tree["parts"].items()}
         return cls(**{**tree, "config": config_from_dict(tree["config"]), "parts": parts})
+
+    def expect_startable(self) -> None:
+        """Refuse to go on with a checkpoint of other settings.
+
+        Raises:
+            CheckpointError: there is one; the differences are shown. Or it is damaged.
+        """
+        if not self.trained or self.finished() is not None or not self.checkpoint.is_file():
+            return
+        try:
+            changed_settings(load_checkpoint(self.checkpoint)["config"], self.config, self.checkpoint)
+        except CheckpointError as error:
+            what = str(error).partition(". Go on")[0].partition(". Start anew")[0]
+            raise CheckpointError(f"{what}. Start anew with --fresh, or choose another folder with --runs") from error
 
     def finished(self) -> dict[str, Any] | None:
         """What was measured, if it was, and of this very job."""
@@ -92,12 +115,41 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
+    """Refuse overrides that would remove what is compared, or that a study does not heed.
+
+    Raises:
+        ConfigError: a setting by which the runs ``names`` differ, or which the study decides itself.
+    """
+    compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
+    compared |= {key: name for name in names for key in RUNS[name].parts}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        why = None
+        if key == "data.root":
+            why = "which --data-root gives"
+        elif key in ("run.seed", "run.out"):
+            why = "which differs from run to run (--seeds, --runs)"
+        elif key.startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
+            why = f"as all is measured by PGD from one random start ({', '.join(MEASURED)} can be set)"
+        elif key in compared and not key.startswith("eval.attack."):
+            why = f"which makes the run {compared[key]} what it is"
+        if why is not None:
+            raise ConfigError(f"{key}: expected no such override, {why}, got {override!r}")
+
+
 def make_jobs(
-    names: Sequence[str], scale: Scale, seeds: Sequence[int], folder: Path, overrides: Sequence[str] = ()
+    names: Sequence[str],
+    scale: Scale,
+    seeds: Sequence[int],
+    folder: Path,
+    overrides: Sequence[str] = (),
+    data: str = "",
 ) -> list[Job]:
     """The jobs of the runs ``names`` and of those whose checkpoints they need, each once.
 
-    ``overrides``: key=value on top of the scale's settings, for all runs. Raises ConfigError as in training.
+    ``overrides``: key=value on top of the scale's settings, for all runs. ``data``: digest of the images. Raises
+    ConfigError as in training.
     """
     jobs: dict[tuple[str, int], Job] = {}
 
@@ -113,8 +165,8 @@ def make_jobs(
             config.run.seed, config.run.out = seed, str(folder / name / f"seed-{seed}")
             for key, part in parts.items():
                 *sections, field = key.split(".")
-                setattr(functools.reduce(getattr, sections, config), field, str(part.folder))
-            jobs[name, seed] = Job(name, seed, config, scale.images, scale.sweep_images, run.trained, parts)
+                setattr(functools.reduce(getattr, sections, config), field, str(part.checkpoint))
+            jobs[name, seed] = Job(name, seed, config, data, scale.images, scale.sweep_images, run.trained, parts)
         return jobs[name, seed]
 
     for seed in seeds:

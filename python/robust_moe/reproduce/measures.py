@@ -17,10 +17,11 @@ from robust_moe.data import Batch, ImageSet
 from robust_moe.evaluation.routing_measures import expert_sets, routing_change
 from robust_moe.evaluation.scorer import LayerRouting
 from robust_moe.evaluation.study import Study, share
+from robust_moe.methods.moe_attacks import clean_second_experts, held
 from robust_moe.models import DualModel
-from robust_moe_kernels.modules import MoELayer, attack_mode, moe_layers
+from robust_moe_kernels.modules import MoELayer, attack_mode, moe_layers, rerouted
 
-__all__ = ["ALPHAS", "measure"]
+__all__ = ["ALPHAS", "best_of_halves", "measure"]
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the robust model for which the dual model is meant
 
@@ -42,8 +43,10 @@ def measure(
     ``ra_r`` (on the router), ``union`` (against all three); ``flips`` and ``change`` by attack: share of images whose
     selected experts changed, and mean 1 - IoU of them; ``first``: each expert's share of first choices on clean images,
     ``collapsed`` as :class:`~robust_moe.evaluation.LayerRouting` has it; ``single_experts``: ``clean`` and ``robust``
-    of each expert taking every image. Of a :class:`~robust_moe.models.DualModel`, ``sa`` and ``ra`` at its own alpha
-    and ``sweep``, the two for this and each of ``alphas``, attacked anew.
+    of each expert taking every image; ``best_single``: robust share of the best of them, chosen on every other image
+    and scored on the rest, mean of both ways round; ``second``: ``clean`` and ``robust`` of every image's expert that
+    the gate ranks second on the clean image. Of a :class:`~robust_moe.models.DualModel`, ``sa`` and ``ra`` at its own
+    alpha and ``sweep``, the two for this and each of ``alphas``, attacked anew.
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits; left as found.
@@ -71,7 +74,7 @@ def measure(
 
 def _accuracy(study: Study, attack: dict[str, Any]) -> dict[str, Any]:
     clean, robust = study.clean_and_robust("ra", PGD(**attack))
-    return {"sa": clean, "ra": robust, "images": len(study)}
+    return {"sa": share(clean), "ra": share(robust), "images": len(study)}
 
 
 def _sweep(study: Study, model: DualModel, attack: dict[str, Any], alphas: Sequence[float]) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def _sweep(study: Study, model: DualModel, attack: dict[str, Any], alphas: Seque
     try:
         for model.alpha in alphas:
             clean, robust = study.clean_and_robust(f"alpha {model.alpha}", PGD(**attack))
-            points.append({"alpha": model.alpha, "sa": clean, "ra": robust})
+            points.append({"alpha": model.alpha, "sa": share(clean), "ra": share(robust)})
     finally:
         model.alpha = own
     here = next(point for point in points if point["alpha"] == own)
@@ -102,6 +105,8 @@ def _routed(study: Study, layer: MoELayer, attack: dict[str, Any]) -> dict[str, 
     found = {name: study.over(name, attacked(by)) for name, by in attacks.items()}
     robust = {name: clean["right"] & seen["right"] for name, seen in found.items()}
     changes = {name: routing_change(clean["sets"], seen["sets"]) for name, seen in found.items()}
+    singles = [_single(study, layer, expert, attack) for expert in range(layer.num_experts)]
+    second = study.clean_and_robust("second", PGD(**attack), lambda batch: _on_second(study.model, batch))
     first = (clean["first"].bincount(minlength=layer.num_experts).double() / len(study)).tolist()
     use = LayerRouting(selected=clean["sets"].double().mean(0).tolist(), first=first)
     return {
@@ -113,14 +118,34 @@ def _routed(study: Study, layer: MoELayer, attack: dict[str, Any]) -> dict[str, 
         "first": use.first,
         "selected": use.selected,
         "collapsed": use.collapsed,
-        "single_experts": [_single(study, layer, expert, attack) for expert in range(layer.num_experts)],
+        "single_experts": [_shares(*masks) for masks in singles],
+        "best_single": best_of_halves(torch.stack([masks[1] for masks in singles])),
+        "second": _shares(*second),
         "images": len(study),
     }
 
 
-def _single(study: Study, layer: MoELayer, expert: int, attack: dict[str, Any]) -> dict[str, float]:
-    clean, robust = study.clean_and_robust(f"expert {expert}", PGD(**attack), lambda _: _only(layer, expert))
-    return {"clean": clean, "robust": robust}
+def _single(study: Study, layer: MoELayer, expert: int, attack: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return study.clean_and_robust(f"expert {expert}", PGD(**attack), lambda _: _only(layer, expert))
+
+
+def _shares(clean: Tensor, robust: Tensor) -> dict[str, float]:
+    return {"clean": share(clean), "robust": share(robust)}
+
+
+def best_of_halves(masks: Tensor) -> float:
+    """Share that the best of several is right on, without the luck of being chosen: bool [E, n >= 2]; chosen on every
+    other image, scored on the rest, mean over the images of both ways round."""
+    halves = masks[:, ::2], masks[:, 1::2]
+    scored = [score[choice.sum(1).argmax()] for choice, score in (halves, halves[::-1])]
+    return share(torch.cat(scored))
+
+
+@contextmanager
+def _on_second(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Every image of the batch at the expert that is second for the clean image."""
+    with rerouted(model, held(clean_second_experts(model, batch.images))):
+        yield
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class _Children:
         threads = job.config.run.threads
         env = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [*worker, str(job.write())]
-        with open(job.log, "wb") as log:
+        with open(job.log, "ab") as log:  # after what a killed one left
             with self._lock:
                 if self.stopping:
                     return None
@@ -96,7 +96,7 @@ def run_jobs(
     total = sum(costs.values())
     done = shown = total - sum(costs[job.name] for job in todo)
     running: dict[Future[int | None], Job] = {}
-    task = reporter.task("study (estimated seconds of computing)", total, shown)
+    task = reporter.task("study", total, shown)
     with _Children() as children, ThreadPoolExecutor(workers) as pool, task as advance:
         while True:
             waiting = {job.name for job in (*todo, *running.values())}
@@ -116,7 +116,7 @@ def run_jobs(
             for future in ended:
                 job = running.pop(future)
                 done += costs[job.name]
-                _note(job, future.result(), children.stopping, outcome, reporter)
+                _note(job, future, children.stopping, outcome, reporter)
             now = int(done + sum(costs[job.name] * TRAINING * _trained(job) for job in running.values()))
             if now > shown:
                 advance(now - shown)
@@ -125,7 +125,14 @@ def run_jobs(
     return outcome
 
 
-def _note(job: Job, status: int | None, stopping: bool, outcome: Outcome, reporter: Reporter) -> None:
+def _note(job: Job, ended: Future[int | None], stopping: bool, outcome: Outcome, reporter: Reporter) -> None:
+    runs = f"{job.folder.parents[1]}{os.sep}"  # what fails is reported, and reports travel: no path of this machine
+    try:
+        status = ended.result()
+    except OSError as error:
+        outcome.failed[job.name] = f"cannot be started: {error}".replace(runs, "")
+        reporter.warn(f"{job.name} failed: {error}")
+        return
     found = job.finished()
     if found is not None:
         measures = found["measures"]
@@ -138,7 +145,7 @@ def _note(job: Job, status: int | None, stopping: bool, outcome: Outcome, report
     elif not stopping:
         lines = job.log.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-        outcome.failed[job.name] = f"exit status {status}: {last} (log: {job.log})"
+        outcome.failed[job.name] = f"exit status {status}: {last} (log: {job.log})".replace(runs, "")
         reporter.warn(f"{job.name} failed: {last}")
 
 

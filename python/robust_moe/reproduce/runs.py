@@ -14,7 +14,7 @@ class Run:
     title: str  # in tables and figures
     settings: tuple[str, ...]  # key=value, on top of the scale's
     cost: float  # seconds at scale cpu, one thread, measured once: orders the queue and weighs the time left
-    parts: dict[str, str] = field(default_factory=dict)  # setting -> run; it names that run's folder, of the same seed
+    parts: dict[str, str] = field(default_factory=dict)  # setting -> run; it names the checkpoint of the same seed
     trained: bool = True  # False: nothing but its parts put together
 
 
@@ -41,5 +41,8 @@ RUNS: dict[str, Run] = {
     "dense-at": Run("dense, AT", ("method.name=pgd_at",), 95),
     "block-k1": Run("BlockMoE k=1, entropy", (*BLOCK, "model.moe.top_k=1"), 140),
     "block-k2": Run("BlockMoE k=2, entropy", (*BLOCK, "model.moe.top_k=2"), 125),
+    "block-k1-released": Run(
+        "BlockMoE k=1, released entropy", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=entropy_released"), 140
+    ),
     "block-k1-switch": Run("BlockMoE k=1, switch", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=switch"), 140),
 }

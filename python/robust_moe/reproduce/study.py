@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_moe.config import ConfigError, choose
-from robust_moe.data import load_splits
+import torch
+
+from robust_moe.config import ConfigError, choose, load_config
+from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import resolve_device
-from robust_moe.files import replace_file
+from robust_moe.engine.experiment import describe_data, make_model, resolve_device
+from robust_moe.evaluation.stages import digest
+from robust_moe.files import lock, replace_file
 from robust_moe.provenance import provenance
 from robust_moe.reproduce.claims import RULE, Spread, check
 from robust_moe.reproduce.figures import draw_part
-from robust_moe.reproduce.jobs import Job, make_jobs, write_json
+from robust_moe.reproduce.jobs import Job, expect_overrides, make_jobs, write_json
 from robust_moe.reproduce.runner import Outcome, run_jobs
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import SCALES
@@ -28,8 +34,9 @@ from robust_moe.reproduce.summary import summary
 
 __all__ = ["StudyError", "StudyResult", "reproduce"]
 
-FORMAT = 1  # of study.json
+FORMAT = 2  # of study.json
 SEEDS = 3
+CLASSES = 10  # of CIFAR-10, which the claims' texts and bounds are about
 
 
 class StudyError(ValueError):
@@ -67,16 +74,19 @@ def reproduce(
         study: a key of :data:`STUDIES`.
         scale: a key of :data:`SCALES`.
         data_root: ``data.root`` of all runs.
-        overrides: key=value on top of the scale's settings, for all runs, e.g. ``["data.name=cifar10"]``.
+        overrides: key=value on top of the scale's settings, for all runs, e.g. ``["data.name=cifar10"]``; not those by
+            which runs differ.
         seeds: how many; the first is 0.
         workers: runs at a time; None: one a CPU core on a CPU, one on a GPU.
-        runs: folder of the run folders; None: ``runs/study-SCALE``.
-        out: folder of the report; None: ``report`` in ``runs``.
-        resume: False: remove what these runs have left there, and start anew.
+        runs: folder of the run folders; None: ``runs/study-SCALE``, with overrides another for each set of them.
+        out: folder of the report; None: ``report-STUDY`` in ``runs``.
+        resume: False: remove what these runs have left there, and what was made from them, and start anew.
 
     Raises:
         ConfigError, DataError: a name or setting that cannot be run; nothing has been started then.
-        StudyError: runs that failed; raised after the others are reported.
+        CheckpointError: nor then: a run was begun with other settings, or its checkpoint is damaged.
+        StudyError: another study works in ``runs``, nothing has been started; or runs failed, which is raised after
+            the others are reported.
     """
     began = time.perf_counter()
     reporter = reporter or Reporter()
@@ -85,22 +95,31 @@ def reproduce(
     for name, count in (("seeds", seeds), ("jobs", workers)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: expected a count >= 1, got {count}")
-    folder = Path(runs or f"runs/study-{scale}")
-    root = [] if data_root is None else [f"data.root={data_root}"]
+    folder = Path(runs or f"runs/study-{scale}{variant(overrides)}")
+    target = Path(out) if out is not None else folder / f"report-{study}"
+    settings = [] if data_root is None else [f"data.root={data_root}"]
     names = list(dict.fromkeys(run for part in parts for run in PARTS[part].runs))
-    jobs = make_jobs(names, size, range(seeds), folder, [*root, *overrides])
-    data = _check(jobs)
-    if not resume:
-        for job in jobs:
-            shutil.rmtree(job.folder, ignore_errors=True)
+    expect_overrides(names, overrides)
+    settings += overrides
+    splits = load_data([*size.settings, *settings])
+    content = data_digest(splits)
+    jobs = make_jobs(names, size, range(seeds), folder, settings, content)
+    _expect_runnable(jobs, splits)
     workers = workers or _default_workers(jobs[0])
-    outcome = run_jobs(jobs, workers, reporter)
-    target = Path(out) if out is not None else folder / "report"
     described = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
-    settings = {"study": study, "scale": described, "overrides": list(overrides)}
-    results = _results(parts, jobs, outcome, {**settings, "seeds": list(range(seeds)), "jobs": workers, "data": data})
-    results["seconds"]["this_call"] = round(time.perf_counter() - began, 3)
-    path = _write(results, jobs, target)
+    asked = {"study": study, "scale": described, "overrides": list(overrides), "seeds": list(range(seeds))}
+    asked |= {"jobs": workers, "data": {**_describe(splits), "sha256": content}}
+    with _alone(folder):
+        if not resume:
+            remove(jobs, folder)
+        for job in jobs:
+            job.expect_startable()
+        outcome = run_jobs(jobs, workers, reporter)
+        results = _results(parts, jobs, outcome, asked)
+        results["seconds"]["this_call"] = round(time.perf_counter() - began, 3)
+        path = _write(results, target)
+    if len(results["commits"]) > 1:
+        reporter.warn(f"the runs are of several commits: {', '.join(map(str, results['commits']))}")
     if outcome.failed:
         first, why = next(iter(outcome.failed.items()))
         more = f" (and {len(outcome.failed) - 1} more)" if len(outcome.failed) > 1 else ""
@@ -110,14 +129,63 @@ def reproduce(
     return StudyResult(results, path, not outcome.stopped)
 
 
-def _check(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Refuse what no run could do before any is started; describes the data."""
-    for job in jobs:
-        resolve_device(job.config.run.accelerator)
-        Trainer(job.config, Reporter(enabled=False))
-    splits = load_splits(jobs[0].config.data, jobs[0].seed)
+def variant(overrides: Sequence[str]) -> str:
+    """Names the folder of runs that are not a scale's own."""
+    return f"-{hashlib.blake2b(json.dumps(sorted(overrides)).encode(), digest_size=4).hexdigest()}" if overrides else ""
+
+
+def load_data(settings: Sequence[str]) -> Splits:
+    """The images of all runs, at the first seed; another holds out others of the same."""
+    config = load_config(None, settings)
+    resolve_device(config.run.accelerator)  # sooner said than after the images are read
+    splits = load_splits(config.data, 0)
+    classes = len(splits.test.class_names)
+    if classes != CLASSES:
+        where = config.data.root or config.data.name
+        raise ConfigError(f"data: expected {CLASSES} classes, as CIFAR-10 has, got {classes} in {where}")
+    return splits
+
+
+def data_digest(splits: Splits) -> str:
+    """SHA-256 of all images and labels."""
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    return digest(
+        {f"{name} images": part.images for name, part in parts.items()}
+        | {f"{name} labels": part.labels for name, part in parts.items()}
+    )
+
+
+def _describe(splits: Splits) -> dict[str, Any]:
     counts = {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
     return {"name": splits.test.name, "shape": list(splits.test.images.shape[1:]), **counts}
+
+
+def _expect_runnable(jobs: Sequence[Job], splits: Splits) -> None:
+    """Refuse what no run could do before any is started."""
+    data = describe_data(splits.train)
+    for job in {job.run: job for job in jobs}.values():
+        Trainer(job.config, Reporter(enabled=False))
+        with torch.device("meta"):  # no memory, no time
+            make_model(job.config, data, warm_start=False)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else runs a study in ``folder`` meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        if not lock(file):
+            raise StudyError(f"runs: expected a folder that no other study works in, got {folder}")
+        yield
+
+
+def remove(jobs: Sequence[Job], folder: Path) -> None:
+    """What these jobs have left, and what any run has that starts from them."""
+    names = {job.run for job in jobs}
+    followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
+    for path in {job.folder for job in jobs} | {folder / name for name in followers - names}:
+        if path.exists():
+            shutil.rmtree(path)
 
 
 def _default_workers(job: Job) -> int:
@@ -143,7 +211,7 @@ def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settin
             "seeds": {str(seed): found for seed, found in seeds.items()},
             "mean": _means([found["measures"] for found in seeds.values()]),
         }
-    computing = sum(sum(value or 0.0 for value in found["seconds"].values()) for found in done.values())
+    seconds = [value for found in done.values() for value in found["seconds"].values()]
     return {
         "format": FORMAT,
         **settings,
@@ -158,27 +226,26 @@ def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settin
         "rule": RULE,
         "runs": runs,
         "failed": outcome.failed,
-        "seconds": {"computing": round(computing, 3)},
+        "seconds": {"computing": round(sum(value or 0.0 for value in seconds), 3), "unknown": seconds.count(None)},
+        "commits": sorted({found["git"] for found in done.values()}, key=str),
         **provenance(resolve_device(jobs[0].config.run.accelerator)),
+        "hardware": ", ".join(sorted({found["hardware"] for found in done.values()})),
     }
 
 
 def _means(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread of every share; ``flips`` under PGD on the model, ``largest``: the most used expert's share."""
     flat = [
-        {name: value for name, value in each.items() if isinstance(value, float)}
+        {name: value for name, value in each.items() if isinstance(value, float) and name != "alpha"}
         | ({"flips": each["flips"]["ra"], "largest": max(each["first"])} if "first" in each else {})
         for each in seeds
     ]
     return {name: Spread(tuple(each[name] for each in flat)).plain() for name in (flat[0] if flat else ())}
 
 
-def _write(results: dict[str, Any], jobs: Sequence[Job], target: Path) -> Path:
+def _write(results: dict[str, Any], target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
-    found = {
-        run: {int(seed): each["measures"] for seed, each in content["seeds"].items()}
-        for run, content in results["runs"].items()
-    }
+    found = {run: content["seeds"] for run, content in results["runs"].items()}
     figures = {part: draw_part(part, found, target) for part in results["parts"]}
     write_json(target / "study.json", results)
     replace_file(target / "summary.md", summary(results, figures).encode())

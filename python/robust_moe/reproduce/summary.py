@@ -8,7 +8,16 @@ from typing import Any
 
 __all__ = ["claim_line", "summary"]
 
-COLUMNS = (("sa", "SA"), ("ra", "RA"), ("ra_e", "RA-E"), ("ra_r", "RA-R"), ("union", "all three"))
+COLUMNS = (
+    ("sa", "SA"),
+    ("ra", "RA"),
+    ("ra_e", "RA-E"),
+    ("ra_r", "RA-R"),
+    ("union", "all three"),
+    ("flips", "routes changed under PGD"),
+    ("largest", "largest expert"),
+    ("best_single", "best single expert"),
+)
 
 
 def percent(spread: Mapping[str, Any] | None) -> str:
@@ -26,16 +35,19 @@ def claim_line(claim: Mapping[str, Any]) -> str:
 
 def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -> str:
     """The page for ``study.json``'s content; ``figures``: by part, files beside the page."""
-    scale, parts = results["scale"], results["parts"]
+    scale, parts, seconds = results["scale"], results["parts"], results["seconds"]
+    least = "at least " if seconds["unknown"] else ""  # a run that was killed and went on
     lines = [
         f"# `robust-moe reproduce {results['study']} --scale {scale['name']}`",
         "",
         f"{results['data']['name']}, seeds {', '.join(map(str, results['seeds']))}; "
-        f"{results['hardware']}; commit {results['git'] or 'unknown'}; "
-        f"{results['seconds']['computing'] / 60:.0f} minutes of computing in all runs. "
+        f"{results['hardware'] or 'nothing run'}; commit {', '.join(map(str, results['commits']))}; "
+        f"{least}{seconds['computing'] / 60:.0f} minutes of computing in all runs. "
         "Percent, mean ± standard deviation over the seeds.",
         "",
-        scale["why"],
+        f"With other settings than the scale's: `{' '.join(results['overrides'])}`"
+        if results["overrides"]
+        else scale["why"],
         "",
         f"How claims are decided: {results['rule']}",
     ]
@@ -60,12 +72,11 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _runs(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
-    head = ["run", *(title for _, title in COLUMNS), "routes changed under PGD", "largest expert", "PGD", "images", "n"]
+    head = ["run", *(title for _, title in COLUMNS), "PGD", "images", "n"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         run = runs[name]
-        keys = (*(key for key, _ in COLUMNS), "flips", "largest")
-        cells = [run["title"], *(percent(run["mean"].get(key)) for key in keys)]
+        cells = [run["title"], *(percent(run["mean"].get(key)) for key, _ in COLUMNS)]
         first = next(iter(run["seeds"].values()), None)
         if first is None:
             cells += ["–", "–"]

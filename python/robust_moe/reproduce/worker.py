@@ -36,14 +36,12 @@ def work(job: Job, reporter: Reporter) -> bool:
     """Train as ``job`` says, measure, and leave both in its folder; False if a signal stopped it on the way."""
     if job.finished() is not None:
         return True
-    seconds: dict[str, float | None] = {"train": None}  # null: nothing was trained, or in more than one go
-    best: dict[str, Any] = {}
+    seconds: dict[str, float | None] = {"train": 0.0}  # null: in more than one go
     if job.trained:
         resumed = find_checkpoint(job.folder) is not None
         outcome = Trainer(job.config, reporter).fit(resume=True)
         if not outcome.finished:
             return False
-        best = outcome.best
         seconds["train"] = None if resumed else round(outcome.seconds, 3)
     began = time.perf_counter()
     with cpu_threads(job.config.run.threads):
@@ -59,7 +57,7 @@ def work(job: Job, reporter: Reporter) -> bool:
         device = next(model.parameters()).device
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        facts = {"parameters": parameters, "checkpoint": trained, "validation": best, "seconds": seconds}
+        facts = {"parameters": parameters, "checkpoint": trained, "seconds": seconds}
         attack = {**_attack(job.config), "eps": job.config.eval.attack.eps}
         job.finish({"measures": measures, "attack": attack, **facts, **provenance(device)})
     return True
@@ -68,7 +66,7 @@ def work(job: Job, reporter: Reporter) -> bool:
 def _model(job: Job) -> tuple[nn.Module, ImageSet, dict[str, Any]]:
     """(model in eval mode, test images, epoch and step of its checkpoint)."""
     if job.trained:
-        _, model, splits, state = load_experiment(job.folder)
+        _, model, splits, state = load_experiment(job.checkpoint)
         return model, splits.test, state["position"]
     splits = load_splits(job.config.data, job.config.run.seed)
     seed_all(job.config.run.seed)
