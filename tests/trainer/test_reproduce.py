@@ -23,9 +23,9 @@ from robust_moe.files import lock
 from robust_moe.reproduce import SCALES, STUDIES, StudyError, reproduce
 from robust_moe.reproduce.jobs import Job, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
+from robust_moe.reproduce.preparation import data_digest, load_data, remove, variant
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS
-from robust_moe.reproduce.study import data_digest, load_data, remove, variant
 from robust_moe.reproduce.worker import work
 
 TINY = (

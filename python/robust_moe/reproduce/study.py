@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from robust_moe.config import ConfigError, choose, load_config
-from robust_moe.data import Splits, load_splits
-from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import describe_data, make_model, resolve_device
-from robust_moe.evaluation.stages import digest
-from robust_moe.files import lock, replace_file
+from robust_moe.config import ConfigError, choose
+from robust_moe.engine import Reporter
+from robust_moe.engine.experiment import resolve_device
+from robust_moe.files import replace_file
 from robust_moe.provenance import provenance
 from robust_moe.reproduce.claims import RULE, Spread, check
 from robust_moe.reproduce.figures import draw_part
 from robust_moe.reproduce.jobs import Job, expect_overrides, make_jobs, write_json
+from robust_moe.reproduce.preparation import (
+    StudyError,
+    alone_in,
+    data_digest,
+    default_workers,
+    describe,
+    expect_runnable,
+    load_data,
+    remove,
+    variant,
+)
 from robust_moe.reproduce.runner import Outcome, run_jobs
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import SCALES
@@ -36,11 +38,6 @@ __all__ = ["StudyError", "StudyResult", "reproduce"]
 
 FORMAT = 2  # of study.json
 SEEDS = 3
-CLASSES = 10  # of CIFAR-10, which the claims' texts and bounds are about
-
-
-class StudyError(ValueError):
-    """Runs of a study that failed; the rest is reported."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,12 @@ def reproduce(
     splits = load_data([*size.settings, *settings])
     content = data_digest(splits)
     jobs = make_jobs(names, size, range(seeds), folder, settings, content)
-    _expect_runnable(jobs, splits)
-    workers = workers or _default_workers(jobs[0])
+    expect_runnable(jobs, splits)
+    workers = workers or default_workers(jobs[0])
     described = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
     asked = {"study": study, "scale": described, "overrides": list(overrides), "seeds": list(range(seeds))}
-    asked |= {"jobs": workers, "data": {**_describe(splits), "sha256": content}}
-    with _alone(folder):
+    asked |= {"jobs": workers, "data": {**describe(splits), "sha256": content}}
+    with alone_in(folder):
         if not resume:
             remove(jobs, folder)
         for job in jobs:
@@ -127,72 +124,6 @@ def reproduce(
             f"{len(outcome.failed)} of {len(jobs)} runs failed; {first}: {why}{more}; the rest is in {path}"
         )
     return StudyResult(results, path, not outcome.stopped)
-
-
-def variant(overrides: Sequence[str]) -> str:
-    """Names the folder of runs that are not a scale's own."""
-    return f"-{hashlib.blake2b(json.dumps(sorted(overrides)).encode(), digest_size=4).hexdigest()}" if overrides else ""
-
-
-def load_data(settings: Sequence[str]) -> Splits:
-    """The images of all runs, at the first seed; another holds out others of the same."""
-    config = load_config(None, settings)
-    resolve_device(config.run.accelerator)  # sooner said than after the images are read
-    splits = load_splits(config.data, 0)
-    classes = len(splits.test.class_names)
-    if classes != CLASSES:
-        where = config.data.root or config.data.name
-        raise ConfigError(f"data: expected {CLASSES} classes, as CIFAR-10 has, got {classes} in {where}")
-    return splits
-
-
-def data_digest(splits: Splits) -> str:
-    """SHA-256 of all images and labels."""
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return digest(
-        {f"{name} images": part.images for name, part in parts.items()}
-        | {f"{name} labels": part.labels for name, part in parts.items()}
-    )
-
-
-def _describe(splits: Splits) -> dict[str, Any]:
-    counts = {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
-    return {"name": splits.test.name, "shape": list(splits.test.images.shape[1:]), **counts}
-
-
-def _expect_runnable(jobs: Sequence[Job], splits: Splits) -> None:
-    """Refuse what no run could do before any is started."""
-    data = describe_data(splits.train)
-    for job in {job.run: job for job in jobs}.values():
-        Trainer(job.config, Reporter(enabled=False))
-        with torch.device("meta"):  # no memory, no time
-            make_model(job.config, data, warm_start=False)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else runs a study in ``folder`` meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
-        if not lock(file):
-            raise StudyError(f"runs: expected a folder that no other study works in, got {folder}")
-        yield
-
-
-def remove(jobs: Sequence[Job], folder: Path) -> None:
-    """What these jobs have left, and what any run has that starts from them."""
-    names = {job.run for job in jobs}
-    followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
-    for path in {job.folder for job in jobs} | {folder / name for name in followers - names}:
-        if path.exists():
-            shutil.rmtree(path)
-
-
-def _default_workers(job: Job) -> int:
-    if resolve_device(job.config.run.accelerator).type != "cpu":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // (job.config.run.threads or cores), 1)
 
 
 def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""What comes before a study's runs: data, folder, and the refusal of what could not be run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robust_moe.config import ConfigError, load_config
+from robust_moe.data import Splits, load_splits
+from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.experiment import describe_data, make_model, resolve_device
+from robust_moe.evaluation.stages import digest
+from robust_moe.files import lock
+from robust_moe.reproduce.jobs import Job
+from robust_moe.reproduce.runs import RUNS
+
+__all__ = [
+    "StudyError",
+    "alone_in",
+    "data_digest",
+    "default_workers",
+    "describe",
+    "expect_runnable",
+    "load_data",
+    "remove",
+    "variant",
+]
+
+CLASSES = 10  # of CIFAR-10, which the claims' texts and bounds are about
+
+
+class StudyError(ValueError):
+    """Another study works in the same folder, or runs failed, the rest being reported."""
+
+
+def variant(overrides: Sequence[str]) -> str:
+    """Names the folder of runs that are not a scale's own."""
+    return f"-{hashlib.blake2b(json.dumps(sorted(overrides)).encode(), digest_size=4).hexdigest()}" if overrides else ""
+
+
+def load_data(settings: Sequence[str]) -> Splits:
+    """The images of all runs, at the first seed; another holds out others of the same."""
+    config = load_config(None, settings)
+    resolve_device(config.run.accelerator)  # sooner said than after the images are read
+    splits = load_splits(config.data, 0)
+    classes = len(splits.test.class_names)
+    if classes != CLASSES:
+        where = config.data.root or config.data.name
+        raise ConfigError(f"data: expected {CLASSES} classes, as CIFAR-10 has, got {classes} in {where}")
+    return splits
+
+
+def data_digest(splits: Splits) -> str:
+    """SHA-256 of all images and labels."""
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    return digest(
+        {f"{name} images": part.images for name, part in parts.items()}
+        | {f"{name} labels": part.labels for name, part in parts.items()}
+    )
+
+
+def describe(splits: Splits) -> dict[str, Any]:
+    counts = {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
+    return {"name": splits.test.name, "shape": list(splits.test.images.shape[1:]), **counts}
+
+
+def expect_runnable(jobs: Sequence[Job], splits: Splits) -> None:
+    """Refuse what no run could do before any is started."""
+    data = describe_data(splits.train)
+    for job in {job.run: job for job in jobs}.values():
+        Trainer(job.config, Reporter(enabled=False))
+        with torch.device("meta"):  # no memory, no time
+            make_model(job.config, data, warm_start=False)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else runs a study in ``folder`` meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        if not lock(file):
+            raise StudyError(f"runs: expected a folder that no other study works in, got {folder}")
+        yield
+
+
+def remove(jobs: Sequence[Job], folder: Path) -> None:
+    """What these jobs have left, and what any run has that starts from them."""
+    names = {job.run for job in jobs}
+    followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
+    for path in {job.folder for job in jobs} | {folder / name for name in followers - names}:
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def default_workers(job: Job) -> int:
+    if resolve_device(job.config.run.accelerator).type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // (job.config.run.threads or cores), 1)
