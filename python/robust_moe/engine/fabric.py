@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from types import FrameType
 
 import torch
@@ -11,6 +9,7 @@ from lightning_fabric import Fabric
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.engine.experiment import resolve_device
+from robust_moe.signals import StopSignals
 
 __all__ = ["StopRequest", "make_fabric"]
 
@@ -33,29 +32,14 @@ def make_fabric(config: TrainConfig) -> Fabric:
     return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)
 
 
-class StopRequest:
-    """While active, SIGINT and SIGTERM ask the loop to stop at the next safe point; a second one interrupts at once.
-
-    Outside of the main thread, where Python has no signals, it never asks.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+class StopRequest(StopSignals):
+    """While active, SIGINT and SIGTERM ask the loop to stop at the next safe point; a second one interrupts at once."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
         self.requested = False
-        self._before: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

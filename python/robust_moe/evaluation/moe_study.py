@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from robust_moe.evaluation.routing_measures import (
     top_k_margin,
 )
 from robust_moe.evaluation.stages import MOE, Stage, StageResult, as_fraction
-from robust_moe.evaluation.study import Study, share
+from robust_moe.evaluation.study import Study, only_expert, share
 from robust_moe_kernels.modules import (
     AllExperts,
     DropTop,
@@ -237,7 +236,7 @@ class MoEStudy:
 
     def _single(self, name: str, expert: int) -> dict[str, Any]:
         clean, robust = self.study.clean_and_robust(
-            f"{_title(name)} expert {expert}", self._pgd(), lambda _: _only(self.layers[name], expert)
+            f"{_title(name)} expert {expert}", self._pgd(), lambda _: only_expert(self.layers[name], expert)
         )
         return {"expert": expert, "clean": share(clean), "robust": share(robust)}
 
@@ -264,12 +263,3 @@ class MoEStudy:
 def _title(name: str) -> str:
     """What a layer is called in results: a model that is itself a layer has no name."""
     return name or "model"
-
-
-@contextmanager
-def _only(layer: MoELayer, expert: int) -> Iterator[None]:
-    layer.fixed_expert = expert
-    try:
-        yield
-    finally:
-        layer.fixed_expert = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from robust_moe.evaluation.stages import identity
 from robust_moe.evaluation.store import Journal
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules import MoELayer
 
-__all__ = ["Study", "share"]
+__all__ = ["Study", "only_expert", "share"]
 
 
 class Study:
@@ -130,6 +131,16 @@ class Study:
 
         found = self.over(stage, look)
         return found["clean"], found["robust"]
+
+
+@contextmanager
+def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
+    """Every image goes to one expert of the layer."""
+    layer.fixed_expert = expert
+    try:
+        yield
+    finally:
+        layer.fixed_expert = None
 
 
 def share(mask: Tensor) -> float:

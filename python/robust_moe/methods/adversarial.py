@@ -14,9 +14,9 @@ from robust_moe.attacks import Attack, Crafted, attack_mode, build_attack
 from robust_moe.attacks.base import StepAttack
 from robust_moe.config import ConfigError, TrainConfig, parse_fraction
 from robust_moe.data import Batch
-from robust_moe.methods.base import Method, full
+from robust_moe.methods.base import Method, accuracy, full
 
-__all__ = ["AdversarialMethod", "expect_attack", "pgd_settings", "probed_gain"]
+__all__ = ["AdversarialMethod", "expect_attack", "pair_logs", "pgd_settings", "probed_gain"]
 
 PROBE_EVERY = 10  # batches between two looks at what the attack gains, each of two to eight forwards
 
@@ -75,6 +75,16 @@ def probed_gain(step: int, model: nn.Module, batch: Batch, images: Tensor) -> di
     with attack_mode(model), torch.no_grad():
         losses = [F.cross_entropy(full(model(x)), batch.labels) for x in (images, batch.images)]
     return {"attack_gain": losses[0] - losses[1]}
+
+
+def pair_logs(task: Tensor, robust: Tensor, clean: Tensor, adversarial: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What a method logs that trains on pairs: its two losses, and accuracies from the logits [B, classes] of both."""
+    return {
+        "task_loss": task.detach(),
+        "robust_loss": robust.detach(),
+        "accuracy": accuracy(adversarial, labels),
+        "clean_accuracy": accuracy(clean, labels),
+    }
 
 
 def expect_attack(config: TrainConfig, why: str, **expected: Collection[Any]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, pgd_settings
-from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
+from robust_moe.methods.adversarial import AdversarialMethod, pair_logs, pgd_settings
+from robust_moe.methods.base import Forward, Objective, Scored, full
 from robust_moe.methods.moe_attacks import RoutePGD, gate_divergence, gate_logits
 from robust_moe.methods.rt_er import expect_experts
 from robust_moe.seeding import derive_seed
@@ -73,11 +73,6 @@ class AdversarialRouters(AdversarialMethod):
         robust = kl_divergence(adversarial, clean).mean()
         loss = task + self.beta * robust
         if level == "experts":
-            return loss, {
-                "task_loss": task.detach(),
-                "robust_loss": robust.detach(),
-                "accuracy": accuracy(adversarial, batch.labels),
-                "clean_accuracy": accuracy(clean, batch.labels),
-            }
+            return loss, pair_logs(task, robust, clean, adversarial, batch.labels)
         route = gate_divergence(gate_logits(model), routes).mean()
         return self.balanced(model, loss + self.beta * route, {"route_loss": route.detach()})

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, probed_gain
-from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
+from robust_moe.methods.adversarial import AdversarialMethod, pair_logs, probed_gain
+from robust_moe.methods.base import Forward, Objective, Scored, full
 
 __all__ = ["Mart", "boosted_cross_entropy"]
 
@@ -38,12 +38,7 @@ class Mart(AdversarialMethod):
         task = boosted_cross_entropy(adversarial, batch.labels).mean()
         right = full(clean).softmax(1).gather(1, batch.labels[:, None])[:, 0]
         robust = (kl_divergence(adversarial, clean) * (1 - right)).mean()
-        logs = {
-            "task_loss": task.detach(),
-            "robust_loss": robust.detach(),
-            "accuracy": accuracy(adversarial, batch.labels),
-            "clean_accuracy": accuracy(clean, batch.labels),
-        }
+        logs = pair_logs(task, robust, clean, adversarial, batch.labels)
         return self.balanced(model, task + self.beta * robust, logs)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, expect_attack
-from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
+from robust_moe.methods.adversarial import AdversarialMethod, expect_attack, pair_logs
+from robust_moe.methods.base import Forward, Objective, Scored, full
 
 __all__ = ["Trades"]
 
@@ -44,10 +44,5 @@ class Trades(AdversarialMethod):
         clean, adversarial = forward(batch.images), forward(images)
         task = F.cross_entropy(full(clean), batch.labels)
         robust = kl_divergence(adversarial, clean).mean()
-        logs = {
-            "task_loss": task.detach(),
-            "robust_loss": robust.detach(),
-            "accuracy": accuracy(adversarial, batch.labels),
-            "clean_accuracy": accuracy(clean, batch.labels),
-        }
+        logs = pair_logs(task, robust, clean, adversarial, batch.labels)
         return self.balanced(model, task + self.beta * robust, logs)

@@ -16,7 +16,7 @@ from robust_moe.attacks import PGD, Attack, ExpertPGD, RouterPGD
 from robust_moe.data import Batch, ImageSet
 from robust_moe.evaluation.routing_measures import expert_sets, routing_change
 from robust_moe.evaluation.scorer import LayerRouting
-from robust_moe.evaluation.study import Study, share
+from robust_moe.evaluation.study import Study, only_expert, share
 from robust_moe.methods.moe_attacks import clean_second_experts, held
 from robust_moe.models import DualModel
 from robust_moe_kernels.modules import MoELayer, attack_mode, moe_layers, rerouted
@@ -126,7 +126,7 @@ def _routed(study: Study, layer: MoELayer, attack: dict[str, Any]) -> dict[str, 
 
 
 def _single(study: Study, layer: MoELayer, expert: int, attack: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return study.clean_and_robust(f"expert {expert}", PGD(**attack), lambda _: _only(layer, expert))
+    return study.clean_and_robust(f"expert {expert}", PGD(**attack), lambda _: only_expert(layer, expert))
 
 
 def _shares(clean: Tensor, robust: Tensor) -> dict[str, float]:
@@ -146,12 +146,3 @@ def _on_second(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Every image of the batch at the expert that is second for the clean image."""
     with rerouted(model, held(clean_second_experts(model, batch.images))):
         yield
-
-
-@contextmanager
-def _only(layer: MoELayer, expert: int) -> Iterator[None]:
-    layer.fixed_expert = expert
-    try:
-        yield
-    finally:
-        layer.fixed_expert = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -11,11 +10,11 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Self
 
 from robust_moe.engine import Reporter, read_metrics
 from robust_moe.reproduce.jobs import Job
 from robust_moe.reproduce.runs import RUNS
+from robust_moe.signals import StopSignals
 
 __all__ = ["Outcome", "run_jobs"]
 
@@ -31,28 +30,16 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)  # by name of the job, why
 
 
-class _Children:
-    """The processes that run. While active, a first SIGINT or SIGTERM asks them to save and stop, a second kills them;
-    outside of the main thread, where Python has no signals, it only starts them."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+class _Children(StopSignals):
+    """The processes that run. While active, a first SIGINT or SIGTERM asks them to save and stop, a second kills
+    them."""
 
     def __init__(self) -> None:
         self.stopping = False
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.RLock()  # the handler interrupts the thread that may hold it
-        self._before: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         again, self.stopping = self.stopping, True
         for process in tuple(self._running):
             process.kill() if again else process.terminate()
