@@ -147,3 +147,14 @@ def test_tables_fit_together():
     for part, figures in FIGURES.items():
         for needs, _ in figures.values():
             assert set(needs) <= set(PARTS[part].runs)
+
+
+def test_every_expert_and_every_gated_model_is_inside_its_panel():
+    """The panels share an axis: a later one may reach higher than the first."""
+    low, high = AS_PUBLISHED["mixture-at"], {**AS_PUBLISHED["mixture-rt-er"], "sa": 0.9}
+    _, draw = FIGURES["rt-er"]["single-experts"]
+    figure = draw({"mixture-at": {"0": low, "1": low}, "mixture-rt-er": {"0": high, "1": high}})
+    for axes in figure.axes:
+        bottom, top = axes.get_ylim()
+        assert (bottom, top > 0.9) == (0, True)
+        assert all(bottom <= value <= top for line in axes.lines for value in line.get_ydata())

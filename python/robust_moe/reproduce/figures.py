@@ -37,13 +37,13 @@ def draw_part(part: str, records: Mapping[str, Mapping[str, Any]], folder: Path)
             continue
         there = {run: records[run] for run in needs}
         figure = draw({run: {seed: each["measures"] for seed, each in seeds.items()} for run, seeds in there.items()})
-        figure.suptitle(f"{figure.get_suptitle()}\n{_note(there)}", **TITLE)
+        figure.suptitle(f"{figure.get_suptitle()}\n{_note(there, attacked=draw is not _utilisation)}", **TITLE)
         figure.savefig(path)
         drawn.append(path)
     return drawn
 
 
-def _note(records: Mapping[str, Mapping[str, Any]]) -> str:
+def _note(records: Mapping[str, Mapping[str, Any]], attacked: bool) -> str:
     """What the numbers are of: attack, images, seeds."""
     each = [record for seeds in records.values() for record in seeds.values()]
     radii = sorted({str(record["attack"]["eps"]) for record in each})
@@ -52,7 +52,8 @@ def _note(records: Mapping[str, Mapping[str, Any]]) -> str:
     counts = sorted({len(seeds) for seeds in records.values()})
     listed = [" or ".join(map(str, values)) for values in (steps, radii, counts)]
     shown = " or ".join(f"{count:,}" for count in images)
-    return f"PGD-{listed[0]}, ε = {listed[1]}, {shown} images, {listed[2]} seed{'' if counts == [1] else 's'}"
+    attack = f"PGD-{listed[0]}, ε = {listed[1]}, " if attacked else ""
+    return f"{attack}{shown} images, {listed[2]} seed{'' if counts == [1] else 's'}"
 
 
 def _accuracies(title: str) -> Callable[[Found], Figure]:
@@ -120,7 +121,7 @@ def _sweep(found: Found) -> Figure:
 
 def _utilisation(found: Found) -> Figure:
     """Each expert's share of first choices, the most used one first; in each seed another may be it."""
-    figure = new_figure(7.5, 3.8, "Share of test images by expert, the most used first")
+    figure = new_figure(7.5, 3.8, "Share of clean test images by expert, the most used first")
     axes = figure.subplots()
     experts = len(next(iter(next(iter(found.values())).values()))["first"])
     width = 0.8 / len(found)
@@ -155,10 +156,11 @@ def _single_experts(found: Found) -> Figure:
                 axes.plot([left, right], [each[gated]] * 2, "-", color=color, label=None if place else label)
         axes.set_xticks(range(len(seeds)), [f"seed {seed}" for seed in seeds], fontsize=8)
         axes.set_title(runs.RUNS[run].title, fontsize=9, color=INK)
-        axes.set_ylim(0)
         axes.yaxis.set_major_formatter(PERCENT)
-        tidy(axes, "", "test images")
+        tidy(axes, "", "")
         axes.grid(False, axis="x")
+    figure.axes[0].set_ylim(0)  # of all, as they share it: once everything is drawn
+    figure.axes[0].set_ylabel("test images", color=INK)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
 
