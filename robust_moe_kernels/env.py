@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
         "CUDA of torch": torch.version.cuda or "none",
         "GPUs": ", ".join(names) or "none",
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
     }
 
 

@@ -68,6 +68,7 @@ def _sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is on the disk
+            os.fsync(handle)
     finally:
         os.close(handle)

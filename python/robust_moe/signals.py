@@ -26,7 +26,8 @@ class StopSignals(ABC):
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: one that Python did not install and cannot put back
+                signal.signal(number, handler)
 
     @abstractmethod
     def handle(self, number: int, frame: FrameType | None) -> None:

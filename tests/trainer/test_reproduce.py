@@ -23,7 +23,7 @@ from robust_moe.files import lock
 from robust_moe.reproduce import SCALES, STUDIES, StudyError, reproduce
 from robust_moe.reproduce.jobs import Job, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
-from robust_moe.reproduce.preparation import data_digest, load_data, remove, variant
+from robust_moe.reproduce.preparation import alone_in, data_digest, load_data, remove, variant
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS
 from robust_moe.reproduce.worker import work
@@ -301,6 +301,11 @@ def test_what_was_begun_otherwise_is_refused_before_anything_starts(finished, tm
     assert before == {path: path.read_bytes() for path in before}
     assert not list(copy.glob("report*"))
     (copy / "mixture-at" / "seed-0" / "measures.json").unlink()
+    (job,) = jobs_in(copy, names=["mixture-at"], seeds=[0])
+    dataclasses.replace(job, data="0123456789abcdef").write()  # what it was begun with
+    with pytest.raises(CheckpointError, match=r"training on the images of .*, got some on 0123456789ab\. Start anew"):
+        reproduce("rt-er", overrides=TINY, seeds=1, runs=copy, reporter=quiet())
+    job.write()
     (copy / "mixture-at" / "seed-0" / "last.pt").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"last\.pt: expected a whole checkpoint"):
         reproduce("rt-er", overrides=TINY, seeds=1, runs=copy, reporter=quiet())
@@ -316,20 +321,31 @@ def test_a_folder_has_one_study_at_a_time(finished, tmp_path):
 
 
 def test_starting_anew_removes_what_was_made_from_it(tmp_path):
-    for run in ("dense-at", "mixture-at", "mixture-standard", "dual-separate"):
-        (tmp_path / run / "seed-0").mkdir(parents=True)
-        (tmp_path / run / "seed-1").mkdir()
-    remove(jobs_in(tmp_path, names=["mixture-standard", "mixture-at"], seeds=[0]), tmp_path)
+    names = ("dense-at", "dual-separate", "mixture-at", "mixture-standard")
+    for name in names:
+        (tmp_path / name / "seed-0").mkdir(parents=True)
+        (tmp_path / name / "seed-1").mkdir()
+    jobs = jobs_in(tmp_path, names=["mixture-standard", "mixture-at"], seeds=[0])
+    with alone_in(tmp_path / "mixture-standard" / "seed-0"):  # a killed study's worker
+        with pytest.raises(StudyError, match="no other study works in"):
+            remove(jobs, tmp_path)
+        assert len(list(tmp_path.glob("*/*"))) == 8
+    remove(jobs, tmp_path)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
-    assert left == ["dense-at/seed-0", "dense-at/seed-1", "mixture-at/seed-1", "mixture-standard/seed-1"]
+    assert left == ["dense-at/seed-0", *(f"{name}/seed-1" for name in names)]
 
 
 @pytest.mark.parametrize(
     ("override", "why"),
     [
         ("method.name=trades", "which makes the run mixture-standard what it is"),
+        ("method={name: standard}", "which makes the run mixture-standard what it is"),
+        ("model.moe={balance: switch}", "which makes the run"),
+        ("eval={attack: {name: apgd-ce}}", "as all is measured by PGD"),
+        ("model.moe.balance_weight=0", "which the claims are about"),
+        ("model.dual.alpha=0.5", "which the claims are about"),
         ("model.moe.top_k=2", "which makes the run block-k1"),
-        ("model.moe.balance=kl", "which makes the run block-k1"),
+        ("model.moe.balance=kl", "which makes the run mixture-standard what it is"),
         ("model.mixture.num_experts=2", "which makes the run"),
         ("model.init_from=x.pt", "which makes the run dual-separate what it is"),
         ("run.seed=7", r"which differs from run to run \(--seeds, --runs\)"),
@@ -339,7 +355,7 @@ def test_starting_anew_removes_what_was_made_from_it(tmp_path):
     ],
 )
 def test_overrides_that_would_mislead_are_refused(override, why, tmp_path):
-    with pytest.raises(ConfigError, match=f"{override.split('=')[0]}: expected no such override, {why}"):
+    with pytest.raises(ConfigError, match=rf"{override.split('=')[0]}[a-z.]*: expected no such override, {why}"):
         reproduce("all", overrides=[*TINY, override], runs=tmp_path / "runs", reporter=quiet())
     assert not (tmp_path / "runs").exists()
 

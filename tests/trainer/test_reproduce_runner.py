@@ -3,6 +3,7 @@
 import signal
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
@@ -87,6 +88,38 @@ def test_a_job_that_cannot_be_started_fails_alone(stubbed):
     assert "cannot be started" in outcome.failed["block-k1, seed 0"]
     assert str(blocked.folder.parents[1]) not in outcome.failed["block-k1, seed 0"]
     assert sorted(order()) == sorted(set(RUNS) - {"block-k1"})
+
+
+def test_what_an_earlier_attempt_said_is_no_cause(stubbed):
+    jobs, _, _ = stubbed
+    (job,) = (job for job in jobs if job.run == "dense-at")
+    job.log.write_text("RuntimeError: of yesterday\n")
+    silent = (sys.executable, "-c", "import sys; sys.exit(9)")
+    outcome = run_jobs([job], 1, quiet(), silent)
+    assert outcome.failed[job.name].startswith("exit status 9: no output")
+    assert job.log.read_text() == "RuntimeError: of yesterday\n"
+
+
+class Broken(Reporter):
+    """Its output is gone once something has to be shown."""
+
+    @contextmanager
+    def task(self, name, total, done=0):
+        yield lambda *_: (_ for _ in ()).throw(BrokenPipeError("gone"))
+
+
+def test_an_error_here_stops_the_workers(stubbed):
+    jobs, _, _ = stubbed
+    quick, slow = (next(job for job in jobs if job.run == run) for run in ("dense-at", "dual-joint"))
+    code = (
+        "import sys, signal, pathlib, json; f = pathlib.Path(sys.argv[1]).parent\n"
+        "if 'dense' in str(f): sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit((f / 'stopped').write_text('yes') * 0 + 130))\n"
+        "signal.pause()"
+    )
+    with pytest.raises(BrokenPipeError):
+        run_jobs([quick, slow], 2, Broken(console=Console(quiet=True)), (sys.executable, "-c", code))
+    assert (slow.folder / "stopped").read_text() == "yes"
 
 
 def test_a_signal_stops_all_and_the_same_call_goes_on(stubbed, monkeypatch):

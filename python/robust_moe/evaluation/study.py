@@ -135,12 +135,12 @@ class Study:
 
 @contextmanager
 def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
-    """Every image goes to one expert of the layer."""
-    layer.fixed_expert = expert
+    """Every image goes to one expert of the layer, which is left as found."""
+    before, layer.fixed_expert = layer.fixed_expert, expert
     try:
         yield
     finally:
-        layer.fixed_expert = None
+        layer.fixed_expert = before
 
 
 def share(mask: Tensor) -> float:

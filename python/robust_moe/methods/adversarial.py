@@ -57,8 +57,9 @@ class AdversarialMethod(Method):
         images: Tensor,
         objective: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        """As :func:`probed_gain`, for ``images`` of an ``attack`` whose ``objective`` (images to [B]) compares with the
-        clean image and is lowest there: how much higher it is on them than on the random start of ``seed``."""
+        """As :func:`probed_gain`, for ``images`` of an ``attack`` with an ``objective`` of its own (images to [B]): how
+        much higher it is on them than on the random start of ``seed``, as a divergence from the clean image is lowest
+        there whatever the attack does."""
         if self.step % PROBE_EVERY:
             return {}
         start = attack.start(batch.images, batch.index, seed, 0)

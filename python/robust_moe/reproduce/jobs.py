@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
 from robust_moe.engine.state import NEUTRAL, changed_settings
@@ -25,6 +27,7 @@ JOB, MEASURES, LOG = "job.json", "measures.json", "log.txt"
 CHECKPOINT = "last.pt"  # of every run, so that all have trained to the end; the best would be one of chance's choosing
 FORMAT = 2  # of what is measured; raised when finished runs have to be measured anew
 ELSEWHERE = ("data.root", "eval.batch_size")  # besides the trainer's: where things are, how many at once
+ADVICE = "Start anew with --fresh, or choose another folder with --runs"
 MEASURED = ("eps", "steps", "alpha", "norm")  # settings of eval.attack that a study's PGD has
 
 
@@ -83,18 +86,25 @@ class Job:
         return cls(**{**tree, "config": config_from_dict(tree["config"]), "parts": parts})
 
     def expect_startable(self) -> None:
-        """Refuse to go on with a checkpoint of other settings.
+        """Refuse to go on with a checkpoint of other settings or other images.
 
         Raises:
             CheckpointError: there is one; the differences are shown. Or it is damaged.
         """
         if not self.trained or self.finished() is not None or not self.checkpoint.is_file():
             return
+        if (self.folder / JOB).is_file():
+            begun = Job.read(self.folder / JOB)
+            if begun.data != self.data:
+                raise CheckpointError(
+                    f"{self.checkpoint}: expected training on the images of {self.data[:12]}, as the data are now "
+                    f"(SHA-256), got some on {begun.data[:12]}. {ADVICE}"
+                )
         try:
             changed_settings(load_checkpoint(self.checkpoint)["config"], self.config, self.checkpoint)
         except CheckpointError as error:
             what = str(error).partition(". Go on")[0].partition(". Start anew")[0]
-            raise CheckpointError(f"{what}. Start anew with --fresh, or choose another folder with --runs") from error
+            raise CheckpointError(f"{what}. {ADVICE}") from error
 
     def finished(self) -> dict[str, Any] | None:
         """What was measured, if it was, and of this very job."""
@@ -123,19 +133,21 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
     """
     compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
     compared |= {key: name for name in names for key in RUNS[name].parts}
-    for override in overrides:
-        key = override.partition("=")[0].strip()
+    load_config(None, overrides)  # settings that there are
+    for key, value in flatten(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))).items():
         why = None
         if key == "data.root":
             why = "which --data-root gives"
         elif key in ("run.seed", "run.out"):
             why = "which differs from run to run (--seeds, --runs)"
+        elif key in ("model.moe.balance_weight", "model.dual.alpha"):
+            why = "which the claims are about"
         elif key.startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
             why = f"as all is measured by PGD from one random start ({', '.join(MEASURED)} can be set)"
         elif key in compared and not key.startswith("eval.attack."):
             why = f"which makes the run {compared[key]} what it is"
         if why is not None:
-            raise ConfigError(f"{key}: expected no such override, {why}, got {override!r}")
+            raise ConfigError(f"{key}: expected no such override, {why}, got {value!r}")
 
 
 def make_jobs(

@@ -19,6 +19,7 @@ from robust_moe.evaluation.scorer import LayerRouting
 from robust_moe.evaluation.study import Study, only_expert, share
 from robust_moe.methods.moe_attacks import clean_second_experts, held
 from robust_moe.models import DualModel
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, attack_mode, moe_layers, rerouted
 
 __all__ = ["ALPHAS", "best_of_halves", "measure"]
@@ -55,6 +56,7 @@ def measure(
         count, sweep_count: images; of a dual model, every point of whose sweep is an attack, the latter.
 
     Raises:
+        ValueError: a layer whose routes are imposed (``fixed_expert``, ``reroute``).
         FloatingPointError: a logit or an attack's gradient is NaN or infinite.
     """
 
@@ -64,6 +66,9 @@ def measure(
         return Study("study", model, chosen, chosen.labels, index, batch_size, attack["seed"], attack)
 
     layers = moe_layers(model)
+    for name, layer in layers.items():
+        free = layer.fixed_expert is None and layer.reroute is None
+        expect(free, name or "model", "routes of its own", "imposed ones")
     with attack_mode(model):
         if isinstance(model, DualModel):
             return _sweep(study(sweep_count), model, attack, sorted({*alphas, model.alpha}))

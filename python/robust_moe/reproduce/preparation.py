@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,11 @@ def expect_runnable(jobs: Sequence[Job], splits: Splits) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else runs a study in ``folder`` meanwhile."""
+    """No other study, or worker, is in ``folder`` meanwhile.
+
+    Raises:
+        StudyError: one is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         if not lock(file):
@@ -92,11 +96,19 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def remove(jobs: Sequence[Job], folder: Path) -> None:
-    """What these jobs have left, and what any run has that starts from them."""
+    """What these jobs have left, and what runs of the same seeds have that start from them.
+
+    Raises:
+        StudyError: a worker of a killed study is still at one of them; nothing has been removed.
+    """
     names = {job.run for job in jobs}
     followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
-    for path in {job.folder for job in jobs} | {folder / name for name in followers - names}:
-        if path.exists():
+    paths = {job.folder for job in jobs} | {folder / name / job.folder.name for name in followers for job in jobs}
+    paths = sorted(path for path in paths if path.exists())
+    with ExitStack() as held:
+        for path in paths:
+            held.enter_context(alone_in(path))
+        for path in paths:
             shutil.rmtree(path)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import NamedTuple
 
 from robust_moe.engine import Reporter, read_metrics
 from robust_moe.reproduce.jobs import Job
@@ -30,6 +30,13 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)  # by name of the job, why
 
 
+class Ended(NamedTuple):
+    """How a worker ended."""
+
+    status: int | None  # None: not started, as all is stopping
+    said: int  # where its own part of the log begins, in bytes
+
+
 class _Children(StopSignals):
     """The processes that run. While active, a first SIGINT or SIGTERM asks them to save and stop, a second kills
     them."""
@@ -37,33 +44,39 @@ class _Children(StopSignals):
     def __init__(self) -> None:
         self.stopping = False
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.RLock()  # the handler interrupts the thread that may hold it
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._running:  # something went wrong here: they save and stop
+            self.stopping = True
+            for process in tuple(self._running):
+                process.terminate()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         again, self.stopping = self.stopping, True
         for process in tuple(self._running):
             process.kill() if again else process.terminate()
 
-    def execute(self, job: Job, worker: Sequence[str]) -> int | None:
-        """Exit status of the job's worker; None: not started, as all is stopping."""
+    def execute(self, job: Job, worker: Sequence[str]) -> Ended:
+        """Run the job's worker to its end."""
         threads = job.config.run.threads
         env = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [*worker, str(job.write())]
         with open(job.log, "ab") as log:  # after what a killed one left
-            with self._lock:
-                if self.stopping:
-                    return None
-                # its own session: Ctrl-C at the terminal reaches this process alone, which passes it on once
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
-                )
+            said = log.tell()
+            if self.stopping:
+                return Ended(None, said)
+            # its own session: Ctrl-C at the terminal reaches this process alone, which passes it on once
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
+            ) as process:
                 self._running.add(process)
-            if self.stopping:  # the signal came while it was being started
-                process.terminate()
-            with process:
-                status = process.wait()
-            self._running.discard(process)
-        return status
+                if self.stopping:  # a signal came while it was being started
+                    process.terminate()
+                try:
+                    return Ended(process.wait(), said)
+                finally:
+                    self._running.discard(process)
 
 
 def run_jobs(
@@ -82,9 +95,9 @@ def run_jobs(
     todo = sorted((job for job in jobs if job.finished() is None), key=lambda job: -costs[job.name])
     total = sum(costs.values())
     done = shown = total - sum(costs[job.name] for job in todo)
-    running: dict[Future[int | None], Job] = {}
+    running: dict[Future[Ended], Job] = {}
     task = reporter.task("study", total, shown)
-    with _Children() as children, ThreadPoolExecutor(workers) as pool, task as advance:
+    with ThreadPoolExecutor(workers) as pool, _Children() as children, task as advance:
         while True:
             waiting = {job.name for job in (*todo, *running.values())}
             for job in list(todo):
@@ -112,10 +125,10 @@ def run_jobs(
     return outcome
 
 
-def _note(job: Job, ended: Future[int | None], stopping: bool, outcome: Outcome, reporter: Reporter) -> None:
+def _note(job: Job, ended: Future[Ended], stopping: bool, outcome: Outcome, reporter: Reporter) -> None:
     runs = f"{job.folder.parents[1]}{os.sep}"  # what fails is reported, and reports travel: no path of this machine
     try:
-        status = ended.result()
+        status, said = ended.result()
     except OSError as error:
         outcome.failed[job.name] = f"cannot be started: {error}".replace(runs, "")
         reporter.warn(f"{job.name} failed: {error}")
@@ -130,7 +143,7 @@ def _note(job: Job, ended: Future[int | None], stopping: bool, outcome: Outcome,
         )
         reporter.line(f"{job.name}: {shares}")
     elif not stopping:
-        lines = job.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = job.log.read_bytes()[said:].decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         outcome.failed[job.name] = f"exit status {status}: {last} (log: {job.log})".replace(runs, "")
         reporter.warn(f"{job.name} failed: {last}")

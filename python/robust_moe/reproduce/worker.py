@@ -26,6 +26,7 @@ from robust_moe.engine.state import find_checkpoint
 from robust_moe.provenance import provenance
 from robust_moe.reproduce.jobs import Job
 from robust_moe.reproduce.measures import measure
+from robust_moe.reproduce.preparation import alone_in
 
 __all__ = ["STOPPED", "work"]
 
@@ -100,8 +101,9 @@ def main() -> None:
     _stop_with_parent()
     job = Job.read(Path(sys.argv[1]))
     torch.set_num_threads(job.config.run.threads or torch.get_num_threads())
-    if not work(job, Reporter()):
-        sys.exit(STOPPED)
+    with alone_in(job.folder):  # a killed study's worker may still be saving
+        if not work(job, Reporter()):
+            sys.exit(STOPPED)
 
 
 if __name__ == "__main__":
