@@ -6,7 +6,8 @@ import functools
 import json
 import shutil
 import signal
-from contextlib import contextmanager
+import threading
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -318,6 +319,16 @@ def test_a_folder_has_one_study_at_a_time(finished, tmp_path):
         with pytest.raises(StudyError, match="expected a folder that no other study works in"):
             reproduce("rt-er", overrides=TINY, seeds=2, runs=folder, out=tmp_path, reporter=quiet())
     assert reproduce("rt-er", overrides=TINY, seeds=2, runs=folder, out=tmp_path, reporter=quiet()).finished
+
+
+def test_a_worker_waits_for_the_one_before(tmp_path):
+    before = ExitStack()
+    before.enter_context(alone_in(tmp_path))
+    with pytest.raises(StudyError), alone_in(tmp_path, patience=0.01):
+        pass
+    threading.Timer(0.1, before.close).start()
+    with alone_in(tmp_path, patience=60.0):
+        pass
 
 
 def test_starting_anew_removes_what_was_made_from_it(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "variant",
 ]
 
+RETRY = 0.2  # seconds between two looks at a lock
 CLASSES = 10  # of CIFAR-10, which the claims' texts and bounds are about
 
 
@@ -82,15 +84,19 @@ def expect_runnable(jobs: Sequence[Job], splits: Splits) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """No other study, or worker, is in ``folder`` meanwhile.
 
     Raises:
-        StudyError: one is.
+        StudyError: one is, and still was after ``patience`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    last = time.monotonic() + patience
     with open(folder / ".lock", "ab") as file:
-        if not lock(file):
+        while not lock(file):
+            if time.monotonic() < last:
+                time.sleep(RETRY)
+                continue
             raise StudyError(f"runs: expected a folder that no other study works in, got {folder}")
         yield
 

@@ -31,6 +31,7 @@ from robust_moe.reproduce.preparation import alone_in
 __all__ = ["STOPPED", "work"]
 
 STOPPED = 130  # exit status of a worker that a signal stopped
+PATIENCE = 60.0  # seconds: the worker of a killed study may still be saving
 
 
 def work(job: Job, reporter: Reporter) -> bool:
@@ -101,7 +102,7 @@ def main() -> None:
     _stop_with_parent()
     job = Job.read(Path(sys.argv[1]))
     torch.set_num_threads(job.config.run.threads or torch.get_num_threads())
-    with alone_in(job.folder):  # a killed study's worker may still be saving
+    with alone_in(job.folder, PATIENCE):
         if not work(job, Reporter()):
             sys.exit(STOPPED)
 
