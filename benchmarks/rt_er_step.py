@@ -12,12 +12,12 @@ that makes no difference, in evaluation mode.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Row, check_close, compare
+from benchmarks.train_step import INPUTS, method_step
 from robust_moe.attacks import attack_mode
 from robust_moe.config import AttackConfig, MethodConfig, MixtureConfig, ModelConfig, MoEConfig, TrainConfig
 from robust_moe.data import Batch
@@ -28,7 +28,6 @@ from robust_moe_kernels.ops.routing import Route
 __all__ = ["PerSample", "run"]
 
 EXPERTS = 4
-INPUTS = 2
 APART = 0.05  # share of pixels that rounding may move: a gradient next to zero has either sign, ten times over
 
 
@@ -59,19 +58,6 @@ def _config(form: str, steps: int, width: int) -> TrainConfig:
     model = ModelConfig(name="resnet_small", width=width, mixture=mixture, moe=MoEConfig(balance="none"))
     attack = AttackConfig(eps="8/255", alpha="2/255", steps=steps)
     return TrainConfig(model=model, method=MethodConfig(name="rt_er", form=form, attack=attack))
-
-
-def _step(model: ExpertMixture, method: RobustExperts, batches: list[Batch]) -> Callable[[int], object]:
-    # a learning rate of almost nothing: steps are as expensive as any, and the last times what the first did
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9, weight_decay=5e-4, foreach=True)
-
-    def step(number: int) -> None:
-        for update in method.updates(model, batches[number % INPUTS], step_seed=number + 2**16):
-            update.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
 
 
 def _check(ours: ExpertMixture, loop: ExpertMixture, method: RobustExperts, batch: Batch) -> None:
@@ -111,8 +97,8 @@ def run(options: Options) -> list[Row]:
         method = RobustExperts(config)
         _check(ours, loop, method, batches[0])
         variants = {
-            "ours": _step(ours, method, batches),
-            "per-sample dispatch": _step(loop, RobustExperts(config), batches),
+            "ours": method_step(ours, method, batches),
+            "per-sample dispatch": method_step(loop, RobustExperts(config), batches),
         }
         case = {"step": f"RT-ER, {form} form, PGD-{steps}", "model": "resnet_small", "E": EXPERTS, "B": count}
         case |= {"width": width, "threads": torch.get_num_threads()}

@@ -21,11 +21,11 @@ from benchmarks.baselines import MaskedLoop
 from benchmarks.harness import Options, Row, check_close, compare, peak_bytes
 from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods import PGDAdversarialTraining
+from robust_moe.methods import Method, PGDAdversarialTraining
 from robust_moe.models import build_model
 from robust_moe_kernels.ops.attack_step import random_start
 
-__all__ = ["plain_attack", "run"]
+__all__ = ["INPUTS", "method_step", "plain_attack", "run"]
 
 LAYER = "layer4.1"
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
@@ -73,14 +73,15 @@ def _plain_step(model: nn.Module, batches: list[Batch]) -> Callable[[int], objec
     return step
 
 
-def _our_step(model: nn.Module, method: PGDAdversarialTraining, batches: list[Batch]) -> Callable[[int], object]:
+def method_step(model: nn.Module, method: Method, batches: list[Batch]) -> Callable[[int], object]:
+    """One batch of ``method`` as the trainer does it, of the ``INPUTS`` in turn."""
     optimizer = _optimizer(model, foreach=True)
 
     def step(number: int) -> None:
         for update in method.updates(model, batches[number % INPUTS], step_seed=number + 2**16):
             update.loss.backward()
             optimizer.step()
-        optimizer.zero_grad()
+            optimizer.zero_grad()
 
     return step
 
@@ -127,8 +128,8 @@ def run(options: Options) -> list[Row]:
         _check(ours, plain, method, batches[0])
         plain = plain.to(memory_format=torch.contiguous_format)
         steps = {
-            "ours": _our_step(ours, method, batches),
-            "masked loop, our attack": _our_step(mixed, method, batches),
+            "ours": method_step(ours, method, batches),
+            "masked loop, our attack": method_step(mixed, method, batches),
             "plain loop trainer": _plain_step(plain, batches),
         }
         for step in steps.values():
