@@ -152,6 +152,51 @@ def test_normalize_refuses_unequal_lengths():
         Normalize([0.0, 0.0], [1.0])
 
 
+@pytest.mark.parametrize("size", [16, 15])
+def test_a_narrow_network_is_the_same_function(size: int):
+    """Its shortcuts pick pixels before they convolve; the weights and their names are a strided convolution's."""
+    torch.manual_seed(0)
+    ours = build_model(ModelConfig(name="resnet_small", width=8), 10, 3, size).double()
+    plain = copy.deepcopy(ours)
+    seen = 0
+    for module in plain.modules():
+        if getattr(module, "downsample", None) is not None:
+            conv, norm = module.downsample.get_submodule("0"), module.downsample.get_submodule("1")
+            strided = nn.Conv2d(conv.in_channels, conv.out_channels, 1, module.stride, bias=False).double()
+            strided.load_state_dict(conv.state_dict())
+            seen += len(module.downsample) == 3
+            module.downsample = nn.Sequential(strided, norm)
+    assert seen == 1  # the one from 8 channels; the next reads 16
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    images = torch.rand(3, 3, size, size, dtype=torch.float64)
+    got, wanted = ours(images), plain(images)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    names = [name for name, _ in ours.named_parameters()]
+    grads = [torch.autograd.grad(out.square().sum(), list(m.parameters())) for out, m in ((got, ours), (wanted, plain))]
+    for name, one, other in zip(names, *grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+NARROW = """
+import torch
+from robust_moe.config import ModelConfig
+from robust_moe.models import build_model
+torch.set_num_threads(2)
+model = build_model(ModelConfig(name="resnet_small", width=8), 10, 3, 32)
+for count in (3, 5, 7) * 4:
+    images = torch.rand(count, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    model(images).sum().backward()
+    others = [torch.rand(7 + 13 * i) for i in range(20)]  # memory that stray writes would meet
+print("done")
+"""
+
+
+@pytest.mark.slow  # a process of its own, as what it guards against ends the process
+def test_a_narrow_network_trains_on_several_threads():
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr[-500:]
+
+
 def test_models_and_data_import_without_optional_packages():
     """In a fresh process in which they cannot be imported, as beside a PyTorch build that torchvision does not fit."""
     code = (

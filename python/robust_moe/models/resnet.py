@@ -7,6 +7,7 @@ weights pass between the two; torchvision itself is not needed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -109,6 +110,21 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+def _shortcut(channels: int, out: int, stride: int) -> nn.Sequential:
+    """A 1x1 convolution of the stride, as ``0``, and its batch norm, as ``1``.
+
+    Below 16 channels the pixels are picked first: there oneDNN 3.12 (PyTorch 2.14 and 2.15, x86-64) writes beyond its
+    buffers in the filter gradient of a strided 1x1 convolution in channels-last format, whenever the images do not
+    divide evenly over two threads or more. The result is the same.
+    """
+    if stride == 1 or channels >= 16:
+        return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+    pick = nn.AvgPool2d(1, stride)
+    return nn.Sequential(
+        OrderedDict({"pick": pick, "0": nn.Conv2d(channels, out, 1, bias=False), "1": nn.BatchNorm2d(out)})
+    )
+
+
 def _stage(
     block: type[BasicBlock | Bottleneck], channels: int, planes: int, count: int, stride: int
 ) -> tuple[nn.Sequential, int]:
@@ -116,6 +132,6 @@ def _stage(
     out = planes * block.expansion
     downsample = None
     if stride != 1 or channels != out:
-        downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        downsample = _shortcut(channels, out, stride)
     first = block(channels, planes, stride, downsample)
     return nn.Sequential(first, *(block(out, planes) for _ in range(count - 1))), out
