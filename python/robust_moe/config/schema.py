@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from robust_moe.config.checks import expect_one_of, parse_fraction, require
 from robust_moe.config.model import ModelConfig
@@ -94,6 +95,15 @@ class AttackConfig:
         require(self.loss in losses, f"{key}.loss", f"one of {', '.join(losses)}", self.loss)
         require(self.eot_iter >= 1, f"{key}.eot_iter", "a count >= 1", self.eot_iter)
         require(self.graph in ("auto", True, False), f"{key}.graph", "auto, true or false", self.graph)
+
+    def steps_in_ball(self, key: str) -> dict[str, Any]:
+        """``eps``, ``steps``, ``alpha`` and ``norm`` as a PGD takes them, lengths as numbers."""
+        return {
+            "eps": float(parse_fraction(self.eps, f"{key}.eps")),
+            "steps": self.steps,
+            "alpha": None if self.alpha is None else float(parse_fraction(self.alpha, f"{key}.alpha")),
+            "norm": self.norm,
+        }
 
 
 @dataclass

@@ -19,7 +19,7 @@ from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
 from robust_moe.provenance import git_revision, versions
 
-__all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "find_checkpoint"]
+__all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
 NEUTRAL = frozenset(
@@ -45,11 +45,22 @@ FIXED = (
 REMEASURED = ("model.*", "eval.*", "run.ema_decay")
 
 
+def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
+    """The settings in which ``new`` differs from a checkpoint's ``old``, apart from those of :data:`NEUTRAL`; by name,
+    a text with both values."""
+    before, after = flatten(old), flatten(new)
+    absent = "(not set)"
+    return {
+        key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in NEUTRAL and before.get(key, absent) != after.get(key, absent)
+    }
+
+
 def changed_settings(
     old: dict[str, Any], new: TrainConfig, source: str | Path, override: bool = False
 ) -> dict[str, str]:
-    """The settings in which ``new`` differs from the checkpoint's ``old``, apart from those of :data:`NEUTRAL`; by
-    name, a text with both values.
+    """:func:`differing_settings`, which a run that goes on may have by an override only.
 
     Args:
         old, new: what the run was started with, and what it is to go on with.
@@ -59,13 +70,7 @@ def changed_settings(
     Raises:
         CheckpointError: there are such settings; lists them with both values.
     """
-    before, after = flatten(old), flatten(new)
-    absent = "(not set)"
-    changed = {
-        key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if key not in NEUTRAL and before.get(key, absent) != after.get(key, absent)
-    }
+    changed = differing_settings(old, new)
     fixed = [text for key, text in changed.items() if key in FIXED]
     if override and fixed:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import Attack, Crafted, attack_mode, build_attack
 from robust_moe.attacks.base import StepAttack
-from robust_moe.config import ConfigError, TrainConfig, parse_fraction
+from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.base import Method, accuracy, full
 
@@ -109,10 +109,7 @@ def pgd_settings(config: TrainConfig) -> dict[str, Any]:
     expect_attack(config, why, name=["pgd"], restarts=[1], loss=["ce"], random_start=[True])
     attack = config.method.attack
     return {
-        "eps": float(parse_fraction(attack.eps, "method.attack.eps")),
-        "steps": attack.steps,
-        "alpha": None if attack.alpha is None else float(parse_fraction(attack.alpha, "method.attack.alpha")),
-        "norm": attack.norm,
+        **attack.steps_in_ball("method.attack"),
         "eot_iter": attack.eot_iter,
         "mode": config.method.attack_mode,
         "graph": attack.graph,

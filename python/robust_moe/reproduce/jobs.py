@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
-from robust_moe.engine.state import NEUTRAL, changed_settings
+from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
@@ -101,10 +101,14 @@ class Job:
                     f"(SHA-256), got some on {begun.data[:12]}. {ADVICE}"
                 )
         try:
-            changed_settings(load_checkpoint(self.checkpoint)["config"], self.config, self.checkpoint)
+            began_with = load_checkpoint(self.checkpoint)["config"]
         except CheckpointError as error:
-            what = str(error).partition(". Go on")[0].partition(". Start anew")[0]
-            raise CheckpointError(f"{what}. {ADVICE}") from error
+            raise CheckpointError(f"{error}. {ADVICE}") from error
+        if changed := differing_settings(began_with, self.config):
+            raise CheckpointError(
+                f"{self.checkpoint}: expected the configuration that the run was started with; "
+                f"{'; '.join(changed.values())}. {ADVICE}"
+            )
 
     def finished(self) -> dict[str, Any] | None:
         """What was measured, if it was, and of this very job."""

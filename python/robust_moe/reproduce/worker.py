@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_moe.config import TrainConfig, parse_fraction
+from robust_moe.config import TrainConfig
 from robust_moe.data import ImageSet, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
@@ -77,14 +77,7 @@ def _model(job: Job) -> tuple[nn.Module, ImageSet, dict[str, Any]]:
 
 
 def _attack(config: TrainConfig) -> dict[str, Any]:
-    attack = config.eval.attack
-    return {
-        "eps": float(parse_fraction(attack.eps, "eval.attack.eps")),
-        "steps": attack.steps,
-        "alpha": None if attack.alpha is None else float(parse_fraction(attack.alpha, "eval.attack.alpha")),
-        "norm": attack.norm,
-        "seed": config.eval_seed,
-    }
+    return {**config.eval.attack.steps_in_ball("eval.attack"), "seed": config.eval_seed}
 
 
 def _stop_with_parent() -> None:
