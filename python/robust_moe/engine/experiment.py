@@ -161,13 +161,13 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def load_experiment(
-    path: str | Path, overrides: list[str] | None = None
+    path: str | Path, overrides: list[str] | None = None, splits: Splits | None = None
 ) -> tuple[TrainConfig, nn.Module, Splits, dict[str, Any]]:
     """(configuration, model in eval mode on its device, data, checkpoint) from a checkpoint file or a run folder.
 
     A folder stands for its :func:`checkpoint_file`. ``overrides`` such as ``["data.root=/data"]`` go on top of the
     configuration in the checkpoint; they may change settings of :data:`EVALUATION` only, so validation images are
-    always those that the model was not trained on.
+    always those that the model was not trained on. ``splits``: the configuration's data, where they are read already.
 
     Raises:
         CheckpointError: an unreadable file, or one that does not fit the model or the data.
@@ -179,7 +179,7 @@ def load_experiment(
     config = config_from_dict(checkpoint["config"], overrides, where=str(path))
     _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
-    splits = load_splits(config.data, config.run.seed)
+    splits = load_splits(config.data, config.run.seed) if splits is None else splits
     data = checkpoint["data"]
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),

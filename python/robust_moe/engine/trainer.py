@@ -116,7 +116,7 @@ class Trainer:
         with self._in_run_folder():
             source = find_checkpoint(self.folder) if resume else None
         checkpoint = None if source is None else load_checkpoint(source)
-        splits = load_splits(config.data, config.run.seed)
+        self.splits = splits = load_splits(config.data, config.run.seed)
         data = describe_data(splits.train)
         self.validation = Validation(config, splits, fabric.device)
         self.loader = BatchLoader(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from robust_moe.config import TrainConfig
-from robust_moe.data import ImageSet, load_splits
+from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
 from robust_moe.engine.rng import seed_all
@@ -41,16 +41,20 @@ def work(job: Job, reporter: Reporter) -> bool:
     seconds: dict[str, float | None] = {"train": 0.0}  # null: in more than one go
     if job.trained:
         resumed = find_checkpoint(job.folder) is not None
-        outcome = Trainer(job.config, reporter).fit(resume=True)
+        trainer = Trainer(job.config, reporter)
+        outcome = trainer.fit(resume=True)
         if not outcome.finished:
             return False
         seconds["train"] = None if resumed else round(outcome.seconds, 3)
+        splits = trainer.splits  # read once
+    else:
+        splits = load_splits(job.config.data, job.config.run.seed)
     began = time.perf_counter()
     with cpu_threads(job.config.run.threads):
-        model, images, trained = _model(job)
+        model, trained = _model(job, splits)
         measures = measure(
             model,
-            images,
+            splits.test,
             _attack(job.config),
             count=job.images,
             sweep_count=job.sweep_images,
@@ -65,15 +69,14 @@ def work(job: Job, reporter: Reporter) -> bool:
     return True
 
 
-def _model(job: Job) -> tuple[nn.Module, ImageSet, dict[str, Any]]:
-    """(model in eval mode, test images, epoch and step of its checkpoint)."""
+def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:
+    """(model in eval mode, epoch and step of its checkpoint)."""
     if job.trained:
-        _, model, splits, state = load_experiment(job.checkpoint)
-        return model, splits.test, state["position"]
-    splits = load_splits(job.config.data, job.config.run.seed)
+        _, model, _, state = load_experiment(job.checkpoint, splits=splits)
+        return model, state["position"]
     seed_all(job.config.run.seed)
     model = make_model(job.config, describe_data(splits.train))
-    return model.to(resolve_device(job.config.run.accelerator)).eval(), splits.test, {}
+    return model.to(resolve_device(job.config.run.accelerator)).eval(), {}
 
 
 def _attack(config: TrainConfig) -> dict[str, Any]:
