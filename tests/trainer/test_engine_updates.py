@@ -22,6 +22,16 @@ from robust_moe.methods import METHODS, Method, Objective
 NEVER_EQUAL = ("seconds", "val_seconds")
 DUAL = ("model.moe.layers=[]", "model.mixture.num_experts=2", "model.dual.enabled=true")
 
+SHORT_RUN = (
+    "method.attack_steps_schedule=[[0,1],[0.7,3]]",  # the last piece begins after the stop
+    "method.label_smoothing=0.2",
+    "optim.schedule=one_cycle",
+    "optim.weight_decay_on=weights",
+    "data.augment.flip=true",
+    "data.augment.flip_order=alternating",
+    "run.ema_epochs=1",
+)
+
 
 def fit(config, **options):
     console = Console(record=True, width=300, file=io.StringIO())
@@ -151,9 +161,8 @@ def test_a_healthy_run_warns_of_nothing(tiny):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("trades", ("method.attack_steps_schedule=[[0,1],[0.7,2]]", "method.label_smoothing=0.2")),
-        ("pgd_at", ("method.attack_steps_schedule=[[0,1],[0.7,3]]", "run.ema_epochs=1", "optim.weight_decay_on=weights",
-                    "optim.schedule=one_cycle", "data.augment.flip=true", "data.augment.flip_order=alternating")),
+        ("trades", ()),
+        ("pgd_at", SHORT_RUN),
         ("mart", ("optim.name=adam", "optim.lr=1e-3")),
         ("free_at", ("method.replays=2",)),
         ("fast_at", ("run.ema_decay=0.9",)),
@@ -162,7 +171,7 @@ def test_a_healthy_run_warns_of_nothing(tiny):
         ("jtdmoe", DUAL),
         ("jtdmoe", (*DUAL, "method.form=released", "optim.name=adamw", "optim.lr=1e-3")),
     ],
-)  # fmt: skip
+)
 def test_stopped_and_resumed_every_method_ends_in_the_same_numbers(tiny, name, overrides):
     settings = (f"method.name={name}", "run.checkpoint_steps=3", *overrides)
     _, whole, _ = fit(tiny(*settings, out="whole"))
