@@ -106,7 +106,6 @@ def _results(runs: Sequence[Run], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from map(run_once, runs)
         return
-    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports PyTorch
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(_while_wanted, runs)
 

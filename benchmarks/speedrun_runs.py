@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.speedrun_recipe import arm_config
 from robust_moe.attacks import PGD, Attack, AutoAttack
 from robust_moe.config import DataConfig, TrainConfig, parse_fraction
@@ -73,7 +71,6 @@ def run_once(run: Run) -> dict[str, Any]:
 
     A run differs from another if any setting that decides numbers does, or any pixel of the images.
     """
-    torch.set_num_threads(1)
     where = (f"data.name={SOURCE}", f"data.root={run.root}", f"run.seed={run.seed}")
     splits = load_splits(arm_config(run.arm, (*run.overrides, *where), 1)[0].data, run.seed)
     config, passes = arm_config(run.arm, (*run.overrides, *where), len(splits.train))
