@@ -34,8 +34,8 @@ SHORTEST_CYCLE = 1e-3  # epochs; far below a step a rate is noise, and in the en
 class AugmentConfig:
     """Random changes of training images, drawn on the device for a whole batch."""
 
-    flip: bool = False  # mirror left-right, every image in half of the epochs
-    flip_order: str = "random"  # of flip: "random" in every epoch anew, or "alternating": in every second epoch
+    flip: bool = False  # mirror an image left-right half of the time
+    flip_order: str = "random"  # of flip: "random": with probability 1/2; "alternating": in every second epoch
     crop_padding: int = 0  # pixels of zero padding on each side before a random crop of the original size; 0: off
     color_jitter: float = 0.0  # brightness, contrast and saturation are each scaled by U(1-j, 1+j); 0: off
     cutout: int = 0  # side in pixels of one square set to zero; 0: off
