@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from robust_moe.attacks import PGD
+from robust_moe.attacks.graph import StepGraphs
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
@@ -118,3 +119,40 @@ def test_the_trainer_says_how_much_of_the_run_is_finished(tiny):
     trainer._step = watched
     trainer.fit()
     assert seen == [(number / 8, 1 if number < 4 else 3) for number in range(8)]
+
+
+class Recorder:
+    """Stands in for CUDA graphs: a recording has its number of steps fixed in it, as a graph has."""
+
+    def __init__(self, attack):
+        self.attack, self.captured, self.replayed = attack, [], []
+
+    def why_not(self, x):
+        return None
+
+    def capture(self, function, inputs, beside):
+        steps = self.attack.steps
+        function(*inputs)  # as the warm-up of a capture
+        self.captured.append(steps)
+        recorder = self
+
+        class Recording:
+            def replay(self, inputs):
+                assert recorder.attack.steps == steps
+                recorder.replayed.append(steps)
+                return function(*inputs)
+
+        return Recording()
+
+
+def test_each_number_of_steps_is_captured_as_a_graph_of_its_own(tiny):
+    config = tiny("method.attack_steps_schedule=[[0,1],[0.5,3]]", *DENSE)
+    eager, method = build_method(config), build_method(config)
+    recorder = Recorder(method.attack)
+    method.attack.graphs = StepGraphs("auto", recorder)
+    model, batch = setting(config)
+    for number, progress in enumerate((0.0, 0.1, 0.2, 0.5, 0.6, 0.7)):
+        method.progress = eager.progress = progress
+        assert torch.equal(method.craft(model, batch, number).images, eager.craft(model, batch, number).images)
+    assert recorder.captured == [1, 3]  # the second batch of each piece
+    assert recorder.replayed == [1, 1, 3, 3]
