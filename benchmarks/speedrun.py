@@ -183,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _record(options: argparse.Namespace, arms: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     order = list(ARMS)
+    results = sorted(results, key=lambda result: (order.index(result["arm"]), result["seed"]))
     return {
         "benchmark": "speedrun ablation",
         "rule": RULE,
@@ -193,7 +194,8 @@ def _record(options: argparse.Namespace, arms: dict[str, Any], results: Sequence
         "autoattack": [*AUTOATTACK[options.autoattack], f"{options.attack_steps} steps"],
         **provenance(torch.device("cpu")),
         "arms": arms,
-        "runs": sorted(results, key=lambda result: (order.index(result["arm"]), result["seed"])),
+        # without all their settings, which follow from recipe and changes and stay in the runs' own files
+        "runs": [{key: value for key, value in result.items() if key != "settings"} for result in results],
     }
 
 

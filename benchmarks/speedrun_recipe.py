@@ -17,8 +17,8 @@ __all__ = ["ARMS", "BASELINE", "FULL", "RECIPE", "arm_config"]
 FULL, BASELINE = "full", "plain"
 
 # The network and the images of `robust-moe reproduce --scale cpu`: 7,000 images at 16 pixels, a ResNet of 8 channels,
-# and its radius, 4/255, at which so small a network is well above chance. The rest is the preset's, but for what
-# belongs to the size: the peak rate and the average's memory were chosen in pilots on validation images.
+# and its radius, 4/255, at which so small a network is well above chance. Epochs, batch and the average's memory belong
+# to the size; the rest is the preset's.
 RECIPE: tuple[str, ...] = (
     "data.name=parquet",
     "data.image_size=16",
