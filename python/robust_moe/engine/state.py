@@ -160,11 +160,9 @@ class RunState:
                     self.average.load_state_dict(state["ema"], source)
             kept = ("params", "lr")  # the rate is the last step's
             options = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
-            grouped = state["config"]["optim"].get(
-                "weight_decay_on", "all"
-            )  # a checkpoint from before there was a choice
+            before = state["config"]["optim"].get("weight_decay_on", "all")  # older checkpoints had no choice
             now = self.config.optim.weight_decay_on
-            self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, grouped, now))
+            self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, before, now))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
             self.precision.load_state_dict(state["precision"])
