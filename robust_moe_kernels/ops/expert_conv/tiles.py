@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -166,6 +166,12 @@ def choose(operation: str, shape: Shape, pairs: int, gpu: Gpu, table: Path = TAB
     Raises:
         ValueError: no tile fits the GPU's shared memory.
     """
+    plain = all(type(number) is int for number in (pairs, *shape[1:]))  # not so while shapes are traced
+    return (_chosen if plain else _chosen.__wrapped__)(operation, shape, pairs, gpu, table)
+
+
+@lru_cache(4096)
+def _chosen(operation: str, shape: Shape, pairs: int, gpu: Gpu, table: Path) -> Choice:
     mine = [e for e in _entries(table) if (e["operation"], e["kind"]) == (operation, shape.kind)]
     own = [e for e in mine if e["architecture"] == f"sm_{gpu.capability}"]
     possible = []
@@ -227,6 +233,7 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
     text = ",\n".join("  " + json.dumps(entry) for entry in (*measured, *kept))
     path.write_text('{"entries": [\n' + text + "\n]}\n", encoding="utf-8")
     _entries.cache_clear()
+    _chosen.cache_clear()
 
 
 def _thresholds(sizes: set[int]) -> dict[int, int]:
