@@ -40,7 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Benchmarks: every number is timed after its result was found correct.",
-        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER",
+        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
+        "without a GPU:  python -m benchmarks.schedule and python -m benchmarks.sass, of the grouped convolution",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")

@@ -161,13 +161,16 @@ def _run(
                 source, filters, target, record, *numbers, place, index, *sizes, **flags
             )
             return target
-        descriptor = variant == "descriptor"
+        # A descriptor's memory begins at a multiple of 16 bytes, as all memory does that PyTorch allocates.
+        descriptor = variant == "descriptor" and filters.storage_offset() * filters.element_size() % 16 == 0
         if descriptor:
             block = [tile.n, tile.k] if backward else [tile.k, tile.n]
             filters = TensorDescriptor.from_tensor(filters.view(-1, filters.shape[-1]), block)
         gpu = gpu_of(source.device)
-        seats = min(gpu.multiprocessors, place.shape[0] * across)
-        persistent_kernel[(seats * case.choice.programs(source.element_size(), gpu.shared),)](
+        items = place.shape[0] * across
+        seats = min(gpu.multiprocessors, items)
+        programs = min(case.choice.programs(source.element_size(), gpu.shared), -(-items // seats))
+        persistent_kernel[(seats * programs,)](
             source, filters, target, record, *numbers, place, index, place.shape[0], seats, *sizes,
             DESCRIPTOR=descriptor, EVEN_K=case.depth % tile.k == 0, EVEN_N=case.columns % tile.n == 0, **flags,
         )  # fmt: skip

@@ -112,7 +112,7 @@ class Product(NamedTuple):
             choice = choose("product", shape, rows * pixels * parts, gpu_of(weight.device))
         if choice.variant == "descriptor":
             lines = experts * kernel[0] * kernel[1] * inputs
-            expect(lines < 2**31, "weight", "fewer than 2^31 filters' lines, E * kh * kw * I", lines)
+            expect(lines < 2**31, "weight", "fewer than 2^31 lines of filters, E * kh * kw * I", lines)
         return cls(sizes, experts, rows, depth, columns, forward, mirror, parts, pixels, choice)
 
     @property
