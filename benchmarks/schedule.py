@@ -73,7 +73,7 @@ def _taps(counts: tuple[int, ...], size: int, ordered: bool, block: int) -> tupl
     offsets = torch.tensor([0, *counts], device=device).cumsum(0)
     weight = torch.empty(1, dtype=torch.float16, device=device).expand(len(counts), 64, 64, 3, 3)
     choice = Choice("persistent" if ordered else "pointer", Tile(block, 64, 64, 4, 2))
-    record, *_ = triton_impl.plan(weight, offsets, sum(counts), size, size, False, _BLOCK, choice)
+    record, *_ = triton_impl.plan_by(choice, weight, offsets, sum(counts), size, size, False, _BLOCK)
     record = record[: int(record[-1, 0])] if ordered else record[:-1][record[:-1, 0] >= 0]
     return tuple((record[:, 1] * record[:, 2]).tolist())
 

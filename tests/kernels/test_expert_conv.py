@@ -322,7 +322,7 @@ def test_filters_beyond_a_descriptor_are_refused():
     with pytest.raises(
         ValueError, match=r"^weight: expected fewer than 2\^31 lines of filters, E \* kh \* kw \* I, got"
     ):
-        triton_impl.forward(x, weight, offsets, None, [], Geometry(ONE, NONE, ONE), choice)
+        triton_impl.forward_by(choice, x, weight, offsets, None, [], Geometry(ONE, NONE, ONE))
 
 
 def test_filters_that_begin_anywhere(generator, assert_same_bits):
@@ -332,7 +332,7 @@ def test_filters_that_begin_anywhere(generator, assert_same_bits):
     moved = stored.view(weight.permute(0, 3, 4, 2, 1).shape).permute(0, 4, 3, 1, 2).copy_(weight)
     assert moved.stride() == weight.stride()
     geometry, choice = Geometry(ONE, ONE, ONE), Choice("descriptor", Tile(64, 64, 64, 4, 4))
-    results = [triton_impl.forward(x, w, offsets, sample, [], geometry, choice) for w in (moved, weight)]
+    results = [triton_impl.forward_by(choice, x, w, offsets, sample, [], geometry) for w in (moved, weight)]
     assert_same_bits(*results)
 
 

@@ -144,7 +144,7 @@ def test_a_plan_covers_every_pixel_once_longest_tiles_first(name):
         offsets = torch.tensor([0, *counts]).cumsum(0)
         weight = torch.empty(1).expand(len(counts), 16, 16, taps, taps)
         choice = Choice("persistent", Tile(16, 64, 16, 4, 2))
-        record, numbers, place = triton_impl.plan(weight, offsets, sum(counts), *size, backward, geometry, choice)
+        record, numbers, place = triton_impl.plan_by(choice, weight, offsets, sum(counts), *size, backward, geometry)
         tiles = int(record[-1, 0])
         height, width = size if backward else geometry.output_size(*size, (taps, taps))
         written = place[:tiles][place[:tiles] >= 0]

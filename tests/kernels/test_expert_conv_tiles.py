@@ -94,10 +94,10 @@ def test_every_product(kind, choice):
         inputs = inputs_for(name, dtype)
         x, weight, offsets, sample, d_out = inputs.to("cuda" if HAS_GPU else "cpu")
         geometry = Geometry(case.stride, case.padding, case.dilation)
-        out = triton_impl.forward(x, weight, offsets, sample, [], geometry, choice)
+        out = triton_impl.forward_by(choice, x, weight, offsets, sample, [], geometry)
         results = [out, None, None]
         if choice.variant != "descriptor" or case.channels[1] % choice.tile.k == 0:
-            results[1] = triton_impl.dgrad(d_out, weight, offsets, [], *case.size, geometry, choice)
+            results[1] = triton_impl.dgrad_by(choice, d_out, weight, offsets, [], *case.size, geometry)
         assert_within_bounds(tuple(results), inputs, case, unit_of(kind))
 
 
@@ -110,7 +110,7 @@ def test_every_filter_gradient(kind, choice):
         geometry = Geometry(case.stride, case.padding, case.dilation)
         if name != "odd":
             x, sample = channels_last(x.index_select(0, sample)), None
-        d_weight = triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry, choice)
+        d_weight = triton_impl.wgrad_by(choice, x, d_out, offsets, sample, weight, geometry)
         assert_within_bounds((None, None, d_weight), inputs, case, unit_of(kind))
 
 
@@ -121,12 +121,14 @@ def test_strides(variant):
     x, weight, offsets, sample, d_out = inputs.to("cuda" if HAS_GPU else "cpu")
     geometry = Geometry(case.stride, case.padding, case.dilation)
     if variant in ("carry", "divide"):
-        d_weight = triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry, Choice(variant, FILTER["half"][-1]))
+        d_weight = triton_impl.wgrad_by(
+            Choice(variant, FILTER["half"][-1]), x, d_out, offsets, sample, weight, geometry
+        )
         assert_within_bounds((None, None, d_weight), inputs, case)
     else:
         choice = Choice(variant, Tile(64, 64, 32, 4, 2))
-        out = triton_impl.forward(x, weight, offsets, sample, [], geometry, choice)
-        d_x = triton_impl.dgrad(d_out, weight, offsets, [], *case.size, geometry, choice)
+        out = triton_impl.forward_by(choice, x, weight, offsets, sample, [], geometry)
+        d_x = triton_impl.dgrad_by(choice, d_out, weight, offsets, [], *case.size, geometry)
         assert_within_bounds((out, d_x, None), inputs, case)
 
 
@@ -140,9 +142,9 @@ def test_a_graph_replays_what_runs_eagerly(variant):
     choice = Choice(variant, PRODUCT["half"][-1])
 
     def run() -> tuple[torch.Tensor, ...]:
-        plan = triton_impl.plan(weight, offsets, len(d_out), *case.size, False, geometry, choice)
-        out = triton_impl.forward(x, weight, offsets, sample, plan, geometry, choice)
-        d_x = triton_impl.dgrad(d_out, weight, offsets, plan, *case.size, geometry, choice)
+        plan = triton_impl.plan_by(choice, weight, offsets, len(d_out), *case.size, False, geometry)
+        out = triton_impl.forward_by(choice, x, weight, offsets, sample, plan, geometry)
+        d_x = triton_impl.dgrad_by(choice, d_out, weight, offsets, plan, *case.size, geometry)
         return out, d_x, triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry)
 
     run()

@@ -59,21 +59,16 @@ from robust_moe_kernels.ops.expert_conv.triton_plan import (
 from robust_moe_kernels.triton_support import on_device
 
 __all__ = [
-    "PLANS",
     "builds",
     "dgrad",
-    "filter_candidates",
     "forward",
     "plan",
     "plan_key",
     "plan_like",
-    "product_candidates",
     "wgrad",
     "why_not",
     "why_not_case",
 ]
-
-PLANS = True
 
 why_not = triton_support.why_not
 
@@ -116,11 +111,9 @@ def _innermost(weight: Tensor) -> Tensor:
     return weight.permute(0, 3, 4, 2, 1).contiguous()
 
 
-def plan_key(
-    weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry, choice: Choice | None = None
-) -> tuple[int, ...]:
+def plan_key(weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry) -> tuple[int, ...]:
     """What a plan depends on beside the offsets."""
-    return Product.of(weight, rows, height, width, backward, geometry, choice).key()
+    return Product.of(weight, rows, height, width, backward, geometry).key()
 
 
 def plan_like(
@@ -131,10 +124,17 @@ def plan_like(
 
 
 def plan(
-    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry,
-    choice: Choice | None = None,
-) -> list[Tensor]:  # fmt: skip
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
     """What a product's programs read and write; see ``op.plan_key``."""
+    return plan_by(None, weight, offsets, rows, height, width, backward, geometry)
+
+
+def plan_by(
+    choice: Choice | None, weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool,
+    geometry: Geometry,
+) -> list[Tensor]:  # fmt: skip
+    """``plan`` for a kernel and tile of ``product_candidates``; None: the table's."""
     return Product.of(weight, rows, height, width, backward, geometry, choice).plan(offsets)
 
 
@@ -178,28 +178,48 @@ def _run(
 
 
 def forward(
-    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry,
-    choice: Choice | None = None,
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry
+) -> Tensor:
+    return forward_by(None, x, weight, offsets, sample, plan, geometry)
+
+
+def forward_by(
+    choice: Choice | None, x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor],
+    geometry: Geometry,
 ) -> Tensor:  # fmt: skip
-    """``choice``: a kernel and tile of ``tiles.candidates``, for measurements; by default the table's."""
+    """``forward`` by a kernel and tile of ``product_candidates``, the plan by the same; None: the table's."""
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
     case = Product.of(weight, out.shape[0], *x.shape[2:], False, geometry, choice)
     return _run(case, x, weight, offsets, sample, plan, out, False)
 
 
 def dgrad(
-    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry,
-    choice: Choice | None = None,
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry
+) -> Tensor:
+    return dgrad_by(None, d_out, weight, offsets, plan, height, width, geometry)
+
+
+def dgrad_by(
+    choice: Choice | None, d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int,
+    geometry: Geometry,
 ) -> Tensor:  # fmt: skip
+    """``dgrad`` by a kernel and tile of ``product_candidates``, the plan by the same; None: the table's."""
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     case = Product.of(weight, d_x.shape[0], height, width, True, geometry, choice)
     return _run(case, d_out, weight, offsets, None, plan, d_x, True)
 
 
 def wgrad(
-    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry,
-    choice: Choice | None = None,
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry
+) -> Tensor:
+    return wgrad_by(None, x, d_out, offsets, sample, weight, geometry)
+
+
+def wgrad_by(
+    choice: Choice | None, x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor,
+    geometry: Geometry,
 ) -> Tensor:  # fmt: skip
+    """``wgrad`` by a kernel and tile of ``filter_candidates``; None: the table's."""
     experts, outputs, inputs, *taps = weight.shape
     rows, _, *out_size = d_out.shape
     pixels = out_size[0] * out_size[1]
