@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+# Programs with options of their own: name -> (module whose ``main`` runs, what it shows). The campaign starts without
+# PyTorch, so they are looked up before it is imported.
+PROGRAMS = {
+    "gpu_campaign": ("benchmarks.gpu_campaign.runner", "all that fifteen minutes of a GPU can answer"),
+    "launches": ("benchmarks.launches", "kernel launches of a step, counted without a GPU"),
+    "schedule": ("benchmarks.schedule", "tiles of the grouped convolution and their schedule, without a GPU"),
+    "sass": ("benchmarks.sass", "instructions and registers of its compiled loops, without a GPU"),
+    "speedrun": ("benchmarks.speedrun", "the speed-run's ingredients, one by one, on the CPU"),
+    "plots": ("benchmarks.plots", "figures of results"),
+}
+
+if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+    name = sys.argv.pop(1)
+    sys.argv[0] = f"python -m benchmarks {name}"
+    sys.exit(importlib.import_module(PROGRAMS[name][0]).main())
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
 
@@ -37,11 +55,11 @@ BENCHMARKS = {
 
 def main() -> None:
     names = "\n".join(f"  {name:14}{benchmark.about}" for name, benchmark in BENCHMARKS.items())
+    programs = "\n".join(f"  {name:14}{about}" for name, (_, about) in PROGRAMS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Benchmarks: every number is timed after its result was found correct.",
-        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
-        "the speed-run's ingredients, one by one:  python -m benchmarks.speedrun --help",
+        epilog=f"benchmarks:\n{names}\n\nprograms with options of their own (NAME --help):\n{programs}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")
