@@ -78,22 +78,29 @@ void gate_backward_cpu(Address logits, Address scores, Address indices, Address 
                           at<void>(d_mean_square_lse), at<void>(d_logits), rows, experts, top_k, mode, dtype, threads});
 }
 
-rmk::SortArgs sort_args(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
-                        Address offsets, Address invalid) {
-  return {
-      at<const int64_t>(experts), pairs, num_experts, at<int64_t>(order), at<int64_t>(inverse), at<int64_t>(offsets),
-      at<int32_t>(invalid)};
+rmk::SortArgs sort_args(Address experts, int64_t pairs, int64_t num_experts, int64_t top_k, Address order,
+                        Address sample, Address inverse, Address offsets, Address invalid) {
+  return {at<const int64_t>(experts),
+          pairs,
+          num_experts,
+          top_k,
+          at<int64_t>(order),
+          at<int64_t>(sample),
+          at<int64_t>(inverse),
+          at<int64_t>(offsets),
+          at<int32_t>(invalid)};
 }
 
-void sort_by_expert_cpu(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
-                        Address offsets, Address invalid) {
-  rmk::sort_by_expert_cpu(sort_args(experts, pairs, num_experts, order, inverse, offsets, invalid));
+void sort_by_expert_cpu(Address experts, int64_t pairs, int64_t num_experts, int64_t top_k, Address order,
+                        Address sample, Address inverse, Address offsets, Address invalid) {
+  rmk::sort_by_expert_cpu(sort_args(experts, pairs, num_experts, top_k, order, sample, inverse, offsets, invalid));
 }
 
 #ifdef RMK_CUDA
-void sort_by_expert_cuda(Address experts, int64_t pairs, int64_t num_experts, Address order, Address inverse,
-                         Address offsets, Address invalid, Address stream) {
-  rmk::sort_by_expert_cuda(sort_args(experts, pairs, num_experts, order, inverse, offsets, invalid), stream);
+void sort_by_expert_cuda(Address experts, int64_t pairs, int64_t num_experts, int64_t top_k, Address order,
+                         Address sample, Address inverse, Address offsets, Address invalid, Address stream) {
+  rmk::sort_by_expert_cuda(sort_args(experts, pairs, num_experts, top_k, order, sample, inverse, offsets, invalid),
+                           stream);
 }
 #endif
 
