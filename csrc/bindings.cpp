@@ -7,6 +7,7 @@
 #include "apgd/apgd.h"
 #include "attack_step/attack_step.h"
 #include "expert_block/expert_block.h"
+#include "expert_block/sums.h"
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
 #include "gate/gate.h"
@@ -184,6 +185,37 @@ void head(Address z, Address scale, Address shift, Address x, Address skip_scale
           at<float>(d_rows), at<float>(d_weights), batch, top_k, pixels, channels, threads});
 }
 
+rmk::Shares shares_of(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels,
+                      int64_t pixels) {
+  const double* sums = at<const double>(shares);
+  return {sums, sums + count * experts * channels, count, at<const int64_t>(offsets), experts, channels, pixels};
+}
+
+void norm_finalise_cpu(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels,
+                       int64_t pixels, Address weight, Address bias, Address running_mean, Address running_var,
+                       Address tracked, double eps, double momentum, Address scale, Address shift, Address mean,
+                       Address rstd, Address next_mean, Address next_var, Address next_tracked) {
+  rmk::norm_finalise_cpu({shares_of(shares, count, offsets, experts, channels, pixels), at<const float>(weight),
+                          at<const float>(bias), at<const float>(running_mean), at<const float>(running_var),
+                          at<const int64_t>(tracked), eps, static_cast<float>(momentum), at<float>(scale),
+                          at<float>(shift), at<float>(mean), at<float>(rstd), at<float>(next_mean), at<float>(next_var),
+                          at<int64_t>(next_tracked)});
+}
+
+void norm_finalise_backward_cpu(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels,
+                                int64_t pixels, Address scale, Address mean, Address rstd, Address d_weight,
+                                Address d_bias, Address q, Address r) {
+  rmk::norm_finalise_backward_cpu({shares_of(shares, count, offsets, experts, channels, pixels), at<const float>(scale),
+                                   at<const float>(mean), at<const float>(rstd), at<float>(d_weight), at<float>(d_bias),
+                                   at<float>(q), at<float>(r)});
+}
+
+void sum_rows_cpu(Address rows, Address other, Address inverse, Address out, int64_t batch, int64_t top_k, int64_t size,
+                  int threads) {
+  rmk::sum_rows_cpu({at<const float>(rows), at<const float>(other), at<const int64_t>(inverse), at<float>(out), batch,
+                     top_k, size, threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -215,4 +247,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_backward_cpu", &norm_backward_cpu, NoGil());
   m.def("head_forward_cpu", &head<rmk::head_forward_cpu>, NoGil());
   m.def("head_backward_cpu", &head<rmk::head_backward_cpu>, NoGil());
+  m.def("norm_finalise_cpu", &norm_finalise_cpu, NoGil());
+  m.def("norm_finalise_backward_cpu", &norm_finalise_backward_cpu, NoGil());
+  m.def("sum_rows_cpu", &sum_rows_cpu, NoGil());
 }

@@ -9,7 +9,10 @@ from torch import Tensor
 from robust_moe_kernels import native
 from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
-__all__ = ["column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not", "why_not_case"]
+__all__ = [
+    "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
+]  # fmt: skip
 
 why_not = native.why_not_cpu
 
@@ -32,13 +35,43 @@ def _rows(z: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def column_sums(
-    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    sums = torch.empty(offsets.numel() - 1, value.shape[1], dtype=torch.float64)
-    products = torch.empty_like(sums)
-    tensors = (value, other, scale, shift, sums, products)
-    native.extension().column_sums_cpu(*_rows(value, offsets), *map(_address, tensors))
-    return sums, products
+    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None, shares: int
+) -> Tensor:
+    out = torch.empty(2, shares, offsets.numel() - 1, value.shape[1], dtype=torch.float64)
+    out[:, 1:] = 0.0  # all of it is in the first share: a task sums its columns from the first pixel to the last
+    native.extension().column_sums_cpu(
+        *_rows(value, offsets), *map(_address, (value, other, scale, shift)), out[0].data_ptr(), out[1].data_ptr()
+    )
+    return out
+
+
+def norm_finalise(
+    shares: Tensor,
+    offsets: Tensor,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, ...]:
+    outputs = (*(torch.empty_like(weight) for _ in range(6)), torch.empty_like(tracked))
+    inputs = map(_address, (weight, bias, running_mean, running_var, tracked))
+    sums = (shares.data_ptr(), shares.shape[1], offsets.data_ptr(), *shares.shape[2:], pixels)
+    native.extension().norm_finalise_cpu(*sums, *inputs, eps, momentum, *map(_address, outputs))
+    return outputs
+
+
+def norm_finalise_backward(
+    shares: Tensor, offsets: Tensor, pixels: int, scale: Tensor, mean: Tensor, rstd: Tensor, training: bool
+) -> list[Tensor]:
+    outputs = [torch.empty_like(scale) for _ in range(4 if training else 2)]
+    sums = (shares.data_ptr(), shares.shape[1], offsets.data_ptr(), *shares.shape[2:], pixels)
+    addresses = [*map(_address, outputs), 0, 0][:4]
+    native.extension().norm_finalise_backward_cpu(*sums, *map(_address, (scale, mean, rstd)), *addresses)
+    return outputs
 
 
 def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
@@ -86,3 +119,23 @@ def head_backward(
     sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
     native.extension().head_backward_cpu(*map(_address, (*inputs, None, d_out, d_rows, d_weights)), *sizes)
     return d_rows, d_weights
+
+
+def head_norm_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
+    d_rows, d_weights = head_backward(d_out, *head)
+    d_z = norm_backward(d_rows, z, offsets, scale, None, None, None, None)
+    if skip_scale is not None:
+        d_rows = norm_backward(d_rows, z, offsets, skip_scale, None, None, None, None)
+    return d_z, d_rows, d_weights
+
+
+def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    batch = inverse.numel() // top_k
+    out = channels_last_empty(rows, (batch, *rows.shape[1:]))
+    sizes = (batch, top_k, rows.shape[1:].numel(), native.threads())
+    native.extension().sum_rows_cpu(*map(_address, (rows, other, inverse, out)), *sizes)
+    return out
