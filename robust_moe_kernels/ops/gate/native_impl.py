@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels import native
+from robust_moe_kernels.ops.routing.native_impl import sort_by_expert
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["backward", "forward", "forward_sorted", "why_not"]
 
 why_not = native.why_not_cpu
 
@@ -33,6 +34,11 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
         *(output.data_ptr() for output in outputs),
     )
     return outputs
+
+
+def forward_sorted(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+    outputs = forward(logits, top_k, mode)
+    return *outputs, *sort_by_expert(outputs[1].view(-1), logits.shape[1], top_k)
 
 
 def backward(

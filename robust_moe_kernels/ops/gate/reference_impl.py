@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "why_not"]
+from robust_moe_kernels.ops.routing.reference_impl import sort_by_expert
+
+__all__ = ["KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "forward_sorted", "why_not"]
 
 KEEP, RENORMALIZE, STRAIGHT_THROUGH = 0, 1, 2  # what becomes of the kept scores; numbered as in csrc/gate/gate.h
 
@@ -47,6 +49,11 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
         lse.square().sum() / rows,
         (~values.isfinite()).any(-1).sum().to(torch.int32),
     )
+
+
+def forward_sorted(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+    outputs = forward(logits, top_k, mode)
+    return *outputs, *sort_by_expert(outputs[1].view(-1), logits.shape[1], top_k)
 
 
 def backward(
