@@ -11,6 +11,7 @@
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
 #include "gate/gate.h"
+#include "gate/pool.h"
 #include "permute/permute.h"
 #include "routing/routing.h"
 
@@ -77,6 +78,20 @@ void gate_backward_cpu(Address logits, Address scores, Address indices, Address 
   rmk::gate_backward_cpu({at<void>(logits), at<void>(scores), at<int64_t>(indices), at<void>(d_scores),
                           at<void>(d_weights), at<void>(d_mean_scores), at<void>(d_mean_entropy),
                           at<void>(d_mean_square_lse), at<void>(d_logits), rows, experts, top_k, mode, dtype, threads});
+}
+
+void pool_linear_cpu(Address x, Address weight, Address bias, Address logits, Address means, int64_t batch,
+                     int64_t channels, int64_t pixels, int64_t experts, int64_t channel_stride, int64_t pixel_stride,
+                     int x_dtype, int weight_dtype, int threads) {
+  rmk::pool_linear_cpu({at<void>(x), at<void>(weight), at<void>(bias), at<void>(logits), at<void>(means), batch,
+                        channels, pixels, experts, channel_stride, pixel_stride, x_dtype, weight_dtype, threads});
+}
+
+void pool_linear_backward_cpu(Address d_logits, Address weight, Address d_x, int64_t batch, int64_t channels,
+                              int64_t pixels, int64_t experts, int64_t channel_stride, int64_t pixel_stride,
+                              int x_dtype, int weight_dtype, int threads) {
+  rmk::pool_linear_backward_cpu({at<void>(d_logits), at<void>(weight), at<void>(d_x), batch, channels, pixels, experts,
+                                 channel_stride, pixel_stride, x_dtype, weight_dtype, threads});
 }
 
 rmk::SortArgs sort_args(Address experts, int64_t pairs, int64_t num_experts, int64_t top_k, Address order,
@@ -231,6 +246,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("apgd_track_cpu", &apgd_track_cpu, NoGil());
   m.def("gate_forward_cpu", &gate_forward_cpu, NoGil());
   m.def("gate_backward_cpu", &gate_backward_cpu, NoGil());
+  m.def("pool_linear_cpu", &pool_linear_cpu, NoGil());
+  m.def("pool_linear_backward_cpu", &pool_linear_backward_cpu, NoGil());
   m.def("sort_by_expert_cpu", &sort_by_expert_cpu, NoGil());
 #ifdef RMK_CUDA
   m.def("sort_by_expert_cuda", &sort_by_expert_cuda, NoGil());

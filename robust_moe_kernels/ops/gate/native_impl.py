@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels import native
+from robust_moe_kernels.layout import dense_format
 from robust_moe_kernels.ops.routing.native_impl import sort_by_expert
 
-__all__ = ["backward", "forward", "forward_sorted", "why_not"]
+__all__ = ["backward", "forward", "forward_sorted", "pool_linear", "pool_linear_backward", "why_not"]
 
 why_not = native.why_not_cpu
 
@@ -68,3 +69,27 @@ def backward(
         native.threads(),
     )
     return d_logits
+
+
+def _map_strides(maps: Tensor) -> tuple[int, int]:
+    """Distance between two channels and between two pixels of a dense map."""
+    channels_last = dense_format(maps) == torch.channels_last
+    return (1, maps.shape[1]) if channels_last else (maps.shape[2:].numel(), 1)
+
+
+def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, channels = x.shape[:2]
+    logits, means = weight.new_empty(batch, weight.shape[0]), weight.new_empty(batch, channels)
+    addresses = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    sizes = (batch, channels, x.shape[2:].numel(), weight.shape[0], *_map_strides(x))
+    codes = (native.dtype_code(x), native.dtype_code(weight), native.threads())
+    native.extension().pool_linear_cpu(*addresses, logits.data_ptr(), means.data_ptr(), *sizes, *codes)
+    return logits, means
+
+
+def pool_linear_backward(d_logits: Tensor, weight: Tensor, d_x: Tensor) -> None:
+    """Fills ``d_x`` [B, C, H, W]."""
+    sizes = (*d_x.shape[:2], d_x.shape[2:].numel(), weight.shape[0], *_map_strides(d_x))
+    codes = (native.dtype_code(d_x), native.dtype_code(weight), native.threads())
+    addresses = (d_logits.data_ptr(), weight.data_ptr(), d_x.data_ptr())
+    native.extension().pool_linear_backward_cpu(*addresses, *sizes, *codes)

@@ -17,10 +17,11 @@ from torch import Tensor
 from robust_moe_kernels import triton_support
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.ops.gate.triton_kernels import gate_backward_kernel, gate_finish_kernel, gate_forward_kernel
+from robust_moe_kernels.ops.gate.triton_pool import pool_builds, pool_linear, pool_linear_backward
 from robust_moe_kernels.ops.routing.triton_kernels import SORT_BLOCK
 from robust_moe_kernels.triton_support import Build, on_device
 
-__all__ = ["backward", "builds", "forward", "forward_sorted", "why_not"]
+__all__ = ["backward", "builds", "forward", "forward_sorted", "pool_linear", "pool_linear_backward", "why_not"]
 
 why_not = triton_support.why_not
 
@@ -114,6 +115,7 @@ def backward(
 
 def builds() -> Iterator[Build]:
     """Configurations as they are launched, for the compile test: small E, large E and where the tile is special."""
+    yield from pool_builds()
     sizes = {"fp32": (1, 4, 8, 16, 64, 128, 512, 1024), "bf16": (64,), "fp64": (8, 128, 512)}
     for logits, several in sizes.items():
         for experts in several:
