@@ -16,7 +16,7 @@ except ImportError as error:
 else:
     _import_error = ""
 
-__all__ = ["address", "dtype_code", "extension", "has_cuda", "stream", "threads", "why_not_cpu", "why_not_cuda"]
+__all__ = ["address", "dtype_code", "extension", "has_cuda", "run", "stream", "threads", "why_not_cpu", "why_not_cuda"]
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
 
@@ -61,6 +61,15 @@ def address(tensor: torch.Tensor | None) -> int:
 def threads() -> int:
     """CPU threads that a native op may use: PyTorch's own setting."""
     return torch.get_num_threads()
+
+
+def run(kernel: str, on: torch.Tensor, *arguments: object) -> None:
+    """Run ``kernel`` where the tensor ``on`` is: the CPU's with its threads, CUDA's on the current stream."""
+    if on.is_cuda:
+        with torch.cuda.device(on.device):
+            getattr(_extension, f"{kernel}_cuda")(*arguments, stream(on))
+    else:
+        getattr(_extension, f"{kernel}_cpu")(*arguments, threads())
 
 
 def stream(tensor: torch.Tensor) -> int:
