@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs
   __shared__ double shared[kThreads / 32];
   const RoutedMaps& m = a.maps;
   const int64_t size = m.pixels * m.channels;
+  const bool with_z = a.d_z != nullptr, own = a.skip_scale != nullptr;
   for (int64_t row = blockIdx.x; row < m.rows; row += gridDim.x) {
     const int64_t pair = a.order[row], sample = pair / a.top_k, e = expert_of(m, row);
     const A weight = static_cast<const A*>(a.weights)[pair];
@@ -85,14 +86,18 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs
       const Head<N, T> head(a, e, c);
       each_pixel(m, c, [&](int64_t place) {
         auto d = Pack<T, N>::read(static_cast<const T*>(a.d_out) + sample * size + place);
+        Pack<T, N> d_z;
         A line[N];
         head.line(row, sample, place, line);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           inner += static_cast<double>(d[j]) * line[j];
-          d.set(j, head_gradient<A>(weight, d[j], line[j]));
+          const A gradient = head_gradient<A>(weight, d[j], line[j]);
+          d.set(j, with_z && own ? head.skip_scale[j] * gradient : gradient);
+          d_z.set(j, head.scale[j] * gradient);
         }
         d.write(static_cast<T*>(a.d_rows) + row * size + place);
+        if (with_z) d_z.write(static_cast<T*>(a.d_z) + row * size + place);
       });
     });
     inner = block_sum<kThreads>(inner, shared);
@@ -113,11 +118,13 @@ void head_forward_cuda(const HeadCudaArgs& a, std::uintptr_t stream) {
 
 void head_backward_cuda(const HeadCudaArgs& a, std::uintptr_t stream) {
   const auto tables = {a.scale, a.shift, a.skip_scale, a.skip_shift};
-  with_map_width(a.maps, {a.z, a.x, a.d_out, static_cast<const void*>(a.d_rows)}, tables, [&](auto type, auto width) {
-    constexpr int N = decltype(width)::value;
-    const MapShape shape = map_shape(a.maps, a.maps.rows, N, true);
-    launch("head_backward", head_backward_kernel<N, typename decltype(type)::type>, shape.grid, shape.block, stream, a);
-  });
+  with_map_width(a.maps, {a.z, a.x, a.d_out, static_cast<const void*>(a.d_rows), static_cast<const void*>(a.d_z)},
+                 tables, [&](auto type, auto width) {
+                   constexpr int N = decltype(width)::value;
+                   const MapShape shape = map_shape(a.maps, a.maps.rows, N, true);
+                   launch("head_backward", head_backward_kernel<N, typename decltype(type)::type>, shape.grid,
+                          shape.block, stream, a);
+                 });
 }
 
 }  // namespace rmk

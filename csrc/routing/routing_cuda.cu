@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(SortArgs a) {
     if (hit) {
       const int64_t position = running + earlier + __popc(ballot & ((1u << lane) - 1u));
       a.order[position] = pair;
+      a.sample[position] = pair / a.top_k;
       a.inverse[pair] = position;
     }
     running += all;
