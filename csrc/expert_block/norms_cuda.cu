@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
   using A = Acc<T>;
   __shared__ double parts[2][kSumWarps][kSumColumns];
   const RoutedMaps& m = a.maps;
-  const int column = threadIdx.x % across, warp = threadIdx.x / 32, along = kThreads / across;
+  const int thread = threadIdx.x, column = thread % across, warp = thread / 32, along = kThreads / across;
   const int64_t c = (static_cast<int64_t>(blockIdx.x) * across + column) * N;
   const bool inside = c < m.channels;
   for (int64_t e = blockIdx.y; e < m.experts; e += gridDim.y) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
     double sum[N] = {}, product[N] = {};
     const int64_t end = inside ? last : first;
 #pragma unroll 2
-    for (int64_t pixel = first + threadIdx.x / across; pixel < end; pixel += along) {
+    for (int64_t pixel = first + thread / across; pixel < end; pixel += along) {
       const auto value = Pack<T, N>::read(static_cast<const T*>(a.value) + pixel * m.channels + c);
       const auto other = Pack<T, N>::read(static_cast<const T*>(a.other) + pixel * m.channels + c);
 #pragma unroll
@@ -91,17 +91,17 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
         sum[j] += __shfl_xor_sync(kWholeWarp, sum[j], step);
         product[j] += __shfl_xor_sync(kWholeWarp, product[j], step);
       }
-      if (threadIdx.x % 32 < across) {
+      if (thread % 32 < across) {
         parts[0][warp][column * N + j] = sum[j];
         parts[1][warp][column * N + j] = product[j];
       }
     }
     __syncthreads();
-    const int64_t channel = static_cast<int64_t>(blockIdx.x) * across * N + threadIdx.x % (across * N);
-    const int which = threadIdx.x / (across * N);
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * across * N + thread % (across * N);
+    const int which = thread / (across * N);
     if (which < 2 && channel < m.channels) {
       double whole = 0;
-      for (int w = 0; w < kSumWarps; ++w) whole += parts[which][w][threadIdx.x % (across * N)];
+      for (int w = 0; w < kSumWarps; ++w) whole += parts[which][w][thread % (across * N)];
       double* out = which == 0 ? a.sum : a.sum_product;
       out[(blockIdx.z * m.experts + e) * m.channels + channel] = whole;
     }

@@ -24,7 +24,7 @@ def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
     kinds = {tensor.dtype for tensor in operands}
     named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32}))
-    if not operands[0].is_cuda:
+    if not native.on_gpu(operands[0]):
         return f"the native block computes float32, not {named}" if named else None
     maps = {tensor.dtype for tensor in operands if tensor.dim() == 4}
     if len(kinds) == 1 or (len(maps) < 2 and torch.float32 not in maps and torch.float64 not in kinds):
@@ -49,7 +49,7 @@ def _tables(like: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
 def _run(kernel: str, maps: Tensor, offsets: Tensor, *arguments: object) -> None:
     """A kernel whose first arguments are the rows' maps: those of ``maps``."""
     experts, (rows, channels, height, width) = offsets.numel() - 1, maps.shape
-    if maps.is_cuda:
+    if native.on_gpu(maps):
         sizes = (experts, rows, height * width, channels, native.dtype_code(maps))
         native.run(kernel, maps, offsets.data_ptr(), *sizes, *arguments)
     else:
@@ -63,7 +63,7 @@ def column_sums(
     out = value.new_empty(2, shares, offsets.numel() - 1, value.shape[1], dtype=torch.float64)
     tables = _tables(value, scale, shift)
     arguments = [*map(_address, (value, other, *tables)), out[0].data_ptr(), out[1].data_ptr()]
-    if value.is_cuda:
+    if native.on_gpu(value):
         arguments.append(shares)
     else:
         out[:, 1:] = 0.0  # all of it is in the first share: a task sums its columns from the first pixel to the last
@@ -73,7 +73,7 @@ def column_sums(
 
 def _finalise(kernel: str, shares: Tensor, offsets: Tensor, pixels: int, *arguments: object, kind: Tensor) -> None:
     sums = (shares.data_ptr(), shares.shape[1], offsets.data_ptr(), *shares.shape[2:], pixels)
-    if shares.is_cuda:
+    if native.on_gpu(shares):
         native.run(kernel, shares, *sums, *arguments, native.dtype_code(kind))
     else:
         getattr(native.extension(), f"{kernel}_cpu")(*sums, *arguments)
@@ -145,7 +145,7 @@ def _head(
     batch, top_k = weights.shape
     scale, shift, skip_scale, skip_shift, weights = _tables(z, scale, shift, skip_scale, skip_shift, weights)  # type: ignore[assignment]
     inputs = (z, scale, shift, x, skip_scale, skip_shift, order)
-    if z.is_cuda:
+    if native.on_gpu(z):
         tensors = (*inputs, inverse, weights, out, d_out, d_rows, d_weights, d_z)
         _run(kernel, z, offsets, *map(_address, tensors), batch, top_k)
     else:
@@ -187,7 +187,7 @@ def head_norm_backward(
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
-    if z.is_cuda:
+    if native.on_gpu(z):
         d_z = channels_last_empty(z, tuple(z.shape))
         d_rows, d_weights = _gradients(z, weights)
         _head("head_backward", *head, d_out=d_out, d_rows=d_rows, d_weights=d_weights, d_z=d_z)
@@ -203,7 +203,7 @@ def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor
     batch = inverse.numel() // top_k
     out = channels_last_empty(rows, (batch, *rows.shape[1:]))
     arguments = (*map(_address, (rows, other, inverse, out)), batch, top_k, rows.shape[1:].numel())
-    if rows.is_cuda:
+    if native.on_gpu(rows):
         native.run("sum_rows", rows, *arguments, native.dtype_code(rows))
     else:
         native.extension().sum_rows_cpu(*arguments, native.threads())

@@ -21,7 +21,7 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
     means = [logits.new_empty(shape, dtype=kind) for shape in ((experts,), (experts,), (), ())]
     nonfinite = logits.new_empty((), dtype=torch.int32)
     outputs = (scores, indices, weights, *means, nonfinite)
-    blocks = native.extension().gate_blocks(rows, experts) if logits.is_cuda else 1
+    blocks = native.extension().gate_blocks(rows, experts) if native.on_gpu(logits) else 1
     partial = logits.new_empty(blocks, 2 * experts + 3, dtype=torch.float64) if blocks > 1 else None
     native.run(
         "gate_forward",
