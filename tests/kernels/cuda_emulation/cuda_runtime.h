@@ -7,6 +7,7 @@
 // -fsanitize=alignment a misaligned 16-byte access ends the process, as it does on a GPU.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -57,8 +58,10 @@ constexpr std::size_t kStack = 64 * 1024;
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kEnded };
 
+// Threads are made once and jump between blocks from then on: unlike swapcontext a jump asks nothing of the system.
 struct Thread {
-  ucontext_t context;
+  jmp_buf place;
+  ucontext_t made;
   std::vector<char> stack;
   State state;
   uint64_t exchanged;  // what the warp's other threads may read
@@ -66,8 +69,8 @@ struct Thread {
 
 struct Block {
   std::vector<Thread> threads{kMostThreads};
-  ucontext_t scheduler;
-  int count = 0, current = 0;
+  jmp_buf scheduler;
+  int current = 0;
   void (*entry)(void*) = nullptr;
   void* argument = nullptr;
   uint64_t launches = 0;
@@ -79,12 +82,27 @@ inline Block block;
 inline void wait(State state) {
   Thread& self = block.threads[block.current];
   self.state = state;
-  swapcontext(&self.context, &block.scheduler);
+  if (_setjmp(self.place) == 0) _longjmp(block.scheduler, 1);
 }
 
 inline void enter() {
-  block.entry(block.argument);
-  wait(State::kEnded);
+  for (;;) {
+    block.entry(block.argument);
+    wait(State::kEnded);
+  }
+}
+
+// Runs the current thread until it waits or ends.
+inline void run_thread() {
+  Thread& thread = block.threads[block.current];
+  if (_setjmp(block.scheduler) != 0) return;
+  if (!thread.stack.empty()) _longjmp(thread.place, 1);
+  thread.stack.resize(kStack);
+  getcontext(&thread.made);
+  thread.made.uc_stack.ss_sp = thread.stack.data();
+  thread.made.uc_stack.ss_size = kStack;
+  makecontext(&thread.made, enter, 0);
+  setcontext(&thread.made);
 }
 
 [[noreturn]] inline void fail(const char* reason) {
@@ -106,17 +124,7 @@ inline bool release(int first, int last, State waiting) {
 }
 
 inline void run_block(int count, bool reverse) {
-  block.count = count;
-  for (int t = 0; t < count; ++t) {
-    Thread& thread = block.threads[t];
-    if (thread.stack.empty()) thread.stack.resize(kStack);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, enter, 0);
-    thread.state = State::kReady;
-  }
+  for (int t = 0; t < count; ++t) block.threads[t].state = State::kReady;
   for (;;) {
     int ended = 0;
     for (int i = 0; i < count; ++i) {
@@ -124,7 +132,7 @@ inline void run_block(int count, bool reverse) {
       if (block.threads[t].state == State::kReady) {
         block.current = t;
         threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-        swapcontext(&block.scheduler, &block.threads[t].context);
+        run_thread();
       }
       ended += block.threads[t].state == State::kEnded;
     }
