@@ -10,22 +10,24 @@
 namespace rmk {
 
 // A batch norm in training as value * scale + shift, and the running statistics moved by the batch's.
+template <typename A>
 struct NormElement {
-  float scale, shift, mean, rstd, running_mean, running_var;
+  A scale, shift, mean, rstd, running_mean, running_var;
 };
 
 // As torch.lerp: from the nearer end, with one rounding of product and sum.
-RMK_HOST_DEVICE inline float lerp(float start, float end, float weight) {
-  const bool near = std::fabs(weight) < 0.5f;
-  return std::fma(near ? weight : weight - 1.0f, end - start, near ? start : end);
+template <typename A>
+RMK_HOST_DEVICE A lerp(A start, A end, A weight) {
+  const bool near = std::fabs(weight) < A(0.5);
+  return std::fma(near ? weight : weight - A(1), end - start, near ? start : end);
 }
 
 // total and square: sums of count values and of their squares. A single value has variance 0 and no deviation to divide
 // by: its output is the bias. Without values nothing moves; without a second one the running variance, whose unbiased
 // estimate does not exist, stays.
-RMK_HOST_DEVICE inline NormElement norm_finalise_element(double total, double square, double count, float weight,
-                                                         float bias, float running_mean, float running_var, double eps,
-                                                         float momentum) {
+template <typename A>
+RMK_HOST_DEVICE NormElement<A> norm_finalise_element(double total, double square, double count, A weight, A bias,
+                                                     A running_mean, A running_var, double eps, A momentum) {
   const double some = count < 1 ? 1 : count, fewer = count - 1 < 1 ? 1 : count - 1;
   const double mean = total / some;
   const double difference = square / some - mean * mean;
@@ -33,29 +35,31 @@ RMK_HOST_DEVICE inline NormElement norm_finalise_element(double total, double sq
   const double rstd = count == 1 ? 0 : 1 / std::sqrt(variance + eps);
   const double scale = static_cast<double>(weight) * rstd;
   const double shift = static_cast<double>(bias) - mean * scale;
-  const float batch_mean = static_cast<float>(mean);
-  const float unbiased = static_cast<float>(variance) * static_cast<float>(count / fewer);
-  return {static_cast<float>(scale),
-          static_cast<float>(shift),
+  const A batch_mean = static_cast<A>(mean);
+  const A unbiased = static_cast<A>(variance) * static_cast<A>(count / fewer);
+  return {static_cast<A>(scale),
+          static_cast<A>(shift),
           batch_mean,
-          static_cast<float>(rstd),
+          static_cast<A>(rstd),
           count > 0 ? lerp(running_mean, batch_mean, momentum) : running_mean,
           count > 1 ? lerp(running_var, unbiased, momentum) : running_var};
 }
 
 // Gradients of weight and bias, and the q and r of the gradient before the norm, scale*d + q*z + r.
+template <typename A>
 struct NormGradients {
-  float weight, bias, q, r;
+  A weight, bias, q, r;
 };
 
 // total and product: sums of the gradient after the norm and of its product with the norm's input, count of them.
-RMK_HOST_DEVICE inline NormGradients norm_finalise_backward_element(double total, double product, double count,
-                                                                    float scale, float mean, float rstd) {
+template <typename A>
+RMK_HOST_DEVICE NormGradients<A> norm_finalise_backward_element(double total, double product, double count, A scale,
+                                                                A mean, A rstd) {
   const double some = count < 1 ? 1 : count;
   const double weight = (product - mean * total) * rstd;
   const double q = static_cast<double>(-scale * rstd) * weight / some;
   const double r = static_cast<double>(-scale) * total / some - q * mean;
-  return {static_cast<float>(weight), static_cast<float>(total), static_cast<float>(q), static_cast<float>(r)};
+  return {static_cast<A>(weight), static_cast<A>(total), static_cast<A>(q), static_cast<A>(r)};
 }
 
 }  // namespace rmk

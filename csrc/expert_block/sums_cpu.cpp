@@ -36,8 +36,8 @@ RMK_WIDE_VECTORS void finalise_line(const double* RMK_RESTRICT total, const doub
                                     float* RMK_RESTRICT shift, float* RMK_RESTRICT mean, float* RMK_RESTRICT rstd,
                                     float* RMK_RESTRICT next_mean, float* RMK_RESTRICT next_var) {
   for (int64_t c = 0; c < channels; ++c) {
-    const NormElement e = norm_finalise_element(total[c], square[c], count, weight[c], bias[c], running_mean[c],
-                                                running_var[c], eps, momentum);
+    const NormElement<float> e = norm_finalise_element(total[c], square[c], count, weight[c], bias[c], running_mean[c],
+                                                       running_var[c], eps, momentum);
     scale[c] = e.scale;
     shift[c] = e.shift;
     mean[c] = e.mean;
@@ -53,7 +53,8 @@ RMK_WIDE_VECTORS void finalise_backward_line(const double* RMK_RESTRICT total, c
                                              int64_t channels, float* RMK_RESTRICT d_weight, float* RMK_RESTRICT d_bias,
                                              float* RMK_RESTRICT q, float* RMK_RESTRICT r) {
   for (int64_t c = 0; c < channels; ++c) {
-    const NormGradients g = norm_finalise_backward_element(total[c], product[c], count, scale[c], mean[c], rstd[c]);
+    const NormGradients<float> g =
+        norm_finalise_backward_element(total[c], product[c], count, scale[c], mean[c], rstd[c]);
     d_weight[c] = g.weight;
     d_bias[c] = g.bias;
     q[c] = g.q;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace rmk {
 
 struct PoolArgs {
@@ -27,7 +29,31 @@ struct PoolBackwardArgs {
   int threads;
 };
 
+// Sums are double; a mean, a logit and a pixel's gradient are each rounded once.
+template <typename W>
+RMK_HOST_DEVICE W mean_of(double sum, int64_t pixels) {
+  return static_cast<W>(sum / static_cast<double>(pixels));
+}
+
+template <typename W>
+RMK_HOST_DEVICE W logit_of(double sum, const void* bias, int64_t expert) {
+  return static_cast<W>(bias == nullptr ? sum : sum + static_cast<const W*>(bias)[expert]);
+}
+
+// The gradient of one channel's mean times `pixels`: a sum over experts, in order.
+template <typename W>
+RMK_HOST_DEVICE double d_sum_of(const W* d_logits, const W* weight, int64_t experts, int64_t channels, int64_t c) {
+  double sum = 0;
+  for (int64_t e = 0; e < experts; ++e) sum += static_cast<double>(d_logits[e]) * weight[e * channels + c];
+  return sum;
+}
+
 void pool_linear_cpu(const PoolArgs& args);
 void pool_linear_backward_cpu(const PoolBackwardArgs& args);
+#ifdef RMK_CUDA
+// Launch on `stream` and return without waiting. Throw std::runtime_error when a launch is refused.
+void pool_linear_cuda(const PoolArgs& args, std::uintptr_t stream);
+void pool_linear_backward_cuda(const PoolBackwardArgs& args, std::uintptr_t stream);
+#endif
 
 }  // namespace rmk

@@ -34,11 +34,11 @@ void pool_sample(const PoolArgs& a, int64_t sample, double* sums) {
     }
   }
   W* means = static_cast<W*>(a.means) + sample * a.channels;
-  for (int64_t c = 0; c < a.channels; ++c) means[c] = static_cast<W>(sums[c] / static_cast<double>(a.pixels));
+  for (int64_t c = 0; c < a.channels; ++c) means[c] = mean_of<W>(sums[c], a.pixels);
   W* logits = static_cast<W*>(a.logits) + sample * a.experts;
   for (int64_t e = 0; e < a.experts; ++e) {
     const double sum = sum_of_products(static_cast<const W*>(a.weight) + e * a.channels, means, a.channels);
-    logits[e] = static_cast<W>(a.bias == nullptr ? sum : sum + static_cast<const W*>(a.bias)[e]);
+    logits[e] = logit_of<W>(sum, a.bias, e);
   }
 }
 

@@ -157,7 +157,7 @@ def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def computes(target, dtype: torch.dtype) -> bool:
-    return EXPERT_BLOCK.choose(*target).why_not_case(torch.empty(0, dtype=dtype)) is None
+    return EXPERT_BLOCK.choose(*target).why_not_case(torch.empty(0, dtype=dtype, device=target.device)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

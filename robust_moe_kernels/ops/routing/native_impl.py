@@ -18,8 +18,8 @@ def sort_by_expert(experts: Tensor, num_experts: int, top_k: int) -> tuple[Tenso
     invalid = experts.new_empty((), dtype=torch.int32)
     outputs = (order, sample, inverse, offsets, invalid)
     addresses = (experts.data_ptr(), experts.numel(), num_experts, top_k, *(output.data_ptr() for output in outputs))
-    if experts.is_cuda:
-        with torch.cuda.device(experts.device):
+    if native.on_gpu(experts):
+        with native.on_device(experts):
             native.extension().sort_by_expert_cuda(*addresses, native.stream(experts))
     else:
         native.extension().sort_by_expert_cpu(*addresses)
