@@ -50,8 +50,12 @@ _ELEMENTS = 1024  # of a program's tile of pixels x channels: 8 a thread; with 1
 _SUM_PIXELS = 16  # pixels that a summing program reads at once
 _NORMS = 256  # of a program that finishes sums
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# Left to itself, the assembler spills a few registers of these to fit more programs on a multiprocessor.
-_HEAD_OPTIONS = {**_OPTIONS, "maxnreg": 128}
+
+
+def _head_options(double: bool) -> dict[str, Any]:
+    """Left to itself, the assembler spills a few registers of a block's end to fit more programs on a multiprocessor;
+    in float64 it does so up to 128 (Triton 3.6)."""
+    return {**_OPTIONS, "maxnreg": 168 if double else 128}
 
 
 def _shape(channels: int) -> dict[str, int]:
@@ -176,7 +180,8 @@ def head_forward(
         with on_device(z):
             head_forward_kernel[_grid(batch, sizes, constants)](
                 z, scale.contiguous(), shift.contiguous(), x, *skip, inverse, offsets, weights.contiguous(), out, top_k,
-                *sizes, NORMED=skip_scale is not None, **constants, **_HEAD_OPTIONS,
+                *sizes, NORMED=skip_scale is not None, **constants,
+                **_head_options(z.dtype == torch.float64),
             )  # fmt: skip
     return out
 
@@ -212,7 +217,8 @@ def _head_backward(
             head_backward_kernel[(z.shape[0],)](
                 d_out, z, scale.contiguous(), shift.contiguous(), x, *skip, order, offsets, weights.contiguous(),
                 offsets if d_z is None else d_z, d_rows, d_weights, weights.shape[1], *sizes,
-                NORMED=skip_scale is not None, SCALED=d_z is not None, **constants, **_HEAD_OPTIONS,
+                NORMED=skip_scale is not None, SCALED=d_z is not None, **constants,
+                **_head_options(z.dtype == torch.float64),
             )  # fmt: skip
     return d_weights
 
@@ -249,7 +255,7 @@ def _build(kernel: Any, data: str, table: str, constants: dict[str, Any], unused
         else:
             signature[name] = "fp64" if name in ("eps", "momentum") else "i32"
     divisible = tuple(name for name in signature if name.endswith("_ptr") or name == "channels")
-    options = _HEAD_OPTIONS if kernel in (head_forward_kernel, head_backward_kernel) else _OPTIONS
+    options = _head_options(data == "fp64") if kernel in (head_forward_kernel, head_backward_kernel) else _OPTIONS
     return Build(kernel, signature, constants, options, divisible)
 
 

@@ -16,7 +16,8 @@ __all__ = ["pool_builds", "pool_linear", "pool_linear_backward"]
 
 _PIXELS, _CHANNELS = 16, 64  # a program's tile of a map: 8 numbers a thread
 _EXPERTS = 16  # most logits of a program
-_OPTIONS = {"num_warps": 4}
+# Left to itself, the assembler spills 4 bytes in float64 to fit more programs on a multiprocessor (Triton 3.6).
+_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
 @triton.jit(do_not_specialize=("pixels", "experts"))
