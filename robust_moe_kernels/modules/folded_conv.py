@@ -127,13 +127,14 @@ class _Fused(torch.autograd.Function):
         last = _channels_last(x) or _channels_last(conv.filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
         if _engine_takes(conv.filters, call):
-            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, _geometry(call), AUTO).add_(
-                conv.shift[:, None, None]
-            )
-            out = out if other is None else out.add_(other)
-            out = out.relu_() if relu else out
+            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, _geometry(call), AUTO)
+            out.add_(conv.shift[:, None, None])
         else:
-            out = _pointwise(rows, other, conv, call, relu)
+            out = torch.conv2d(rows, conv.filters.contiguous(memory_format=torch.channels_last), conv.shift, *call)
+        if other is not None:
+            out.add_(other)
+        if relu:
+            out.relu_()  # not oneDNN's own, within the convolution: it makes zero of NaN, which an attack has to see
         out = out.contiguous(memory_format=_DENSE[last])
         ctx.save_for_backward(x, out if relu else None)
         return out
@@ -155,21 +156,6 @@ class _Fused(torch.autograd.Function):
                     d, x, filters, None, *call[:3], False, [0, 0], call.groups, [True, False, False]
                 )
         return d_x, d if ctx.needs_input_grad[1] else None, None, None, None
-
-
-def _pointwise(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
-    """The same by oneDNN, which adds a skip to what it has just computed. Its own ReLU makes zero of NaN: not used, an
-    attack has to see NaN."""
-    filters = conv.filters.contiguous(memory_format=torch.channels_last)
-    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and other is not None:
-        rows = other.contiguous(memory_format=torch.channels_last)
-        form = (list(call.padding), list(call.stride), list(call.dilation), call.groups)
-        add = torch.ops.mkldnn._convolution_pointwise.binary
-        out = add(x, rows, filters, conv.shift, *form, "add", None, None, [], None)
-    else:
-        out = torch.conv2d(x, filters, conv.shift, *call)
-        out = out if other is None else out.add_(other)
-    return out.relu_() if relu else out
 
 
 def _engine_takes(filters: Tensor, call: Call) -> bool:

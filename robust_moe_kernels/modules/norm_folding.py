@@ -1,10 +1,14 @@
 """Attacks on models in evaluation with their convolutions' batch norms folded, whatever the model is.
 
 Nothing of the model is touched: a torch function mode sees its convolutions, norms, additions and ReLUs go by. A
-convolution that a batch norm reads (and nothing else: learned by watching one forward, see ``norm_learning``) answers
-with a promise; the norm, an addition and a ReLU extend the promise, and the last of them computes it in one operation
-(``folded_conv``). Whatever else wants to read a promised tensor gets the tensor, computed as the model says: a model
-that decides otherwise in a later forward pays time, not correctness.
+convolution that a batch norm reads, and nothing else, answers with a promise; the norm, an addition and a ReLU extend
+the promise, and the last of them computes it in one operation (``folded_conv``). Whatever else wants to read a promised
+tensor gets the tensor, computed as the model says: a model that decides otherwise in a later forward pays time, not
+correctness.
+
+That nothing else reads it is learned by watching one forward with gradients (``norm_learning``). That forward, and all
+of a model where somebody keeps such a tensor, is careful: it computes the convolution's output for whoever may read it
+and the folded convolution for the norm. Its results are those of every later forward, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,10 +30,10 @@ from robust_moe_kernels.modules.norm_learning import Chain, Watch, is_plain
 
 __all__ = ["backbone_folded"]
 
-_RELU = {F.relu, torch.relu, Tensor.relu}
-_RELU_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_}
-_ADD = {torch.add, Tensor.add, Tensor.__add__}
-_ADD_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+_IN_PLACE = {torch.relu_, Tensor.relu_, Tensor.add_, Tensor.__iadd__}
+_KIND = {F.batch_norm: "norm"}
+_KIND |= dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), "relu")
+_KIND |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__), "add")
 # What asks a tensor for its form and not for its numbers: a promise answers these.
 _FORM = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__, Tensor.is_floating_point}
 _FORM |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")}
@@ -110,15 +114,18 @@ class _State:
 class _Promise:
     """A tensor that is computed when it is read: a convolution, with its norm and an addition as far as they came."""
 
-    def __init__(self, x: Tensor, arguments: tuple[Any, ...], call: Call, chain: Chain, state: _State) -> None:
-        self.x, self.arguments, self.call, self.chain, self.state = x, arguments, call, chain, state
+    def __init__(self, x: Tensor, arguments: tuple[Any, ...], call: Call, state: _State) -> None:
+        self.x, self.arguments, self.call, self.state = x, arguments, call, state
+        self.version = _version(x)
         self.folded: FoldedConv | None = None
         self.other: Tensor | None = None
+        self.then = ""  # the chain's, once there is a norm
         self.value: Tensor | None = None
+        self.value_version = 0
 
-    def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None) -> _Promise:
-        longer = _Promise(self.x, self.arguments, self.call, self.chain, self.state)
-        longer.folded, longer.other = self.folded if folded is None else folded, other
+    def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> _Promise:
+        longer = _Promise(self.x, self.arguments, self.call, self.state)
+        longer.folded, longer.other, longer.then = self.folded if folded is None else folded, other, then
         return longer
 
     def compute(self, relu: bool = False) -> Tensor:
@@ -126,6 +133,20 @@ class _Promise:
             if self.folded is None:
                 return torch.conv2d(self.x, *self.arguments)
             return self.folded(self.x, self.other, relu, self.call, self.state.dtype(self.x))
+
+    def get(self) -> Tensor:
+        if self.value is None:
+            self.keep(self.compute())
+        return self.value
+
+    def keep(self, value: Tensor) -> None:
+        """From here on the promised tensor is this one, whatever becomes of it in place."""
+        self.value, self.value_version = value, _version(value)
+
+    def is_open(self) -> bool:
+        """Whether what was promised can still be computed otherwise: neither x nor the value has changed since."""
+        kept = self.value is None or _version(self.value) == self.value_version
+        return kept and _version(self.x) == self.version and self.state.key == _State(self.x.device.type).key
 
     def is_valid(self) -> bool:
         """Whether the convolution will raise no error, which is its own to raise, in its own words."""
@@ -137,74 +158,77 @@ class _Promise:
     def shape(self) -> tuple[int, ...]:
         return self.call.output_shape(self.x, self.arguments[0])
 
-    def get(self) -> Tensor:
-        if self.value is None:
-            self.value = self.compute()
-        return self.value
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class _Folding(TorchFunctionMode):
-    """The mode of one attack: watches a forward if the model is not known, and folds from then on."""
+    """The mode of one attack."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.known = _known(model)
-        self.watch = Watch() if self.known.chains is None else None
+        self.watch: Watch | None = None  # of the forward that is learned from
+        self.first = 0  # id of the weight that a forward begins with
+        self.how = ""  # this forward runs: "promises", "careful", or as it is
         self.weights = {
             id(weight): weight
             for module in model.modules()
             if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None
         }
         self.tables: dict[tuple[int, int], FoldedConv | None] = {}  # by weight and running mean; None: they changed
-        # By the promised tensor, which holds no numbers. An entry goes when its tensor does.
+        # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], _Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self.first = 0  # id of the first folded weight: a forward begins there
-        self.folds = False  # in this forward
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for ref, promise in list(self.promises.values()):
             tensor = ref()
-            if tensor is not None and error[0] is None:  # somebody keeps it: it becomes what was promised
-                tensor.data = promise.get().detach()
+            if tensor is not None and error[0] is None and promise.value is not tensor:
+                tensor.data = promise.get().detach()  # somebody keeps it: it becomes what was promised
         self.promises.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or func in _FORM:
             return func(*args, **kwargs)
-        if self.watch is not None:
-            return self._watched(func, args, kwargs)
+        if self.watch is not None and func in _BACKWARD:
+            self._learn(args[0] if args else kwargs.get("outputs"))
+        kind = _KIND.get(func, "")
+        out = None
         if func is torch.conv2d:
             out = self._conv(args, kwargs)
-        elif not self.promises:
-            return func(*args, **kwargs)
-        elif func is F.batch_norm:
-            out = self._norm(args, kwargs)
-        elif func in _RELU or func in _RELU_IN_PLACE:
-            out = self._relu(args, kwargs, func in _RELU_IN_PLACE)
-        elif func in _ADD or func in _ADD_IN_PLACE:
-            out = self._add(args, kwargs, func in _ADD_IN_PLACE)
-        else:
-            out = None
-        if out is not None:
-            return out
-        if func not in _PURE and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+        elif self.promises and kind:
+            out = {"norm": self._norm, "relu": self._relu, "add": self._add}[kind](args, kwargs, func in _IN_PLACE)
+        if out is None:
+            out = self._otherwise(func, args, kwargs)
+        if self.watch is not None:
+            mean = args[1] if kind == "norm" and len(args) > 1 else None
+            self.watch.read(kind, _tensors((args, kwargs)), out, mean)
+        return out
+
+    def _otherwise(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """The function itself, of the tensors that were promised to it."""
+        if self.promises and func not in _PURE and _tensors((args, kwargs)):
             for _, promise in list(self.promises.values()):  # it might change what they are to be computed from
                 promise.get()
-        args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
+        if self.promises:
+            args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
         return func(*args, **kwargs)
 
     # --- promises ---
 
-    def _promise(self, promise: _Promise) -> Tensor:
+    def _promised(self, promise: _Promise) -> Tensor:
         """A tensor of the promised form whose every number is NaN, in no memory of its own."""
         dtype, device = promise.state.dtype(promise.x), promise.x.device
         if (dtype, device) not in self.blanks:
             self.blanks[dtype, device] = torch.full((), torch.nan, dtype=dtype, device=device)
-        tensor = self.blanks[dtype, device].expand(promise.shape())
+        return self._register(self.blanks[dtype, device].expand(promise.shape()), promise)
+
+    def _register(self, tensor: Tensor, promise: _Promise) -> Tensor:
         key = id(tensor)
         self.promises[key] = (weakref.ref(tensor, lambda _: self.promises.pop(key, None)), promise)
         return tensor
@@ -215,11 +239,11 @@ class _Folding(TorchFunctionMode):
         return promise if ref is not None and ref() is tensor else None
 
     def _open(self, tensor: Any, folded: bool) -> _Promise | None:
-        """Likewise, one that can still be extended: of this state of PyTorch's modes, and with its norm or without."""
+        """Likewise, one that can still be extended, with its norm or without."""
         promise = self._of(tensor)
-        if promise is None or promise.value is not None or (promise.folded is not None) != folded:
+        if promise is None or (promise.folded is not None) != folded:
             return None
-        return promise if promise.state.key == _State(promise.x.device.type).key else None
+        return promise if promise.is_open() else None
 
     def _real(self, tensor: Tensor) -> Tensor:
         promise = self._of(tensor)
@@ -228,36 +252,57 @@ class _Folding(TorchFunctionMode):
     # --- what extends them ---
 
     def _conv(self, args: tuple, kwargs: dict) -> Tensor | None:
-        if kwargs or len(args) != 7:
+        if kwargs or len(args) != 7 or not is_plain(args[0]):
             return None
         x, weight, bias, *form = args
-        chain = self.known.chains.get(id(weight))
         call = Call.of(*form)
-        if chain is None or chain.weight() is not weight or call is None or not self._begun(weight):
+        if self.weights.get(id(weight)) is not weight or call is None or not self._begun(x, weight):
             return None
-        if not is_plain(x) or x.device != weight.device or not _frozen(weight, bias) or _transformed():
+        if self.watch is None and not self._is_chained(weight):
             return None
-        promise = _Promise(self._real(x), args[1:], call, chain, _State(x.device.type))
-        return self._promise(promise) if promise.is_valid() else None
+        if x.device != weight.device or not _frozen(weight, bias) or _transformed():
+            return None
+        promise = _Promise(self._real(x), args[1:], call, _State(x.device.type))
+        if not promise.is_valid():
+            return None
+        if self.how == "promises":
+            return self._promised(promise)
+        out = promise.get()
+        if self.watch is not None:
+            self.watch.convolved(weight, out)
+        return self._register(out, promise)
 
-    def _begun(self, weight: Tensor) -> bool:
-        """Whether this forward folds: nobody has kept a tensor that will not exist, nor looks on by hooks."""
+    def _is_chained(self, weight: Tensor) -> bool:
+        chain = self.known.chains.get(id(weight))
+        return chain is not None and chain.weight() is weight
+
+    def _begun(self, x: Tensor, weight: Tensor) -> bool:
+        """Decides how a forward runs where it begins; whether not as it is."""
         self.first = self.first or id(weight)
         if id(weight) == self.first:
-            self.folds = self.known.usable() and not _hooked(self.model)
-        return self.folds
+            self.watch, self.how = None, ""
+            if _hooked(self.model):
+                pass  # somebody looks at what passes between the modules
+            elif self.known.chains is not None:
+                self.how = "promises" if self.known.usable() else "careful"
+            elif torch.is_grad_enabled() and x.requires_grad:
+                self.how, self.watch = "careful", Watch()
+        return self.how != ""
 
-    def _norm(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def _norm(self, args: tuple, kwargs: dict, _: bool) -> Tensor | None:
         promise = self._open(args[0], folded=False) if args else None
         norm = _norm_of(args, kwargs)
-        if promise is None or norm is None or promise.chain.mean() is not norm.mean:
+        if promise is None or norm is None:
             return None
         weight, bias = promise.arguments[:2]
+        chain = self.known.chains.get(id(weight)) if self.known.chains else None
+        if chain is not None and chain.mean() is not norm.mean:
+            return None
         folded = self._table(weight, bias, norm)
         if folded is None:
             return None
-        longer = promise.extended(folded=folded)
-        return self._promise(longer) if promise.chain.then else longer.get()
+        longer = promise.extended(folded=folded, then="" if chain is None else chain.then)
+        return self._promised(longer) if self.how == "promises" and longer.then else longer.compute()
 
     def _table(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
         if not _frozen(weight, bias, norm.weight, norm.bias):
@@ -273,22 +318,21 @@ class _Folding(TorchFunctionMode):
 
     def _relu(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
         promise = self._open(args[0], folded=True) if args else None
-        if promise is None or len(args) > 2 or kwargs.keys() - {"inplace"}:
+        if promise is None or promise.value is not None or len(args) > 2 or kwargs.keys() - {"inplace"}:
             return None
-        in_place = in_place or kwargs.get("inplace", False) or (len(args) == 2 and args[1])
         out = promise.compute(relu=True)
-        if in_place:
-            promise.value = out  # for whoever reads the tensor under its old name
+        if in_place or kwargs.get("inplace", False) or (len(args) == 2 and args[1]):
+            promise.keep(out)  # for whoever reads the tensor under its old name
         return out
 
     def _add(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
         if kwargs or len(args) != 2:
             return None
         first, second = args
-        promise = self._open(first, folded=True)
-        if not in_place and (promise is None or promise.chain.then != "add"):
-            first, second, promise = second, first, self._open(second, folded=True)
-        if promise is None or promise.chain.then != "add" or promise.other is not None or not is_plain(second):
+        promise = self._addable(first)
+        if promise is None and not in_place:
+            first, second, promise = second, first, self._addable(second)
+        if promise is None or not is_plain(second):
             return None
         if second.shape != first.shape or second.dtype != first.dtype or second.device != first.device:
             return None
@@ -296,34 +340,23 @@ class _Folding(TorchFunctionMode):
         if in_place:
             promise.other = other
             return first
-        return self._promise(promise.extended(other=other))
+        return self._promised(promise.extended(other=other, then="relu"))
 
-    # --- learning ---
+    def _addable(self, tensor: Any) -> _Promise | None:
+        promise = self._open(tensor, folded=True)
+        fits = promise is not None and promise.value is None and promise.other is None and promise.then == "add"
+        return promise if fits else None
 
-    def _watched(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func in _BACKWARD and len(self.watch):
-            outputs = args[0] if args else kwargs.get("outputs")
-            roots = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-            self.known.chains, self.known.objects = self.watch.chains(roots), self.watch.objects
-            self.watch = None
-            return func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        kind, mean = "", None
-        if func is torch.conv2d and len(args) == 7 and self.weights.get(id(args[1])) is args[1]:
-            if torch.is_grad_enabled() and out.grad_fn is not None:
-                self.watch.convolved(args[1], out)
-        elif func is F.batch_norm:
-            norm = _norm_of(args, kwargs)
-            kind, mean = ("", None) if norm is None else ("norm", norm.mean)
-        elif func in _RELU or func in _RELU_IN_PLACE:
-            kind = "relu"
-        elif func in _ADD or func in _ADD_IN_PLACE:
-            kind = "add"
-        self.watch.read(kind, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], out, mean)
-        return out
+    def _learn(self, outputs: Any) -> None:
+        self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
+        self.watch = None
 
 
-_PURE = {torch.conv2d, F.batch_norm}  # read their arguments; running statistics are no promise's operands
+_PURE = {torch.conv2d, F.batch_norm}  # of what promises are computed from these change nothing
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _known(model: nn.Module) -> _Known:

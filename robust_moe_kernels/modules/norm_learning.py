@@ -106,17 +106,18 @@ class Watch:
 def _follow(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str | None:
     """``Chain.then``; ``None``: more than one batch norm reads the convolution's output, or something else."""
 
-    def only(name: str, kind: str) -> bool:
+    def only(name: str, kind: str, nodes: int) -> bool:
         stage = stages[name]
         if [reader for reader, _ in stage.readers] != [kind] or stage.node is None:
             return False
-        return consumers.get(stage.node, []) == [stage.readers[0][1]]
+        return consumers.get(stage.node, []) == [stage.readers[0][1]][:nodes]
 
-    if not only("conv", "norm"):
+    # the watched forward gives the norm a convolution of its own: no gradient comes to the watched one from it
+    if "norm" not in stages or not only("conv", "norm", 0):
         return None
-    if only("norm", "relu"):
+    if only("norm", "relu", 1):
         return "relu"
-    return "add" if only("norm", "add") and only("add", "relu") else ""
+    return "add" if only("norm", "add", 1) and "add" in stages and only("add", "relu", 1) else ""
 
 
 def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
