@@ -80,8 +80,17 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _form(model: nn.Module) -> list[Any]:
-    """What a forward is written in: as long as it stays the same, the same operations read the same outputs."""
-    return [(id(m), type(m), type(m).forward, m.__dict__.get("forward")) for m in model.modules()]
+    """What a forward is written in: as long as it stays the same, the same operations should read the same outputs."""
+    form: list[Any] = []
+    for module in model.modules():
+        switches = [
+            (k, v) for k, v in vars(module).items() if k != "training" and (callable(v) or type(v) in _SWITCHES)
+        ]
+        form.append((id(module), type(module), type(module).forward, switches))
+    return form
+
+
+_SWITCHES = (bool, str, type(None))  # attributes that a forward may decide by
 
 
 class _State:
@@ -159,6 +168,20 @@ class _Promise:
         return self.call.output_shape(self.x, self.arguments[0])
 
 
+class _Blank(torch.autograd.Function):
+    """What stands for a promise: whatever reads it unseen meets NaN, or sends NaN back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, nan: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(nan)
+        ctx.size = x.shape
+        return nan.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0].expand(ctx.size), None, None
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -222,11 +245,13 @@ class _Folding(TorchFunctionMode):
     # --- promises ---
 
     def _promised(self, promise: _Promise) -> Tensor:
-        """A tensor of the promised form whose every number is NaN, in no memory of its own."""
+        """A tensor of the promised form whose every number, and gradient, is NaN, in no memory of its own."""
         dtype, device = promise.state.dtype(promise.x), promise.x.device
         if (dtype, device) not in self.blanks:
             self.blanks[dtype, device] = torch.full((), torch.nan, dtype=dtype, device=device)
-        return self._register(self.blanks[dtype, device].expand(promise.shape()), promise)
+        with promise.state.entered():
+            tensor = _Blank.apply(promise.x, self.blanks[dtype, device], promise.shape())
+        return self._register(tensor, promise)
 
     def _register(self, tensor: Tensor, promise: _Promise) -> Tensor:
         key = id(tensor)
