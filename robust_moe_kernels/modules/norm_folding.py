@@ -13,6 +13,7 @@ and the folded convolution for the norm. Its results are those of every later fo
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm
 from robust_moe_kernels.modules.norm_learning import Chain, Watch, is_plain
 
@@ -72,9 +74,10 @@ def backbone_folded(model: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported for this: it takes a second
+    kinds = (torch.jit.ScriptModule, *(() if dynamo is None else (dynamo.OptimizedModule,)))
     return any(
-        isinstance(module, torch.jit.ScriptModule | torch._dynamo.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        isinstance(module, kinds) or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
 
@@ -83,107 +86,13 @@ def _form(model: nn.Module) -> list[Any]:
     """What a forward is written in: as long as it stays the same, the same operations should read the same outputs."""
     form: list[Any] = []
     for module in model.modules():
-        switches = [
-            (k, v) for k, v in vars(module).items() if k != "training" and (callable(v) or type(v) in _SWITCHES)
-        ]
+        attributes = [item for item in vars(module).items() if item[0] != "training"]
+        switches = [(name, value) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
         form.append((id(module), type(module), type(module).forward, switches))
     return form
 
 
 _SWITCHES = (bool, str, type(None))  # attributes that a forward may decide by
-
-
-class _State:
-    """The modes under which an operation was called, to compute it under the same ones later."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.key = (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
-        )
-
-    def dtype(self, x: Tensor) -> torch.dtype:
-        """What a convolution of x answers in."""
-        return self.key[3] if self.key[2] and x.dtype != torch.float64 else x.dtype
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        grad, inference, autocast, dtype = self.key
-        with (
-            torch.inference_mode(inference),
-            torch.set_grad_enabled(grad),
-            torch.autocast(self.device, dtype, enabled=autocast),
-        ):
-            yield
-
-
-class _Promise:
-    """A tensor that is computed when it is read: a convolution, with its norm and an addition as far as they came."""
-
-    def __init__(self, x: Tensor, arguments: tuple[Any, ...], call: Call, state: _State) -> None:
-        self.x, self.arguments, self.call, self.state = x, arguments, call, state
-        self.version = _version(x)
-        self.folded: FoldedConv | None = None
-        self.other: Tensor | None = None
-        self.then = ""  # the chain's, once there is a norm
-        self.value: Tensor | None = None
-        self.value_version = 0
-
-    def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> _Promise:
-        longer = _Promise(self.x, self.arguments, self.call, self.state)
-        longer.folded, longer.other, longer.then = self.folded if folded is None else folded, other, then
-        return longer
-
-    def compute(self, relu: bool = False) -> Tensor:
-        with self.state.entered():
-            if self.folded is None:
-                return torch.conv2d(self.x, *self.arguments)
-            return self.folded(self.x, self.other, relu, self.call, self.state.dtype(self.x))
-
-    def get(self) -> Tensor:
-        if self.value is None:
-            self.keep(self.compute())
-        return self.value
-
-    def keep(self, value: Tensor) -> None:
-        """From here on the promised tensor is this one, whatever becomes of it in place."""
-        self.value, self.value_version = value, _version(value)
-
-    def is_open(self) -> bool:
-        """Whether what was promised can still be computed otherwise: neither x nor the value has changed since."""
-        kept = self.value is None or _version(self.value) == self.value_version
-        return kept and _version(self.x) == self.version and self.state.key == _State(self.x.device.type).key
-
-    def is_valid(self) -> bool:
-        """Whether the convolution will raise no error, which is its own to raise, in its own words."""
-        x, weight = self.x, self.arguments[0]
-        if x.dim() != 4 or x.shape[1] != weight.shape[1] * self.call.groups or min(x.shape) == 0:
-            return False
-        return (x.dtype == weight.dtype or self.state.key[2]) and min(self.shape()) > 0
-
-    def shape(self) -> tuple[int, ...]:
-        return self.call.output_shape(self.x, self.arguments[0])
-
-
-class _Blank(torch.autograd.Function):
-    """What stands for a promise: whatever reads it unseen meets NaN, or sends NaN back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, nan: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(nan)
-        ctx.size = x.shape
-        return nan.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0].expand(ctx.size), None, None
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class _Folding(TorchFunctionMode):
@@ -203,7 +112,7 @@ class _Folding(TorchFunctionMode):
         }
         self.tables: dict[tuple[int, int], FoldedConv | None] = {}  # by weight and running mean; None: they changed
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
-        self.promises: dict[int, tuple[weakref.ref[Tensor], _Promise]] = {}
+        self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def __exit__(self, *error: Any) -> None:
@@ -244,26 +153,26 @@ class _Folding(TorchFunctionMode):
 
     # --- promises ---
 
-    def _promised(self, promise: _Promise) -> Tensor:
+    def _promised(self, promise: Promise) -> Tensor:
         """A tensor of the promised form whose every number, and gradient, is NaN, in no memory of its own."""
         dtype, device = promise.state.dtype(promise.x), promise.x.device
         if (dtype, device) not in self.blanks:
             self.blanks[dtype, device] = torch.full((), torch.nan, dtype=dtype, device=device)
         with promise.state.entered():
-            tensor = _Blank.apply(promise.x, self.blanks[dtype, device], promise.shape())
+            tensor = Blank.apply(promise.x, self.blanks[dtype, device], promise.shape())
         return self._register(tensor, promise)
 
-    def _register(self, tensor: Tensor, promise: _Promise) -> Tensor:
+    def _register(self, tensor: Tensor, promise: Promise) -> Tensor:
         key = id(tensor)
         self.promises[key] = (weakref.ref(tensor, lambda _: self.promises.pop(key, None)), promise)
         return tensor
 
-    def _of(self, tensor: Any) -> _Promise | None:
+    def _of(self, tensor: Any) -> Promise | None:
         """The promise that a tensor stands for."""
         ref, promise = self.promises.get(id(tensor), (None, None))
         return promise if ref is not None and ref() is tensor else None
 
-    def _open(self, tensor: Any, folded: bool) -> _Promise | None:
+    def _open(self, tensor: Any, folded: bool) -> Promise | None:
         """Likewise, one that can still be extended, with its norm or without."""
         promise = self._of(tensor)
         if promise is None or (promise.folded is not None) != folded:
@@ -287,7 +196,7 @@ class _Folding(TorchFunctionMode):
             return None
         if x.device != weight.device or not _frozen(weight, bias) or _transformed():
             return None
-        promise = _Promise(self._real(x), args[1:], call, _State(x.device.type))
+        promise = Promise(self._real(x), args[1:], call, State(x.device.type))
         if not promise.is_valid():
             return None
         if self.how == "promises":
@@ -367,7 +276,7 @@ class _Folding(TorchFunctionMode):
             return first
         return self._promised(promise.extended(other=other, then="relu"))
 
-    def _addable(self, tensor: Any) -> _Promise | None:
+    def _addable(self, tensor: Any) -> Promise | None:
         promise = self._open(tensor, folded=True)
         fits = promise is not None and promise.value is None and promise.other is None and promise.then == "add"
         return promise if fits else None

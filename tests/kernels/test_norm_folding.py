@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
-from robust_moe_kernels.modules import attack_mode, folded_conv, norm_folding
+from robust_moe_kernels.modules import attack_mode, folded_conv
+from robust_moe_kernels.modules.conv_promise import Promise
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm
 from robust_moe_kernels.modules.norm_folding import _KNOWN
 
@@ -105,14 +106,14 @@ def folded(monkeypatch) -> list[bool]:
 def raw(monkeypatch) -> list[int]:
     """One entry for each convolution of a model that is computed as it is, although a norm follows."""
     calls: list[int] = []
-    compute = norm_folding._Promise.compute
+    compute = Promise.compute
 
     def counted(self, relu=False):
         if self.folded is None:
             calls.append(1)
         return compute(self, relu)
 
-    monkeypatch.setattr(norm_folding._Promise, "compute", counted)
+    monkeypatch.setattr(Promise, "compute", counted)
     return calls
 
 
