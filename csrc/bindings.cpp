@@ -25,9 +25,9 @@ T* at(Address address) {
 }
 
 void pgd_step_cpu(bool l2, Address x, Address grad, Address x0, Address out, int64_t samples, int64_t size, double eps,
-                  double alpha, int image_dtype, int grad_dtype, int threads) {
+                  double alpha, int image_dtype, int grad_dtype, int threads, Address nonfinite) {
   const rmk::StepArgs args{at<void>(x), at<void>(grad), at<void>(x0), at<void>(out), samples, size,
-                           eps,         alpha,          image_dtype,  grad_dtype,    threads};
+                           eps,         alpha,          image_dtype,  grad_dtype,    threads, at<bool>(nonfinite)};
   l2 ? rmk::pgd_step_l2_cpu(args) : rmk::pgd_step_linf_cpu(args);
 }
 
@@ -40,7 +40,7 @@ void random_start_cpu(bool l2, Address x0, Address sample_index, Address out, in
 }
 
 void apgd_step_cpu(bool l2, Address x, Address previous, Address grad, Address x0, Address eta, Address out,
-                   int64_t samples, int64_t size, double eps, double share, int dtype, int threads) {
+                   int64_t samples, int64_t size, double eps, double share, int dtype, int threads, Address nonfinite) {
   const rmk::ApgdStepArgs args{at<void>(x),
                                at<void>(previous),
                                at<void>(grad),
@@ -52,7 +52,8 @@ void apgd_step_cpu(bool l2, Address x, Address previous, Address grad, Address x
                                eps,
                                share,
                                dtype,
-                               threads};
+                               threads,
+                               at<bool>(nonfinite)};
   l2 ? rmk::apgd_step_l2_cpu(args) : rmk::apgd_step_linf_cpu(args);
 }
 

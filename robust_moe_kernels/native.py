@@ -16,7 +16,7 @@ except ImportError as error:
 else:
     _import_error = ""
 
-__all__ = ["dtype_code", "extension", "has_cuda", "stream", "threads", "why_not_cpu", "why_not_cuda"]
+__all__ = ["address", "dtype_code", "extension", "has_cuda", "stream", "threads", "why_not_cpu", "why_not_cuda"]
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
 
@@ -51,6 +51,11 @@ def why_not_cuda(device_type: str) -> str | None:
 def dtype_code(tensor: torch.Tensor) -> int:
     """The extension's number for a tensor's dtype (float32, float64, float16, bfloat16)."""
     return _DTYPE_CODES[tensor.dtype]
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's elements begin; 0, a null pointer, for ``None``."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def threads() -> int:

@@ -19,6 +19,7 @@ struct ApgdStepArgs {
   double share;  // of the gradient step; the rest is momentum
   int dtype;
   int threads;
+  bool* nonfinite;  // [] or null; set, and never cleared, where an element of grad is NaN or infinite
 };
 
 struct ApgdTrackArgs {

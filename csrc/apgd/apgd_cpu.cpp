@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "apgd/apgd.h"
@@ -24,13 +25,16 @@ struct Rows {
 
 template <typename T, typename F>
 void each_sample(const ApgdStepArgs& a, F&& step) {
-  parallel_for(a.samples, sample_grain(a.size), a.threads, [&a, &step](int64_t begin, int64_t end) {
+  std::atomic<bool> broken{false};
+  parallel_for(a.samples, sample_grain(a.size), a.threads, [&a, &step, &broken](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const auto row = [&a, s](const void* images) { return static_cast<const T*>(images) + s * a.size; };
+      if (a.nonfinite != nullptr && any_nonfinite(row(a.grad), a.size)) broken = true;
       step(Rows<T>{row(a.x), row(a.previous), row(a.grad), row(a.x0), static_cast<T*>(a.out) + s * a.size,
                    static_cast<const T*>(a.eta)[s]});
     }
   });
+  if (broken) *a.nonfinite = true;
 }
 
 template <typename T>

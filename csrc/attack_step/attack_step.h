@@ -18,6 +18,7 @@ struct StepArgs {
   int image_dtype;
   int grad_dtype;
   int threads;
+  bool* nonfinite;  // [] or null; set, and never cleared, where an element of grad is NaN or infinite
 };
 
 struct StartArgs {

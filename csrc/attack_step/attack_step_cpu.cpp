@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 
 #include "attack_step/attack_step.h"
@@ -13,24 +14,35 @@
 namespace rmk {
 namespace {
 
+// Returns whether an element of grad is NaN or infinite.
 template <typename T, typename G>
-void step_linf_range(const T* RMK_RESTRICT x, const G* RMK_RESTRICT grad, const T* RMK_RESTRICT x0, T* RMK_RESTRICT out,
+bool step_linf_range(const T* RMK_RESTRICT x, const G* RMK_RESTRICT grad, const T* RMK_RESTRICT x0, T* RMK_RESTRICT out,
                      int64_t count, T eps, T alpha) {
+  int broken = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto g = load(grad + i);
     // Arithmetic, not branches: signs are random, and only this form becomes vector code (with the flags of setup.py).
     const T sign = static_cast<T>(g > 0 ? 1 : 0) - static_cast<T>(g < 0 ? 1 : 0);
     out[i] = clamp(x0[i] + clamp(x[i] + alpha * sign - x0[i], -eps, eps), T(0), T(1));
+    broken |= is_nonfinite(g);
   }
+  return broken != 0;
+}
+
+void note(const StepArgs& a, bool broken) {
+  if (broken && a.nonfinite != nullptr) *a.nonfinite = true;
 }
 
 template <typename T, typename G>
 void step_linf(const StepArgs& a) {
-  parallel_for(a.samples * a.size, kGrain, a.threads, [&a](int64_t begin, int64_t end) {
-    step_linf_range(static_cast<const T*>(a.x) + begin, static_cast<const G*>(a.grad) + begin,
-                    static_cast<const T*>(a.x0) + begin, static_cast<T*>(a.out) + begin, end - begin,
-                    static_cast<T>(a.eps), static_cast<T>(a.alpha));
+  std::atomic<bool> broken{false};
+  parallel_for(a.samples * a.size, kGrain, a.threads, [&a, &broken](int64_t begin, int64_t end) {
+    const bool here = step_linf_range(static_cast<const T*>(a.x) + begin, static_cast<const G*>(a.grad) + begin,
+                                      static_cast<const T*>(a.x0) + begin, static_cast<T*>(a.out) + begin, end - begin,
+                                      static_cast<T>(a.eps), static_cast<T>(a.alpha));
+    if (here) broken = true;
   });
+  note(a, broken);
 }
 
 template <typename T, typename G>
@@ -50,7 +62,8 @@ double norm_of_square(double square) { return std::max(std::sqrt(square), 1e-12)
 
 template <typename T, typename G>
 void step_l2(const StepArgs& a) {
-  parallel_for(a.samples, sample_grain(a.size), a.threads, [&a](int64_t begin, int64_t end) {
+  std::atomic<bool> broken{false};
+  parallel_for(a.samples, sample_grain(a.size), a.threads, [&a, &broken](int64_t begin, int64_t end) {
     for (int64_t row = begin * a.size; row < end * a.size; row += a.size) {
       const G* grad = static_cast<const G*>(a.grad) + row;
       const T* x0 = static_cast<const T*>(a.x0) + row;
@@ -60,8 +73,10 @@ void step_l2(const StepArgs& a) {
       // In this order std::min hands on a NaN.
       const double shrink = std::min(a.eps / norm_of_square(sum_of_products(out, out, a.size)), 1.0);
       displace(x0, out, a.size, static_cast<T>(shrink));
+      if (a.nonfinite != nullptr && any_nonfinite(grad, a.size)) broken = true;
     }
   });
+  note(a, broken);
 }
 
 // 24 random bits as a number in [0, 1), exact in float.

@@ -13,8 +13,9 @@ why_not = native.why_not_cpu
 
 
 def apgd_step(
-    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str
-) -> Tensor:
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str,
+    nonfinite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(x)
     samples = x.shape[0]
     native.extension().apgd_step_cpu(
@@ -31,6 +32,7 @@ def apgd_step(
         share,
         native.dtype_code(x),
         native.threads(),
+        native.address(nonfinite),
     )
     return out
 

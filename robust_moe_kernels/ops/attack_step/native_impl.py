@@ -12,7 +12,9 @@ __all__ = ["pgd_step", "random_start", "why_not"]
 why_not = native.why_not_cpu
 
 
-def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str) -> Tensor:
+def pgd_step(
+    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, nonfinite: Tensor | None = None
+) -> Tensor:
     out = torch.empty_like(x)
     samples = x.shape[0]
     native.extension().pgd_step_cpu(
@@ -28,6 +30,7 @@ def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm
         native.dtype_code(x),
         native.dtype_code(grad),
         native.threads(),
+        native.address(nonfinite),
     )
     return out
 
