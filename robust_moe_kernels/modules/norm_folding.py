@@ -17,13 +17,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
@@ -114,9 +114,18 @@ class _Folding(TorchFunctionMode):
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Folding)]
+        self.inner = 0  # other such modes inside of this one, whose work it leaves alone
+
+    def __enter__(self) -> Self:
+        for mode in self.outer:
+            mode.inner += 1
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        for mode in self.outer:
+            mode.inner -= 1
         for ref, promise in list(self.promises.values()):
             tensor = ref()
             if tensor is not None and error[0] is None and promise.value is not tensor:
@@ -125,7 +134,7 @@ class _Folding(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or func in _FORM:
+        if torch.compiler.is_compiling() or func in _FORM or self.inner:
             return func(*args, **kwargs)
         if self.watch is not None and func in _BACKWARD:
             self._learn(args[0] if args else kwargs.get("outputs"))
