@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own mess
 
 import torch
 
-from benchmarks import apgd, attack_step, autoattack, expert_sweep, routing_ops, rt_er_step, train_step
+from benchmarks import apgd, attack_step, autoattack, expert_sweep, launches, routing_ops, rt_er_step, train_step
 from benchmarks.harness import Options, Row, save, show
 
 
@@ -36,11 +37,15 @@ BENCHMARKS = {
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["launches"]:  # counted, not timed: other options
+        launches.main(sys.argv[2:])
+        return
     names = "\n".join(f"  {name:14}{benchmark.about}" for name, benchmark in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Benchmarks: every number is timed after its result was found correct.",
-        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER",
+        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
+        "kernel launches, counted without a GPU:  python -m benchmarks launches",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")

@@ -92,13 +92,16 @@ def test_the_host_reads_nothing_from_a_gpu(dtype, training, monkeypatch):
     blocks = []  # (context, gradient of the output): autograd itself does not run on fake CUDA tensors
 
     def apply(*arguments: object) -> tuple[Tensor, ...]:
-        context = SimpleNamespace(saved_tensors=(), mark_non_differentiable=lambda *_: None)
+        ignored = dict.fromkeys(("mark_non_differentiable", "set_materialize_grads"), lambda *_: None)
+        context = SimpleNamespace(saved_tensors=(), **ignored)
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
         context.needs_input_grad = [isinstance(argument, Tensor) for argument in arguments]
         out, *rest = routed_block._RoutedBlock.forward(context, *arguments)
         blocks.append((context, torch.randn_like(out)))
         return out, *rest
 
+    h100 = SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)  # asked of the driver, not of the GPU
     monkeypatch.setattr(routed_block._RoutedBlock, "apply", apply)
     autocast = dtype == "autocast"
     kind = torch.float32 if autocast else dtype
@@ -114,7 +117,7 @@ def test_the_host_reads_nothing_from_a_gpu(dtype, training, monkeypatch):
     assert len(blocks) == 2
     for context, d_out in blocks:
         with mode, torch.no_grad():
-            gradients = routed_block._Backward(context).run(d_out)
+            gradients = routed_block.Backward(context).run(d_out)
         wanted = {type(argument) for argument in gradients if argument is not None}
         assert wanted
         assert all(gradient.device.type == "cuda" for gradient in gradients if gradient is not None)

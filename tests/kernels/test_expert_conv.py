@@ -15,7 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from robust_moe_kernels.dispatch import ImplementationUnavailable
 from robust_moe_kernels.layout import Geometry, channels_last
 from robust_moe_kernels.ops import OPS
-from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward, conv_wgrad, expert_conv
+from robust_moe_kernels.ops.expert_conv import (
+    EXPERT_CONV,
+    conv_dgrad,
+    conv_forward,
+    conv_plan,
+    conv_wgrad,
+    expert_conv,
+    plan_key,
+)
 
 OP = "expert_conv"
 triton_impl = pytest.importorskip("robust_moe_kernels.ops.expert_conv.triton_impl")
@@ -47,8 +55,8 @@ def run(inputs: Inputs, case: Case, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, offsets, sample, d_out = inputs
     rest = (case.geometry, impl)
     return (
-        conv_forward(x, weight, offsets, sample, *rest),
-        conv_dgrad(d_out, weight, offsets, *case.size, *rest),
+        conv_forward(x, weight, offsets, sample, [], *rest),
+        conv_dgrad(d_out, weight, offsets, [], *case.size, *rest),
         conv_wgrad(x, d_out, offsets, sample, weight, *rest),
     )
 
@@ -220,9 +228,93 @@ def test_opcheck(target, generator):
     case = Case("", (2, 0, 1), (3, 4), (3, 4), (3, 2), TWO, ONE, ONE, 2, "")
     x, weight, offsets, sample, d_out = inputs_of(case, generator).to(target.device)
     ops, rest = torch.ops.robust_moe_kernels, (case.geometry, target.impl)
-    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, *rest))
-    torch.library.opcheck(ops.expert_conv_dgrad.default, (d_out, weight, offsets, *case.size, *rest))
+    for backward in (False, True):
+        torch.library.opcheck(
+            ops.expert_conv_plan.default, (weight, offsets, len(d_out), *case.size, backward, *rest),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )  # fmt: skip
+    plan = conv_plan(weight, offsets, len(d_out), *case.size, False, *rest)
+    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, plan, *rest))
+    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, [], *rest))
+    torch.library.opcheck(ops.expert_conv_dgrad.default, (d_out, weight, offsets, [], *case.size, *rest))
     torch.library.opcheck(ops.expert_conv_wgrad.default, (x, d_out, offsets, sample, weight, *rest))
+
+
+SHARED = (
+    Case("3x3", (3, 0, 2), (16, 16), (4, 5), (3, 3), ONE, ONE, ONE, 4, "all products of a residual block"),
+    Case("dilated", (3, 0, 2), (16, 16), (6, 5), (3, 2), ONE, (2, 1), (2, 2), 4, "spans of 4 and 2, padding 2 and 1"),
+    Case("1x1", (3, 2), (16, 16), (3, 3), (1, 1), ONE, NONE, ONE, 4, "a single tap is its own mirror image"),
+)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_one_plan_serves_every_product_of_equal_geometry(target, case, generator, assert_same_bits):
+    """Forward with and without gathering, and the input gradient: the bits of products that plan for themselves."""
+    x, weight, offsets, sample, d_out = inputs_of(case, generator).to(target.device)
+    rows, rest = len(d_out), (case.geometry, target.impl)
+    of = weight, offsets, rows, *case.size
+    assert plan_key(weight, rows, *case.size, False, *rest) == plan_key(weight, rows, *case.size, True, *rest)
+    plan = conv_plan(*of, False, *rest)
+    assert bool(plan) == (target.impl == "triton")
+    gathered = channels_last(x.index_select(0, sample))
+    results = [
+        (
+            conv_forward(x, weight, offsets, sample, plan, *rest),
+            conv_forward(gathered, weight, offsets, None, plan, *rest),
+            conv_dgrad(d_out, weight, offsets, plan, *case.size, *rest),
+        )
+        for plan in (plan, [])
+    ]
+    assert_same_bits(*results)
+
+
+def test_plans_compile_into_one_graph(target, generator, assert_same_bits):
+    """Also with another number of rows, which must not compile a plan of the first one's shape."""
+
+    def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        x, weight, offsets, sample, d_out = inputs
+        rest = (SHARED[0].geometry, target.impl)
+        plan = conv_plan(weight, offsets, sample.shape[0], *SHARED[0].size, False, *rest)
+        return (
+            conv_forward(x, weight, offsets, sample, plan, *rest),
+            conv_dgrad(d_out, weight, offsets, plan, *SHARED[0].size, *rest),
+        )
+
+    if target.impl == "reference":
+        pytest.skip("the reference reads the segments' sizes on the host")
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for counts in ((3, 0, 2), (4, 6, 1)):
+        inputs = inputs_of(SHARED[0]._replace(counts=counts), generator).to(target.device)
+        assert_same_bits(compiled(inputs), both(inputs))
+
+
+def test_keys_of_plans_that_cannot_be_shared(generator):
+    """Another map, geometry, number of rows or direction: another key; implementations without plans have none."""
+    case = by_name("image")
+    weight = inputs_of(case, generator).weight
+    base = (5, 4, 4, False, [1, 1, 1, 1, 1, 1])
+    others = (
+        (6, 4, 4, False, [1, 1, 1, 1, 1, 1]),
+        (5, 4, 5, False, [1, 1, 1, 1, 1, 1]),
+        (5, 4, 4, False, [1, 1, 0, 0, 1, 1]),
+        (5, 4, 4, True, [1, 1, 0, 0, 1, 1]),
+        (5, 4, 4, False, [2, 2, 1, 1, 1, 1]),
+        (5, 4, 4, True, [2, 2, 1, 1, 1, 1]),
+    )
+    keys = [plan_key(weight, *of, "triton") for of in (base, *others)]
+    assert len(set(keys)) == len(keys)
+    assert plan_key(weight, *base, "triton") == keys[0]
+    assert plan_key(weight, *base, "native") is plan_key(weight, *base, "reference") is None
+
+
+def test_a_plan_that_does_not_fit_is_refused(generator):
+    case = by_name("block")
+    x, weight, offsets, sample, _ = inputs_of(case, generator)
+    plan = conv_plan(weight, offsets, 3, *case.size, False, case.geometry, "triton")
+    with pytest.raises(ValueError, match=r"^plan: expected tensors of shapes .*, or none, got "):
+        conv_forward(x, weight, offsets, sample, plan, case.geometry, "triton")
+    with pytest.raises(ValueError, match=r"^plan: expected no tensors: this implementation needs none, got 3 tensors"):
+        conv_forward(x, weight, offsets, sample, plan, case.geometry, "reference")
 
 
 def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
@@ -247,8 +339,8 @@ def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
     with FakeTensorMode() as mode:
         x, weight, offsets, sample, d_out = (mode.from_tensor(tensor).to("cuda") for tensor in real)
         results = (
-            triton_impl.forward(x, weight, offsets, sample, geometry),
-            triton_impl.dgrad(d_out, weight, offsets, *case.size, geometry),
+            triton_impl.forward(x, weight, offsets, sample, [], geometry),
+            triton_impl.dgrad(d_out, weight, offsets, [], *case.size, geometry),
             triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry),
         )
     assert launched == ["plan_kernel", "product_kernel"] * 2 + ["filter_kernel"]
@@ -260,7 +352,7 @@ def test_sizes_beyond_the_plan_are_refused(generator):
     x = torch.empty(1, 1, 1, 2**14, device="meta")
     weight, offsets = torch.empty(1, 1, 1, 1, 1, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="x: expected maps and filters below 2\\^14 lines and columns"):
-        triton_impl.forward(x, weight, offsets, None, Geometry(ONE, NONE, ONE))
+        triton_impl.forward(x, weight, offsets, None, [], Geometry(ONE, NONE, ONE))
 
 
 def test_is_in_the_table():

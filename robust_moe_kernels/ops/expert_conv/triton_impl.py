@@ -49,7 +49,9 @@ from robust_moe_kernels.ops.expert_conv.triton_kernels import (
 )
 from robust_moe_kernels.triton_support import Build, on_device, triton_type
 
-__all__ = ["builds", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+__all__ = ["PLANS", "builds", "dgrad", "forward", "plan", "plan_key", "plan_like", "wgrad", "why_not", "why_not_case"]
+
+PLANS = True
 
 why_not = triton_support.why_not
 
@@ -142,53 +144,128 @@ def _innermost(weight: Tensor) -> Tensor:
     return weight.permute(0, 3, 4, 2, 1).contiguous()
 
 
-def _sizes(in_size: torch.Size, out_size: torch.Size, weight: Tensor, geometry: Geometry) -> dict[str, int]:
-    numbers = (*in_size[2:], *out_size[2:], *weight.shape[3:], *geometry.stride, *geometry.padding, *geometry.dilation)
-    return dict(zip(GEOMETRY, numbers, strict=True))
+class _Product(NamedTuple):
+    """A product as its plan sees it: rows of ``target`` maps from maps of sources, by filters of that geometry."""
+
+    sizes: dict[str, int]
+    rows: int
+    forward: bool  # which way the plan walks: an input gradient may use the plan of its forward product
+    mirror: bool  # whether it does
+    parts: int  # classes of target pixels that share their taps
+    pixels: int  # of the largest class
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+    ) -> _Product:  # fmt: skip
+        kernel = tuple(weight.shape[3:])
+        out_size = geometry.output_size(height, width, kernel)
+        numbers = (height, width, *out_size, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation)
+        sizes = dict(zip(GEOMETRY, numbers, strict=True))
+        mirror = backward and _is_mirrored(geometry, kernel)
+        forward = mirror or not backward
+        parts, pixels = 1, out_size[0] * out_size[1]
+        if not forward:
+            parts = geometry.stride[0] * geometry.stride[1]
+            pixels = -(-height // geometry.stride[0]) * -(-width // geometry.stride[1])
+        # The plan's places are 32-bit within an expert, and 16-bit within a map.
+        expect(rows * pixels < 2**31, "x", "fewer than 2^31 pixels in all rows", rows * pixels)
+        expect(max(numbers) < 2**14, "x", "maps and filters below 2^14 lines and columns", max(numbers))
+        return cls(sizes, rows, forward, mirror, parts, pixels)
+
+    def tile(self, weight: Tensor, backward: bool) -> _Tile:
+        depth, columns = (weight.shape[1], weight.shape[2]) if backward else (weight.shape[2], weight.shape[1])
+        tiles = _fitting(PRODUCT[_kind(weight.dtype, depth, columns)], weight)
+        return choose_tile(tiles, self.rows * self.pixels, columns, self.parts)
+
+
+def _is_mirrored(geometry: Geometry, kernel: tuple[int, ...]) -> bool:
+    """Whether an input pixel's gradient reads the window of outputs that the output in its place reads of inputs, taps
+    in opposite order: stride 1 and a padding of half of what the filter spans, e.g. 3x3 with padding 1."""
+    spans = [dilation * (taps - 1) for dilation, taps in zip(geometry.dilation, kernel, strict=True)]
+    return tuple(geometry.stride) == (1, 1) and spans == [2 * padding for padding in geometry.padding]
+
+
+def plan_key(weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry) -> tuple[int, ...]:
+    """What a plan depends on beside the offsets."""
+    case = _Product.of(weight, rows, height, width, backward, geometry)
+    return case.tile(weight, backward).m, rows, weight.shape[0], case.forward, *case.sizes.values()
+
+
+def plan_like(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    """The tensors of a plan, uninitialised."""
+    case = _Product.of(weight, rows, height, width, backward, geometry)
+    if rows * case.pixels == 0:
+        return []
+    m = case.tile(weight, backward).m
+    # An upper bound: every expert has at most one partial tile.
+    tiles = case.parts * (rows * case.pixels // m + min(weight.shape[0], rows))
+    numbers, places = offsets.new_empty(2, tiles, m, dtype=torch.int32), offsets.new_empty(tiles, m)
+    return [offsets.new_empty(tiles, RECORD.value), numbers, places]
+
+
+def plan(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    """What a product's programs read and write; see ``op.conv_plan``."""
+    tensors = plan_like(weight, offsets, rows, height, width, backward, geometry)
+    if tensors:
+        case = _Product.of(weight, rows, height, width, backward, geometry)
+        record, (row, spot), place = tensors
+        tiles, m = place.shape[0] // case.parts, place.shape[1]
+        with on_device(offsets):
+            plan_kernel[tiles, case.parts](
+                offsets, record, row, spot, place, weight.shape[0], tiles, **case.sizes, FORWARD=case.forward,
+                EXPERTS=_power_of_two(weight.shape[0], 16),
+                TAPS=_power_of_two(max(case.sizes["taps_h"], case.sizes["taps_w"]), 4), BLOCK_M=m, **_PLAN_OPTIONS,
+            )  # fmt: skip
+    return tensors
 
 
 def _product(
-    source: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, target: Tensor, sizes: dict[str, int],
-    forward: bool,
+    source: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan_: list[Tensor], target: Tensor,
+    backward: bool, geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """Forward and input gradient: ``target`` from ``source``, both channels-last."""
-    rows, columns, height, width = target.shape
-    experts, depth = weight.shape[0], source.shape[1]
-    parts = 1 if forward else sizes["stride_h"] * sizes["stride_w"]
-    pixels = height * width if forward else -(-height // sizes["stride_h"]) * -(-width // sizes["stride_w"])
-    # The plan's places are 32-bit within an expert, and 16-bit within a map.
-    expect(rows * pixels < 2**31, "x", "fewer than 2^31 pixels in all rows", rows * pixels)
-    expect(max(sizes.values()) < 2**14, "x", "maps and filters below 2^14 lines and columns", max(sizes.values()))
+    rows, columns, *size = target.shape
+    height, width = size if backward else source.shape[2:]
+    case = _Product.of(weight, rows, height, width, backward, geometry)
     if target.numel() == 0:
         return target
-    tile = choose_tile(_fitting(PRODUCT[_kind(source.dtype, depth, columns)], source), rows * pixels, columns, parts)
-    tiles = rows * pixels // tile.m + min(experts, rows)  # an upper bound: every expert has at most one partial tile
-    lanes = parts * tiles, tile.m
-    record = offsets.new_empty(parts * tiles, RECORD.value)
-    near, place, spot = offsets.new_empty(lanes), offsets.new_empty(lanes), offsets.new_empty(lanes, dtype=torch.int32)
+    key = weight, offsets, rows, height, width, backward, geometry
+    wanted = [tensor.shape for tensor in plan_like(*key)]
+    given = [tensor.shape for tensor in plan_] if plan_ else wanted
+    expect(given == wanted, "plan", f"tensors of shapes {_lists(wanted)}, or none", _lists(given))
+    record, (row, spot), place = plan_ or plan(*key)
+    tile = case.tile(weight, backward)
     with on_device(source):
-        plan_kernel[tiles, parts](
-            offsets, offsets if sample is None else sample, record, near, spot, place, experts, tiles, **sizes,
-            FORWARD=forward, GATHER=sample is not None, EXPERTS=_power_of_two(experts, 16),
-            TAPS=_power_of_two(max(sizes["taps_h"], sizes["taps_w"]), 4), BLOCK_M=tile.m, **_PLAN_OPTIONS,
-        )  # fmt: skip
-        product_kernel[parts * tiles, triton.cdiv(columns, tile.n)](
-            source, _innermost(weight), target, record, near, spot, place, *source.shape[2:], *weight.shape[3:],
-            depth, columns, FORWARD=forward, PRECISION=precision(source.dtype), **tile.blocks(), **tile.options(),
+        product_kernel[place.shape[0], triton.cdiv(columns, tile.n)](
+            source, _innermost(weight), target, record, row, spot, place, offsets if sample is None else sample,
+            *source.shape[2:], *weight.shape[3:], source.shape[1], columns, FORWARD=not backward,
+            GATHER=sample is not None, MIRROR=case.mirror, PRECISION=precision(source.dtype), **tile.blocks(),
+            **tile.options(),
         )  # fmt: skip
     return target
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+def _lists(shapes: list[torch.Size]) -> list[list[int]]:
+    return [list(shape) for shape in shapes]
+
+
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry
+) -> Tensor:
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
-    sizes = _sizes(x.shape, out.shape, weight, geometry)
-    return _product(x, weight, offsets, sample, out, sizes, True)
+    return _product(x, weight, offsets, sample, plan, out, False, geometry)
 
 
-def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+def dgrad(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry
+) -> Tensor:
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
-    sizes = _sizes(d_x.shape, d_out.shape, weight, geometry)
-    return _product(d_out, weight, offsets, None, d_x, sizes, False)
+    return _product(d_out, weight, offsets, None, plan, d_x, True, geometry)
 
 
 def wgrad(
@@ -211,7 +288,7 @@ def wgrad(
         with on_device(x):
             filter_kernel[across, taps[0] * taps[1], experts * splits](
                 x, offsets if sample is None else sample, offsets, d_out, parts, splits, inputs, outputs,
-                **_sizes(x.shape, d_out.shape, weight, geometry), GATHER=sample is not None,
+                **_Product.of(weight, rows, *x.shape[2:], False, geometry).sizes, GATHER=sample is not None,
                 PRECISION=precision(x.dtype), **tile.blocks(), **tile.options(),
             )  # fmt: skip
     d_weight = parts[0] if splits == 1 else parts.sum(0).to(weight.dtype)
@@ -223,7 +300,7 @@ def builds() -> Iterator[Build]:
     """Every configuration that is launched, for the compile test."""
     for forward in (True, False):
         for rows in sorted({tile.m for tiles in PRODUCT.values() for tile in tiles}):
-            constants = {"FORWARD": forward, "GATHER": forward, "EXPERTS": 16, "TAPS": 4, "BLOCK_M": rows}
+            constants = {"FORWARD": forward, "EXPERTS": 16, "TAPS": 4, "BLOCK_M": rows}
             yield _build(plan_kernel, "", constants, _PLAN_OPTIONS, False)
     half, single = (torch.float16, torch.bfloat16), (torch.float32,)
     cases = (("half", half, True), ("tf32", single, True), ("ieee", single, True))
@@ -231,18 +308,19 @@ def builds() -> Iterator[Build]:
         for dtype, flag in product(dtypes, (True, False)):
             name, constants = triton_type(dtype), {"PRECISION": "ieee" if kind == "ieee" else "tf32"}
             for tile in PRODUCT[kind]:
-                fixed = {**constants, "FORWARD": flag, **tile.blocks()}
+                fixed = {**constants, "FORWARD": flag, "GATHER": flag, "MIRROR": not flag, **tile.blocks()}
                 yield _build(product_kernel, name, fixed, tile.options(), aligned)
             for tile in FILTER[kind]:
                 fixed = {**constants, "GATHER": flag, **tile.blocks()}
                 yield _build(filter_kernel, name, fixed, tile.options(), aligned)
     # A single channel becomes a constant of the kernel.
-    narrow = {"PRECISION": "tf32", **PRODUCT["narrow"][0].blocks()}
+    narrow = {"PRECISION": "tf32", "GATHER": False, "MIRROR": False, **PRODUCT["narrow"][0].blocks()}
     options = PRODUCT["narrow"][0].options()
     yield _build(product_kernel, "fp32", {**narrow, "FORWARD": True, "depth": 1}, options, False)
     yield _build(product_kernel, "fp32", {**narrow, "FORWARD": False, "columns": 1}, options, False)
-    narrow, options = {**narrow, **FILTER["narrow"][0].blocks()}, FILTER["narrow"][0].options()
-    yield _build(filter_kernel, "fp32", {**narrow, "GATHER": False, "inputs": 1, "outputs": 1}, options, False)
+    narrow = {"PRECISION": "tf32", "GATHER": False, **FILTER["narrow"][0].blocks()}
+    options = FILTER["narrow"][0].options()
+    yield _build(filter_kernel, "fp32", {**narrow, "inputs": 1, "outputs": 1}, options, False)
 
 
 def _build(kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str, Any], aligned: bool) -> Build:
@@ -252,7 +330,7 @@ def _build(kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            index = {"spot_ptr": "i32"}.get(name, "i64")
+            index = {"spot_ptr": "i32", "row_ptr": "i32"}.get(name, "i64")
             data = name in ("source_ptr", "weight_ptr", "target_ptr", "input_ptr", "gradient_ptr")
             signature[name] = "*" + (dtype if data else index)
             divisible.append(name)

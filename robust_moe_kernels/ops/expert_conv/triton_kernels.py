@@ -111,14 +111,14 @@ GEOMETRY = (
 @triton.jit(do_not_specialize=("experts", "tiles", *GEOMETRY))
 def plan_kernel(
     offsets_ptr,  # [E + 1] int64
-    sample_ptr,  # [R] int64: the map that a row reads; unused unless GATHER
     record_ptr,  # [parts, tiles, RECORD] int64
-    near_ptr,  # [parts, tiles, BLOCK_M] int64: pixel that the tile's first tap reads, over all source maps
-    spot_ptr,  # the same shape, int32: its line and column, each + 2^15; may lie outside of the map
+    row_ptr,  # [parts, tiles, BLOCK_M] int32: the row
+    spot_ptr,  # the same shape, int32: source pixel of the tile's first tap, line and column, each + 2^15; may lie
+    # outside of the map
     place_ptr,  # the same shape, int64: pixel to write, over all target maps; -1 for none
     experts, tiles,
     in_h, in_w, out_h, out_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    FORWARD: tl.constexpr, GATHER: tl.constexpr,
+    FORWARD: tl.constexpr,
     EXPERTS: tl.constexpr,  # power of two >= experts
     TAPS: tl.constexpr,  # power of two >= max(taps_h, taps_w)
     BLOCK_M: tl.constexpr,
@@ -152,9 +152,8 @@ def plan_kernel(
     from_y, to_y = _window(tl.min(y, 0), tl.max(y, 0), step_y, first_y, spread_y, count_y, source_h)
     from_x, to_x = _window(tl.min(x, 0), tl.max(x, 0), step_x, first_x, spread_x, count_x, source_w)
     near_y, near_x = y * step_y + first_y + from_y * spread_y, x * step_x + first_x + from_x * spread_x
-    map_ = tl.load(sample_ptr + row) if GATHER else row
     here = number * BLOCK_M + lane
-    tl.store(near_ptr + here, (map_ * source_h + near_y) * source_w + near_x)
+    tl.store(row_ptr + here, row.to(tl.int32))
     tl.store(
         spot_ptr + here, ((near_y + _HALF) * (2 * _HALF) + near_x + _HALF).to(tl.uint32).to(tl.int32, bitcast=True)
     )
@@ -176,11 +175,13 @@ def product_kernel(
     source_ptr,  # [*, source_h, source_w, depth]: forward the input, backward the output's gradient
     weight_ptr,  # [E, taps_h, taps_w, I, O]
     target_ptr,  # [R, target_h, target_w, columns]
-    record_ptr, near_ptr, spot_ptr, place_ptr,  # from plan_kernel
+    record_ptr, row_ptr, spot_ptr, place_ptr,  # from plan_kernel
+    sample_ptr,  # [R] int64: the source map of a row; unused unless GATHER
     source_h, source_w, taps_h, taps_w,
     depth,  # channels of a source pixel: I forward, O backward
     columns,  # channels of a target pixel
-    FORWARD: tl.constexpr,
+    FORWARD: tl.constexpr, GATHER: tl.constexpr,
+    MIRROR: tl.constexpr,  # an input gradient by the plan of the forward product: taps count from the other end
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -194,14 +195,20 @@ def product_kernel(
     taps_y, taps_x = tl.load(record + _TAPS_Y), tl.load(record + _TAPS_X)
     spread_y, spread_x = tl.load(record + _SPREAD_Y), tl.load(record + _SPREAD_X)
     tap_step_y, tap_step_x = tl.load(record + _TAP_STEP_Y), tl.load(record + _TAP_STEP_X)
+    tap_y, tap_x = tl.load(record + _TAP_Y), tl.load(record + _TAP_X)
+    if MIRROR:
+        tap_y, tap_x, tap_step_y, tap_step_x = taps_h - 1 - tap_y, taps_w - 1 - tap_x, -tap_step_y, -tap_step_x
     filter_x = (zero + depth) * columns
     filter_y = taps_w * filter_x
-    tap = tl.load(record + _TAP_Y) * filter_y + tl.load(record + _TAP_X) * filter_x
+    tap = tap_y * filter_y + tap_x * filter_x
 
     lanes = number * BLOCK_M + tl.arange(0, BLOCK_M)
-    sources = source_ptr + tl.load(near_ptr + lanes) * depth
+    map_ = tl.load(row_ptr + lanes).to(tl.int64)
+    if GATHER:
+        map_ = tl.load(sample_ptr + map_)
     spot = tl.load(spot_ptr + lanes).to(tl.uint32, bitcast=True)
     near_y, near_x = (spot // (2 * _HALF)).to(tl.int32) - _HALF, (spot % (2 * _HALF)).to(tl.int32) - _HALF
+    sources = source_ptr + ((map_ * source_h + near_y) * source_w + near_x) * depth
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
     if FORWARD:
