@@ -22,8 +22,7 @@ class State:
         self.key = (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
+            *_autocast(device),
         )
 
     def dtype(self, x: Tensor) -> torch.dtype:
@@ -36,12 +35,17 @@ class State:
     @contextmanager
     def _entered(self) -> Iterator[None]:
         grad, inference, autocast, dtype = self.key
-        with (
-            torch.inference_mode(inference),
-            torch.set_grad_enabled(grad),
-            torch.autocast(self.device, dtype, enabled=autocast),
-        ):
+        known = torch.amp.is_autocast_available(self.device)
+        cast = torch.autocast(self.device, dtype, enabled=autocast) if known else nullcontext()
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), cast:
             yield
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    """Whether, and in what, operations on a type of device are cast."""
+    if not torch.amp.is_autocast_available(device):
+        return False, torch.float32
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 class Promise:

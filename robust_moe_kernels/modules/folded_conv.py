@@ -46,7 +46,7 @@ class FoldedConv:
         self._numbers = _numbers(weight, bias, norm)
         self._versions = [tensor._version for tensor in self._numbers]
         self._eps = norm.eps
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad():
             scale = (norm.variance.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 scale = scale * norm.weight.double()

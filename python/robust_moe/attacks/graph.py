@@ -218,7 +218,8 @@ def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hash
             for layer in moe_layers(model).values()
         ),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic),
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
+        (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         torch.are_deterministic_algorithms_enabled(),
     )
 

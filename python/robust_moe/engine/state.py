@@ -15,6 +15,7 @@ from robust_moe.config import TrainConfig, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
+from robust_moe.engine.optimizers import keep_with_parameters
 from robust_moe.engine.parameter_groups import regrouped
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
@@ -167,6 +168,7 @@ class RunState:
             self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, grouped, now))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
+            keep_with_parameters(self.optimizer)
             self.precision.load_state_dict(state["precision"])
             self.epoch, self.batch, self.step = (state["position"][name] for name in ("epoch", "batch", "step"))
             other = any(fnmatchcase(key, pattern) for key in changed for pattern in REMEASURED)
