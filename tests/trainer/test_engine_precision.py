@@ -56,8 +56,8 @@ def test_auto_is_the_default_and_the_run_says_what_it_was(tiny):
     config = tiny("run.max_steps=1")
     assert config.run.precision == "auto"
     _, outcome = fit(config)
-    assert load_config(outcome.folder / "config.yaml").run.precision == "32-true"
-    assert load_checkpoint(outcome.folder / "last.pt")["config"]["run"]["precision"] == "32-true"
+    assert load_config(outcome.folder / "config.yaml").run.precision == "auto"
+    assert load_checkpoint(outcome.folder / "last.pt")["run_precision"] == "32-true"
 
 
 def test_going_on_with_the_same_precision_or_by_override(tiny, monkeypatch):
@@ -65,10 +65,13 @@ def test_going_on_with_the_same_precision_or_by_override(tiny, monkeypatch):
     _, outcome = fit(tiny("run.max_steps=1"))
     path = outcome.folder / "last.pt"
     old = load_checkpoint(path)
-    del old["config"]["run"]["deterministic"]
+    assert fit(tiny("run.max_steps=1", "run.precision=32-true"))[1].steps == 1
+    del old["config"]["run"]["deterministic"], old["run_precision"]
+    old["config"]["run"]["precision"] = "32-true"
     save_checkpoint(old, path)
     assert fit(tiny("run.max_steps=1"))[1].steps == 1
-    old["config"]["run"]["precision"] = "bf16-mixed"
+    old["config"]["run"]["precision"] = "auto"
+    old["run_precision"] = "bf16-mixed"
     save_checkpoint(old, path)
     with pytest.raises(CheckpointError, match=r"run.precision: checkpoint has 'bf16-mixed', got '32-true'"):
         fit(tiny("run.max_steps=2", "run.epochs=2"))

@@ -117,6 +117,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"name": self.config.optim.schedule, "step": self.step},  # a pure function of these
             "precision": self.precision.state_dict(),
+            "run_precision": self.precision.precision,  # what run.precision stood for
             "method": self.method.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "rng": _all_ranks(rng_state()) if gather else [rng_state()],
@@ -138,6 +139,14 @@ class RunState:
                 "otherwise, use robust-moe eval"
             )
 
+    def _in_their_precisions(self, state: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+        """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto`` may mean
+        another on another machine, and is no change where it means what was asked for by name."""
+        old = state["config"]
+        before = state.get("run_precision", old["run"]["precision"])  # an older checkpoint's was asked for by name
+        now = dataclasses.replace(self.config.run, precision=self.precision.precision)
+        return {**old, "run": {**old["run"], "precision": before}}, dataclasses.replace(self.config, run=now)
+
     def load_state_dict(
         self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device, override: bool = False
     ) -> tuple[int, list[str]]:
@@ -149,7 +158,7 @@ class RunState:
         Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
         """
         refuse_foreign(state, source)
-        changed = changed_settings(state["config"], self.config, source, override)
+        changed = changed_settings(*self._in_their_precisions(state), source, override)
         load_model_state(self.model, state["model"], source)
         try:
             if state["config"]["method"]["name"] == self.config.method.name:

@@ -17,7 +17,7 @@ from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
-from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, resolve_precision
+from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.optimizers import OPTIMIZERS, build_optimizer
@@ -106,7 +106,7 @@ class Trainer:
     # --- setting up ---
 
     def _set_up(self, resume: bool, override: bool) -> None:
-        self.config = config = resolve_precision(self.config)
+        config = self.config
         self.fabric = fabric = make_fabric(config)
         fabric.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
