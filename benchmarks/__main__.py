@@ -45,7 +45,8 @@ def main() -> None:
         prog="python -m benchmarks",
         description="Benchmarks: every number is timed after its result was found correct.",
         epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
-        "kernel launches, counted without a GPU:  python -m benchmarks launches",
+        "kernel launches, counted without a GPU:  python -m benchmarks launches\n"
+        "the speed-run's ingredients, one by one:  python -m benchmarks.speedrun --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from robust_moe_kernels.dispatch import Op
-from robust_moe_kernels.modules import experts, gates
+from robust_moe_kernels.modules import experts, folded_conv, gates, norm_folding, norm_learning
 from robust_moe_kernels.ops import OPS
 
 __all__ = ["LAUNCHES", "Counted", "Launches", "Profiled"]
@@ -174,7 +174,7 @@ class Launches:
 @contextmanager
 def _triton_everywhere(counted: Counted) -> Iterator[None]:
     """On the CPU as on a GPU: every op by Triton (the routing sort, native there, is one kernel either way), launched
-    by a driver that counts."""
+    by a driver that counts, and nothing that is done on a CPU only."""
     from triton.runtime.jit import KernelInterface
 
     from robust_moe_kernels.ops.expert_conv import triton_impl
@@ -197,6 +197,12 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
         for op in OPS.values():
             enter(mock.patch.dict(op._order, cpu=("triton", "reference")))
         enter(mock.patch.object(triton_impl, "why_not_case", _any_half_or_single))
+        enter(mock.patch.object(folded_conv, "FUSED", set()))
+        for module in (
+            norm_folding,
+            norm_learning,
+        ):  # fake tensors are of a class of their own, and no other operations
+            enter(mock.patch.object(module, "is_plain", lambda tensor: isinstance(tensor, Tensor)))
         enter(mock.patch.object(gates, "FUSED", {*gates.FUSED, "cpu"}))
         enter(mock.patch.dict(experts._ENGINE, cpu=("triton", experts._ENGINE["cuda"][1])))
         Op.choose.cache_clear()

@@ -71,12 +71,13 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
     method = PGDAdversarialTraining(config)
     images, labels = _maps(launches, case.batch, 3, 32, 32), launches.tensor(case.batch, dtype=torch.int64)
     batch = Batch(images, labels, labels)
-    with attack_mode(model), autocast():
-        passes, x = Passes(method.attack, model, batch.labels, -1), images
-        for _ in range(2):
-            launches.take()
-            x = method.attack.step(x, passes.examine(x).grad, images)
-    step = launches.take()
+    for _ in range(2):  # an attack is needed to learn which norms may be folded
+        with attack_mode(model), autocast():
+            passes, x = Passes(method.attack, model, batch.labels, -1), images
+            for _ in range(2):
+                launches.take()
+                x = method.attack.step(x, passes.examine(x).grad, images)
+            step = launches.take()
     optimizer = build_optimizer(model, OptimConfig())
     for _ in range(2):  # the first allocates the momentum
         launches.take()

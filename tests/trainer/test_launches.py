@@ -21,7 +21,7 @@ CEILINGS = {
     "layer in an attack, forward + dx": 18,
     "layer in training, forward": 20,
     "layer in training, forward + backward": 45,
-    "PGD step": 163,
+    "PGD step": 132,
     "training pass": 215,
 }
 

@@ -12,6 +12,7 @@ from ..config import AugmentConfig
 from .augment import apply_augmentation, draw_augmentation
 from .image_set import ImageSet
 from .seeding import generator
+from .transfer import send
 
 __all__ = ["Batch", "BatchLoader"]
 
@@ -28,6 +29,9 @@ class Batch(NamedTuple):
 
 class BatchLoader:
     """Batches of an :class:`ImageSet`, in an order and with changes that depend on (seed, epoch, batch number) alone.
+
+    With ``augment.flip_order`` "alternating" an image that one epoch mirrors the next does not: two epochs show both
+    sides of every image (Jordan, 2024, arXiv:2404.00498).
 
     The images stay uint8; they move to the device once if they fit there, and otherwise batch by batch. With several
     ranks, each takes every ``world_size``-th image of the same global batches; the order and what is drawn for an image
@@ -78,6 +82,9 @@ class BatchLoader:
         self.drop_last = drop_last
         # a tensor, not a number: CUDA multiplies by a number's rounded inverse, and images would depend on the device
         self._white = torch.tensor(255.0, device=self.device)
+        self._mirrored = None  # bool [N]: images that an alternating flip mirrors in even epochs
+        if augment is not None and augment.flip and augment.flip_order == "alternating":
+            self._mirrored = torch.rand(len(images), generator=generator(seed, "flip")) < 0.5
         home = self.device if _fits(images.images, self.device) else torch.device("cpu")
         self._images, self._labels = images.images.to(home), images.labels.to(home)
 
@@ -108,16 +115,16 @@ class BatchLoader:
                 draw = draw_augmentation(
                     self.augment, len(whole), *images.shape[2:], generator(self.seed, "augment", epoch, number)
                 )
+                if self._mirrored is not None:
+                    draw = draw._replace(flip=self._mirrored[whole] ^ bool(epoch % 2))
                 images = apply_augmentation(images, draw.select(mine))
             yield Batch(images, labels, index)
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = index.to(self._images.device)
+        (index,) = send([index], self._images.device)
         images, labels = self._images[index], self._labels[index]
-        if images.device != self.device:  # too large for the device: pinned, the copy overlaps with the step before
-            images, labels, index = (
-                part.pin_memory().to(self.device, non_blocking=True) for part in (images, labels, index)
-            )
+        if images.device != self.device:  # too large for the device: the copy overlaps with the step before
+            images, labels, index = send([images, labels, index], self.device)
         return images.to(torch.float32).div_(self._white), labels, index
 
 
