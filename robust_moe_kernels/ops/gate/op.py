@@ -70,8 +70,7 @@ def top_k_route(
     GPU a kernel less than one after the other."""
     mode = _checked_mode(logits, top_k, renormalize, straight_through)
     outputs = torch.ops.robust_moe_kernels.top_k_route(logits, top_k, mode, impl)
-    gate = len(GateOutput._fields)
-    return GateOutput(*outputs[:gate]), Route(*outputs[gate:], top_k)
+    return GateOutput(*outputs[:_FIELDS]), Route(*outputs[_FIELDS:], top_k)
 
 
 def _checked_mode(logits: Tensor, top_k: int, renormalize: bool, straight_through: bool) -> int:
@@ -85,10 +84,11 @@ def _checked_mode(logits: Tensor, top_k: int, renormalize: bool, straight_throug
     return RENORMALIZE if renormalize else KEEP
 
 
+_FIELDS = len(GateOutput._fields)
 _FORWARD = "robust_moe_kernels::top_k_gate"
 _SORTED = "robust_moe_kernels::top_k_route"
 _BACKWARD = "robust_moe_kernels::top_k_gate_backward"
-for _name, _outputs in ((_FORWARD, 8), (_SORTED, 8 + 5)):
+for _name, _outputs in ((_FORWARD, _FIELDS), (_SORTED, _FIELDS + 5)):
     _results = ", ".join(["Tensor"] * _outputs)
     torch.library.define(_name, f"(Tensor logits, int top_k, int mode, str impl) -> ({_results})")
 torch.library.define(
@@ -110,7 +110,7 @@ def _forward_sorted(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[T
 
 def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The outputs; on the CPU, where looking costs nothing, refused if a row was not finite."""
-    nonfinite = GateOutput(*outputs[:8]).nonfinite
+    nonfinite = GateOutput(*outputs[:_FIELDS]).nonfinite
     if nonfinite.device.type == "cpu" and nonfinite.item():
         raise ValueError(f"logits: expected finite gate scores, got NaN or infinity in {nonfinite.item()} row(s)")
     return outputs
@@ -159,7 +159,7 @@ def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _top_k, ctx.mode, ctx.impl = inputs
-    gate, route = GateOutput(*output[:8]), output[8:]
+    gate, route = GateOutput(*output[:_FIELDS]), output[_FIELDS:]
     ctx.save_for_backward(logits, gate.scores, gate.indices)
     ctx.mark_non_differentiable(gate.indices, gate.argmax_fraction, gate.nonfinite, *route)
     ctx.set_materialize_grads(False)
