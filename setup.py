@@ -149,7 +149,7 @@ def extension() -> Extension:
     import pybind11
 
     sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".inl"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".inl", ".cuh"))
     macros: list[tuple[str, str | None]] = [("RMK_X86", "1")] if RUNS_ON_X86 else []
     if not RUNS_ON_X86:
         sources = [name for name in sources if not name.endswith(("_avx512.cpp", "_avx2.cpp"))]

@@ -21,12 +21,12 @@ PROGRAMS = {
     "plots": ("benchmarks.plots", "figures of results"),
 }
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
+
 if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in PROGRAMS:
     name = sys.argv.pop(1)
     sys.argv[0] = f"python -m benchmarks {name}"
     sys.exit(importlib.import_module(PROGRAMS[name][0]).main())
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
 
 import torch
 

@@ -13,6 +13,7 @@ __all__ = [
     "FLOATS",
     "expect",
     "expect_dtype",
+    "expect_flag",
     "expect_images",
     "expect_nonnegative",
     "expect_same_device",
@@ -53,6 +54,15 @@ def expect_same_device(tensor: Tensor, argument: str, other: Tensor, other_argum
     """Raise ``ValueError`` unless both tensors are on one device."""
     ok = tensor.device == other.device
     expect(ok, argument, f"a tensor on {other.device} (the device of {other_argument})", tensor.device)
+
+
+def expect_flag(value: Any, argument: str, other: Tensor, other_argument: str) -> None:
+    """Raise unless ``value`` is ``None`` or a bool scalar on the device of ``other``."""
+    if value is not None:
+        expect_tensor(value, argument)
+        expect_dtype(value, argument, (torch.bool,))
+        expect_shape(value, argument, (), "a scalar")
+        expect_same_device(value, argument, other, other_argument)
 
 
 def expect_images(value: Any, argument: str) -> None:

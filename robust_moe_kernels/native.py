@@ -5,6 +5,7 @@ The extension knows no tensor type. It takes addresses, sizes and a dtype code; 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -16,7 +17,10 @@ except ImportError as error:
 else:
     _import_error = ""
 
-__all__ = ["dtype_code", "extension", "has_cuda", "stream", "threads", "why_not_cpu", "why_not_cuda"]
+__all__ = [
+    "address", "dtype_code", "extension", "has_cuda", "on_device", "on_gpu", "run", "stream", "threads", "why_not_cpu",
+    "why_not_cuda",
+]  # fmt: skip
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
 
@@ -53,9 +57,33 @@ def dtype_code(tensor: torch.Tensor) -> int:
     return _DTYPE_CODES[tensor.dtype]
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's elements begin; 0, a null pointer, for ``None``."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def threads() -> int:
     """CPU threads that a native op may use: PyTorch's own setting."""
     return torch.get_num_threads()
+
+
+def run(kernel: str, on: torch.Tensor, *arguments: object) -> None:
+    """Run ``kernel`` where the tensor ``on`` is: the CPU's with its threads, CUDA's on the current stream."""
+    if on_gpu(on):
+        with on_device(on):
+            getattr(_extension, f"{kernel}_cuda")(*arguments, stream(on))
+    else:
+        getattr(_extension, f"{kernel}_cpu")(*arguments, threads())
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's native ops are CUDA's. Everything native asks here, so that a test can answer otherwise."""
+    return tensor.is_cuda
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """Makes a GPU tensor's device current, so that a kernel is launched where its data is."""
+    return torch.cuda.device(tensor.device)
 
 
 def stream(tensor: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Build", "clamp", "on_device", "scalar", "triton_type", "why_not"]
+__all__ = ["Build", "clamp", "flag_nonfinite", "flag_pointer", "on_device", "scalar", "triton_type", "why_not"]
 
 _TYPES = {
     torch.float32: "fp32",
@@ -37,6 +37,14 @@ def clamp(value, low, high):
     """Clamp that lets NaN through, as torch.clamp does."""
     value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def flag_nonfinite(flag_ptr, value, place):
+    """Sets the flag where an element is NaN or infinite. Every writer stores the same 1, so none needs an atomic, and
+    nobody stores while all is finite. ``place`` gives the elements their shape."""
+    broken = (value != value) | (tl.abs(value) == float("inf"))
+    tl.store(flag_ptr + place * 0, (place * 0 + 1).to(tl.uint8), mask=broken)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,11 @@ def why_not(device_type: str) -> str | None:
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's device current, so that a kernel is launched where its data is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def flag_pointer(flag: Tensor | None, other: Tensor) -> Tensor:
+    """A bool scalar as the byte that it is; ``other``, which the kernel will not touch, where there is none."""
+    return other if flag is None else flag.view(torch.uint8)
 
 
 def triton_type(dtype: torch.dtype) -> str:

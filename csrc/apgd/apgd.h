@@ -13,12 +13,14 @@ struct ApgdStepArgs {
   const void* x0;
   const void* eta;  // [samples], step sizes
   void* out;
+  bool* nonfinite;  // [] or null; set, and never cleared, where an element of grad is NaN or infinite
   int64_t samples;
   int64_t size;  // elements of one image
   double eps;
   double share;  // of the gradient step; the rest is momentum
   int dtype;
-  int threads;
+  bool l2;
+  int threads;  // of the CPU
 };
 
 struct ApgdTrackArgs {
@@ -35,8 +37,11 @@ struct ApgdTrackArgs {
   int threads;
 };
 
-void apgd_step_linf_cpu(const ApgdStepArgs& args);
-void apgd_step_l2_cpu(const ApgdStepArgs& args);
+void apgd_step_cpu(const ApgdStepArgs& args);
 void apgd_track_cpu(const ApgdTrackArgs& args);
+#ifdef RMK_CUDA
+void apgd_step_cuda(const ApgdStepArgs& args, std::uintptr_t stream);
+void apgd_track_cuda(const ApgdTrackArgs& args, std::uintptr_t stream);
+#endif
 
 }  // namespace rmk

@@ -12,7 +12,7 @@ struct Rows {
   int64_t experts;
   int64_t pixels;  // of one row's map
   int64_t channels;
-  int threads;
+  int threads;  // of the CPU
 };
 
 // sum[e][c] and sum_product[e][c] over expert e's pixels of value and value*other. With scale and shift

@@ -1,9 +1,10 @@
 #include <algorithm>
-#include <limits>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/restrict.h"
+#include "expert_block/elements.h"
 #include "expert_block/expert_block.h"
 
 namespace rmk {
@@ -24,9 +25,9 @@ RMK_WIDE_VECTORS void sum_line(const float* RMK_RESTRICT value, const float* RMK
     return;
   }
   for (int64_t c = 0; c < count; ++c) {
-    const float open = other[c] * scale[c] + shift[c] > 0 ? 1.0f : 0.0f;
-    sum[c] += value[c] * open;
-    product[c] += static_cast<double>(value[c] * open) * other[c];
+    const float open = masked(value[c], normed(other[c], scale[c], shift[c]));
+    sum[c] += open;
+    product[c] += static_cast<double>(open) * other[c];
   }
 }
 
@@ -34,8 +35,7 @@ RMK_WIDE_VECTORS void scale_shift_line(const float* RMK_RESTRICT z, const float*
                                        const float* RMK_RESTRICT shift, float floor, int64_t count,
                                        float* RMK_RESTRICT out) {
   for (int64_t c = 0; c < count; ++c) {
-    const float value = z[c] * scale[c] + shift[c];
-    out[c] = value < floor ? floor : value;
+    out[c] = at_least(normed(z[c], scale[c], shift[c]), floor);
   }
 }
 
@@ -46,28 +46,24 @@ void norm_backward_line(const float* RMK_RESTRICT d, const float* RMK_RESTRICT z
     for (int64_t c = 0; c < count; ++c) out[c] = p[c] * d[c];
     return;
   }
-  for (int64_t c = 0; c < count; ++c) out[c] = p[c] * d[c] + q[c] * z[c] + r[c];
+  for (int64_t c = 0; c < count; ++c) out[c] = norm_gradient(d[c], z[c], p[c], q[c], r[c]);
 }
 
 void mask_line(const float* RMK_RESTRICT d, const float* RMK_RESTRICT z, const float* RMK_RESTRICT scale,
                const float* RMK_RESTRICT shift, int64_t count, float* RMK_RESTRICT out) {
-  for (int64_t c = 0; c < count; ++c) out[c] = d[c] * (z[c] * scale[c] + shift[c] > 0 ? 1.0f : 0.0f);
+  for (int64_t c = 0; c < count; ++c) out[c] = masked(d[c], normed(z[c], scale[c], shift[c]));
 }
 
 void skip_line(const float* RMK_RESTRICT z, const float* RMK_RESTRICT scale, const float* RMK_RESTRICT shift,
                const float* RMK_RESTRICT x, int64_t count, float* RMK_RESTRICT out) {
-  for (int64_t c = 0; c < count; ++c) {
-    const float value = z[c] * scale[c] + shift[c] + x[c];
-    out[c] = value < 0 ? 0.0f : value;
-  }
+  for (int64_t c = 0; c < count; ++c) out[c] = head_value(z[c], scale[c], shift[c], x[c]);
 }
 
 void normed_skip_line(const float* RMK_RESTRICT z, const float* RMK_RESTRICT scale, const float* RMK_RESTRICT shift,
                       const float* RMK_RESTRICT x, const float* RMK_RESTRICT skip_scale,
                       const float* RMK_RESTRICT skip_shift, int64_t count, float* RMK_RESTRICT out) {
   for (int64_t c = 0; c < count; ++c) {
-    const float value = z[c] * scale[c] + shift[c] + (x[c] * skip_scale[c] + skip_shift[c]);
-    out[c] = value < 0 ? 0.0f : value;
+    out[c] = head_value(z[c], scale[c], shift[c], normed(x[c], skip_scale[c], skip_shift[c]));
   }
 }
 
@@ -111,13 +107,13 @@ double gradient_line(const float* RMK_RESTRICT line, const float* RMK_RESTRICT g
   for (; c + 8 <= count; c += 8) {
     for (int64_t j = 0; j < 8; ++j) {
       lanes[j] += static_cast<double>(g[c + j]) * line[c + j];
-      d[c + j] = weight * g[c + j] * (line[c + j] > 0 ? 1.0f : 0.0f);
+      d[c + j] = head_gradient(weight, g[c + j], line[c + j]);
     }
   }
   double sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
   for (; c < count; ++c) {
     sum += static_cast<double>(g[c]) * line[c];
-    d[c] = weight * g[c] * (line[c] > 0 ? 1.0f : 0.0f);
+    d[c] = head_gradient(weight, g[c], line[c]);
   }
   return sum;
 }
@@ -145,7 +141,7 @@ void column_sums_cpu(const Rows& rows, const float* value, const float* other, c
 
 void scale_shift_cpu(const Rows& rows, const float* z, const float* scale, const float* shift, bool relu, float* out) {
   const int64_t C = rows.channels;
-  const float floor = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  const float floor = relu ? 0.0f : -kInfinity<float>;
   for_pixels(rows, [=](int64_t e, int64_t i, float*) {
     scale_shift_line(z + i * C, scale + e * C, shift + e * C, floor, C, out + i * C);
   });

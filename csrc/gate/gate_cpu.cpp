@@ -1,11 +1,11 @@
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "gate/elements.h"
 #include "gate/gate.h"
 
 namespace rmk {
@@ -48,16 +48,16 @@ class Forward {
     const int64_t E = a_.experts, k = a_.top_k;
     const T* logits = static_cast<const T*>(a_.logits) + b * E;
     A* scores = static_cast<A*>(a_.scores) + b * E;
-    A peak = -std::numeric_limits<A>::infinity();
+    A peak = -kInfinity<A>;
     bool finite = true;
     for (int64_t e = 0; e < E; ++e) {
       const A value = load(logits + e);
-      finite &= static_cast<bool>(std::isfinite(value));
+      finite &= is_finite(value);
       scores[e] = value;
-      key[static_cast<size_t>(e)] = std::isnan(value) ? -std::numeric_limits<A>::infinity() : value;
-      peak = value > peak || std::isnan(value) ? value : peak;
+      key[static_cast<size_t>(e)] = rank_key(value);
+      peak = peak_of(peak, value);
     }
-    double total = 0;  // double: a running float sum loses digits with E, PyTorch's pairwise one does not
+    double total = 0;
     for (int64_t e = 0; e < E; ++e) {
       scores[e] -= peak;
       total += std::exp(scores[e]);
@@ -66,14 +66,13 @@ class Forward {
     double entropy = 0;
     for (int64_t e = 0; e < E; ++e) {
       const double log_score = scores[e] - log_total;
-      scores[e] = static_cast<A>(std::exp(scores[e]) / total);
-      if (scores[e] > 0) entropy -= scores[e] * log_score;
+      scores[e] = score_of(scores[e], total);
+      entropy += entropy_of(scores[e], log_score);
       partial.score[static_cast<size_t>(e)] += scores[e];
     }
     std::iota(order.begin(), order.end(), int64_t{0});
     std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t left, int64_t right) {
-      const A x = key[static_cast<size_t>(left)], y = key[static_cast<size_t>(right)];
-      return x > y || (x == y && left < right);
+      return ranks_before(key[static_cast<size_t>(left)], left, key[static_cast<size_t>(right)], right);
     });
     int64_t* indices = a_.indices + b * k;
     A* weights = static_cast<A*>(a_.weights) + b * k;
@@ -82,10 +81,7 @@ class Forward {
       indices[j] = order[static_cast<size_t>(j)];
       kept += scores[indices[j]];
     }
-    for (int64_t j = 0; j < k; ++j) {
-      const A score = scores[indices[j]];
-      weights[j] = a_.mode == 0 ? score : (a_.mode == 1 ? static_cast<A>(score / kept) : A(1));
-    }
+    for (int64_t j = 0; j < k; ++j) weights[j] = kept_weight(a_.mode, scores[indices[j]], kept);
     partial.first[static_cast<size_t>(indices[0])] += 1;
     partial.entropy += entropy;
     const double lse = static_cast<double>(peak) + log_total;
@@ -123,10 +119,7 @@ class Forward {
 template <typename T, typename A>
 void backward(const GateBackwardArgs& a) {
   const int64_t E = a.experts, k = a.top_k;
-  const A scale = A(1) / static_cast<A>(std::max<int64_t>(a.rows, 1));
-  const auto* d_mean = static_cast<const A*>(a.d_mean_scores);
-  const A d_entropy = a.d_mean_entropy ? *static_cast<const A*>(a.d_mean_entropy) * scale : A(0);
-  const A d_square = a.d_mean_square_lse ? *static_cast<const A*>(a.d_mean_square_lse) * scale : A(0);
+  const MeanSlopes<A> means(a);
   parallel_for(a.rows, 256, a.threads, [&](int64_t begin, int64_t end) {
     std::vector<A> d_score(static_cast<size_t>(E));
     for (int64_t b = begin; b < end; ++b) {
@@ -135,19 +128,12 @@ void backward(const GateBackwardArgs& a) {
       const int64_t* indices = a.indices + b * k;
       const A* d_s = a.d_scores ? static_cast<const A*>(a.d_scores) + b * E : nullptr;
       for (int64_t e = 0; e < E; ++e) {
-        d_score[static_cast<size_t>(e)] = (d_s ? d_s[e] : A(0)) + (d_mean ? d_mean[e] * scale : A(0));
+        d_score[static_cast<size_t>(e)] = means.of_score(d_s, e);
       }
       if (a.d_weights) {
         const A* d_w = static_cast<const A*>(a.d_weights) + b * k;
-        double kept = 1, shared = 0;
-        if (a.mode == 1) {
-          kept = 0;
-          for (int64_t j = 0; j < k; ++j) kept += s[indices[j]];
-          for (int64_t j = 0; j < k; ++j) shared += d_w[j] * (s[indices[j]] / kept);
-        }
-        for (int64_t j = 0; j < k; ++j) {
-          d_score[static_cast<size_t>(indices[j])] += static_cast<A>((d_w[j] - shared) / kept);
-        }
+        const KeptSums sums = kept_sums(a, s, indices, d_w);
+        for (int64_t j = 0; j < k; ++j) d_score[static_cast<size_t>(indices[j])] += kept_slope(d_w[j], sums);
       }
       A peak = load(logits);
       for (int64_t e = 1; e < E; ++e) peak = std::max<A>(peak, load(logits + e));
@@ -156,14 +142,12 @@ void backward(const GateBackwardArgs& a) {
       const A lse = static_cast<A>(peak + std::log(total));
       for (int64_t e = 0; e < E; ++e) {
         inner += static_cast<double>(s[e]) * d_score[static_cast<size_t>(e)];
-        if (s[e] > 0) entropy -= static_cast<double>(s[e]) * (static_cast<A>(load(logits + e)) - lse);
+        entropy += entropy_of(s[e], static_cast<double>(static_cast<A>(load(logits + e)) - lse));
       }
       T* d_logits = static_cast<T*>(a.d_logits) + b * E;
       for (int64_t e = 0; e < E; ++e) {
-        const A log_score = s[e] > 0 ? static_cast<A>(load(logits + e)) - lse : A(0);
-        const double slope =
-            d_score[static_cast<size_t>(e)] - inner - d_entropy * (log_score + entropy) + d_square * 2 * lse;
-        store(d_logits + e, static_cast<A>(s[e] * slope));
+        store(d_logits + e,
+              logit_slope<A>(load(logits + e), s[e], d_score[static_cast<size_t>(e)], inner, entropy, lse, means));
       }
     }
   });

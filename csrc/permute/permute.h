@@ -17,11 +17,16 @@ struct PermuteArgs {
   int64_t top_k;
   int64_t size;
   int dtype;
-  int threads;
+  int threads;  // of the CPU
 };
 
 void dispatch_rows_cpu(const PermuteArgs& args);  // out [batch * top_k, size] from samples
 void combine_rows_cpu(const PermuteArgs& args);   // out [batch, size] from rows
 void row_dot_cpu(const PermuteArgs& args);        // out [batch, top_k] from samples and rows
+#ifdef RMK_CUDA
+void dispatch_rows_cuda(const PermuteArgs& args, std::uintptr_t stream);
+void combine_rows_cuda(const PermuteArgs& args, std::uintptr_t stream);
+void row_dot_cuda(const PermuteArgs& args, std::uintptr_t stream);
+#endif
 
 }  // namespace rmk

@@ -5,6 +5,7 @@
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/restrict.h"
+#include "permute/elements.h"
 #include "permute/permute.h"
 
 namespace rmk {
@@ -23,7 +24,7 @@ void dispatch(const PermuteArgs& a) {
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t pair = a.order[r];
-      const T* RMK_RESTRICT from = samples + pair / a.top_k * a.size;
+      const T* RMK_RESTRICT from = samples + sample_start(a, pair);
       T* RMK_RESTRICT to = out + r * a.size;
       if (weights == nullptr) {
         std::memcpy(to, from, sizeof(T) * static_cast<size_t>(a.size));
@@ -38,21 +39,16 @@ void dispatch(const PermuteArgs& a) {
 template <typename T, typename A>
 void combine(const PermuteArgs& a) {
   const T* rows = static_cast<const T*>(a.rows);
-  const A* weights = static_cast<const A*>(a.weights);
   T* out = static_cast<T*>(a.out);
   parallel_for(a.batch, row_grain(a.size * a.top_k), a.threads, [=, &a](int64_t begin, int64_t end) {
-    A sum[kBlock];
+    A sum[kBlock] = {};
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t start = 0; start < a.size; start += kBlock) {
         const int64_t count = std::min(kBlock, a.size - start);
         for (int64_t j = 0; j < a.top_k; ++j) {
-          const T* RMK_RESTRICT from = rows + a.inverse[b * a.top_k + j] * a.size + start;
-          const A weight = weights == nullptr ? A(1) : weights[b * a.top_k + j];
-          if (j == 0) {
-            for (int64_t i = 0; i < count; ++i) sum[i] = weight * load(from + i);
-          } else {
-            for (int64_t i = 0; i < count; ++i) sum[i] += weight * load(from + i);
-          }
+          const T* RMK_RESTRICT from = rows + row_start(a, b * a.top_k + j) + start;
+          const A weight = weight_of<A>(a, b * a.top_k + j);
+          for (int64_t i = 0; i < count; ++i) sum[i] = slot_sum(sum[i], weight, load(from + i), j == 0);
         }
         for (int64_t i = 0; i < count; ++i) store(out + b * a.size + start + i, sum[i]);
       }
@@ -67,8 +63,7 @@ void dot(const PermuteArgs& a) {
   A* out = static_cast<A*>(a.out);
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
-      const T* x = samples + pair / a.top_k * a.size;
-      out[pair] = static_cast<A>(sum_of_products(x, rows + a.inverse[pair] * a.size, a.size));
+      out[pair] = static_cast<A>(sum_of_products(samples + sample_start(a, pair), rows + row_start(a, pair), a.size));
     }
   });
 }

@@ -9,7 +9,9 @@ struct SortArgs {
   const int64_t* experts;  // [pairs]; a value outside [0, num_experts) sorts behind every expert
   int64_t pairs;
   int64_t num_experts;
+  int64_t top_k;     // pairs of one sample
   int64_t* order;    // [pairs] pair at each sorted position
+  int64_t* sample;   // [pairs] that pair's sample
   int64_t* inverse;  // [pairs] sorted position of each pair
   int64_t* offsets;  // [num_experts + 1] first position of each expert, then the end of the last
   int32_t* invalid;  // [] pairs with a value out of range

@@ -19,6 +19,7 @@ void sort_by_expert_cpu(const SortArgs& a) {
   for (int64_t pair = 0; pair < a.pairs; ++pair) {
     const int64_t position = next[bin(pair)]++;
     a.order[position] = pair;
+    a.sample[position] = pair / a.top_k;
     a.inverse[pair] = position;
   }
 }

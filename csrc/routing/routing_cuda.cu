@@ -1,17 +1,12 @@
 // One block per expert, and one for the pairs out of range. Each block reads all pairs twice: first it counts those
 // that belong before its own (its offset), then it ranks its own in order. No atomics, no exchange between blocks, one
 // launch: for the few thousand pairs of a batch the reads come from the L2 cache and the launch itself is the cost.
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
+#include "common/launch.cuh"
 #include "routing/routing.h"
 
 namespace rmk {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 __device__ int64_t bin_of(int64_t expert, int64_t num_experts) {
@@ -60,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(SortArgs a) {
     if (hit) {
       const int64_t position = running + earlier + __popc(ballot & ((1u << lane) - 1u));
       a.order[position] = pair;
+      a.sample[position] = pair / a.top_k;
       a.inverse[pair] = position;
     }
     running += all;
@@ -74,12 +70,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(SortArgs a) {
 }  // namespace
 
 void sort_by_expert_cuda(const SortArgs& args, std::uintptr_t stream) {
-  sort_kernel<<<static_cast<unsigned>(args.num_experts + 1), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      args);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("sort_by_expert: CUDA refused the launch: ") + cudaGetErrorString(status));
-  }
+  launch("sort_by_expert", sort_kernel, dim3(static_cast<unsigned>(args.num_experts + 1)), kThreads, stream, args);
 }
 
 }  // namespace rmk

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
+from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
 
 __all__ = ["MODES", "attack_mode"]
@@ -56,4 +57,5 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             for block in blocks:
                 block.folded = block.fold() if mode == "eval" else None
-            yield
+            with backbone_folded(model) if mode == "eval" else nullcontext():
+                yield

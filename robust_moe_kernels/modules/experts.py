@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,7 @@ from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
 
-__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d", "engine_computes", "engine_dtype"]
+__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d", "engine_computes", "engine_dtype", "keep_statistics"]
 
 
 def _stack(tensor: Tensor, num_experts: int) -> Tensor:
@@ -229,19 +229,6 @@ class StackedBatchNorm2d(nn.Module):
         """Per-expert (index, weight, bias)."""
         return list(zip(range(self.weight.shape[0]), self.weight.unbind(0), self.bias.unbind(0), strict=True))
 
-    @torch.no_grad()
-    def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics by a batch's mean and biased variance [E, C] over ``count`` [E, 1] values
-        each."""
-        # .data as in ``run``; copy_, so that the buffers stay the tensors that others may hold.
-        running_mean, running_var = self.running_mean.data, self.running_var.data
-        moved = running_mean.lerp(mean.to(running_mean.dtype), self.momentum)
-        running_mean.copy_(torch.where(count > 0, moved, running_mean))
-        unbiased = variance * (count / (count - 1).clamp_min(1)).to(variance.dtype)
-        moved = running_var.lerp(unbiased.to(running_var.dtype), self.momentum)
-        running_var.copy_(torch.where(count > 1, moved, running_var))
-        self.num_batches_tracked.data += (count > 0).flatten().to(self.num_batches_tracked.dtype)
-
     def run(self, x: Tensor, parameters: tuple[int, Tensor, Tensor]) -> Tensor:
         """One expert's normalisation of its rows [n, C, H, W]."""
         expert, weight, bias = parameters
@@ -256,3 +243,16 @@ class StackedBatchNorm2d(nn.Module):
                 mean.lerp_(x.detach().flatten().to(mean.dtype), self.momentum)
                 return bias.view(1, -1, 1, 1).expand_as(x).to(x.dtype)
         return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
+
+
+@torch.no_grad()
+def keep_statistics(norms: Sequence[StackedBatchNorm2d], moved: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Give norms the running means, running variances and numbers of batches that ``routed_block`` found for them.
+
+    In two operations for all norms. ``.data`` as in ``run``; copies, so that the buffers stay the tensors that others
+    may hold.
+    """
+    means, variances, batches = zip(*moved, strict=True)
+    buffers = [norm.running_mean.data for norm in norms] + [norm.running_var.data for norm in norms]
+    torch._foreach_copy_(buffers, [*means, *variances])
+    torch._foreach_copy_([norm.num_batches_tracked.data for norm in norms], list(batches))

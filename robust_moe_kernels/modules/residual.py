@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robust_moe_kernels.layout import dense_format
-from robust_moe_kernels.modules.experts import Experts, StackedBatchNorm2d, StackedConv2d, engine_computes, engine_dtype
+from robust_moe_kernels.modules.experts import (
+    Experts,
+    StackedBatchNorm2d,
+    StackedConv2d,
+    engine_computes,
+    engine_dtype,
+    keep_statistics,
+)
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.ops.routing import Route
 
@@ -37,6 +44,26 @@ class FoldedNorm(NamedTuple):
         numbers = _numbers(norm)
         same = all(a is b for a, b in zip(numbers, self.numbers, strict=True))
         return same and _versions(numbers) == self.versions
+
+
+class CastFilters(NamedTuple):
+    """Filters in another dtype, and those that they were made of."""
+
+    value: Tensor
+    weight: Tensor
+    versions: tuple[int, ...]
+
+    def is_of(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        same = self.weight is weight and self.value.dtype == dtype
+        return same and _versions((weight,)) == self.versions
+
+
+class FoldedNorms(list[FoldedNorm]):
+    """A block's norms, layer by layer, and ``filters``: those that a forward has cast, by the number of their layer."""
+
+    def __init__(self, norms: Iterable[FoldedNorm]) -> None:
+        super().__init__(norms)
+        self.filters: dict[int, CastFilters] = {}
 
 
 class ResidualExperts(Experts):
@@ -78,7 +105,7 @@ class ResidualExperts(Experts):
             self.downsample = None
         self.in_channels: int = block.conv1.in_channels
         # During an attack, each engine layer's batch norm; see ``attack_mode``.
-        self.folded: list[FoldedNorm] | None = None
+        self.folded: FoldedNorms | None = None
         _probe(block, self)
 
     def unbind(self) -> list[Any]:
@@ -104,27 +131,38 @@ class ResidualExperts(Experts):
         if stages is None or not engine_computes(x, self.parameters()) or x.shape[0] == 0:
             return super().mix(x, route, weights)
         pools, layers = stages
-        plan = Plan(
-            tuple(Layer(geometry, norm.eps, norm.training) for _, norm, geometry in layers), len(layers) > self.depth
-        )
+        fixed = [Layer(geometry, norm.eps, norm.momentum, norm.training) for _, norm, geometry in layers]
+        plan = Plan(tuple(fixed), len(layers) > self.depth)
         dtype = engine_dtype(x)
         rows = x.to(dtype)
         x_skip = pools(rows) if len(pools) else None
         tensors = []
         for i, (conv, norm, _) in enumerate(layers):
-            tensors += [conv.weight.to(dtype), *_numbers(norm), *self._tables(i, norm)]
+            tensors += [self._filters(i, conv.weight, dtype), *_numbers(norm), norm.num_batches_tracked]
+            tensors += self._tables(i, norm)
         weights = weights.to(torch.promote_types(dtype, torch.float32))  # a gate may compute in float64
         out, statistics = routed_block(rows, x_skip, weights, route, plan, tensors)
-        moving = [norm for _, norm, _ in layers if norm.training]
-        for norm, (mean, variance, count) in zip(moving, statistics, strict=True):
-            norm.track(mean, variance, count)
+        if statistics:
+            keep_statistics([norm for _, norm, _ in layers if norm.training], statistics)
             self.folded = None  # of other statistics
         return out.contiguous(memory_format=dense_format(x))
 
-    def fold(self) -> list[FoldedNorm] | None:
+    def fold(self) -> FoldedNorms | None:
         """Every layer's batch norm in evaluation; ``None`` where the engine does not compute the block."""
         stages = self._stages()
-        return None if stages is None else [FoldedNorm.of(norm) for _, norm, _ in stages[1]]
+        return None if stages is None else FoldedNorms(FoldedNorm.of(norm) for _, norm, _ in stages[1])
+
+    def _filters(self, i: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Layer i's filters in the engine's dtype. While the norms are folded, frozen filters are cast once, and again
+        only where they were replaced or changed."""
+        if weight.dtype == dtype:
+            return weight
+        if self.folded is None or weight.requires_grad or torch.compiler.is_compiling():
+            return weight.to(dtype)
+        cast = self.folded.filters.get(i)
+        if cast is None or not cast.is_of(weight, dtype):
+            cast = self.folded.filters[i] = CastFilters(weight.to(dtype), weight, _versions((weight,)))
+        return cast.value
 
     def _tables(self, i: int, norm: StackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
         """Layer i's folded norm, unless the norm was set to training or unfrozen since, or its numbers were replaced

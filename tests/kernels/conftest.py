@@ -21,10 +21,15 @@ if not HAS_GPU:
         raise pytest.UsageError("triton was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cuda_emulation import emulate_cuda  # noqa: E402
+
 from robust_moe_kernels.dispatch import IMPLEMENTATIONS  # noqa: E402
 from robust_moe_kernels.ops import OPS  # noqa: E402
 
 DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
+EMULATED_CUDA = os.environ.get("RMK_TEST_EMULATED_CUDA")  # an extension whose CUDA kernels run on the host
+if EMULATED_CUDA:
+    emulate_cuda(EMULATED_CUDA)
 
 
 class Target(NamedTuple):

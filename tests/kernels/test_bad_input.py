@@ -22,6 +22,7 @@ from robust_moe_kernels.ops.routing import Route, sort_by_expert
 LOGITS = torch.zeros(3, 4)
 INDICES = torch.zeros(3, 2, dtype=torch.int64)
 IMAGES = torch.full((2, 3, 4, 4), 0.5)
+FLAG = torch.tensor(False)
 META = torch.device("meta")  # a second device that every machine has
 
 
@@ -216,6 +217,15 @@ BAD = (
     Bad(step, {"eps": float("inf")}, ValueError, "eps: expected a finite number >= 0, got inf"),
     Bad(step, {"alpha": -1}, ValueError, "alpha: expected a finite number >= 0, got -1"),
     Bad(step, {"alpha": float("nan")}, ValueError, "alpha: expected a finite number >= 0, got nan"),
+    Bad(step, {"nonfinite": True}, TypeError, "nonfinite: expected a tensor, got bool"),
+    Bad(step, {"nonfinite": torch.zeros(())}, TypeError, "nonfinite: expected dtype bool, got float32"),
+    Bad(step, {"nonfinite": FLAG[None]}, ValueError, "nonfinite: expected shape [] (a scalar), got [1]"),
+    Bad(
+        step,
+        {"nonfinite": FLAG.to(META)},
+        ValueError,
+        "nonfinite: expected a tensor on cpu (the device of x), got meta",
+    ),
     Bad(step, {"norm": "linf"}, ValueError, "norm: expected one of Linf, L2, got 'linf'"),
     Bad(start, {"x0": IMAGES.half()}, TypeError, "x0: expected dtype float32 or float64, got float16"),
     Bad(start, {"x0": IMAGES[0, 0, 0]}, ValueError, "x0: expected at least 2 dimensions [B, ...], got shape [4]"),
@@ -251,6 +261,15 @@ BAD = (
     Bad(climb, {"eps": float("inf")}, ValueError, "eps: expected a finite number >= 0, got inf"),
     Bad(climb, {"share": 1.5}, ValueError, "share: expected a number in [0, 1], got 1.5"),
     Bad(climb, {"share": float("nan")}, ValueError, "share: expected a number in [0, 1], got nan"),
+    Bad(climb, {"nonfinite": True}, TypeError, "nonfinite: expected a tensor, got bool"),
+    Bad(climb, {"nonfinite": torch.zeros(())}, TypeError, "nonfinite: expected dtype bool, got float32"),
+    Bad(climb, {"nonfinite": FLAG[None]}, ValueError, "nonfinite: expected shape [] (a scalar), got [1]"),
+    Bad(
+        climb,
+        {"nonfinite": FLAG.to(META)},
+        ValueError,
+        "nonfinite: expected a tensor on cpu (the device of x), got meta",
+    ),
     Bad(climb, {"norm": "L1"}, ValueError, "norm: expected one of Linf, L2, got 'L1'"),
     Bad(track, {"x": IMAGES.long()}, TypeError, "x: expected dtype float32 or float64, got int64"),
     Bad(track, {"grad": 1}, TypeError, "grad: expected a tensor, got int"),

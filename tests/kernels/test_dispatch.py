@@ -153,7 +153,7 @@ def test_the_reference_never_waits_for_a_gpu():
             outputs = modules["gate"].forward(logits, top_k, mode)
             scores, indices, weights, mean_scores, _, entropy, square, nonfinite = outputs
             modules["gate"].backward(logits, scores, indices, scores, weights, mean_scores, entropy, square, mode)
-        order, inverse, _offsets, invalid = modules["routing"].sort_by_expert(indices.flatten(), 5)
+        order, _sample, inverse, _offsets, invalid = modules["routing"].sort_by_expert(indices.flatten(), 5, top_k)
         rows = modules["permute"].dispatch(x, order, inverse, weights, top_k)
         out = modules["permute"].combine(rows, order, inverse, weights, top_k)
         dots = modules["permute"].row_dot(x, rows, order, inverse, top_k)

@@ -26,7 +26,9 @@ from robust_moe_kernels.ops.expert_block import (
 
 OP = "expert_block"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SHARES = 6
 triton_kernels = pytest.importorskip("robust_moe_kernels.ops.expert_block.triton_kernels")
+triton_norms = pytest.importorskip("robust_moe_kernels.ops.expert_block.triton_norms")
 
 
 class Case(NamedTuple):
@@ -84,9 +86,17 @@ def head(inputs: Inputs, normed: bool) -> tuple[Tensor | None, ...]:
     return (inputs.z, scale, shift, *skip, inputs.order, inputs.inverse, inputs.offsets, inputs.weights)
 
 
+def added(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of column_sums: its shares in order."""
+    total = shares[:, 0]
+    for share in shares.unbind(1)[1:]:
+        total = total + share
+    return total[0], total[1]
+
+
 CALLS: dict[str, Callable[[Inputs, str], Tensor | tuple[Tensor, ...]]] = {
-    "sums": lambda i, impl: column_sums(i.z, i.z, i.offsets, None, None, impl),
-    "masked_sums": lambda i, impl: column_sums(i.other, i.z, i.offsets, i.tables[0], i.tables[1], impl),
+    "sums": lambda i, impl: added(column_sums(i.z, i.z, i.offsets, None, None, SHARES, impl)),
+    "masked_sums": lambda i, impl: added(column_sums(i.other, i.z, i.offsets, i.tables[0], i.tables[1], SHARES, impl)),
     "scale_shift": lambda i, impl: scale_shift(i.z, i.offsets, i.tables[0], i.tables[1], False, impl),
     "relu": lambda i, impl: scale_shift(i.z, i.offsets, i.tables[0], i.tables[1], True, impl),
     "scaled": lambda i, impl: norm_backward(i.other, i.z, i.offsets, i.tables[2], None, None, None, None, impl),
@@ -147,7 +157,7 @@ def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def computes(target, dtype: torch.dtype) -> bool:
-    return EXPERT_BLOCK.choose(*target).why_not_case(torch.empty(0, dtype=dtype)) is None
+    return EXPERT_BLOCK.choose(*target).why_not_case(torch.empty(0, dtype=dtype, device=target.device)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -222,7 +232,7 @@ def test_opcheck(target, generator):
     inputs = inputs_of(Case("", (2, 0, 2), 2, 3, (2, 2), ""), generator).to(target.device)
     z, other, offsets, tables = inputs.z, inputs.other, inputs.offsets, inputs.tables
     arguments = {
-        column_sums: (other, z, offsets, tables[0], tables[1]),
+        column_sums: (other, z, offsets, tables[0], tables[1], SHARES),
         scale_shift: (z, offsets, tables[0], tables[1], True),
         norm_backward: (other, z, offsets, *tables[2:], None, None),
         head_forward: head(inputs, True),
@@ -238,7 +248,7 @@ def test_nothing_is_read_from_the_gpu(impl, generator, monkeypatch):
     module = EXPERT_BLOCK.choose(impl, "cuda")
     if impl == "triton":
         launch = type("Launch", (), {"__getitem__": lambda self, grid: lambda *_args, **_options: None})()
-        for name in triton_kernels.__all__:
+        for name in (*triton_kernels.__all__, *triton_norms.__all__):
             monkeypatch.setattr(module, name, launch)
         monkeypatch.setattr(module, "on_device", lambda _: nullcontext())
     real = inputs_of(CASES[0], generator)
@@ -246,7 +256,7 @@ def test_nothing_is_read_from_the_gpu(impl, generator, monkeypatch):
         i = Inputs(*(mode.from_tensor(tensor).to("cuda") for tensor in real))
         tables = tuple(i.tables.unbind(0))
         results = (
-            *module.column_sums(i.z, i.other, i.offsets, *tables[:2]),
+            module.column_sums(i.z, i.other, i.offsets, *tables[:2], SHARES),
             module.scale_shift(i.z, i.offsets, *tables[:2], True),
             module.norm_backward(i.other, i.z, i.offsets, *tables[2:], *tables[:2]),
             module.head_forward(*head(i._replace(tables=tables), True)),

@@ -47,7 +47,7 @@ def by_name(name: str) -> Case:
 
 
 def move(route: Route, device: str) -> Route:
-    return Route(*(part.to(device) for part in route[:4]), route.top_k)
+    return Route(*(part.to(device) for part in route[:5]), route.top_k)
 
 
 class Inputs(NamedTuple):

@@ -51,12 +51,13 @@ def oracle(indices: Tensor, experts: int) -> Route:
         inverse[pair] = row
     offsets = [sum(expert < end for expert in bins) for end in range(experts + 1)]
     invalid = torch.tensor(bins.count(experts), dtype=torch.int32)
-    tensors = [torch.tensor(values, dtype=torch.int64) for values in (order, inverse, offsets)]
+    sample = [pair // indices.shape[1] for pair in order]
+    tensors = [torch.tensor(values, dtype=torch.int64) for values in (order, sample, inverse, offsets)]
     return Route(*tensors, invalid, indices.shape[1])
 
 
 def on_cpu(route: Route) -> Route:
-    return Route(*(part.cpu() for part in route[:4]), route.top_k)
+    return Route(*(part.cpu() for part in route[:5]), route.top_k)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -89,7 +90,7 @@ def test_layout_changes_nothing(target, layout, generator, assert_same_bits):
 def test_experts_out_of_range_sort_behind_all(target, indices, assert_same_bits):
     """What a GPU does, where nothing waits to raise: such pairs get rows of their own at the end, and are counted."""
     pairs = torch.tensor(indices)
-    parts = ROUTING.choose(*target).sort_by_expert(pairs.flatten().to(target.device), 4)
+    parts = ROUTING.choose(*target).sort_by_expert(pairs.flatten().to(target.device), 4, 2)
     assert_same_bits(on_cpu(Route(*parts, 2)), oracle(pairs, 4))
 
 

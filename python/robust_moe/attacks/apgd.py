@@ -211,7 +211,10 @@ class APGD(Attack):
         reviewed, since = checkpoints(self.steps), 0
         for done in range(1, self.steps + 1):
             share = 1.0 if done == 1 else SHARE
-            previous, x = x, apgd_step(x, previous, grad, x0, review.eta, self.eps, share, self.norm)
+            previous, x = (
+                x,
+                apgd_step(x, previous, grad, x0, review.eta, self.eps, share, self.norm, nonfinite=passes.nonfinite),
+            )
             if done == self.steps:
                 break
             seen = passes.examine(x)
@@ -223,8 +226,10 @@ class APGD(Attack):
             if done in reviewed:
                 halved = review.halve(best_loss, done - since)
                 since = done
+                passes.notice(grad)  # the next step may read another
                 x = torch.where(per_sample(halved, x), x_best, x)  # the momentum's other end stays, see the class
                 grad = torch.where(per_sample(halved, x), grad_best, grad)
+        passes.settle()
         wrong, loss = passes.score(x)  # the last gradient would not be used
         improved, fooled = loss > best_loss, fooled | wrong
         x_best = torch.where(per_sample(improved, x), x, x_best)

@@ -242,8 +242,9 @@ class StepAttack(Attack):
         """First iterate, [B, ...] in the ball around ``x0`` and in [0, 1]."""
 
     @abstractmethod
-    def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
-        """Next iterate from the gradient of the loss at ``x``; again in the ball and in [0, 1]."""
+    def step(self, x: Tensor, grad: Tensor, x0: Tensor, nonfinite: Tensor | None = None) -> Tensor:
+        """Next iterate from the gradient of the loss at ``x``; again in the ball and in [0, 1]. Sets ``nonfinite``, a
+        bool scalar, in place where an element of the gradient is NaN or infinite."""
 
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
         """Costs ``steps`` forwards and backwards a restart, and one forward more where iterates are compared."""
@@ -265,7 +266,8 @@ class StepAttack(Attack):
             seen = passes.examine(x)
             if self.best:
                 worst = keep_worse(worst, Judged(x, passes.fooled(seen.logits), seen.loss))
-            x = self.step(x, seen.grad, x0)
+            x = self.step(x, seen.grad, x0, passes.nonfinite)
+        passes.settle()
         return (x, *(worst or ()))
 
 

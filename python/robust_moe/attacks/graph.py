@@ -173,7 +173,7 @@ class StepGraphs:
         def steps(x: Tensor, x0: Tensor, y: Tensor, *extras: Tensor) -> tuple[Tensor, ...]:
             nonlocal classes, counts
             mine = copy.copy(passes)
-            mine.y, mine.extras, mine.nonfinite = y, extras, torch.zeros_like(passes.nonfinite)
+            mine.y, mine.extras, mine.nonfinite, mine._sums = y, extras, torch.zeros_like(passes.nonfinite), []
             mine.counts = counts = Counts()  # of the last run: there may be several
             with attack_mode(passes.model, attack.mode):  # again: folds inside the graph
                 found = attack.climb(mine, x, x0)
@@ -218,7 +218,8 @@ def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hash
             for layer in moe_layers(model).values()
         ),
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic),
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
+        (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         torch.are_deterministic_algorithms_enabled(),
     )
 

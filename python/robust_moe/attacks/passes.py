@@ -70,6 +70,7 @@ class Passes:
         self.counts = Counts() if counts is None else counts
         self._fooled = attack.fooled
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=y.device)
+        self._sums: list[Tensor] = []  # of the losses of each draw, until they are settled
 
     def on(self, y: Tensor) -> Passes:
         """The same on another batch, of labels ``y``; the flag is shared."""
@@ -102,19 +103,33 @@ class Passes:
         return self._fooled(logits, self.y)
 
     def examine(self, x: Tensor) -> Examined:
-        """Logits, losses and the gradient to ``x``: one forward and one backward a draw, no weight gradients."""
+        """Logits, losses and the gradient to ``x``: one forward and one backward a draw, no weight gradients.
+
+        Nothing is checked here, which would cost some kernels a step: the step that reads the gradient notices what is
+        not finite in it, and :meth:`settle` at the end of the climb what the losses were.
+        """
         x = x.detach().requires_grad_(True)
         total = None
         for _ in range(self.draws):
             logits = self.logits(x)
             loss = self.loss(logits, self.y, *self.extras)
             # the sum keeps each sample's gradient independent of the batch size and away from fp16 underflow
-            grad = self.gradient(loss.sum(), x)
+            whole = loss.sum()
+            self._sums.append(whole.detach())
+            grad = self.gradient(whole, x)
             total = grad if total is None else total + grad
-        grad = total if self.draws == 1 else total / self.draws
-        # the loss too: where only it is lost, a margin's say, a finite gradient would go on from there
-        self.nonfinite |= ~(torch.isfinite(grad).all() & torch.isfinite(loss).all())
-        return Examined(logits.detach(), loss.detach(), grad)
+        return Examined(logits.detach(), loss.detach(), total if self.draws == 1 else total / self.draws)
+
+    def notice(self, grad: Tensor) -> None:
+        """Set the flag where ``grad`` is not finite: for a gradient that no step will read."""
+        self.nonfinite |= ~torch.isfinite(grad).all()
+
+    def settle(self) -> None:
+        """Set the flag if a loss was not finite in any pass since the last call (or their sum overflowed): where only
+        it is lost, a margin's say, finite gradients go on from there."""
+        if self._sums:
+            self.nonfinite |= ~torch.isfinite(torch.stack(self._sums)).all()
+            self._sums.clear()
 
     def gradient(self, output: Tensor, x: Tensor, **options) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of

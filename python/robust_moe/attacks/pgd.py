@@ -101,8 +101,8 @@ class PGD(StepAttack):
             return x0
         return random_start(x0, self.eps, seed, sample_index, stream=restart, norm=self.norm)
 
-    def step(self, x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
-        return pgd_step(x, grad, x0, self.eps, self.alpha, norm=self.norm)
+    def step(self, x: Tensor, grad: Tensor, x0: Tensor, nonfinite: Tensor | None = None) -> Tensor:
+        return pgd_step(x, grad, x0, self.eps, self.alpha, norm=self.norm, nonfinite=nonfinite)
 
 
 def _from_clean(logits: Tensor, _: Tensor, clean: Tensor) -> Tensor:

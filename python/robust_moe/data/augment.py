@@ -6,6 +6,7 @@ the draw is the same whatever the device, and a test can repeat it image by imag
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AugmentConfig
+from .transfer import send
 
 __all__ = ["AugmentDraw", "apply_augmentation", "draw_augmentation"]
 
@@ -34,7 +36,9 @@ class AugmentDraw(NamedTuple):
         return AugmentDraw(*(v[index] if isinstance(v, Tensor) else v for v in self))
 
     def to(self, device: torch.device | str) -> AugmentDraw:
-        return AugmentDraw(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+        """On another device, in one copy that the host does not wait for."""
+        moved = iter(send([v for v in self if isinstance(v, Tensor)], torch.device(device)))
+        return AugmentDraw(*(next(moved) if isinstance(v, Tensor) else v for v in self))
 
 
 def draw_augmentation(
@@ -112,8 +116,14 @@ def _grey(images: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 1, H, W]; only three channels are a colour."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
-    weights = images.new_tensor(LUMA)[None, :, None, None]
+    weights = _luma(images.device, images.dtype)[None, :, None, None]
     return (images * weights).sum(dim=1, keepdim=True)
+
+
+@cache
+def _luma(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copied to each device once: a copy for each batch would make the host wait."""
+    return torch.tensor(LUMA, device=device, dtype=dtype)
 
 
 def _cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:

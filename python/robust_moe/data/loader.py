@@ -12,6 +12,7 @@ from ..config import AugmentConfig
 from .augment import apply_augmentation, draw_augmentation
 from .image_set import ImageSet
 from .seeding import generator
+from .transfer import send
 
 __all__ = ["Batch", "BatchLoader"]
 
@@ -120,12 +121,10 @@ class BatchLoader:
             yield Batch(images, labels, index)
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = index.to(self._images.device)
+        (index,) = send([index], self._images.device)
         images, labels = self._images[index], self._labels[index]
-        if images.device != self.device:  # too large for the device: pinned, the copy overlaps with the step before
-            images, labels, index = (
-                part.pin_memory().to(self.device, non_blocking=True) for part in (images, labels, index)
-            )
+        if images.device != self.device:  # too large for the device: the copy overlaps with the step before
+            images, labels, index = send([images, labels, index], self.device)
         return images.to(torch.float32).div_(self._white), labels, index
 
 

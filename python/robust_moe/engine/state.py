@@ -15,6 +15,7 @@ from robust_moe.config import TrainConfig, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
+from robust_moe.engine.optimizers import keep_with_parameters
 from robust_moe.engine.parameter_groups import regrouped
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
@@ -116,6 +117,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"name": self.config.optim.schedule, "step": self.step},  # a pure function of these
             "precision": self.precision.state_dict(),
+            "run_precision": self.precision.precision,  # what run.precision stood for
             "method": self.method.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "rng": _all_ranks(rng_state()) if gather else [rng_state()],
@@ -137,6 +139,14 @@ class RunState:
                 "otherwise, use robust-moe eval"
             )
 
+    def _in_their_precisions(self, state: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+        """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto`` may mean
+        another on another machine, and is no change where it means what was asked for by name."""
+        old = state["config"]
+        before = state.get("run_precision", old["run"]["precision"])  # an older checkpoint's was asked for by name
+        now = dataclasses.replace(self.config.run, precision=self.precision.precision)
+        return {**old, "run": {**old["run"], "precision": before}}, dataclasses.replace(self.config, run=now)
+
     def load_state_dict(
         self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device, override: bool = False
     ) -> tuple[int, list[str]]:
@@ -148,7 +158,7 @@ class RunState:
         Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
         """
         refuse_foreign(state, source)
-        changed = changed_settings(state["config"], self.config, source, override)
+        changed = changed_settings(*self._in_their_precisions(state), source, override)
         load_model_state(self.model, state["model"], source)
         try:
             if state["config"]["method"]["name"] == self.config.method.name:
@@ -165,6 +175,7 @@ class RunState:
             self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, before, now))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
+            keep_with_parameters(self.optimizer)
             self.precision.load_state_dict(state["precision"])
             self.epoch, self.batch, self.step = (state["position"][name] for name in ("epoch", "batch", "step"))
             other = any(fnmatchcase(key, pattern) for key in changed for pattern in REMEASURED)

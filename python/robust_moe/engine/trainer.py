@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from robust_moe.attacks import build_attack
 from robust_moe.config import ConfigError, TrainConfig, choose, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
@@ -19,7 +17,7 @@ from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
-from robust_moe.engine.fabric import StopRequest, make_fabric
+from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.optimizers import OPTIMIZERS, build_optimizer
@@ -58,7 +56,7 @@ class Trainer:
     accuracy on validation images, then the clean one, then the earliest; ``crash.pt`` if a loss, a gradient or a weight
     became NaN. With ``run.ema_decay`` or ``run.ema_epochs`` a moving average of the weights is kept, in every
     checkpoint, and (``eval.ema_eval``) is what is validated. A run that is killed and fitted again gives the numbers of
-    one that was not, on the same software and device.
+    one that was not, on the same software and device (and with ``run.deterministic``, the default).
 
     Args:
         config: checked; every name is looked up before anything is written.
@@ -98,8 +96,7 @@ class Trainer:
         with cpu_threads(self.config.run.threads):
             self._set_up(resume, override)
             try:
-                exact = torch.backends.cudnn.flags(enabled=True, deterministic=True)
-                with StopRequest(self.fabric) as self.stop, exact:
+                with StopRequest(self.fabric) as self.stop, library_algorithms(self.config.run.deterministic):
                     finished = self._run()
             finally:
                 self.log.close()
@@ -135,7 +132,9 @@ class Trainer:
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
         self.method = build_method(config)  # fresh: it may carry a perturbation from an earlier call
-        optimizer = build_optimizer(self.model, config.optim)
+        # a scaler's fused step would unscale by itself, after the clipping
+        fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
+        optimizer = build_optimizer(self.model, config.optim, fused)
         wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
         decay = average_decay(config.run, len(self.loader))

@@ -12,6 +12,7 @@ from torch import Tensor
 from robust_moe_kernels.checks import (
     expect,
     expect_dtype,
+    expect_flag,
     expect_images,
     expect_nonnegative,
     expect_same_device,
@@ -56,6 +57,8 @@ def apgd_step(
     share: float = 0.75,
     norm: str = "Linf",
     impl: str = AUTO,
+    *,
+    nonfinite: Tensor | None = None,
 ) -> Tensor:
     """The next iterate of Auto-PGD (arXiv:2003.01690, eq. 2 and 3), P being the projection to the ball, then the box.
 
@@ -74,6 +77,8 @@ def apgd_step(
         share: of the gradient step, in [0, 1]; the rest is momentum. 1 at the first step, then 0.75.
         norm: "Linf" or "L2" (per sample, over all but the first dimension).
         impl: "auto", "reference", "native" (CPU) or "triton".
+        nonfinite: bool scalar on the device of x, or None: set to true in place where an element of grad is NaN or
+            infinite, otherwise left as it is.
 
     Returns:
         The next iterate, shape and dtype of x, detached.
@@ -88,8 +93,9 @@ def apgd_step(
     expect_nonnegative(eps, "eps")
     expect(0 <= share <= 1, "share", "a number in [0, 1]", share)
     expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
+    expect_flag(nonfinite, "nonfinite", x, "x")
     images = (tensor.detach() for tensor in (x, previous, grad, x0, eta))
-    return torch.ops.robust_moe_kernels.apgd_step(*images, float(eps), float(share), norm, impl)
+    return torch.ops.robust_moe_kernels.apgd_step(*images, float(eps), float(share), norm, impl, nonfinite)
 
 
 def apgd_track(
@@ -132,25 +138,27 @@ def apgd_track(
 
 torch.library.define(
     "robust_moe_kernels::apgd_step",
-    "(Tensor x, Tensor previous, Tensor grad, Tensor x0, Tensor eta, float eps, float share, str norm, str impl)"
-    " -> Tensor",
+    "(Tensor x, Tensor previous, Tensor grad, Tensor x0, Tensor eta, float eps, float share, str norm, str impl,"
+    " Tensor(a!)? nonfinite=None) -> Tensor",
 )
 
 
 @torch.library.impl("robust_moe_kernels::apgd_step", "default")
 def _apgd_step(
-    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str
-) -> Tensor:
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str,
+    nonfinite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     layout = dense_format(x)
     x, previous, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, previous, grad, x0))
     chosen = APGD.choose(impl, x.device.type)
-    return chosen.apgd_step(x, previous, grad, x0, eta.contiguous(), eps, share, norm)
+    return chosen.apgd_step(x, previous, grad, x0, eta.contiguous(), eps, share, norm, nonfinite)
 
 
 @torch.library.register_fake("robust_moe_kernels::apgd_step")
 def _apgd_step_fake(
-    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str
-) -> Tensor:
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str,
+    nonfinite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x, memory_format=dense_format(x))
 
 

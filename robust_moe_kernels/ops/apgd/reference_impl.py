@@ -39,8 +39,11 @@ def _project_l2(z: Tensor, x0: Tensor, eps: float) -> Tensor:
 
 
 def apgd_step(
-    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str
-) -> Tensor:
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str,
+    nonfinite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if nonfinite is not None:
+        nonfinite |= ~torch.isfinite(grad).all()
     length = _per_sample(eta, x)
     if norm == "Linf":
         # Comparisons, not torch.sign: a NaN gradient leaves the pixel to its momentum.

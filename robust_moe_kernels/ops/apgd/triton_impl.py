@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robust_moe_kernels import triton_support
-from robust_moe_kernels.triton_support import Build, clamp, on_device, scalar
+from robust_moe_kernels.triton_support import Build, clamp, flag_nonfinite, flag_pointer, on_device, scalar
 
 __all__ = ["apgd_step", "apgd_track", "builds", "why_not"]
 
@@ -34,10 +34,12 @@ def _step_linf_kernel(
     x0_ptr,  # [B, size] as x
     eta_ptr,  # [B] as x
     out_ptr,  # [B, size] as x
+    flag_ptr,  # [] uint8; unused unless FLAG
     size,
     eps: tl.float64,
     share: tl.float64,
     rest: tl.float64,
+    FLAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK consecutive elements of one sample."""
@@ -49,6 +51,8 @@ def _step_linf_kernel(
     previous = tl.load(previous_ptr + index, mask=mask, other=0.0)
     grad = tl.load(grad_ptr + index, mask=mask, other=0.0)
     x0 = tl.load(x0_ptr + index, mask=mask, other=0.0)
+    if FLAG:
+        flag_nonfinite(flag_ptr, grad, index)
     eta = tl.load(eta_ptr + sample)
     low = x0 - scalar(eps, x.dtype)
     high = x0 + scalar(eps, x.dtype)
@@ -88,10 +92,12 @@ def _step_l2_kernel(
     x0_ptr,  # [B, size] as x
     eta_ptr,  # [B] as x
     out_ptr,  # [B, size] as x
+    flag_ptr,  # [] uint8; unused unless FLAG
     size,
     eps: tl.float64,
     share: tl.float64,
     rest: tl.float64,
+    FLAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: one sample, in four passes; all but the first find it in the cache. Norms are summed in fp64."""
@@ -105,6 +111,8 @@ def _step_l2_kernel(
     for start in range(0, size, BLOCK):
         grad = tl.load(grad_ptr + row + start + lane, mask=start + lane < size, other=0.0).to(tl.float64)
         square += grad * grad
+        if FLAG:
+            flag_nonfinite(flag_ptr, grad, row + start + lane)
     steepness = tl.sqrt(tl.sum(square, 0)).to(kind) + tiny
     eta = tl.load(eta_ptr + sample)
     square = tl.zeros((BLOCK,), tl.float64)
@@ -172,19 +180,21 @@ def _track_kernel(
 
 
 def apgd_step(
-    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str
-) -> Tensor:
+    x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str,
+    nonfinite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     samples, size = x.shape[0], x.numel() // x.shape[0]
-    scalars = (size, eps, share, 1.0 - share)
+    arguments = (x, previous, grad, x0, eta, out, flag_pointer(nonfinite, x), size, eps, share, 1.0 - share)
+    constants = {"FLAG": nonfinite is not None, "BLOCK": _BLOCK}
     with on_device(x):
         if norm == "Linf":
             grid = (samples, triton.cdiv(size, _BLOCK))
-            _step_linf_kernel[grid](x, previous, grad, x0, eta, out, *scalars, BLOCK=_BLOCK, **_OPTIONS)
+            _step_linf_kernel[grid](*arguments, **constants, **_OPTIONS)
         else:
-            _step_l2_kernel[(samples,)](x, previous, grad, x0, eta, out, *scalars, BLOCK=_BLOCK, **_OPTIONS)
+            _step_l2_kernel[(samples,)](*arguments, **constants, **_OPTIONS)
     return out
 
 
@@ -204,10 +214,11 @@ def builds() -> Iterator[Build]:
     """Every configuration that is launched, for the compile test."""
     for image in ("fp32", "fp64"):
         names = ("x_ptr", "previous_ptr", "grad_ptr", "x0_ptr", "eta_ptr", "out_ptr")
-        step = dict.fromkeys(names, f"*{image}")
-        step |= {"size": "i32", "eps": "fp64", "share": "fp64", "rest": "fp64", "BLOCK": "constexpr"}
-        yield Build(_step_linf_kernel, step, {"BLOCK": _BLOCK}, _OPTIONS)
-        yield Build(_step_l2_kernel, step, {"BLOCK": _BLOCK}, _OPTIONS)
+        for flag in (False, True):
+            step = dict.fromkeys(names, f"*{image}") | {"flag_ptr": "*u8" if flag else f"*{image}", "size": "i32"}
+            step |= dict.fromkeys(("eps", "share", "rest"), "fp64") | dict.fromkeys(("FLAG", "BLOCK"), "constexpr")
+            yield Build(_step_linf_kernel, step, {"FLAG": flag, "BLOCK": _BLOCK}, _OPTIONS)
+            yield Build(_step_l2_kernel, step, {"FLAG": flag, "BLOCK": _BLOCK}, _OPTIONS)
         track = dict.fromkeys(_track_kernel.arg_names, f"*{image}")
         track |= {"improved_ptr": "*u8", "fooled_ptr": "*u8", "size": "i32", "BLOCK": "constexpr"}
         yield Build(_track_kernel, track, {"BLOCK": _BLOCK}, _OPTIONS)

@@ -1,4 +1,4 @@
-"""Attack steps over the compiled extension (CPU)."""
+"""Attack steps over the compiled extension (CPU and CUDA)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from robust_moe_kernels import native
 
 __all__ = ["pgd_step", "random_start", "why_not"]
 
-why_not = native.why_not_cpu
+why_not = native.why_not_cuda
 
 
-def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str) -> Tensor:
+def pgd_step(
+    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, nonfinite: Tensor | None = None
+) -> Tensor:
     out = torch.empty_like(x)
     samples = x.shape[0]
-    native.extension().pgd_step_cpu(
+    native.run(
+        "pgd_step",
+        x,
         norm == "L2",
         x.data_ptr(),
         grad.data_ptr(),
         x0.data_ptr(),
         out.data_ptr(),
+        native.address(nonfinite),
         samples,
         x.numel() // max(samples, 1),
         eps,
         alpha,
         native.dtype_code(x),
         native.dtype_code(grad),
-        native.threads(),
     )
     return out
 
@@ -35,7 +39,9 @@ def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm
 def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream: int, norm: str) -> Tensor:
     out = torch.empty_like(x0)
     samples = x0.shape[0]
-    native.extension().random_start_cpu(
+    native.run(
+        "random_start",
+        x0,
         norm == "L2",
         x0.data_ptr(),
         sample_index.data_ptr(),
@@ -46,6 +52,5 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
         seed & 0xFFFFFFFFFFFFFFFF,
         stream,
         native.dtype_code(x0),
-        native.threads(),
     )
     return out

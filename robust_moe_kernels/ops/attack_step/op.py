@@ -12,6 +12,7 @@ from robust_moe_kernels.checks import (
     FLOATS,
     expect,
     expect_dtype,
+    expect_flag,
     expect_images,
     expect_nonnegative,
     expect_same_device,
@@ -32,7 +33,15 @@ NORMS = ("Linf", "L2")
 
 
 def pgd_step(
-    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str = "Linf", impl: str = AUTO
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    eps: float,
+    alpha: float,
+    norm: str = "Linf",
+    impl: str = AUTO,
+    *,
+    nonfinite: Tensor | None = None,
 ) -> Tensor:
     """One step of projected gradient ascent.
 
@@ -48,6 +57,8 @@ def pgd_step(
         alpha: step length, pixel units, >= 0.
         norm: "Linf" or "L2" (per sample, over all but the first dimension).
         impl: "auto", "reference", "native" (CPU) or "triton".
+        nonfinite: bool scalar on the device of x, or None: set to true in place where an element of grad is NaN or
+            infinite, otherwise left as it is. It saves an attack two kernels a step.
 
     Returns:
         The next iterate, shape and dtype of x, detached.
@@ -67,8 +78,9 @@ def pgd_step(
     expect_nonnegative(eps, "eps")
     expect_nonnegative(alpha, "alpha")
     expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
+    expect_flag(nonfinite, "nonfinite", x, "x")
     return torch.ops.robust_moe_kernels.pgd_step(
-        x.detach(), grad.detach(), x0.detach(), float(eps), float(alpha), norm, impl
+        x.detach(), grad.detach(), x0.detach(), float(eps), float(alpha), norm, impl, nonfinite
     )
 
 
@@ -120,19 +132,24 @@ def random_start(
 
 torch.library.define(
     "robust_moe_kernels::pgd_step",
-    "(Tensor x, Tensor grad, Tensor x0, float eps, float alpha, str norm, str impl) -> Tensor",
+    "(Tensor x, Tensor grad, Tensor x0, float eps, float alpha, str norm, str impl, Tensor(a!)? nonfinite=None)"
+    " -> Tensor",
 )
 
 
 @torch.library.impl("robust_moe_kernels::pgd_step", "default")
-def _pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, impl: str) -> Tensor:
+def _pgd_step(
+    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, impl: str, nonfinite: Tensor | None = None
+) -> Tensor:
     layout = dense_format(x)
     x, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, grad, x0))
-    return ATTACK_STEP.choose(impl, x.device.type).pgd_step(x, grad, x0, eps, alpha, norm)
+    return ATTACK_STEP.choose(impl, x.device.type).pgd_step(x, grad, x0, eps, alpha, norm, nonfinite)
 
 
 @torch.library.register_fake("robust_moe_kernels::pgd_step")
-def _pgd_step_fake(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, impl: str) -> Tensor:
+def _pgd_step_fake(
+    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, impl: str, nonfinite: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(x, memory_format=dense_format(x))
 
 

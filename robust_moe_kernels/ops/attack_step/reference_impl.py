@@ -31,7 +31,11 @@ def _l2_norm(x: Tensor) -> Tensor:
     return _per_sample(norm.clamp_min(_TINY), x)
 
 
-def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str) -> Tensor:
+def pgd_step(
+    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, nonfinite: Tensor | None = None
+) -> Tensor:
+    if nonfinite is not None:
+        nonfinite |= ~torch.isfinite(grad).all()
     if norm == "Linf":
         # Comparisons, not torch.sign: a NaN gradient leaves the pixel where it is.
         step = alpha * ((grad > 0).to(x.dtype) - (grad < 0).to(x.dtype))

@@ -8,6 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robust_moe_kernels import triton_support
-from robust_moe_kernels.triton_support import Build, clamp, on_device, scalar
+from robust_moe_kernels.triton_support import Build, clamp, flag_nonfinite, flag_pointer, on_device, scalar
 
 __all__ = ["builds", "pgd_step", "random_start", "why_not"]
 
@@ -35,9 +36,11 @@ def _pgd_linf_kernel(
     grad_ptr,  # [n] any float
     x0_ptr,  # [n] as x
     out_ptr,  # [n] as x
+    flag_ptr,  # [] uint8; unused unless FLAG
     n,
     eps: tl.float64,
     alpha: tl.float64,
+    FLAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK consecutive elements."""
@@ -48,6 +51,8 @@ def _pgd_linf_kernel(
     grad = tl.load(grad_ptr + index, mask=mask, other=0.0)
     if grad.dtype.primitive_bitwidth < 32:
         grad = grad.to(tl.float32)  # Triton 3.9's interpreter compares bfloat16 as bit patterns
+    if FLAG:
+        flag_nonfinite(flag_ptr, grad, index)
     radius = scalar(eps, x.dtype)
     length = scalar(alpha, x.dtype)
     step = tl.where(grad > 0, length, tl.where(grad < 0, -length, 0.0)).to(x.dtype)
@@ -61,9 +66,11 @@ def _pgd_l2_kernel(
     grad_ptr,  # [B, size] any float
     x0_ptr,  # [B, size] as x
     out_ptr,  # [B, size] as x
+    flag_ptr,  # [] uint8; unused unless FLAG
     size,
     eps: tl.float64,
     alpha: tl.float64,
+    FLAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: one sample, in three passes; the second and third find it in the cache. Norms are summed in fp64."""
@@ -74,6 +81,8 @@ def _pgd_l2_kernel(
         mask = start + lane < size
         grad = tl.load(grad_ptr + row + start + lane, mask=mask, other=0.0).to(tl.float64)
         square += grad * grad
+        if FLAG:
+            flag_nonfinite(flag_ptr, grad, row + start + lane)
     norm = clamp(tl.sqrt(tl.sum(square, 0)), _TINY, float("inf"))
     kind: tl.constexpr = x_ptr.dtype.element_ty
     scale = (1.0 / norm).to(kind)
@@ -205,18 +214,22 @@ def _linf_options(double: bool) -> dict[str, Any]:
     )  # 4 spill 8 bytes in float64 (sm_80, Triton 3.9)
 
 
-def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str) -> Tensor:
+def pgd_step(
+    x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, nonfinite: Tensor | None = None
+) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
+    tensors = (x, grad, x0, out, flag_pointer(nonfinite, x))
+    constants = {"FLAG": nonfinite is not None, "BLOCK": _BLOCK}
     with on_device(x):
         if norm == "Linf":
             grid = (triton.cdiv(x.numel(), _BLOCK),)
             options = _linf_options(x.dtype == torch.float64)
-            _pgd_linf_kernel[grid](x, grad, x0, out, x.numel(), eps, alpha, BLOCK=_BLOCK, **options)
+            _pgd_linf_kernel[grid](*tensors, x.numel(), eps, alpha, **constants, **options)
         else:
             size = x.numel() // x.shape[0]
-            _pgd_l2_kernel[(x.shape[0],)](x, grad, x0, out, size, eps, alpha, BLOCK=_BLOCK, **_ELEMENTWISE)
+            _pgd_l2_kernel[(x.shape[0],)](*tensors, size, eps, alpha, **constants, **_ELEMENTWISE)
     return out
 
 
@@ -238,13 +251,14 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
 
 def builds() -> Iterator[Build]:
     """Every configuration that is launched, for the compile test."""
-    for image, grad in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64")):
+    pairs = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
+    for (image, grad), flag in product(pairs, (False, True)):
         signature = {"x_ptr": f"*{image}", "grad_ptr": f"*{grad}", "x0_ptr": f"*{image}", "out_ptr": f"*{image}"}
-        scalars = {"eps": "fp64", "alpha": "fp64", "BLOCK": "constexpr"}
-        yield Build(
-            _pgd_linf_kernel, {**signature, "n": "i64", **scalars}, {"BLOCK": _BLOCK}, _linf_options(image == "fp64")
-        )
-        yield Build(_pgd_l2_kernel, {**signature, "size": "i32", **scalars}, {"BLOCK": _BLOCK}, _ELEMENTWISE)
+        signature["flag_ptr"] = "*u8" if flag else f"*{image}"
+        scalars = {"eps": "fp64", "alpha": "fp64", "FLAG": "constexpr", "BLOCK": "constexpr"}
+        constants = {"FLAG": flag, "BLOCK": _BLOCK}
+        yield Build(_pgd_linf_kernel, {**signature, "n": "i64", **scalars}, constants, _linf_options(image == "fp64"))
+        yield Build(_pgd_l2_kernel, {**signature, "size": "i32", **scalars}, constants, _ELEMENTWISE)
     for image in ("fp32", "fp64"):
         pointers = {"x0_ptr": f"*{image}", "sample_index_ptr": "*i64"}
         counters = {"seed": "i64", "stream": "i64", "BLOCK": "constexpr"}

@@ -1,5 +1,8 @@
-"""Between the convolutions of routed residual blocks, over the compiled extension (CPU, float32); see
-csrc/expert_block."""
+"""Between the convolutions of routed residual blocks, over the compiled extension; see csrc/expert_block.
+
+The CPU computes float32. CUDA computes maps of any floating dtype with tables in float32, or in float64 for float64
+maps.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,111 @@ from torch import Tensor
 from robust_moe_kernels import native
 from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
-__all__ = ["column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not", "why_not_case"]
+__all__ = [
+    "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
+]  # fmt: skip
 
-why_not = native.why_not_cpu
+why_not = native.why_not_cuda
 
 
 def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in operands} - {"float32"}
-    return f"the native block computes float32, not {', '.join(sorted(kinds))}" if kinds else None
+    kinds = {tensor.dtype for tensor in operands}
+    named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32}))
+    if not native.on_gpu(operands[0]):
+        return f"the native block computes float32, not {named}" if named else None
+    maps = {tensor.dtype for tensor in operands if tensor.dim() == 4}
+    if len(kinds) == 1 or (len(maps) < 2 and torch.float32 not in maps and torch.float64 not in kinds):
+        return None
+    return f"the native block computes maps of one dtype, with tables of float32 or float64, not {named} together"
+
+
+def _accumulator(kind: torch.dtype) -> torch.dtype:
+    return torch.float64 if kind == torch.float64 else torch.float32
 
 
 def _address(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    assert tensor.dim() == 4 or tensor.is_contiguous()  # maps are channels-last, tables plain
-    return tensor.data_ptr()
+    assert tensor is None or tensor.dim() == 4 or tensor.is_contiguous()  # maps are channels-last, tables plain
+    return native.address(tensor)
 
 
-def _rows(z: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:
-    return offsets.data_ptr(), offsets.numel() - 1, z.shape[2] * z.shape[3], z.shape[1], native.threads()
+def _tables(like: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
+    """Tables as the kernels of ``like``'s device read them: in the type of its arithmetic, without gaps."""
+    return [None if table is None else table.to(_accumulator(like.dtype)).contiguous() for table in tables]
+
+
+def _run(kernel: str, maps: Tensor, offsets: Tensor, *arguments: object) -> None:
+    """A kernel whose first arguments are the rows' maps: those of ``maps``."""
+    experts, (rows, channels, height, width) = offsets.numel() - 1, maps.shape
+    if native.on_gpu(maps):
+        sizes = (experts, rows, height * width, channels, native.dtype_code(maps))
+        native.run(kernel, maps, offsets.data_ptr(), *sizes, *arguments)
+    else:
+        sizes = (experts, height * width, channels, native.threads())
+        getattr(native.extension(), f"{kernel}_cpu")(offsets.data_ptr(), *sizes, *arguments)
 
 
 def column_sums(
-    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    sums = torch.empty(offsets.numel() - 1, value.shape[1], dtype=torch.float64)
-    products = torch.empty_like(sums)
-    tensors = (value, other, scale, shift, sums, products)
-    native.extension().column_sums_cpu(*_rows(value, offsets), *map(_address, tensors))
-    return sums, products
+    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None, shares: int
+) -> Tensor:
+    out = value.new_empty(2, shares, offsets.numel() - 1, value.shape[1], dtype=torch.float64)
+    tables = _tables(value, scale, shift)
+    arguments = [*map(_address, (value, other, *tables)), out[0].data_ptr(), out[1].data_ptr()]
+    if native.on_gpu(value):
+        arguments.append(shares)
+    else:
+        out[:, 1:] = 0.0  # all of it is in the first share: a task sums its columns from the first pixel to the last
+    _run("column_sums", value, offsets, *arguments)
+    return out
+
+
+def _finalise(kernel: str, shares: Tensor, offsets: Tensor, pixels: int, *arguments: object, kind: Tensor) -> None:
+    sums = (shares.data_ptr(), shares.shape[1], offsets.data_ptr(), *shares.shape[2:], pixels)
+    if native.on_gpu(shares):
+        native.run(kernel, shares, *sums, *arguments, native.dtype_code(kind))
+    else:
+        getattr(native.extension(), f"{kernel}_cpu")(*sums, *arguments)
+
+
+def norm_finalise(
+    shares: Tensor,
+    offsets: Tensor,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, ...]:
+    kinds = running_mean.dtype, running_var.dtype
+    parameters = _tables(weight, weight, bias, running_mean, running_var)
+    first = parameters[0]
+    assert first is not None
+    outputs = [torch.empty_like(first) for _ in range(6)]
+    counted = torch.empty_like(tracked)
+    inputs = map(_address, (*parameters, tracked))
+    addresses = map(_address, (*outputs, counted))
+    _finalise("norm_finalise", shares, offsets, pixels, *inputs, eps, momentum, *addresses, kind=first)
+    return (*outputs[:4], outputs[4].to(kinds[0]), outputs[5].to(kinds[1]), counted)
+
+
+def norm_finalise_backward(
+    shares: Tensor, offsets: Tensor, pixels: int, scale: Tensor, mean: Tensor, rstd: Tensor, training: bool
+) -> list[Tensor]:
+    outputs = [torch.empty_like(scale) for _ in range(4 if training else 2)]
+    addresses = [*map(_address, outputs), 0, 0][:4]
+    tables = map(_address, (scale, mean, rstd))
+    _finalise("norm_finalise_backward", shares, offsets, pixels, *tables, *addresses, kind=scale)
+    return outputs
 
 
 def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
     out = channels_last_empty(z, tuple(z.shape))
-    native.extension().scale_shift_cpu(*_rows(z, offsets), *map(_address, (z, scale, shift)), relu, out.data_ptr())
+    tables = _tables(z, scale, shift)
+    _run("scale_shift", z, offsets, *map(_address, (z, *tables)), relu, out.data_ptr())
     return out
 
 
@@ -58,31 +131,80 @@ def norm_backward(
     shift: Tensor | None,
 ) -> Tensor:
     out = channels_last_empty(z, tuple(z.shape))
-    native.extension().norm_backward_cpu(*_rows(z, offsets), *map(_address, (d, z, p, q, r, scale, shift, out)))
+    tables = _tables(z, p, q, r, scale, shift)
+    _run("norm_backward", z, offsets, *map(_address, (d, z, *tables, out)))
     return out
+
+
+def _head(
+    kernel: str, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+    out: Tensor | None = None, d_out: Tensor | None = None, d_rows: Tensor | None = None,
+    d_weights: Tensor | None = None, d_z: Tensor | None = None,
+) -> None:  # fmt: skip
+    batch, top_k = weights.shape
+    scale, shift, skip_scale, skip_shift, weights = _tables(z, scale, shift, skip_scale, skip_shift, weights)  # type: ignore[assignment]
+    inputs = (z, scale, shift, x, skip_scale, skip_shift, order)
+    if native.on_gpu(z):
+        tensors = (*inputs, inverse, weights, out, d_out, d_rows, d_weights, d_z)
+        _run(kernel, z, offsets, *map(_address, tensors), batch, top_k)
+    else:
+        assert d_z is None
+        expert = expert_of_row(offsets, z.shape[0])
+        tensors = (*inputs, expert, inverse, weights, out, d_out, d_rows, d_weights)
+        sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
+        getattr(native.extension(), f"{kernel}_cpu")(*map(_address, tensors), *sizes)
 
 
 def head_forward(
     z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None, skip_shift: Tensor | None,
     order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> Tensor:  # fmt: skip
-    batch, top_k = weights.shape
-    out = channels_last_empty(z, (batch, *z.shape[1:]))
-    expert = expert_of_row(offsets, z.shape[0])
-    tensors = (z, scale, shift, x, skip_scale, skip_shift, order, expert, inverse, weights, out, None, None, None)
-    sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
-    native.extension().head_forward_cpu(*map(_address, tensors), *sizes)
+    out = channels_last_empty(z, (weights.shape[0], *z.shape[1:]))
+    _head(
+        "head_forward", z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights, out=out
+    )  # fmt: skip
     return out
+
+
+def _gradients(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised (d_rows, d_weights), the latter in the type of the arithmetic."""
+    return channels_last_empty(z, tuple(z.shape)), weights.new_empty(weights.shape, dtype=_accumulator(z.dtype))
 
 
 def head_backward(
     d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, top_k = weights.shape
-    d_rows, d_weights = channels_last_empty(z, tuple(z.shape)), torch.empty_like(weights)
-    expert = expert_of_row(offsets, z.shape[0])
-    inputs = (z, scale, shift, x, skip_scale, skip_shift, order, expert, inverse, weights)
-    sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
-    native.extension().head_backward_cpu(*map(_address, (*inputs, None, d_out, d_rows, d_weights)), *sizes)
-    return d_rows, d_weights
+    d_rows, d_weights = _gradients(z, weights)
+    head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
+    _head("head_backward", *head, d_out=d_out, d_rows=d_rows, d_weights=d_weights)
+    return d_rows, d_weights.to(weights.dtype)
+
+
+def head_norm_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
+    if native.on_gpu(z):
+        d_z = channels_last_empty(z, tuple(z.shape))
+        d_rows, d_weights = _gradients(z, weights)
+        _head("head_backward", *head, d_out=d_out, d_rows=d_rows, d_weights=d_weights, d_z=d_z)
+        return d_z, d_rows, d_weights.to(weights.dtype)
+    d_rows, d_weights = head_backward(d_out, *head)
+    d_z = norm_backward(d_rows, z, offsets, scale, None, None, None, None)
+    if skip_scale is not None:
+        d_rows = norm_backward(d_rows, z, offsets, skip_scale, None, None, None, None)
+    return d_z, d_rows, d_weights
+
+
+def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    batch = inverse.numel() // top_k
+    out = channels_last_empty(rows, (batch, *rows.shape[1:]))
+    arguments = (*map(_address, (rows, other, inverse, out)), batch, top_k, rows.shape[1:].numel())
+    if native.on_gpu(rows):
+        native.run("sum_rows", rows, *arguments, native.dtype_code(rows))
+    else:
+        native.extension().sum_rows_cpu(*arguments, native.threads())
+    return out

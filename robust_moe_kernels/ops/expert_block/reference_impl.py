@@ -10,7 +10,10 @@ from torch import Tensor
 
 from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
-__all__ = ["column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not", "why_not_case"]
+__all__ = [
+    "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
+]  # fmt: skip
 
 
 def why_not(device_type: str) -> str | None:
@@ -34,14 +37,73 @@ def _open(z: Tensor, scale: Tensor | None, shift: Tensor | None, expert: Tensor)
 
 
 def column_sums(
-    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None, shares: int
+) -> Tensor:
     expert = expert_of_row(offsets, value.shape[0])
     masked = value * _open(other, scale, shift, expert)
-    zeros = torch.zeros(offsets.numel() - 1, value.shape[1], dtype=torch.float64, device=value.device)
+    shape = (2, shares, offsets.numel() - 1, value.shape[1])
+    out = torch.zeros(shape, dtype=torch.float64, device=value.device)
     per_row = masked.double().sum((2, 3)), (masked.double() * other.double()).sum((2, 3))
-    sums, products = (zeros.index_add(0, expert, rows) for rows in per_row)
-    return sums, products
+    for sums, rows in zip(out, per_row, strict=True):
+        sums[0].index_add_(0, expert, rows)
+    return out
+
+
+def _added(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and sums of products [E, C]: the shares in order."""
+    total = shares[:, 0]
+    for share in shares.unbind(1)[1:]:
+        total = total + share
+    return total[0], total[1]
+
+
+def _count(offsets: Tensor, pixels: int) -> Tensor:
+    """Values per channel [E, 1] that each expert's batch norm sees."""
+    return offsets.diff()[:, None].double() * pixels
+
+
+def norm_finalise(
+    shares: Tensor,
+    offsets: Tensor,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, ...]:
+    total, square = _added(shares)
+    count = _count(offsets, pixels)
+    mean = total / count.clamp_min(1)
+    # A difference of float64 sums: no cancellation to speak of.
+    variance = (square / count.clamp_min(1) - mean.square()).clamp_min(0)
+    rstd = torch.where(count == 1, 0.0, (variance + eps).rsqrt())
+    scale = weight.double() * rstd
+    shift = bias.double() - mean * scale
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    scale, shift, mean, rstd, variance = (table.to(kind) for table in (scale, shift, mean, rstd, variance))
+    moved = running_mean.lerp(mean.to(running_mean.dtype), momentum)
+    next_mean = torch.where(count > 0, moved, running_mean)
+    unbiased = variance * (count / (count - 1).clamp_min(1)).to(kind)
+    moved = running_var.lerp(unbiased.to(running_var.dtype), momentum)
+    next_var = torch.where(count > 1, moved, running_var)
+    next_tracked = tracked + (count > 0).flatten().to(tracked.dtype)
+    return scale, shift, mean, rstd, next_mean, next_var, next_tracked
+
+
+def norm_finalise_backward(
+    shares: Tensor, offsets: Tensor, pixels: int, scale: Tensor, mean: Tensor, rstd: Tensor, training: bool
+) -> list[Tensor]:
+    total, product = _added(shares)
+    d_weight = (product - mean * total) * rstd
+    gradients = [d_weight, total]
+    if training:
+        count = _count(offsets, pixels).clamp_min(1)
+        q = -scale * rstd * d_weight / count
+        gradients += [q, -scale * total / count - q * mean]
+    return [gradient.to(scale.dtype) for gradient in gradients]
 
 
 def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
@@ -99,3 +161,23 @@ def head_backward(
     weight = weights.reshape(-1).index_select(0, order)[:, None, None, None].to(rows.dtype)
     d_rows = channels_last_empty(z, tuple(z.shape)).copy_(weight * d_pairs * (rows > 0))
     return d_rows, inner.view_as(weights).to(weights.dtype)
+
+
+def head_norm_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
+    d_rows, d_weights = head_backward(d_out, *head)
+    d_z = norm_backward(d_rows, z, offsets, scale, None, None, None, None)
+    if skip_scale is not None:
+        d_rows = norm_backward(d_rows, z, offsets, skip_scale, None, None, None, None)
+    return d_z, d_rows, d_weights
+
+
+def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    pairs = (rows + other).index_select(0, inverse).unflatten(0, (-1, top_k))
+    total = pairs[:, 0]
+    for slot in pairs.unbind(1)[1:]:
+        total = total + slot
+    return channels_last_empty(rows, tuple(total.shape)).copy_(total)

@@ -14,23 +14,28 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from robust_moe_kernels import triton_support
 from robust_moe_kernels.layout import channels_last_empty
 from robust_moe_kernels.ops.expert_block.triton_kernels import (
-    add_shares_kernel,
     head_backward_kernel,
     head_forward_kernel,
     norm_backward_kernel,
     scale_shift_kernel,
+    sum_rows_kernel,
+)
+from robust_moe_kernels.ops.expert_block.triton_norms import (
+    norm_finalise_backward_kernel,
+    norm_finalise_kernel,
     sums_kernel,
 )
-from robust_moe_kernels.triton_support import Build, on_device, triton_type
+from robust_moe_kernels.triton_support import Build, on_device
 
 __all__ = [
-    "builds", "column_sums", "head_backward", "head_forward", "norm_backward", "scale_shift", "why_not",
-    "why_not_case",
+    "builds", "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
 ]  # fmt: skip
 
 why_not = triton_support.why_not
@@ -43,11 +48,14 @@ def why_not_case(*operands: Tensor) -> str | None:
 
 _ELEMENTS = 1024  # of a program's tile of pixels x channels: 8 a thread; with 16 several builds spill
 _SUM_PIXELS = 16  # pixels that a summing program reads at once
-_SHARES = 64  # most shares of one expert's pixels
-_PROGRAMS = 528  # summing programs wanted: four for each of an H200's 132 multiprocessors
+_NORMS = 256  # of a program that finishes sums
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# Left to itself, the assembler spills a few registers of these to fit more programs on a multiprocessor.
-_HEAD_OPTIONS = {**_OPTIONS, "maxnreg": 128}
+
+
+def _head_options(double: bool) -> dict[str, Any]:
+    """Left to itself, the assembler spills a few registers of a block's end to fit more programs on a multiprocessor;
+    in float64 it does so up to 128 (Triton 3.6)."""
+    return {**_OPTIONS, "maxnreg": 168 if double else 128}
 
 
 def _shape(channels: int) -> dict[str, int]:
@@ -75,28 +83,56 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def column_sums(
-    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None, shares: int
+) -> Tensor:
     experts, channels = offsets.numel() - 1, value.shape[1]
-    sums = value.new_empty(experts, channels, dtype=torch.float64)
-    products = torch.empty_like(sums)
-    if sums.numel() == 0:
-        return sums, products
-    pixels = value.shape[2] * value.shape[3]
-    block = _shape(channels)["BLOCK_C"]
-    programs = experts * triton.cdiv(channels, block)
-    pairs = triton.cdiv(value.shape[0] * pixels, experts)
-    shares = max(1, min(_SHARES, _PROGRAMS // programs, pairs // (4 * _SUM_PIXELS)))
-    parts = value.new_empty(2, shares, experts, channels, dtype=torch.float64)
-    with on_device(value):
-        sums_kernel[triton.cdiv(channels, block), experts, shares](
-            value, other, offsets, _or(scale, offsets), _or(shift, offsets), parts[0], parts[1], pixels, channels,
-            shares, MASKED=scale is not None, BLOCK_P=_SUM_PIXELS, BLOCK_C=block, **_OPTIONS,
-        )  # fmt: skip
-        add_shares_kernel[(triton.cdiv(sums.numel(), 256),)](
-            parts, sums, products, shares, sums.numel(), BLOCK=256, **_OPTIONS
-        )
-    return sums, products
+    out = value.new_empty(2, shares, experts, channels, dtype=torch.float64)
+    if out.numel():
+        block = _shape(channels)["BLOCK_C"]
+        with on_device(value):
+            sums_kernel[triton.cdiv(channels, block), experts, shares](
+                value, other, offsets, _or(scale, offsets), _or(shift, offsets), out[0], out[1],
+                value.shape[2] * value.shape[3], channels, shares, MASKED=scale is not None, BLOCK_P=_SUM_PIXELS,
+                BLOCK_C=block, **_OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+def norm_finalise(
+    shares: Tensor,
+    offsets: Tensor,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, ...]:
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    tables = [torch.empty_like(weight, dtype=kind) for _ in range(4)]
+    moved = (torch.empty_like(running_mean), torch.empty_like(running_var), torch.empty_like(tracked))
+    if weight.numel():
+        with on_device(weight):
+            norm_finalise_kernel[(triton.cdiv(weight.numel(), _NORMS),)](
+                shares, offsets, weight, bias, running_mean, running_var, tracked, *tables, *moved, eps, momentum,
+                shares.shape[1], pixels, weight.shape[1], weight.numel(), BLOCK=_NORMS, **_OPTIONS,
+            )  # fmt: skip
+    return *tables, *moved
+
+
+def norm_finalise_backward(
+    shares: Tensor, offsets: Tensor, pixels: int, scale: Tensor, mean: Tensor, rstd: Tensor, training: bool
+) -> list[Tensor]:
+    outputs = [torch.empty_like(scale) for _ in range(4 if training else 2)]
+    if scale.numel():
+        with on_device(scale):
+            norm_finalise_backward_kernel[(triton.cdiv(scale.numel(), _NORMS),)](
+                shares, offsets, scale, mean, rstd, *[*outputs, offsets, offsets][:4], shares.shape[1], pixels,
+                scale.shape[1], scale.numel(), TRAINING=training, BLOCK=_NORMS, **_OPTIONS,
+            )  # fmt: skip
+    return outputs
 
 
 def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
@@ -144,7 +180,8 @@ def head_forward(
         with on_device(z):
             head_forward_kernel[_grid(batch, sizes, constants)](
                 z, scale.contiguous(), shift.contiguous(), x, *skip, inverse, offsets, weights.contiguous(), out, top_k,
-                *sizes, NORMED=skip_scale is not None, **constants, **_HEAD_OPTIONS,
+                *sizes, NORMED=skip_scale is not None, **constants,
+                **_head_options(z.dtype == torch.float64),
             )  # fmt: skip
     return out
 
@@ -154,6 +191,24 @@ def head_backward(
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     d_rows = channels_last_empty(z, tuple(z.shape))
+    return d_rows, _head_backward(d_out, z, scale, shift, x, skip_scale, skip_shift, order, offsets, weights, d_rows)
+
+
+def head_norm_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_z, d_rows = (channels_last_empty(z, tuple(z.shape)) for _ in range(2))
+    head = (z, scale, shift, x, skip_scale, skip_shift, order, offsets, weights)
+    return d_z, d_rows, _head_backward(d_out, *head, d_rows, d_z)
+
+
+def _head_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, offsets: Tensor, weights: Tensor, d_rows: Tensor,
+    d_z: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fills ``d_rows``, and ``d_z`` if there is one; returns the gradient of the weights."""
     d_weights = weights.new_empty(weights.shape)
     if d_weights.numel():
         sizes, constants = _maps(z, offsets)
@@ -161,15 +216,30 @@ def head_backward(
         with on_device(z):
             head_backward_kernel[(z.shape[0],)](
                 d_out, z, scale.contiguous(), shift.contiguous(), x, *skip, order, offsets, weights.contiguous(),
-                d_rows, d_weights, weights.shape[1], *sizes, NORMED=skip_scale is not None, **constants,
-                **_HEAD_OPTIONS,
+                offsets if d_z is None else d_z, d_rows, d_weights, weights.shape[1], *sizes,
+                NORMED=skip_scale is not None, SCALED=d_z is not None, **constants,
+                **_head_options(z.dtype == torch.float64),
             )  # fmt: skip
-    return d_rows, d_weights
+    return d_weights
 
 
-_INDICES = ("offsets_ptr", "order_ptr", "inverse_ptr")
+def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    out = channels_last_empty(rows, (inverse.numel() // top_k, *rows.shape[1:]))
+    if out.numel():
+        size = out.shape[1:].numel()
+        with on_device(rows):
+            sum_rows_kernel[out.shape[0], triton.cdiv(size, _ELEMENTS)](
+                rows, other, inverse, out, size, top_k,
+                KIND=tl.float64 if rows.dtype == torch.float64 else tl.float32, BLOCK=_ELEMENTS, **_OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+_INDICES = ("offsets_ptr", "order_ptr", "inverse_ptr", "tracked_ptr", "next_tracked_ptr")
 _SUMS = ("sums_ptr", "products_ptr", "shares_ptr")
-_MAPS = ("value_ptr", "other_ptr", "z_ptr", "x_ptr", "d_ptr", "d_out_ptr", "d_rows_ptr", "out_ptr")
+_MAPS = (
+    "value_ptr", "other_ptr", "z_ptr", "x_ptr", "d_ptr", "d_out_ptr", "d_z_ptr", "d_rows_ptr", "rows_ptr", "out_ptr",
+)  # fmt: skip
 
 
 def _build(kernel: Any, data: str, table: str, constants: dict[str, Any], unused: tuple[str, ...] = ()) -> Build:
@@ -183,17 +253,23 @@ def _build(kernel: Any, data: str, table: str, constants: dict[str, Any], unused
         elif name.endswith("_ptr"):
             signature[name] = "*fp64" if name in _SUMS else f"*{data if name in _MAPS else table}"
         else:
-            signature[name] = "i32"
+            signature[name] = "fp64" if name in ("eps", "momentum") else "i32"
     divisible = tuple(name for name in signature if name.endswith("_ptr") or name == "channels")
-    options = _HEAD_OPTIONS if kernel in (head_forward_kernel, head_backward_kernel) else _OPTIONS
+    options = _head_options(data == "fp64") if kernel in (head_forward_kernel, head_backward_kernel) else _OPTIONS
     return Build(kernel, signature, constants, options, divisible)
 
 
 def builds() -> Iterator[Build]:
     """Every configuration that is launched, for the compile test."""
-    yield _build(add_shares_kernel, "", "", {"BLOCK": 256})
-    for dtype, channels in product((torch.float32, torch.bfloat16, torch.float16, torch.float64), (64, 128)):
-        data, table = triton_type(dtype), "fp64" if dtype == torch.float64 else "fp32"
+    for table in ("fp32", "fp64"):
+        yield _build(norm_finalise_kernel, "", table, {"BLOCK": _NORMS})
+        yield _build(norm_finalise_backward_kernel, "", table, {"TRAINING": True, "BLOCK": _NORMS})
+        constants = {"TRAINING": False, "BLOCK": _NORMS}
+        yield _build(norm_finalise_backward_kernel, "", table, constants, ("q_ptr", "r_ptr"))
+    types = [("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")]
+    for data, table in types:
+        yield _build(sum_rows_kernel, data, table, {"KIND": tl.dtype(table), "BLOCK": _ELEMENTS})
+    for (data, table), channels in product(types, (64, 128)):
         tile = {"EXPERTS": 16, **_shape(channels)}
         for flag in (False, True):
             unused = () if flag else ("scale_ptr", "shift_ptr")
@@ -206,4 +282,6 @@ def builds() -> Iterator[Build]:
                 yield _build(norm_backward_kernel, data, table, constants, without)
             unused = () if flag else ("skip_scale_ptr", "skip_shift_ptr")
             yield _build(head_forward_kernel, data, table, {"NORMED": flag, **tile}, unused)
-            yield _build(head_backward_kernel, data, table, {"NORMED": flag, **tile}, unused)
+            for scaled in (False, True):
+                without = unused + (() if scaled else ("d_z_ptr",))
+                yield _build(head_backward_kernel, data, table, {"NORMED": flag, "SCALED": scaled, **tile}, without)

@@ -1,4 +1,5 @@
-"""The Triton kernels between the convolutions of routed residual blocks; ``triton_impl`` launches them.
+"""The Triton kernels between the convolutions of routed residual blocks; ``triton_impl`` launches them, and the batch
+norms' sums of ``triton_norms``.
 
 Only the number of channels is specialised: it decides the width of loads.
 """
@@ -9,8 +10,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "add_shares_kernel", "head_backward_kernel", "head_forward_kernel", "norm_backward_kernel", "scale_shift_kernel",
-    "sums_kernel",
+    "head_backward_kernel", "head_forward_kernel", "norm_backward_kernel", "scale_shift_kernel", "sum_rows_kernel",
 ]  # fmt: skip
 
 
@@ -30,65 +30,6 @@ def _tile(pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     p = (tl.program_id(1) // across).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = (tl.program_id(1) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     return c, p * channels + c, (p < pixels) & (c < channels)
-
-
-@triton.jit(do_not_specialize=("pixels", "shares"))
-def sums_kernel(
-    value_ptr,  # [R, pixels, channels]
-    other_ptr,  # the same
-    offsets_ptr,  # [E + 1] int64
-    scale_ptr, shift_ptr,  # [E, channels]; unused unless MASKED
-    sums_ptr,  # [shares, E, channels] float64
-    products_ptr,  # the same
-    pixels, channels, shares,
-    MASKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program: one share of one expert's pixels, BLOCK_C channels."""
-    expert, share = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    begin = tl.load(offsets_ptr + expert) * pixels
-    total = tl.load(offsets_ptr + expert + 1) * pixels - begin
-    each = (total + shares - 1) // shares
-    first, last = begin + share * each, begin + tl.minimum((share + 1) * each, total)
-    if MASKED:
-        scale = tl.load(scale_ptr + expert * channels + c, mask=c < channels, other=0.0)[None, :]
-        shift = tl.load(shift_ptr + expert * channels + c, mask=c < channels, other=0.0)[None, :]
-    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
-    products = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
-    for start in range(first, last, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)[:, None]
-        mask = (p < last) & (c < channels)[None, :]
-        value = tl.load(value_ptr + p * channels + c[None, :], mask=mask, other=0.0)
-        other = tl.load(other_ptr + p * channels + c[None, :], mask=mask, other=0.0)
-        if MASKED:
-            value = tl.where(other.to(scale.dtype) * scale + shift > 0, value, 0.0)
-        sums += value.to(tl.float64)
-        products += value.to(tl.float64) * other.to(tl.float64)
-    place = (share * tl.num_programs(1) + expert) * channels + c
-    tl.store(sums_ptr + place, tl.sum(sums, 0), mask=c < channels)
-    tl.store(products_ptr + place, tl.sum(products, 0), mask=c < channels)
-
-
-@triton.jit(do_not_specialize=("shares", "size"))
-def add_shares_kernel(
-    shares_ptr,  # [2, shares, size] float64
-    sums_ptr,  # [size] float64: of shares_ptr[0]
-    products_ptr,  # [size] float64: of shares_ptr[1]
-    shares, size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK sums, their shares added in order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float64)
-    products = tl.zeros((BLOCK,), tl.float64)
-    second = shares_ptr + shares.to(tl.int64) * size
-    place = i
-    for _ in range(shares):
-        sums += tl.load(shares_ptr + place, mask=i < size, other=0.0)
-        products += tl.load(second + place, mask=i < size, other=0.0)
-        place += size
-    tl.store(sums_ptr + i, sums, mask=i < size)
-    tl.store(products_ptr + i, products, mask=i < size)
 
 
 @triton.jit(do_not_specialize=("pixels", "experts"))
@@ -204,12 +145,16 @@ def head_backward_kernel(
     order_ptr,  # [R] int64
     offsets_ptr,  # [E + 1] int64
     weights_ptr,  # [B, k]
+    d_z_ptr,  # [R, pixels, channels]; unused unless SCALED
     d_rows_ptr,  # [R, pixels, channels]
     d_weights_ptr,  # [B, k]
     top_k, pixels, channels, experts,
-    NORMED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    NORMED: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row's whole map, so that its weight's gradient is one sum, in float64."""
+    """One program: one row's whole map, so that its weight's gradient is one sum, in float64.
+
+    d_rows is the gradient at the ReLU's input; SCALED, that of the skip before its norm, and d_z that of z.
+    """
     row = tl.program_id(0).to(tl.int64)
     pair = tl.load(order_ptr + row)
     sample = pair // top_k
@@ -229,6 +174,33 @@ def head_backward_kernel(
             d = tl.load(d_out_ptr + sample * size + offset, mask=mask, other=0.0)
             inner += tl.where(mask, line.to(tl.float64) * d.to(tl.float64), 0.0)
             d = tl.where(line > 0, weight.to(line.dtype) * d.to(line.dtype), 0.0)
+            if SCALED:
+                table = expert * channels + c
+                scale = tl.load(scale_ptr + table, mask=c < channels, other=0.0)
+                tl.store(d_z_ptr + row * size + offset, (scale * d).to(d_z_ptr.dtype.element_ty), mask=mask)
+                if NORMED:
+                    d = tl.load(skip_scale_ptr + table, mask=c < channels, other=0.0) * d
             tl.store(d_rows_ptr + row * size + offset, d.to(d_rows_ptr.dtype.element_ty), mask=mask)
     total = tl.sum(tl.sum(inner, 1), 0)
     tl.store(d_weights_ptr + pair, total.to(d_weights_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=("size", "top_k"))
+def sum_rows_kernel(
+    rows_ptr, other_ptr,  # [R, size]
+    inverse_ptr,  # [R] int64
+    out_ptr,  # [B, size]
+    size, top_k,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK elements of one sample, its k rows added in slot order in KIND."""
+    sample = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < size
+    total = tl.zeros((BLOCK,), KIND)
+    for j in range(top_k):
+        place = tl.load(inverse_ptr + sample * top_k + j) * size + column
+        value = tl.load(rows_ptr + place, mask=mask, other=0.0).to(KIND)
+        value += tl.load(other_ptr + place, mask=mask, other=0.0).to(KIND)
+        total = tl.where(j == 0, value, total + value)  # not 0 + value: -0.0 stays -0.0, as in the reference
+    tl.store(out_ptr + sample * size + column, total.to(out_ptr.dtype.element_ty), mask=mask)

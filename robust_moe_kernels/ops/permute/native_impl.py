@@ -1,4 +1,4 @@
-"""Dispatch and combine over the compiled extension (CPU)."""
+"""Dispatch and combine over the compiled extension (CPU and CUDA)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from robust_moe_kernels.layout import rows_like
 
 __all__ = ["combine", "dispatch", "row_dot", "why_not"]
 
-why_not = native.why_not_cpu
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+why_not = native.why_not_cuda
 
 
 def _run(
@@ -25,33 +21,22 @@ def _run(
     assert data is not None
     batch = order.numel() // top_k
     size = data.shape[1:].numel()
-    getattr(native.extension(), kernel)(
-        _address(samples),
-        _address(rows),
-        order.data_ptr(),
-        inverse.data_ptr(),
-        _address(weights),
-        out.data_ptr(),
-        batch,
-        top_k,
-        size,
-        native.dtype_code(data),
-        native.threads(),
-    )
+    pointers = map(native.address, (samples, rows, order, inverse, weights, out))
+    native.run(kernel, data, *pointers, batch, top_k, size, native.dtype_code(data))
     return out
 
 
 def dispatch(samples: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     out = rows_like(samples, order.numel())
-    return _run("dispatch_rows_cpu", samples, None, order, inverse, weights, out, top_k)
+    return _run("dispatch_rows", samples, None, order, inverse, weights, out, top_k)
 
 
 def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     out = rows_like(rows, order.numel() // top_k)
-    return _run("combine_rows_cpu", None, rows, order, inverse, weights, out, top_k)
+    return _run("combine_rows", None, rows, order, inverse, weights, out, top_k)
 
 
 def row_dot(samples: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     kind = torch.float64 if samples.dtype == torch.float64 else torch.float32
-    out = torch.empty(samples.shape[0], top_k, dtype=kind)
-    return _run("row_dot_cpu", samples, rows, order, inverse, None, out, top_k)
+    out = samples.new_empty(samples.shape[0], top_k, dtype=kind)
+    return _run("row_dot", samples, rows, order, inverse, None, out, top_k)

@@ -18,7 +18,8 @@ ROUTING = Op(__package__, cpu=("native", "reference"), cuda=("native", "triton",
 class Route(NamedTuple):
     """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64."""
 
-    order: Tensor  # [R] pair at each sorted row; its sample is order // k
+    order: Tensor  # [R] pair at each sorted row
+    sample: Tensor  # [R] sample of that pair, order // k
     inverse: Tensor  # [R] sorted row of each pair
     offsets: Tensor  # [E+1] rows offsets[e]:offsets[e+1] belong to expert e
     invalid: Tensor  # [] int32, pairs whose expert is out of range; their rows come after offsets[E]
@@ -54,13 +55,13 @@ def sort_by_expert(indices: Tensor, num_experts: int, impl: str = AUTO) -> Route
 
 
 _NAME = "robust_moe_kernels::sort_by_expert"
-torch.library.define(_NAME, "(Tensor indices, int num_experts, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(_NAME, "(Tensor indices, int num_experts, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl(_NAME, "default")
 def _sort_by_expert(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
     chosen = ROUTING.choose(impl, indices.device.type)
-    outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts)
+    outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts, indices.shape[1])
     if indices.device.type == "cpu" and outputs[-1].item():
         raise ValueError(
             f"indices: expected experts in [0, {num_experts}), got values from {indices.min().item()} to"
@@ -73,8 +74,7 @@ def _sort_by_expert(indices: Tensor, num_experts: int, impl: str) -> tuple[Tenso
 def _sort_by_expert_fake(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
     pairs = indices.shape[0] * indices.shape[1]
     return (
-        indices.new_empty(pairs),
-        indices.new_empty(pairs),
+        *(indices.new_empty(pairs) for _ in range(3)),
         indices.new_empty(num_experts + 1),
         indices.new_empty((), dtype=torch.int32),
     )

@@ -12,10 +12,10 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, ...]:
     valid = (experts >= 0) & (experts < num_experts)
     keys = torch.where(valid, experts, num_experts)
     keys, order = keys.sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     offsets = torch.searchsorted(keys, torch.arange(num_experts + 1, device=keys.device))
-    return order, inverse, offsets, (~valid).sum().to(torch.int32)
+    return order, order // top_k, inverse, offsets, (~valid).sum().to(torch.int32)

@@ -1,0 +1,138 @@
+"""Kernel launches of a routed layer and of a whole training step, counted; see ``launch_counter`` for how.
+
+``python -m benchmarks launches`` needs no GPU; with ``--device cuda`` the same cases run there under a profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.launch_counter import Counted, Launches, Profiled
+from benchmarks.layer_case import Case
+from robust_moe.attacks import attack_mode
+from robust_moe.attacks.passes import Passes
+from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from robust_moe.data import Batch
+from robust_moe.engine.optimizers import build_optimizer
+from robust_moe.methods import PGDAdversarialTraining
+from robust_moe.models import build_model
+from robust_moe.provenance import provenance
+
+__all__ = ["CASES", "count", "main"]
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def _maps(launches: Launches | Profiled, *shape: int) -> Tensor:
+    return launches.tensor(*shape).to(memory_format=torch.channels_last)
+
+
+def layer_in_attack(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+    """The second pass of an attack: what is done once an attack is done."""
+    layer = launches.module(case.layer)
+    x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
+    with attack_mode(layer), autocast():
+        for _ in range(2):
+            launches.take()
+            y = layer(x)
+            forward, gradient = launches.take(), torch.ones_like(y)
+            launches.take()
+            torch.autograd.grad(y, x, gradient)
+    return {"layer in an attack, forward": forward, "layer in an attack, forward + dx": forward + launches.take()}
+
+
+def layer_in_training(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+    """Training mode, all gradients; without an optimiser and a balance loss."""
+    layer = launches.module(case.layer).train()
+    x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
+    for _ in range(2):  # libraries set themselves up in the first
+        launches.take()
+        with autocast():
+            y = layer(x)
+        forward, gradient = launches.take(), torch.ones_like(y)
+        launches.take()
+        torch.autograd.grad(y, [x, *layer.parameters()], gradient)
+    return {"layer in training, forward": forward, "layer in training, forward + backward": forward + launches.take()}
+
+
+def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+    """ResNet-18 for 32x32 images whose layer4.1 is the routed layer, by the trainer's own method and optimiser."""
+    moe = MoEConfig(layers=["layer4.1"], num_experts=case.experts, top_k=case.top_k, balance="none")
+    attack = AttackConfig(eps="8/255", alpha="2/255", steps=1)
+    config = TrainConfig(model=ModelConfig(name="resnet18", moe=moe), method=MethodConfig(attack=attack))
+    model = launches.module(lambda _: build_model(config.model, num_classes=10, channels=3, image_size=32)).train()
+    method = PGDAdversarialTraining(config)
+    images, labels = _maps(launches, case.batch, 3, 32, 32), launches.tensor(case.batch, dtype=torch.int64)
+    batch = Batch(images, labels, labels)
+    for _ in range(2):  # an attack is needed to learn which norms may be folded
+        with attack_mode(model), autocast():
+            passes, x = Passes(method.attack, model, batch.labels, -1), images
+            for _ in range(2):
+                launches.take()
+                x = method.attack.step(x, passes.examine(x).grad, images)
+            step = launches.take()
+    optimizer = build_optimizer(model, OptimConfig())
+    for _ in range(2):  # the first allocates the momentum
+        launches.take()
+        with autocast():
+            loss, _ = method.classify(model, model, images, batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {"PGD step": step, "training pass": launches.take()}
+
+
+CASES = (layer_in_attack, layer_in_training, whole_step)
+
+
+def count(autocast: bool = False, case: Case | None = None, device: torch.device | None = None) -> dict[str, Counted]:
+    """Launches of every case, by kernel.
+
+    Args:
+        autocast: with bfloat16 convolutions and products.
+        case: sizes of the layer.
+        device: a GPU to profile them on; None: counted without one.
+    """
+    found = {}
+    with Launches() if device is None else Profiled(device) as launches:
+        kind = launches.device.type
+        for run in CASES:
+            found |= run(launches, case or Case(), lambda: torch.autocast(kind, torch.bfloat16, enabled=autocast))
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Counts and prints the launches of every case."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--experts", type=int, default=4, help="E (4)")
+    parser.add_argument("--batch", type=int, default=128, help="images (128)")
+    parser.add_argument("--autocast", action="store_true", help="with bfloat16 convolutions and products")
+    parser.add_argument("--device", help="a GPU that runs the cases under a profiler; without it none is needed")
+    parser.add_argument("--out", type=Path, help="folder for launches.json; without it nothing is written")
+    options = parser.parse_args(arguments)
+    device = None if options.device is None else torch.device(options.device)
+    case = Case(experts=options.experts, batch=options.batch)
+    found = count(options.autocast, case, device)
+    for name, counted in found.items():
+        print(f"\n{name}: {counted.total()}")
+        for kernel, launches in counted.most_common():
+            print(f"  {launches:4}  {kernel}")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / "launches.json"
+        how = "counted without a GPU" if device is None else "profiled"
+        about = {"benchmark": "launches", "how": how, "autocast": options.autocast}
+        rows = [
+            {"case": case.describe(name), "launches": counted.total(), "kernels": dict(counted.most_common())}
+            for name, counted in found.items()
+        ]
+        record = {**about, **provenance(device or torch.device("cpu")), "rows": rows}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"\nwritten: {path}")

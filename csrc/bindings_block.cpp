@@ -1,0 +1,204 @@
+// The part of the Python module that stands between the convolutions of routed blocks.
+#include "bindings.h"
+#include "expert_block/block_cuda.h"
+#include "expert_block/expert_block.h"
+#include "expert_block/sums.h"
+
+namespace rmk {
+namespace {
+
+void sums_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address value,
+              Address other, Address scale, Address shift, Address sum, Address sum_product) {
+  rmk::column_sums_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(value),
+                       at<const float>(other), at<const float>(scale), at<const float>(shift), at<double>(sum),
+                       at<double>(sum_product));
+}
+
+void shift_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address z,
+               Address scale, Address shift, bool relu, Address out) {
+  rmk::scale_shift_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(z),
+                       at<const float>(scale), at<const float>(shift), relu, at<float>(out));
+}
+
+void backward_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address d, Address z,
+                  Address p, Address q, Address r, Address scale, Address shift, Address out) {
+  rmk::norm_backward_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(d),
+                         at<const float>(z), at<const float>(p), at<const float>(q), at<const float>(r),
+                         at<const float>(scale), at<const float>(shift), at<float>(out));
+}
+
+using Head = void (*)(const HeadArgs&);
+
+template <Head kernel>
+void head(Address z, Address scale, Address shift, Address x, Address skip_scale, Address skip_shift, Address order,
+          Address expert, Address inverse, Address weights, Address out, Address d_out, Address d_rows,
+          Address d_weights, int64_t batch, int64_t top_k, int64_t pixels, int64_t channels, int threads) {
+  kernel({at<const float>(z), at<const float>(scale), at<const float>(shift), at<const float>(x),
+          at<const float>(skip_scale), at<const float>(skip_shift), at<const int64_t>(order), at<const int64_t>(expert),
+          at<const int64_t>(inverse), at<const float>(weights), at<float>(out), at<const float>(d_out),
+          at<float>(d_rows), at<float>(d_weights), batch, top_k, pixels, channels, threads});
+}
+
+Shares shares_of(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels, int64_t pixels) {
+  const double* sums = at<const double>(shares);
+  return {sums, sums + count * experts * channels, count, at<const int64_t>(offsets), experts, channels, pixels};
+}
+
+void norm_finalise(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels, int64_t pixels,
+                   Address weight, Address bias, Address running_mean, Address running_var, Address tracked, double eps,
+                   double momentum, Address scale, Address shift, Address mean, Address rstd, Address next_mean,
+                   Address next_var, Address next_tracked) {
+  norm_finalise_cpu({shares_of(shares, count, offsets, experts, channels, pixels), at<const float>(weight),
+                     at<const float>(bias), at<const float>(running_mean), at<const float>(running_var),
+                     at<const int64_t>(tracked), eps, static_cast<float>(momentum), at<float>(scale), at<float>(shift),
+                     at<float>(mean), at<float>(rstd), at<float>(next_mean), at<float>(next_var),
+                     at<int64_t>(next_tracked)});
+}
+
+void norm_finalise_backward(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels,
+                            int64_t pixels, Address scale, Address mean, Address rstd, Address d_weight, Address d_bias,
+                            Address q, Address r) {
+  norm_finalise_backward_cpu({shares_of(shares, count, offsets, experts, channels, pixels), at<const float>(scale),
+                              at<const float>(mean), at<const float>(rstd), at<float>(d_weight), at<float>(d_bias),
+                              at<float>(q), at<float>(r)});
+}
+
+void sum_rows(Address rows, Address other, Address inverse, Address out, int64_t batch, int64_t top_k, int64_t size,
+              int threads) {
+  sum_rows_cpu({at<const float>(rows), at<const float>(other), at<const int64_t>(inverse), at<float>(out), batch, top_k,
+                size, threads});
+}
+
+#ifdef RMK_CUDA
+RoutedMaps routed_maps(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype) {
+  return {at<const int64_t>(offsets), experts, rows, pixels, channels, dtype};
+}
+
+SumsArgs sums_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype,
+                   Address value, Address other, Address scale, Address shift, Address sum, Address sum_product,
+                   int64_t shares) {
+  return {routed_maps(offsets, experts, rows, pixels, channels, dtype),
+          at<void>(value),
+          at<void>(other),
+          at<void>(scale),
+          at<void>(shift),
+          at<double>(sum),
+          at<double>(sum_product),
+          shares};
+}
+
+ScaleShiftArgs scale_shift_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels,
+                                int dtype, Address z, Address scale, Address shift, bool relu, Address out) {
+  return {routed_maps(offsets, experts, rows, pixels, channels, dtype),
+          at<void>(z),
+          at<void>(scale),
+          at<void>(shift),
+          at<void>(out),
+          relu};
+}
+
+NormBackwardCudaArgs norm_backward_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels,
+                                        int64_t channels, int dtype, Address d, Address z, Address p, Address q,
+                                        Address r, Address scale, Address shift, Address out) {
+  return {routed_maps(offsets, experts, rows, pixels, channels, dtype),
+          at<void>(d),
+          at<void>(z),
+          at<void>(p),
+          at<void>(q),
+          at<void>(r),
+          at<void>(scale),
+          at<void>(shift),
+          at<void>(out)};
+}
+
+HeadCudaArgs head_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype,
+                       Address z, Address scale, Address shift, Address x, Address skip_scale, Address skip_shift,
+                       Address order, Address inverse, Address weights, Address out, Address d_out, Address d_rows,
+                       Address d_weights, Address d_z, int64_t batch, int64_t top_k) {
+  return {routed_maps(offsets, experts, rows, pixels, channels, dtype),
+          at<void>(z),
+          at<void>(scale),
+          at<void>(shift),
+          at<void>(x),
+          at<void>(skip_scale),
+          at<void>(skip_shift),
+          at<const int64_t>(order),
+          at<const int64_t>(inverse),
+          at<void>(weights),
+          at<void>(out),
+          at<void>(d_out),
+          at<void>(d_rows),
+          at<void>(d_weights),
+          at<void>(d_z),
+          batch,
+          top_k};
+}
+
+NormFinaliseArgs norm_finalise_args(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels,
+                                    int64_t pixels, Address weight, Address bias, Address running_mean,
+                                    Address running_var, Address tracked, double eps, double momentum, Address scale,
+                                    Address shift, Address mean, Address rstd, Address next_mean, Address next_var,
+                                    Address next_tracked, int dtype) {
+  return {shares_of(shares, count, offsets, experts, channels, pixels),
+          at<void>(weight),
+          at<void>(bias),
+          at<void>(running_mean),
+          at<void>(running_var),
+          at<const int64_t>(tracked),
+          eps,
+          momentum,
+          at<void>(scale),
+          at<void>(shift),
+          at<void>(mean),
+          at<void>(rstd),
+          at<void>(next_mean),
+          at<void>(next_var),
+          at<int64_t>(next_tracked),
+          dtype};
+}
+
+NormFinaliseBackwardArgs norm_finalise_backward_args(Address shares, int64_t count, Address offsets, int64_t experts,
+                                                     int64_t channels, int64_t pixels, Address scale, Address mean,
+                                                     Address rstd, Address d_weight, Address d_bias, Address q,
+                                                     Address r, int dtype) {
+  return {shares_of(shares, count, offsets, experts, channels, pixels),
+          at<void>(scale),
+          at<void>(mean),
+          at<void>(rstd),
+          at<void>(d_weight),
+          at<void>(d_bias),
+          at<void>(q),
+          at<void>(r),
+          dtype};
+}
+
+SumRowsCudaArgs sum_rows_args(Address rows, Address other, Address inverse, Address out, int64_t batch, int64_t top_k,
+                              int64_t size, int dtype) {
+  return {at<void>(rows), at<void>(other), at<const int64_t>(inverse), at<void>(out), batch, top_k, size, dtype};
+}
+#endif
+
+}  // namespace
+
+void bind_expert_block(pybind11::module_& m) {
+  m.def("column_sums_cpu", &sums_cpu, NoGil());
+  m.def("scale_shift_cpu", &shift_cpu, NoGil());
+  m.def("norm_backward_cpu", &backward_cpu, NoGil());
+  m.def("head_forward_cpu", &head<head_forward_cpu>, NoGil());
+  m.def("head_backward_cpu", &head<head_backward_cpu>, NoGil());
+  m.def("norm_finalise_cpu", &norm_finalise, NoGil());
+  m.def("norm_finalise_backward_cpu", &norm_finalise_backward, NoGil());
+  m.def("sum_rows_cpu", &sum_rows, NoGil());
+#ifdef RMK_CUDA
+  m.def("column_sums_cuda", on_cuda(column_sums_cuda, sums_args), NoGil());
+  m.def("scale_shift_cuda", on_cuda(scale_shift_cuda, scale_shift_args), NoGil());
+  m.def("norm_backward_cuda", on_cuda(norm_backward_cuda, norm_backward_args), NoGil());
+  m.def("head_forward_cuda", on_cuda(head_forward_cuda, head_args), NoGil());
+  m.def("head_backward_cuda", on_cuda(head_backward_cuda, head_args), NoGil());
+  m.def("norm_finalise_cuda", on_cuda(norm_finalise_cuda, norm_finalise_args), NoGil());
+  m.def("norm_finalise_backward_cuda", on_cuda(norm_finalise_backward_cuda, norm_finalise_backward_args), NoGil());
+  m.def("sum_rows_cuda", on_cuda(sum_rows_cuda, sum_rows_args), NoGil());
+#endif
+}
+
+}  // namespace rmk

@@ -1,0 +1,149 @@
+// Batch norms of routed rows: memory streams, and the sums that their statistics and gradients are made of.
+#include "expert_block/maps.cuh"
+
+namespace rmk {
+namespace {
+
+template <int N, typename T>
+__global__ void __launch_bounds__(kThreads, 2) scale_shift_kernel(ScaleShiftArgs a) {
+  using A = Acc<T>;
+  const RoutedMaps& m = a.maps;
+  const A floor = a.relu ? A(0) : -kInfinity<A>;
+  for (int64_t row = blockIdx.x; row < m.rows; row += gridDim.x) {
+    const int64_t table = expert_of(m, row) * m.channels, map = row * m.pixels * m.channels;
+    each_channels<N>(m, [&](int64_t c) {
+      const auto scale = table_at<N, A>(a.scale, table + c), shift = table_at<N, A>(a.shift, table + c);
+      each_pixel(m, c, [&](int64_t place) {
+        auto z = Pack<T, N>::read(static_cast<const T*>(a.z) + map + place);
+#pragma unroll
+        for (int j = 0; j < N; ++j) z.set(j, at_least<A>(normed<A>(z[j], scale[j], shift[j]), floor));
+        z.write(static_cast<T*>(a.out) + map + place);
+      });
+    });
+  }
+}
+
+template <int N, typename T>
+__global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(NormBackwardCudaArgs a) {
+  using A = Acc<T>;
+  const RoutedMaps& m = a.maps;
+  const bool with_mask = a.scale != nullptr, with_z = a.q != nullptr;
+  for (int64_t row = blockIdx.x; row < m.rows; row += gridDim.x) {
+    const int64_t table = expert_of(m, row) * m.channels, map = row * m.pixels * m.channels;
+    each_channels<N>(m, [&](int64_t c) {
+      const auto p = table_at<N, A>(a.p, table + c), q = table_at<N, A>(a.q, table + c);
+      const auto r = table_at<N, A>(a.r, table + c);
+      const auto scale = table_at<N, A>(a.scale, table + c), shift = table_at<N, A>(a.shift, table + c);
+      each_pixel(m, c, [&](int64_t place) {
+        auto d = Pack<T, N>::read(static_cast<const T*>(a.d) + map + place);
+        Pack<T, N> z{};
+        if (with_mask || with_z) z = Pack<T, N>::read(static_cast<const T*>(a.z) + map + place);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const A open = with_mask ? masked<A>(d[j], normed<A>(z[j], scale[j], shift[j])) : d[j];
+          d.set(j, with_z ? norm_gradient<A>(open, z[j], p[j], q[j], r[j]) : p[j] * open);
+        }
+        d.write(static_cast<T*>(a.out) + map + place);
+      });
+    });
+  }
+}
+
+constexpr int kSumWarps = kThreads / 32;
+constexpr int kSumColumns = 64;  // most columns of a block: 128 bytes of 16-bit elements
+
+// One block: some columns of one share of one expert's pixels. A thread adds its pixels in order, its warp the threads
+// of each column, and the block its warps in order.
+template <int N, typename T>
+__global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int across) {
+  using A = Acc<T>;
+  __shared__ double parts[2][kSumWarps][kSumColumns];
+  const RoutedMaps& m = a.maps;
+  const int thread = threadIdx.x, column = thread % across, warp = thread / 32, along = kThreads / across;
+  const int64_t c = (static_cast<int64_t>(blockIdx.x) * across + column) * N;
+  const bool inside = c < m.channels;
+  for (int64_t e = blockIdx.y; e < m.experts; e += gridDim.y) {
+    const int64_t begin = m.offsets[e] * m.pixels, total = m.offsets[e + 1] * m.pixels - begin;
+    const int64_t each = (total + a.shares - 1) / a.shares;
+    const int64_t first = begin + min(blockIdx.z * each, total), last = begin + min((blockIdx.z + 1) * each, total);
+    const int64_t table = e * m.channels + c;
+    Pack<A, N> scale{}, shift{};
+    if (a.scale != nullptr && inside) {
+      scale = Pack<A, N>::read(static_cast<const A*>(a.scale) + table);
+      shift = Pack<A, N>::read(static_cast<const A*>(a.shift) + table);
+    }
+    double sum[N] = {}, product[N] = {};
+    const int64_t end = inside ? last : first;
+#pragma unroll 2
+    for (int64_t pixel = first + thread / across; pixel < end; pixel += along) {
+      const auto value = Pack<T, N>::read(static_cast<const T*>(a.value) + pixel * m.channels + c);
+      const auto other = Pack<T, N>::read(static_cast<const T*>(a.other) + pixel * m.channels + c);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const A open = a.scale == nullptr ? value[j] : masked<A>(value[j], normed<A>(other[j], scale[j], shift[j]));
+        sum[j] += open;
+        product[j] += static_cast<double>(open) * other[j];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      for (int step = across; step < 32; step *= 2) {
+        sum[j] += __shfl_xor_sync(kWholeWarp, sum[j], step);
+        product[j] += __shfl_xor_sync(kWholeWarp, product[j], step);
+      }
+      if (thread % 32 < across) {
+        parts[0][warp][column * N + j] = sum[j];
+        parts[1][warp][column * N + j] = product[j];
+      }
+    }
+    __syncthreads();
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * across * N + thread % (across * N);
+    const int which = thread / (across * N);
+    if (which < 2 && channel < m.channels) {
+      double whole = 0;
+      for (int w = 0; w < kSumWarps; ++w) whole += parts[which][w][thread % (across * N)];
+      double* out = which == 0 ? a.sum : a.sum_product;
+      out[(blockIdx.z * m.experts + e) * m.channels + channel] = whole;
+    }
+    __syncthreads();  // before the next expert's parts are written
+  }
+}
+
+// Threads along the channels: 128 bytes of a pixel, which is as good as it gets, or less to have more blocks.
+int sum_width(const SumsArgs& a, int64_t pack, int64_t pack_bytes) {
+  int across = static_cast<int>(std::min<int64_t>(32, 128 / pack_bytes));
+  const auto blocks = [&] { return ceil_div(a.maps.channels, across * pack) * a.maps.experts * a.shares; };
+  while (across * pack_bytes > 32 && blocks() < 128) across /= 2;
+  return across;
+}
+
+}  // namespace
+
+void scale_shift_cuda(const ScaleShiftArgs& a, std::uintptr_t stream) {
+  with_map_width(a.maps, {a.z, a.out}, {a.scale, a.shift}, [&](auto type, auto width) {
+    constexpr int N = decltype(width)::value;
+    const MapShape shape = map_shape(a.maps, a.maps.rows, N, false);
+    launch("scale_shift", scale_shift_kernel<N, typename decltype(type)::type>, shape.grid, shape.block, stream, a);
+  });
+}
+
+void norm_backward_cuda(const NormBackwardCudaArgs& a, std::uintptr_t stream) {
+  with_map_width(a.maps, {a.d, a.z, a.out}, {a.p, a.q, a.r, a.scale, a.shift}, [&](auto type, auto width) {
+    constexpr int N = decltype(width)::value;
+    const MapShape shape = map_shape(a.maps, a.maps.rows, N, false);
+    launch("norm_backward", norm_backward_kernel<N, typename decltype(type)::type>, shape.grid, shape.block, stream, a);
+  });
+}
+
+void column_sums_cuda(const SumsArgs& a, std::uintptr_t stream) {
+  with_map_width(a.maps, {a.value, a.other}, {a.scale, a.shift}, [&](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    constexpr int N = decltype(width)::value;
+    const int across = sum_width(a, N, N * sizeof(T));
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.maps.channels, across * N)),
+                    static_cast<unsigned>(std::min(a.maps.experts, kMaxGridY)), static_cast<unsigned>(a.shares));
+    launch("column_sums", sums_kernel<N, T>, grid, kThreads, stream, a, across);
+  });
+}
+
+}  // namespace rmk

@@ -1,0 +1,114 @@
+"""A convolution that is computed when its output is read, and by then may have become more than a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.modules.folded_conv import Call, FoldedConv
+
+__all__ = ["Blank", "Promise", "State"]
+
+
+class State:
+    """The modes under which an operation was called, to compute it under the same ones later."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.key = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            *_autocast(device),
+        )
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """What a convolution of x answers in."""
+        return self.key[3] if self.key[2] and x.dtype != torch.float64 else x.dtype
+
+    def entered(self) -> AbstractContextManager[None]:
+        return nullcontext() if State(self.device).key == self.key else self._entered()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        grad, inference, autocast, dtype = self.key
+        known = torch.amp.is_autocast_available(self.device)
+        cast = torch.autocast(self.device, dtype, enabled=autocast) if known else nullcontext()
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), cast:
+            yield
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    """Whether, and in what, operations on a type of device are cast."""
+    if not torch.amp.is_autocast_available(device):
+        return False, torch.float32
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+class Promise:
+    """A tensor that is computed when it is read: a convolution, with its norm and an addition as far as they came."""
+
+    def __init__(self, x: Tensor, arguments: tuple[Any, ...], call: Call, state: State) -> None:
+        self.x, self.arguments, self.call, self.state = x, arguments, call, state
+        self.version = _version(x)
+        self.folded: FoldedConv | None = None
+        self.other: Tensor | None = None
+        self.then = ""  # the chain's, once there is a norm
+        self.value: Tensor | None = None
+        self.value_version = 0
+
+    def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> Promise:
+        longer = Promise(self.x, self.arguments, self.call, self.state)
+        longer.folded, longer.other, longer.then = self.folded if folded is None else folded, other, then
+        return longer
+
+    def compute(self, relu: bool = False) -> Tensor:
+        with self.state.entered():
+            if self.folded is None:
+                return torch.conv2d(self.x, *self.arguments)
+            return self.folded(self.x, self.other, relu, self.call, self.state.dtype(self.x))
+
+    def get(self) -> Tensor:
+        if self.value is None:
+            self.keep(self.compute())
+        return self.value
+
+    def keep(self, value: Tensor) -> None:
+        """From here on the promised tensor is this one, whatever becomes of it in place."""
+        self.value, self.value_version = value, _version(value)
+
+    def is_open(self) -> bool:
+        """Whether what was promised can still be computed otherwise: neither x nor the value has changed since."""
+        kept = self.value is None or _version(self.value) == self.value_version
+        return kept and _version(self.x) == self.version and self.state.key == State(self.x.device.type).key
+
+    def is_valid(self) -> bool:
+        """Whether the convolution will raise no error, which is its own to raise, in its own words."""
+        x, weight = self.x, self.arguments[0]
+        if x.dim() != 4 or x.shape[1] != weight.shape[1] * self.call.groups or min(x.shape) == 0:
+            return False
+        return (x.dtype == weight.dtype or self.state.key[2]) and min(self.shape()) > 0
+
+    def shape(self) -> tuple[int, ...]:
+        return self.call.output_shape(self.x, self.arguments[0])
+
+
+class Blank(torch.autograd.Function):
+    """What stands for a promise: whatever reads it unseen meets NaN, or sends NaN back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, nan: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(nan)
+        ctx.size = x.shape
+        return nan.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0].expand(ctx.size), None, None
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,141 @@
+"""Which convolution's output is read by which batch norm, and by nothing else: found by watching one forward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Chain", "Watch"]
+
+
+class Chain(NamedTuple):
+    """A convolution whose output one batch norm reads, and what reads the norm's."""
+
+    weight: weakref.ref[Tensor]  # the convolution's
+    mean: weakref.ref[Tensor]  # the norm's running mean
+    then: str  # "relu"; "add", the sum being read by a ReLU; "": something else
+
+
+class _Stage:
+    """One tensor on the way from a convolution."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.node = out.grad_fn
+        self.object: weakref.ref[Tensor] | None = weakref.ref(out)
+        self.readers: list[tuple[str, Any]] = []  # kind and node of each function that read it
+
+
+class _Call:
+    """One call of a convolution, and the tensors that its output became."""
+
+    def __init__(self, weight: Tensor, out: Tensor) -> None:
+        self.weight = weight
+        self.mean: Tensor | None = None
+        self.stages = {"conv": _Stage(out)}
+
+
+_NEXT = {"conv": ("norm",), "norm": ("add",), "add": ()}  # what is followed further
+
+
+class Watch:
+    """Follows each convolution's output through one forward with gradients, at the level of functions.
+
+    A reader is a torch function that gets the tensor, whoever calls it. What bypasses those, such as an
+    ``autograd.Function``, shows in the graph as one consumer more (:meth:`chains`). What keeps the tensor without
+    reading it, a hook or a model that returns it, keeps it alive after the graph is gone (``objects``).
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._of: dict[int, tuple[weakref.ref[Tensor], list[tuple[_Call, str]]]] = {}  # by tensor
+        self.objects: list[weakref.ref[Tensor]] = []  # tensors that nobody may keep, once the chains are known
+
+    def __len__(self) -> int:
+        """Calls of convolutions seen."""
+        return len(self._calls)
+
+    def convolved(self, weight: Tensor, out: Tensor) -> None:
+        """A convolution of the model has returned ``out``."""
+        self._calls.append(_Call(weight, out))
+        self._of[id(out)] = (weakref.ref(out), [(self._calls[-1], "conv")])
+
+    def read(self, kind: str, tensors: Iterable[Tensor], out: Any, mean: Tensor | None = None) -> None:
+        """A function has read these tensors and returned ``out``: of kind ``"norm"``, with that running mean,
+        ``"relu"``, ``"add"``, or ``""`` for any other."""
+        follow: list[tuple[_Call, str]] = []
+        for tensor in tensors:
+            ref, places = self._of.get(id(tensor), (None, []))
+            if ref is None or ref() is not tensor:
+                continue
+            for call, name in places:
+                stage = call.stages[name]
+                stage.readers.append((kind, getattr(out, "grad_fn", None)))
+                if out is tensor:  # in place: from here on the object is another stage
+                    stage.object = None
+                if kind in _NEXT[name] and kind not in call.stages:
+                    call.stages[kind] = _Stage(out)
+                    call.mean = mean if kind == "norm" else call.mean
+                    follow.append((call, kind))
+            if out is tensor:
+                del self._of[id(tensor)]
+        if follow:
+            self._of[id(out)] = (weakref.ref(out), follow)
+
+    def chains(self, roots: Iterable[Tensor]) -> dict[int, Chain]:
+        """What was learned, by the convolution weight's id, with the graph from ``roots`` as a witness; nothing is
+        watched from here on."""
+        consumers = _consumers([root.grad_fn for root in roots if root.grad_fn is not None])
+        found: dict[int, Chain | None] = {}
+        for call in self._calls:
+            then = _follow(call.stages, consumers)
+            chain = None if then is None else Chain(weakref.ref(call.weight), weakref.ref(call.mean), then)
+            known = found.setdefault(id(call.weight), chain)
+            if known is not None and (chain is None or chain[1:] != known[1:]):  # called twice, with other readers
+                found[id(call.weight)] = None
+            if chain is not None:
+                names = {"": ("conv",), "relu": ("conv", "norm"), "add": ("conv", "norm", "add")}[then]
+                self.objects += [ref for name in names if (ref := call.stages[name].object) is not None]
+        self._calls, self._of = [], {}
+        return {key: chain for key, chain in found.items() if chain is not None}
+
+
+def _follow(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str | None:
+    """``Chain.then``; ``None``: more than one batch norm reads the convolution's output, or something else."""
+
+    def only(name: str, kind: str, nodes: int) -> bool:
+        stage = stages[name]
+        if [reader for reader, _ in stage.readers] != [kind] or stage.node is None:
+            return False
+        return consumers.get(stage.node, []) == [stage.readers[0][1]][:nodes]
+
+    # the watched forward gives the norm a convolution of its own: no gradient comes to the watched one from it
+    if "norm" not in stages or not only("conv", "norm", 0):
+        return None
+    if only("norm", "relu", 1):
+        return "relu"
+    return "add" if only("norm", "add", 1) and "add" in stages and only("add", "relu", 1) else ""
+
+
+def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
+    """For each node of the graph the nodes that its gradient comes from, once for each edge."""
+    consumers: dict[Any, list[Any]] = {root: [] for root in roots}
+    stack = list(consumers)
+    while stack:
+        node = stack.pop()
+        for inner, _ in node.next_functions:
+            if inner is None:
+                continue
+            if inner not in consumers:
+                consumers[inner] = []
+                stack.append(inner)
+            consumers[inner].append(node)
+    return consumers
+
+
+def is_plain(tensor: Any) -> bool:
+    """A tensor of no subclass that might mean something else by its operations."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
