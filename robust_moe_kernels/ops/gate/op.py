@@ -13,7 +13,7 @@ from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIG
 
 __all__ = ["GATE", "GateOutput", "top_k_gate"]
 
-GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
+GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
 
 class GateOutput(NamedTuple):
@@ -48,7 +48,7 @@ def top_k_gate(
     Args:
         logits: [B, E], any floating dtype; float16 and bfloat16 are computed in float32.
         top_k: 1 <= k <= E.
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Returns:
         :class:`GateOutput`. ``scores``, ``weights``, ``mean_scores``, ``mean_entropy`` and ``mean_square_lse`` are
