@@ -8,6 +8,7 @@
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
 #include "gate/gate.h"
+#include "gate/pool.h"
 #include "permute/permute.h"
 #include "routing/routing.h"
 
@@ -139,6 +140,20 @@ PermuteArgs permute_args(Address samples, Address rows, Address order, Address i
           1};
 }
 
+PoolArgs pool_args(Address x, Address weight, Address bias, Address logits, Address means, int64_t batch,
+                   int64_t channels, int64_t pixels, int64_t experts, int64_t channel_stride, int64_t pixel_stride,
+                   int x_dtype, int weight_dtype) {
+  return {at<void>(x), at<void>(weight), at<void>(bias), at<void>(logits), at<void>(means), batch,        channels,
+          pixels,      experts,          channel_stride, pixel_stride,     x_dtype,         weight_dtype, 1};
+}
+
+PoolBackwardArgs pool_backward_args(Address d_logits, Address weight, Address d_x, int64_t batch, int64_t channels,
+                                    int64_t pixels, int64_t experts, int64_t channel_stride, int64_t pixel_stride,
+                                    int x_dtype, int weight_dtype) {
+  return {at<void>(d_logits), at<void>(weight), at<void>(d_x), batch,        channels, pixels, experts,
+          channel_stride,     pixel_stride,     x_dtype,       weight_dtype, 1};
+}
+
 SortArgs sort_args(Address experts, int64_t pairs, int64_t num_experts, int64_t top_k, Address order, Address sample,
                    Address inverse, Address offsets, Address invalid) {
   return {at<const int64_t>(experts),
@@ -223,6 +238,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dispatch_rows_cpu", on_cpu(dispatch_rows_cpu, permute_args), NoGil());
   m.def("combine_rows_cpu", on_cpu(combine_rows_cpu, permute_args), NoGil());
   m.def("row_dot_cpu", on_cpu(row_dot_cpu, permute_args), NoGil());
+  m.def("pool_linear_cpu", on_cpu(pool_linear_cpu, pool_args), NoGil());
+  m.def("pool_linear_backward_cpu", on_cpu(pool_linear_backward_cpu, pool_backward_args), NoGil());
   m.def("sort_by_expert_cpu", &sort_cpu, NoGil());
 #ifdef RMK_CUDA
   m.def("sort_by_expert_cuda", &sort_cuda, NoGil());
@@ -240,6 +257,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gate_blocks", &gate_blocks);
   m.def("gate_forward_cuda", on_cuda(gate_forward_cuda, gate_args), NoGil());
   m.def("gate_backward_cuda", on_cuda(gate_backward_cuda, gate_backward_args), NoGil());
+  m.def("pool_linear_cuda", on_cuda(pool_linear_cuda, pool_args), NoGil());
+  m.def("pool_linear_backward_cuda", on_cuda(pool_linear_backward_cuda, pool_backward_args), NoGil());
   m.def("dispatch_rows_cuda", on_cuda(dispatch_rows_cuda, permute_args), NoGil());
   m.def("combine_rows_cuda", on_cuda(combine_rows_cuda, permute_args), NoGil());
   m.def("row_dot_cuda", on_cuda(row_dot_cuda, permute_args), NoGil());

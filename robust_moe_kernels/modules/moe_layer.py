@@ -14,8 +14,8 @@ from robust_moe_kernels.modules.experts import Experts, StackedConv2d
 from robust_moe_kernels.modules.gates import build_gate, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.routing_record import RoutingRecord
-from robust_moe_kernels.ops.gate import top_k_gate
-from robust_moe_kernels.ops.routing import sort_by_expert
+from robust_moe_kernels.ops.gate import top_k_route
+from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
 if TYPE_CHECKING:
     from robust_moe_kernels.modules.route_control import Reroute
@@ -112,11 +112,11 @@ class MoELayer(nn.Module):
             self.routing = RoutingRecord.fixed(x, self._fixed_expert, self.num_experts)
             return self.experts.one(self._fixed_expert, x)
         # Read from the local name: another thread's forward may replace self.routing meanwhile.
-        self.routing = record = self._decide(x)
-        route = sort_by_expert(record.indices, self.num_experts)
+        record, route = self._decide(x)
+        self.routing = record
         return self.experts.mix(x, route, record.weights)
 
-    def _decide(self, x: Tensor) -> RoutingRecord:
+    def _decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
         clean = self.gate(x)
         expect(
             clean.shape == (x.shape[0], self.num_experts),
@@ -129,12 +129,12 @@ class MoELayer(nn.Module):
         if self.training and self.noise_std > 0:
             noise_scale = score_noise_scale(clean, self.noise_std)
             logits = clean + noise_scale * torch.randn_like(clean)
-        out = top_k_gate(logits, self.top_k, self.renormalize, self.straight_through)
+        out, route = top_k_route(logits, self.top_k, self.renormalize, self.straight_through)
         record = RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
         if self.reroute is None:
-            return record
+            return record, route
         indices, weights = self.reroute(self, record)
-        return replace(record, indices=indices, weights=weights)
+        return replace(record, indices=indices, weights=weights), sort_by_expert(indices, self.num_experts)
 
     def _expect_kind(self, x: Tensor) -> None:
         weight = next(self.experts.parameters())

@@ -60,14 +60,17 @@ class TilePlans:
 
     def __init__(self, offsets: Tensor, rows: int, made: dict[Hashable, list[Tensor]]) -> None:
         self.offsets, self.rows, self.made = offsets, rows, made
+        # Which products may share is no part of a compiled graph: there each makes its own.
+        self.needed = not torch.compiler.is_compiling()
 
     def of(self, weight: Tensor, size: torch.Size, backward: bool, layer: Layer) -> list[Tensor]:
         """For a convolution of maps of ``size`` by filters ``weight``, or for its input gradient."""
-        if torch.compiler.is_compiling():  # which products may share is no part of a graph: each makes its own
+        if not self.needed:
             return []
         geometry = list(layer.geometry)
         key = plan_key(weight, self.rows, *size, backward, geometry)
-        if key is None:
+        if key is None:  # nor do the block's other products need one
+            self.needed = False
             return []
         if key not in self.made:
             self.made[key] = conv_plan(weight, self.offsets, self.rows, *size, backward, geometry, AUTO)

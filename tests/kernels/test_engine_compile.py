@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
 from robust_moe_kernels.dispatch import Op
-from robust_moe_kernels.modules import routed_block
+from robust_moe_kernels.modules import attack_mode, residual, routed_block
 from robust_moe_kernels.modules.experts import _ENGINE, engine_computes
 from robust_moe_kernels.ops import OPS
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV
@@ -135,6 +135,51 @@ def prefer(monkeypatch) -> Iterator[Callable[[str], None]]:
 
     yield put_first
     Op.choose.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are not in the interpreter")
+def test_filters_are_cast_once_an_attack_unless_they_change(prefer, monkeypatch):
+    """Under autocast, by Triton's kernels: what an attack on other numbers gives is what a new attack gives."""
+    monkeypatch.setitem(_ENGINE, "cpu", ("triton", (torch.float32, torch.float16)))
+    prefer("triton")
+    layer = network()[1]
+    casts = []
+    monkeypatch.setattr(residual.CastFilters, "is_of", counting(casts, residual.CastFilters.is_of))
+    x = torch.randn(4, 8, 4, 4)
+
+    def change(weight: Tensor) -> None:
+        with torch.no_grad():
+            weight.mul_(1.5)
+
+    def replace(weight: Tensor) -> None:
+        layer.experts.conv1.weight = nn.Parameter(weight.detach() * 0.5, requires_grad=False)
+
+    with torch.autocast("cpu", torch.float16):
+        before = None
+        for alter in (lambda _: None, change, replace):
+            with attack_mode(layer):
+                if before is not None:
+                    assert torch.equal(layer(x), before)  # fills the attack's copies
+                alter(layer.experts.conv1.weight)
+                found = [layer(x) for _ in range(2)]
+            with attack_mode(layer):
+                anew = layer(x)
+            assert anew.dtype == torch.float16
+            assert torch.equal(found[0], anew)
+            assert torch.equal(found[1], anew)
+            assert before is None or not torch.equal(anew, before)
+            before = anew
+    # Two layers' filters, in every forward but an attack's first: found as they were, but one where it was altered.
+    assert casts.count(False) == 2
+    assert casts.count(True) == 2 + 3 + 3
+
+
+def counting(answers: list[bool], method: Callable[..., bool]) -> Callable[..., bool]:
+    def asked(*arguments: object) -> bool:
+        answers.append(method(*arguments))
+        return answers[-1]
+
+    return asked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are not in the interpreter")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
-from conv_cases import Case, Inputs, inputs_of, oracle
+from conv_cases import Case, Inputs, assert_within_bounds, inputs_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,10 +23,11 @@ from robust_moe_kernels.ops.expert_conv import (
     expert_conv,
     plan_key,
 )
+from robust_moe_kernels.ops.expert_conv.tiles import Gpu
 
 OP = "expert_conv"
 triton_impl = pytest.importorskip("robust_moe_kernels.ops.expert_conv.triton_impl")
-
+from robust_moe_kernels.ops.expert_conv import triton_plan  # noqa: E402  # imports Triton
 
 ONE, TWO, NONE = (1, 1), (2, 2), (0, 0)
 CASES = (
@@ -59,27 +59,6 @@ def run(inputs: Inputs, case: Case, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         conv_dgrad(d_out, weight, offsets, [], *case.size, *rest),
         conv_wgrad(x, d_out, offsets, sample, weight, *rest),
     )
-
-
-def terms_of(case: Case, inputs: Inputs) -> tuple[int, int, int]:
-    """The longest sum behind an element of (out, d_x, d_weight)."""
-    taps = case.kernel[0] * case.kernel[1]
-    pixels = inputs.d_out.shape[2] * inputs.d_out.shape[3]
-    return taps * case.channels[0], taps * case.channels[1], max(case.counts) * pixels
-
-
-def assert_within_bounds(results: tuple[Tensor, ...], inputs: Inputs, case: Case, unit: float | None = None) -> None:
-    """Any order of a sum of n products errs by at most n*u/(1 - n*u) times the sum of their sizes; then the result is
-    rounded to its dtype once, or truncated: one spacing. ``unit``: of a coarser accumulation, to first order."""
-    sizes = oracle(Inputs(*(None if t is None else t.abs() for t in inputs)), case)
-    for actual, truth, size, terms in zip(results, oracle(inputs, case), sizes, terms_of(case, inputs), strict=True):
-        number = torch.finfo(actual.dtype)
-        u = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps / 2
-        relative = terms * u / (1 - terms * u) if unit is None else terms * unit
-        allowed = relative * size + number.eps * np.abs(truth) + number.tiny
-        error = np.abs(actual.cpu().double().numpy().astype(np.longdouble) - truth)
-        assert actual.shape == truth.shape
-        assert (error <= allowed).all(), float((error / allowed).max())
 
 
 def unit_of(target, dtype: torch.dtype) -> float | None:
@@ -116,32 +95,6 @@ def test_other_dtypes(target, name, dtype, generator):
         with pytest.raises(ImplementationUnavailable, match=message):
             run(here, case, target.impl)
         assert_within_bounds(run(here, case, "auto"), inputs, case, own)
-
-
-KINDS = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "narrow": torch.float32}
-TILES = [(kind, i) for kind in KINDS for i in range(len(triton_impl.PRODUCT[kind]))]
-
-
-@pytest.mark.parametrize(("kind", "tile"), TILES)
-def test_every_tile(kind, tile, generator, monkeypatch):
-    """Every launch configuration computes the same sums; the choice among them is by size, and these maps are small."""
-    case = by_name("block")
-    inputs = inputs_of(case, generator, KINDS[kind])
-    monkeypatch.setattr(triton_impl, "_kind", lambda *_: kind)
-    for table in (triton_impl.PRODUCT, triton_impl.FILTER):
-        monkeypatch.setitem(table, kind, (table[kind][min(tile, len(table[kind]) - 1)],))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = run(inputs.to(device), case, "triton")
-    assert_within_bounds(results, inputs, case, 2.0**-10 if device == "cuda" else None)
-
-
-def test_tiles_are_chosen_by_size():
-    """Large tiles only where they leave the GPU enough programs; 16 channels never meet a tile of 256."""
-    half = triton_impl.PRODUCT["half"]
-    assert triton_impl.choose_tile(half, 512 * 2 * 16, 512) == half[0]
-    assert triton_impl.choose_tile(half, 128 * 2 * 16, 512) == half[2]
-    assert triton_impl.choose_tile(half, 64, 512) == half[-1]
-    assert triton_impl.choose_tile(half, 10**6, 16).n <= 64
 
 
 def test_precision_of_float32_follows_pytorch():
@@ -329,10 +282,12 @@ def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
             assert all(type(size) is int and size > 0 for size in grid)
             return lambda *_args, **_options: launched.append(self.name)
 
-    for name in ("plan_kernel", "product_kernel", "filter_kernel"):
+    for name in ("pointer_kernel", "persistent_kernel", "divide_kernel", "carry_kernel"):
         monkeypatch.setattr(triton_impl, name, Recorder(name))
-    monkeypatch.setattr(triton_impl, "on_device", lambda _: nullcontext())
-    monkeypatch.setattr(triton_impl, "_fitting", lambda tiles, _: tiles)
+    monkeypatch.setattr(triton_plan, "plan_kernel", Recorder("plan_kernel"))
+    for module in (triton_impl, triton_plan):
+        monkeypatch.setattr(module, "on_device", lambda _: nullcontext())
+        monkeypatch.setattr(module, "gpu_of", lambda _: Gpu(90, 227 * 1024, 132, True))
     case = by_name("image")
     geometry = Geometry(case.stride, case.padding, case.dilation)
     real = inputs_of(case, generator)
@@ -343,7 +298,10 @@ def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
             triton_impl.dgrad(d_out, weight, offsets, [], *case.size, geometry),
             triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry),
         )
-    assert launched == ["plan_kernel", "product_kernel"] * 2 + ["filter_kernel"]
+    assert [name.split("_")[-1] for name in launched] == ["kernel"] * 5
+    assert launched[::2][:2] == ["plan_kernel"] * 2
+    assert {launched[1], launched[3]} <= {"pointer_kernel", "persistent_kernel"}
+    assert launched[4] in ("divide_kernel", "carry_kernel")
     assert {result.device.type for result in results} == {"cuda"}
 
 

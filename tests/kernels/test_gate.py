@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.ops import OPS
-from robust_moe_kernels.ops.gate import GATE, GateOutput, top_k_gate
+from robust_moe_kernels.ops.gate import GATE, GateOutput, top_k_gate, top_k_route
 from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIGHT_THROUGH
+from robust_moe_kernels.ops.routing import sort_by_expert
 
 OP = "gate"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -164,6 +165,32 @@ def test_matches_the_reference(rival, case, dtype, generator, assert_as_accurate
         for name in (*DIFFERENTIABLE, "argmax_fraction"):
             assert_as_accurate(getattr(actual, name), getattr(reference, name), truth[name])
         assert actual.nonfinite.item() == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sorted_as_one_after_the_other(target, case, generator, assert_same_bits):
+    logits = case.logits(generator).float().to(target.device)
+    for mode in modes(case.top_k):
+        gate, route = top_k_route(logits, case.top_k, *SETTINGS[mode], target.impl)
+        assert_same_bits(gate, run(logits, case.top_k, mode, target.impl))
+        assert_same_bits(route, sort_by_expert(gate.indices, logits.shape[1], target.impl))
+
+
+def test_sorted_has_the_gates_gradient_and_refusals(target, generator):
+    values = torch.randn(6, 5, generator=generator, dtype=torch.float64).to(target.device)
+    gradients = []
+    for function in (top_k_gate, lambda *arguments, **options: top_k_route(*arguments, **options)[0]):
+        logits = values.clone().requires_grad_()
+        out = function(logits, 2, impl=target.impl)
+        loss = (out.weights * out.indices).sum() + out.mean_entropy
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="top_k: expected 1 <= k <= E = 5, got 6"):
+        top_k_route(values, 6, impl=target.impl)
+    if target.device == "cpu":
+        with pytest.raises(ValueError, match="logits: expected finite gate scores, got NaN or infinity in 1 row"):
+            top_k_route(values.index_fill(0, torch.tensor(2), torch.inf), 2, impl=target.impl)
 
 
 def upstream_for(outputs: GateOutput, generator: torch.Generator, only: str | None) -> dict[str, Tensor]:
@@ -363,6 +390,7 @@ def test_opcheck(target, top_k, generator):
     mode = STRAIGHT_THROUGH if top_k == 1 else RENORMALIZE
     ops = torch.ops.robust_moe_kernels
     torch.library.opcheck(ops.top_k_gate.default, (logits, top_k, mode, target.impl))
+    torch.library.opcheck(ops.top_k_route.default, (logits, top_k, mode, target.impl))
     fixed = logits.detach()
     outputs = GateOutput(*ops.top_k_gate(fixed, top_k, mode, target.impl))
     gradients = [torch.randn_like(getattr(outputs, name)) for name in DIFFERENTIABLE]

@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import launches
-from benchmarks.launches import Counted, Launches
+from benchmarks import launch_counter, launches
+from benchmarks.launch_counter import Counted, Launches
+from benchmarks.layer_case import Case
 from robust_moe_kernels.ops.attack_step import pgd_step
 from robust_moe_kernels.ops.routing import ROUTING, sort_by_expert
 
 pytest.importorskip("triton", reason="the kernels that are counted are Triton's")
 
 CEILINGS = {
-    "layer in an attack, forward": 12,
-    "layer in an attack, forward + dx": 26,
-    "layer in training, forward": 104,
-    "layer in training, forward + backward": 173,
-    "PGD step": 173,
-    "training pass": 356,
+    "layer in an attack, forward": 8,
+    "layer in an attack, forward + dx": 18,
+    "layer in training, forward": 20,
+    "layer in training, forward + backward": 45,
+    "PGD step": 163,
+    "training pass": 215,
 }
 
 
@@ -98,6 +99,17 @@ def test_nothing_is_left_behind():
         raise RuntimeError("planted")
     assert (ROUTING.order("cpu"), ROUTING.choose("auto", "cpu")) == before
     assert sort_by_expert(torch.zeros(2, 1, dtype=torch.int64), 1).order.tolist() == [0, 1]
+
+
+def test_the_profiled_cases_run(monkeypatch):
+    """On a CPU, whose events are named as they are everywhere; what a GPU runs, only a GPU can tell."""
+    monkeypatch.setattr(launch_counter.Profiled, "activity", torch.profiler.ProfilerActivity.CPU)
+    monkeypatch.setattr(launch_counter.Profiled, "where", torch.autograd.DeviceType.CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(launches, "CASES", (launches.layer_in_attack, launches.layer_in_training))
+    found = launches.count(case=Case(experts=2, batch=4, channels=8), device=torch.device("cpu"))
+    assert all(counted["robust_moe_kernels::head_forward"] == 1 for counted in found.values())
+    assert [counted["robust_moe_kernels::expert_conv_dgrad"] for counted in found.values()] == [0, 2, 0, 2]
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

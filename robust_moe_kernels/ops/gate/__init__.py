@@ -1,5 +1,6 @@
 """Top-k gate."""
 
-from robust_moe_kernels.ops.gate.op import GATE, GateOutput, top_k_gate
+from robust_moe_kernels.ops.gate.op import GATE, GateOutput, top_k_gate, top_k_route
+from robust_moe_kernels.ops.gate.pool import pool_linear
 
-__all__ = ["GATE", "GateOutput", "top_k_gate"]
+__all__ = ["GATE", "GateOutput", "pool_linear", "top_k_gate", "top_k_route"]

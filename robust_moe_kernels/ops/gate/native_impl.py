@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels import native
+from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.ops.routing.native_impl import sort_by_expert
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["backward", "forward", "forward_sorted", "pool_linear", "pool_linear_backward", "why_not"]
 
 why_not = native.why_not_cuda
 
@@ -38,6 +40,11 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
     return outputs
 
 
+def forward_sorted(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+    outputs = forward(logits, top_k, mode)
+    return *outputs, *sort_by_expert(outputs[1].view(-1), logits.shape[1], top_k)
+
+
 def backward(
     logits: Tensor,
     scores: Tensor,
@@ -62,3 +69,25 @@ def backward(
         native.dtype_code(logits),
     )
     return d_logits
+
+
+def _map_strides(maps: Tensor) -> tuple[int, int]:
+    """Distance between two channels and between two pixels of a dense map."""
+    channels_last = dense_format(maps) == torch.channels_last
+    return (1, maps.shape[1]) if channels_last else (maps.shape[2:].numel(), 1)
+
+
+def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, channels = x.shape[:2]
+    logits, means = weight.new_empty(batch, weight.shape[0]), weight.new_empty(batch, channels)
+    sizes = (batch, channels, x.shape[2:].numel(), weight.shape[0], *_map_strides(x))
+    addresses = map(native.address, (x, weight, bias, logits, means))
+    native.run("pool_linear", x, *addresses, *sizes, native.dtype_code(x), native.dtype_code(weight))
+    return logits, means
+
+
+def pool_linear_backward(d_logits: Tensor, weight: Tensor, d_x: Tensor) -> None:
+    """Fills ``d_x`` [B, C, H, W]."""
+    sizes = (*d_x.shape[:2], d_x.shape[2:].numel(), weight.shape[0], *_map_strides(d_x))
+    addresses = map(native.address, (d_logits, weight, d_x))
+    native.run("pool_linear_backward", d_x, *addresses, *sizes, native.dtype_code(d_x), native.dtype_code(weight))

@@ -10,8 +10,9 @@ from torch import Tensor
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIGHT_THROUGH
+from robust_moe_kernels.ops.routing import Route
 
-__all__ = ["GATE", "GateOutput", "top_k_gate"]
+__all__ = ["GATE", "GateOutput", "top_k_gate", "top_k_route"]
 
 GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
@@ -58,23 +59,38 @@ def top_k_gate(
         TypeError, ValueError: wrong dtype or shape, k outside 1..E, non-finite logits on the CPU.
         ImplementationUnavailable: a named implementation cannot run here.
     """
+    mode = _checked_mode(logits, top_k, renormalize, straight_through)
+    return GateOutput(*torch.ops.robust_moe_kernels.top_k_gate(logits, top_k, mode, impl))
+
+
+def top_k_route(
+    logits: Tensor, top_k: int, renormalize: bool = True, straight_through: bool = True, impl: str = AUTO
+) -> tuple[GateOutput, Route]:
+    """As :func:`top_k_gate`, and its (sample, slot) pairs sorted by expert, as ``sort_by_expert`` would sort them: on a
+    GPU a kernel less than one after the other."""
+    mode = _checked_mode(logits, top_k, renormalize, straight_through)
+    outputs = torch.ops.robust_moe_kernels.top_k_route(logits, top_k, mode, impl)
+    gate = len(GateOutput._fields)
+    return GateOutput(*outputs[:gate]), Route(*outputs[gate:], top_k)
+
+
+def _checked_mode(logits: Tensor, top_k: int, renormalize: bool, straight_through: bool) -> int:
+    """The mode by its number; raises where an argument is wrong."""
     expect_tensor(logits, "logits")
     expect_dtype(logits, "logits", FLOATS)
     expect(logits.dim() == 2 and logits.shape[1] >= 1, "logits", "shape [B, E] with E >= 1", list(logits.shape))
     expect(1 <= top_k <= logits.shape[1], "top_k", f"1 <= k <= E = {logits.shape[1]}", top_k)
-    mode = RENORMALIZE if renormalize else KEEP
     if top_k == 1 and straight_through:
-        mode = STRAIGHT_THROUGH
-    return GateOutput(*torch.ops.robust_moe_kernels.top_k_gate(logits, top_k, mode, impl))
+        return STRAIGHT_THROUGH
+    return RENORMALIZE if renormalize else KEEP
 
 
 _FORWARD = "robust_moe_kernels::top_k_gate"
+_SORTED = "robust_moe_kernels::top_k_route"
 _BACKWARD = "robust_moe_kernels::top_k_gate_backward"
-torch.library.define(
-    _FORWARD,
-    "(Tensor logits, int top_k, int mode, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+for _name, _outputs in ((_FORWARD, 8), (_SORTED, 8 + 5)):
+    _results = ", ".join(["Tensor"] * _outputs)
+    torch.library.define(_name, f"(Tensor logits, int top_k, int mode, str impl) -> ({_results})")
 torch.library.define(
     _BACKWARD,
     "(Tensor logits, Tensor scores, Tensor indices, Tensor? d_scores, Tensor? d_weights, Tensor? d_mean_scores,"
@@ -84,9 +100,19 @@ torch.library.define(
 
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    outputs = GATE.choose(impl, logits.device.type).forward(logits.contiguous(), top_k, mode)
-    if logits.device.type == "cpu" and outputs[-1].item():
-        raise ValueError(f"logits: expected finite gate scores, got NaN or infinity in {outputs[-1].item()} row(s)")
+    return _finite(GATE.choose(impl, logits.device.type).forward(logits.contiguous(), top_k, mode))
+
+
+@torch.library.impl(_SORTED, "default")
+def _forward_sorted(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
+    return _finite(GATE.choose(impl, logits.device.type).forward_sorted(logits.contiguous(), top_k, mode))
+
+
+def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs; on the CPU, where looking costs nothing, refused if a row was not finite."""
+    nonfinite = GateOutput(*outputs[:8]).nonfinite
+    if nonfinite.device.type == "cpu" and nonfinite.item():
+        raise ValueError(f"logits: expected finite gate scores, got NaN or infinity in {nonfinite.item()} row(s)")
     return outputs
 
 
@@ -97,6 +123,14 @@ def _forward_fake(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Ten
     shapes = ((rows, experts), (rows, top_k), (rows, top_k), (experts,), (experts,), (), (), ())
     kinds = (kind, torch.int64, kind, kind, kind, kind, kind, torch.int32)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, kinds, strict=True))
+
+
+@torch.library.register_fake(_SORTED)
+def _forward_sorted_fake(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
+    rows, experts = logits.shape
+    sizes = [rows * top_k] * 3 + [experts + 1]
+    route = [logits.new_empty(size, dtype=torch.int64) for size in sizes]
+    return *_forward_fake(logits, top_k, mode, impl), *route, logits.new_empty((), dtype=torch.int32)
 
 
 @torch.library.impl(_BACKWARD, "default")
@@ -125,14 +159,14 @@ def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _top_k, ctx.mode, ctx.impl = inputs
-    scores, indices, _weights, _mean_scores, argmax_fraction, _entropy, _square, nonfinite = output
-    ctx.save_for_backward(logits, scores, indices)
-    ctx.mark_non_differentiable(indices, argmax_fraction, nonfinite)
+    gate, route = GateOutput(*output[:8]), output[8:]
+    ctx.save_for_backward(logits, gate.scores, gate.indices)
+    ctx.mark_non_differentiable(gate.indices, gate.argmax_fraction, gate.nonfinite, *route)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_scores, _, d_weights, d_mean_scores, _, d_mean_entropy, d_mean_square_lse, _ = gradients
+    d_scores, _, d_weights, d_mean_scores, _, d_mean_entropy, d_mean_square_lse, *_ = gradients
     logits, scores, indices = ctx.saved_tensors
     d_logits = torch.ops.robust_moe_kernels.top_k_gate_backward(
         logits,
@@ -153,7 +187,9 @@ def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
     raise RuntimeError("top_k_gate is differentiable once; a derivative of its gradient was asked for")
 
 
-torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+for _name in (_FORWARD, _SORTED):
+    torch.library.register_autograd(_name, _autograd, setup_context=_setup_context)
 torch.library.register_autograd(_BACKWARD, _twice)  # without it PyTorch warns and returns a wrong number
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast(_FORWARD, _device, torch.float32)
+for _name in (_FORWARD, _SORTED):
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(_name, _device, torch.float32)

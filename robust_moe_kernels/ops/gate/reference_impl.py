@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "why_not"]
+from robust_moe_kernels.ops.routing.reference_impl import sort_by_expert
+
+__all__ = [
+    "KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "forward_sorted", "pool_linear",
+    "pool_linear_backward", "why_not",
+]  # fmt: skip
 
 KEEP, RENORMALIZE, STRAIGHT_THROUGH = 0, 1, 2  # what becomes of the kept scores; numbered as in csrc/gate/gate.h
 
@@ -49,6 +54,11 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
     )
 
 
+def forward_sorted(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+    outputs = forward(logits, top_k, mode)
+    return *outputs, *sort_by_expert(outputs[1].view(-1), logits.shape[1], top_k)
+
+
 def backward(
     logits: Tensor,
     scores: Tensor,
@@ -80,3 +90,13 @@ def backward(
     if d_mean_square_lse is not None:
         d_logits += scores * (2.0 * lse) * (d_mean_square_lse / rows)
     return d_logits.to(logits.dtype)
+
+
+def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    means = x.to(weight.dtype).mean((2, 3))
+    return torch.nn.functional.linear(means, weight, bias), means
+
+
+def pool_linear_backward(d_logits: Tensor, weight: Tensor, d_x: Tensor) -> None:
+    """Fills ``d_x`` [B, C, H, W]."""
+    d_x.copy_(((d_logits @ weight) / d_x.shape[2:].numel())[:, :, None, None])

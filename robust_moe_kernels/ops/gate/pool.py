@@ -1,0 +1,122 @@
+"""Global average pool and a linear layer in one pass over the maps: the logits of the "GAP-FC" gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
+from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.layout import dense, dense_format
+from robust_moe_kernels.ops.gate.op import GATE
+
+__all__ = ["pool_linear"]
+
+_WEIGHTS = (torch.float32, torch.float64)
+
+
+def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = AUTO) -> Tensor:
+    """``linear(mean(x, (2, 3)), weight, bias)``, computed in the dtype of ``weight`` whatever that of x.
+
+    Args:
+        x: [B, C, H, W] with H, W >= 1, any floating dtype, contiguous or channels-last.
+        weight: [E, C], float32 or float64.
+        bias: [E] in the dtype of weight, or None.
+        impl: "auto", "reference", "native" (CPU) or "triton".
+
+    Returns:
+        [B, E] in the dtype of weight. Differentiable (once) in x, weight and bias.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        ImplementationUnavailable: a named implementation cannot run here.
+    """
+    expect_tensor(x, "x")
+    expect_dtype(x, "x", FLOATS)
+    expect(x.dim() == 4 and min(x.shape[1:]) >= 1, "x", "shape [B, C, H, W] with C, H, W >= 1", list(x.shape))
+    expect_tensor(weight, "weight")
+    expect_dtype(weight, "weight", _WEIGHTS)
+    ok = weight.dim() == 2 and weight.shape[1] == x.shape[1] and weight.shape[0] >= 1
+    expect(ok, "weight", f"shape [E, {x.shape[1]}] with E >= 1", list(weight.shape))
+    expect_same_device(weight, "weight", x, "x")
+    if bias is not None:
+        expect_tensor(bias, "bias")
+        expect_dtype(bias, "bias", (weight.dtype,))
+        expect_shape(bias, "bias", (weight.shape[0],), "[E]")
+        expect_same_device(bias, "bias", x, "x")
+    return torch.ops.robust_moe_kernels.pool_linear(x, weight, bias, impl)[0]
+
+
+_FORWARD = "robust_moe_kernels::pool_linear"
+_BACKWARD = "robust_moe_kernels::pool_linear_backward"
+torch.library.define(_FORWARD, "(Tensor x, Tensor weight, Tensor? bias, str impl) -> (Tensor, Tensor)")
+torch.library.define(
+    _BACKWARD,
+    "(Tensor d_logits, Tensor weight, int height, int width, bool channels_last, ScalarType dtype, str impl) -> Tensor",
+)
+
+
+@torch.library.impl(_FORWARD, "default")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    """(logits [B, E], means of the maps [B, C])."""
+    bias = None if bias is None else bias.contiguous()
+    return GATE.choose(impl, x.device.type).pool_linear(dense(x), weight.contiguous(), bias)
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    return weight.new_empty((x.shape[0], weight.shape[0])), weight.new_empty((x.shape[0], x.shape[1]))
+
+
+@torch.library.impl(_BACKWARD, "default")
+def _backward(
+    d_logits: Tensor, weight: Tensor, height: int, width: int, channels_last: bool, dtype: torch.dtype, impl: str
+) -> Tensor:
+    """The gradient of x, in the dtype and memory format that x has."""
+    d_x = _backward_fake(d_logits, weight, height, width, channels_last, dtype, impl)
+    GATE.choose(impl, weight.device.type).pool_linear_backward(d_logits.contiguous(), weight.contiguous(), d_x)
+    return d_x
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(
+    d_logits: Tensor, weight: Tensor, height: int, width: int, channels_last: bool, dtype: torch.dtype, impl: str
+) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (d_logits.shape[0], weight.shape[1], height, width)
+    return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=layout)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.impl = inputs
+    _, means = output
+    ctx.size, ctx.dtype, ctx.has_bias = x.shape[2:], x.dtype, bias is not None
+    ctx.channels_last = dense_format(x) == torch.channels_last
+    ctx.save_for_backward(weight, means if weight.requires_grad else None)
+    ctx.mark_non_differentiable(means)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, d_logits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if d_logits is None:
+        return None, None, None, None
+    weight, means = ctx.saved_tensors
+    d_x = d_weight = d_bias = None
+    if ctx.needs_input_grad[0]:
+        like = (*ctx.size, ctx.channels_last, ctx.dtype, ctx.impl)
+        d_x = torch.ops.robust_moe_kernels.pool_linear_backward(d_logits, weight, *like)
+    if ctx.needs_input_grad[1]:
+        d_weight = d_logits.t() @ means
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        d_bias = d_logits.sum(0)
+    return d_x, d_weight, d_bias, None
+
+
+def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+    raise RuntimeError("pool_linear is differentiable once; a derivative of its gradient was asked for")
+
+
+torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+torch.library.register_autograd(_BACKWARD, _twice)  # without it PyTorch warns and returns a wrong number
