@@ -83,7 +83,7 @@ def compiled(tmp_path_factory) -> dict[str, Compiled]:
 # What only streams keeps to 64, for four such blocks and more.
 CEILINGS = {
     "apgd_cuda": 80, "attack_step_cuda": 96, "gate_cuda": 128, "head_cuda": 128, "norms_cuda": 128,
-    "permute_cuda": 64, "routing_cuda": 64, "sums_cuda": 80,
+    "permute_cuda": 64, "pool_cuda": 64, "routing_cuda": 64, "sums_cuda": 80,
 }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ from cuda_emulation import build  # noqa: E402
 
 HERE = Path(__file__).parent
 FILES = (
-    *("test_attack_step", "test_nonfinite_flag", "test_apgd", "test_gate", "test_permute", "test_routing"),
-    *("test_expert_block", "test_expert_block_norms", "test_native_memory"),
+    *("test_attack_step", "test_nonfinite_flag", "test_apgd", "test_permute", "test_routing", "test_native_memory"),
+    *("test_gate", "test_gate_pool", "test_expert_block", "test_expert_block_norms"),
 )
 # What concerns the CPU's threads or PyTorch's tracing says nothing of kernels.
 CHOSEN = "native and not thread and not compile and not opcheck and not second"
@@ -62,7 +62,7 @@ native.extension().sum_rows_cuda(rows, other, index.data_ptr(), out, 1, 1, 8, 0,
 """
 
 
-@pytest.mark.parametrize(("offset", "survives"), [(0, True), (4, True), (2, False)])
+@pytest.mark.parametrize(("offset", "survives"), [(4, True), (2, False)])
 def test_the_emulation_sees_a_misaligned_access(library, offset, survives):
     """Floats at 16 bytes are read four at once, at 4 bytes one at a time; at 2 bytes a GPU ends the process."""
     program = MISALIGNED.format(library=str(library), offset=offset)
