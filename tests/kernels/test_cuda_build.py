@@ -83,7 +83,7 @@ def compiled(tmp_path_factory) -> dict[str, Compiled]:
 # What only streams keeps to 64, for four such blocks and more.
 CEILINGS = {
     "apgd_cuda": 80, "attack_step_cuda": 96, "gate_cuda": 128, "head_cuda": 128, "norms_cuda": 128,
-    "permute_cuda": 64, "pool_cuda": 64, "routing_cuda": 64, "sums_cuda": 80,
+    "permute_cuda": 64, "pool_cuda": 128, "routing_cuda": 64, "sums_cuda": 80,
 }  # fmt: skip
 
 
@@ -146,6 +146,8 @@ WIDE = [
     ("norms_cuda", "sums_kernelILi8ENS_8BFloat16E", 6, 0),
     ("head_cuda", "head_forward_kernelILi8ENS_8BFloat16E", 6, 1),
     ("head_cuda", "head_backward_kernelILi8ENS_8BFloat16E", 7, 2),
+    ("pool_cuda", "pool_kernelILi8ENS_8BFloat16Ef", 1, 0),
+    ("pool_cuda", "spread_kernelILi8ENS_8BFloat16Ef", 2, 1),
     ("sums_cuda", "sum_rows_kernelILi8ENS_8BFloat16E", 2, 1),
 ]
 

@@ -18,7 +18,7 @@ from robust_moe_kernels.ops.expert_block import (
     scale_shift,
     sum_rows,
 )
-from robust_moe_kernels.ops.gate import top_k_gate
+from robust_moe_kernels.ops.gate import pool_linear, top_k_gate
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import sort_by_expert
 
@@ -86,8 +86,22 @@ def gate(given: list[Tensor], _: str, impl: str) -> tuple[Tensor, ...]:
     return tuple(top_k_gate(given[0].flatten(2)[0], 2, impl=impl))[:7]
 
 
+def pool(given: list[Tensor], _: str, impl: str) -> tuple[Tensor, ...]:
+    """24 channels of 20 pixels, in both memory formats, and the gradient in the same."""
+    numbers = torch.cat([tensor.flatten() for tensor in given])
+    weight, start = numbers[:72].view(3, 24), given[0].storage_offset()
+    plain = shifted(numbers[: 2 * 480].view(2, 24, 4, 5), start)
+    results = []
+    for x in (plain, shifted(plain.contiguous(memory_format=torch.channels_last), start)):
+        leaf = x.requires_grad_()
+        logits = pool_linear(leaf, weight, None, impl)
+        results += [logits.detach(), *torch.autograd.grad(logits.square().sum(), leaf)]
+    return tuple(results)
+
+
 CALLS: dict[str, Callable[[list[Tensor], str, str], tuple[Tensor, ...]]] = {
     "pgd": pgd, "apgd": apgd, "track": track, "permute": permute, "block": block, "gate": gate,
+    "pool": pool,
 }  # fmt: skip
 
 
