@@ -45,7 +45,9 @@ def why_not_cpu(device_type: str) -> str | None:
 
 def why_not_cuda(device_type: str) -> str | None:
     """Reason why a native op with CPU and CUDA code cannot run, or ``None``."""
-    if device_type != "cuda" or _extension is None:
+    if device_type not in ("cpu", "cuda"):
+        return "the native implementation of this op is for the CPU and for CUDA"
+    if device_type == "cpu" or _extension is None:
         return why_not_cpu(device_type)
     if torch.version.cuda is None:
         return "the extension holds CUDA kernels and this PyTorch is not built for CUDA"

@@ -11,8 +11,14 @@
 namespace rmk {
 
 constexpr int kThreads = 256;  // of a block, where a kernel has no reason for another number
-constexpr int64_t kMaxGridX = 2147483647;
-constexpr int64_t kMaxGridY = 65535;
+
+// What a GPU takes at most. A test makes less of it, to see kernels stride over their grid.
+#ifndef RMK_MAX_GRID_X
+#define RMK_MAX_GRID_X 2147483647
+#define RMK_MAX_GRID_Y 65535
+#endif
+constexpr int64_t kMaxGridX = RMK_MAX_GRID_X;
+constexpr int64_t kMaxGridY = RMK_MAX_GRID_Y;
 
 template <typename T>
 struct Exactly {

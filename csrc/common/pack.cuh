@@ -22,12 +22,27 @@ struct Word<4> {
 };
 template <>
 struct Word<8> {
-  using type = uint2;
+  using type = unsigned long long;
 };
 template <>
 struct Word<16> {
   using type = uint4;
 };
+
+template <typename W>
+__device__ void store_word(W* to, W word) {
+  *to = word;
+}
+__device__ inline void store_word(uint4* to, uint4 word) {
+#ifdef __CUDA_ARCH__  // assigned, it was seen to become four stores
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+#else
+  *to = word;
+#endif
+}
 
 template <typename T, int N>
 struct Pack {
@@ -37,11 +52,12 @@ struct Pack {
 
   T element[N];
 
+  // From memory that this kernel does not write: such loads may go ahead of the stores before them.
   __device__ static Pack read(const T* from) {
     Pack pack;
     Access words[kAccesses];
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) words[i] = reinterpret_cast<const Access*>(from)[i];
+    for (int i = 0; i < kAccesses; ++i) words[i] = __ldg(reinterpret_cast<const Access*>(from) + i);
     memcpy(pack.element, words, sizeof(pack.element));
     return pack;
   }
@@ -49,7 +65,7 @@ struct Pack {
     Access words[kAccesses];
     memcpy(words, element, sizeof(element));
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<Access*>(to)[i] = words[i];
+    for (int i = 0; i < kAccesses; ++i) store_word(reinterpret_cast<Access*>(to) + i, words[i]);
   }
   __device__ Acc<T> operator[](int i) const { return load(element + i); }
   __device__ void set(int i, Acc<T> value) { store(element + i, value); }

@@ -6,38 +6,40 @@ namespace {
 
 constexpr int kSlots = 32;  // of a sample whose experts a block looks up once
 
-// One row's channels [c, c + N) at expert e, before it is weighted.
+// One row's channels [c, c + N), before it is weighted.
 template <int N, typename T>
 struct Head {
   using A = Acc<T>;
   const HeadCudaArgs& a;
-  int64_t table;  // of channel c
   Pack<A, N> scale, shift, skip_scale, skip_shift;
 
-  __device__ Head(const HeadCudaArgs& args, int64_t e, int64_t c) : a(args), table(e * args.maps.channels + c) {
+  // The tables of expert e.
+  __device__ Head(const HeadCudaArgs& args, int64_t e, int64_t c) : a(args) {
+    const int64_t table = e * args.maps.channels + c;
     scale = table_at<N, A>(a.scale, table);
     shift = table_at<N, A>(a.shift, table);
     skip_scale = table_at<N, A>(a.skip_scale, table);
     skip_shift = table_at<N, A>(a.skip_shift, table);
   }
 
-  // At `place` of row `row` and of its sample.
-  __device__ void line(int64_t row, int64_t sample, int64_t place, A (&value)[N]) const {
+  template <int Count>
+  __device__ void read(const Places<Count>& places, int64_t row, int64_t sample, Pack<T, N> (&z)[Count],
+                       Pack<T, N> (&x)[Count]) const {
     const int64_t size = a.maps.pixels * a.maps.channels;
-    const bool own = a.skip_scale != nullptr;
-    const auto z = Pack<T, N>::read(static_cast<const T*>(a.z) + row * size + place);
-    const auto x = Pack<T, N>::read(static_cast<const T*>(a.x) + (own ? row : sample) * size + place);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const A skip = own ? normed<A>(x[j], skip_scale[j], skip_shift[j]) : x[j];
-      value[j] = head_value<A>(z[j], scale[j], shift[j], skip);
-    }
+    places.read(a.z, row * size, z);
+    places.read(a.x, (a.skip_scale != nullptr ? row : sample) * size, x);
+  }
+
+  __device__ A value(const Pack<T, N>& z, const Pack<T, N>& x, int j) const {
+    const A skip = a.skip_scale != nullptr ? normed<A>(x[j], skip_scale[j], skip_shift[j]) : x[j];
+    return head_value<A>(z[j], scale[j], shift[j], skip);
   }
 };
 
 template <int N, typename T>
 __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadCudaArgs a) {
   using A = Acc<T>;
+  constexpr int kCount = 2;  // with four pixels a thread needs more registers than two blocks have
   __shared__ int64_t expert_in[kSlots];
   const RoutedMaps& m = a.maps;
   const int thread = block_thread(), warp = thread / 32;
@@ -52,19 +54,28 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadCudaArgs 
     }
     __syncthreads();
     each_channels<N>(m, [&](int64_t c) {
-      each_pixel(m, c, [&](int64_t place) {
-        A total[N] = {};
+      each_pixels<kCount>(m, c, [&](const Places<kCount>& places) {
+        A total[kCount][N] = {};
+#pragma unroll 1
         for (int64_t slot = 0; slot < a.top_k; ++slot) {
-          const int64_t e = slot < kSlots ? expert_in[slot] : expert_alone(m, rows[slot]);
-          A line[N];
-          Head<N, T>(a, e, c).line(rows[slot], sample, place, line);
+          const int64_t row = rows[slot], e = slot < kSlots ? expert_in[slot] : expert_alone(m, row);
+          const A weight = weights[slot];
+          const Head<N, T> head(a, e, c);
+          Pack<T, N> z[kCount] = {}, x[kCount] = {};
+          head.read(places, row, sample, z, x);
 #pragma unroll
-          for (int j = 0; j < N; ++j) total[j] += weights[slot] * line[j];
+          for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) total[i][j] += weight * head.value(z[i], x[i], j);
+          }
         }
-        Pack<T, N> result;
+        Pack<T, N> result[kCount];
 #pragma unroll
-        for (int j = 0; j < N; ++j) result.set(j, total[j]);
-        result.write(static_cast<T*>(a.out) + sample * size + place);
+        for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+          for (int j = 0; j < N; ++j) result[i].set(j, total[i][j]);
+        }
+        places.write(a.out, sample * size, result);
       });
     });
   }
@@ -74,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadCudaArgs 
 template <int N, typename T>
 __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs a) {
   using A = Acc<T>;
+  constexpr int kCount = 2;
   __shared__ double shared[kThreads / 32];
   const RoutedMaps& m = a.maps;
   const int64_t size = m.pixels * m.channels;
@@ -84,20 +96,23 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs
     double inner = 0;
     each_channels<N>(m, [&](int64_t c) {
       const Head<N, T> head(a, e, c);
-      each_pixel(m, c, [&](int64_t place) {
-        auto d = Pack<T, N>::read(static_cast<const T*>(a.d_out) + sample * size + place);
-        Pack<T, N> d_z;
-        A line[N];
-        head.line(row, sample, place, line);
+      each_pixels<kCount>(m, c, [&](const Places<kCount>& places) {
+        Pack<T, N> d[kCount] = {}, z[kCount] = {}, x[kCount] = {};
+        places.read(a.d_out, sample * size, d);
+        head.read(places, row, sample, z, x);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          inner += static_cast<double>(d[j]) * line[j];
-          const A gradient = head_gradient<A>(weight, d[j], line[j]);
-          d.set(j, with_z && own ? head.skip_scale[j] * gradient : gradient);
-          d_z.set(j, head.scale[j] * gradient);
+        for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+          for (int j = 0; j < N; ++j) {
+            const A line = head.value(z[i], x[i], j);
+            if (places.there[i]) inner += static_cast<double>(d[i][j]) * line;
+            const A gradient = head_gradient<A>(weight, d[i][j], line);
+            d[i].set(j, with_z && own ? head.skip_scale[j] * gradient : gradient);
+            z[i].set(j, head.scale[j] * gradient);
+          }
         }
-        d.write(static_cast<T*>(a.d_rows) + row * size + place);
-        if (with_z) d_z.write(static_cast<T*>(a.d_z) + row * size + place);
+        places.write(a.d_rows, row * size, d);
+        if (with_z) places.write(a.d_z, row * size, z);
       });
     });
     inner = block_sum<kThreads>(inner, shared);

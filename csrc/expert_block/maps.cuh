@@ -15,7 +15,7 @@
 
 namespace rmk {
 
-constexpr int64_t kPixelsEach = 4;  // pixels a thread takes: its loads are all under way at once
+constexpr int kPixelsEach = 4;  // pixels that a thread has under way at once
 
 struct MapShape {
   dim3 block, grid;
@@ -56,19 +56,50 @@ __device__ Pack<A, N> table_at(const void* table, int64_t place) {
   return table == nullptr ? Pack<A, N>{} : Pack<A, N>::read(static_cast<const A*>(table) + place);
 }
 
+template <int Count>
+struct Places {
+  int64_t at[Count];
+  bool there[Count];  // whether there is such a pixel
+
+  // Packs of a map at all places.
+  template <int N, typename T>
+  __device__ void read(const void* map, int64_t start, Pack<T, N> (&packs)[Count]) const {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      if (there[i]) packs[i] = Pack<T, N>::read(static_cast<const T*>(map) + start + at[i]);
+    }
+  }
+  template <int N, typename T>
+  __device__ void write(void* map, int64_t start, const Pack<T, N> (&packs)[Count]) const {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      if (there[i]) packs[i].write(static_cast<T*>(map) + start + at[i]);
+    }
+  }
+};
+
 // Calls f(c) for this thread's channels.
 template <int N, typename F>
 __device__ void each_channels(const RoutedMaps& m, F f) {
   for (int64_t c = threadIdx.x * N; c < m.channels; c += blockDim.x * N) f(c);
 }
 
-// Calls f(place) for the pixels of this thread, place being that of channel c of the pixel in its map.
-template <typename F>
-__device__ void each_pixel(const RoutedMaps& m, int64_t c, F f) {
+// The pixels of this thread, up to `Count` at a time: f(places) is called for them, each place being that of
+// channel c of the pixel in its map. All are to be read before any is written, so that their loads are under way at
+// once.
+template <int Count, typename F>
+__device__ void each_pixels(const RoutedMaps& m, int64_t c, F f) {
   const int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-#pragma unroll 4
-  for (int64_t pixel = first; pixel < m.pixels; pixel += step) f(pixel * m.channels + c);
+  for (int64_t pixel = first; pixel < m.pixels; pixel += Count * step) {
+    Places<Count> places;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      places.there[i] = pixel + i * step < m.pixels;
+      places.at[i] = (pixel + i * step) * m.channels + c;
+    }
+    f(places);
+  }
 }
 
 // Calls f(Type<T>, integral_constant of N): packs of N elements, more than one where every map is whole 16 bytes.

@@ -13,11 +13,15 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_kernel(ScaleShiftArgs
     const int64_t table = expert_of(m, row) * m.channels, map = row * m.pixels * m.channels;
     each_channels<N>(m, [&](int64_t c) {
       const auto scale = table_at<N, A>(a.scale, table + c), shift = table_at<N, A>(a.shift, table + c);
-      each_pixel(m, c, [&](int64_t place) {
-        auto z = Pack<T, N>::read(static_cast<const T*>(a.z) + map + place);
+      each_pixels<kPixelsEach>(m, c, [&](const Places<kPixelsEach>& places) {
+        Pack<T, N> z[kPixelsEach] = {};
+        places.read(a.z, map, z);
 #pragma unroll
-        for (int j = 0; j < N; ++j) z.set(j, at_least<A>(normed<A>(z[j], scale[j], shift[j]), floor));
-        z.write(static_cast<T*>(a.out) + map + place);
+        for (auto& pack : z) {
+#pragma unroll
+          for (int j = 0; j < N; ++j) pack.set(j, at_least<A>(normed<A>(pack[j], scale[j], shift[j]), floor));
+        }
+        places.write(a.out, map, z);
       });
     });
   }
@@ -34,22 +38,26 @@ __global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(NormBackward
       const auto p = table_at<N, A>(a.p, table + c), q = table_at<N, A>(a.q, table + c);
       const auto r = table_at<N, A>(a.r, table + c);
       const auto scale = table_at<N, A>(a.scale, table + c), shift = table_at<N, A>(a.shift, table + c);
-      each_pixel(m, c, [&](int64_t place) {
-        auto d = Pack<T, N>::read(static_cast<const T*>(a.d) + map + place);
-        Pack<T, N> z{};
-        if (with_mask || with_z) z = Pack<T, N>::read(static_cast<const T*>(a.z) + map + place);
+      each_pixels<kPixelsEach>(m, c, [&](const Places<kPixelsEach>& places) {
+        Pack<T, N> d[kPixelsEach] = {}, z[kPixelsEach] = {};
+        places.read(a.d, map, d);
+        if (with_mask || with_z) places.read(a.z, map, z);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          const A open = with_mask ? masked<A>(d[j], normed<A>(z[j], scale[j], shift[j])) : d[j];
-          d.set(j, with_z ? norm_gradient<A>(open, z[j], p[j], q[j], r[j]) : p[j] * open);
+        for (int i = 0; i < kPixelsEach; ++i) {
+#pragma unroll
+          for (int j = 0; j < N; ++j) {
+            const A open = with_mask ? masked<A>(d[i][j], normed<A>(z[i][j], scale[j], shift[j])) : d[i][j];
+            d[i].set(j, with_z ? norm_gradient<A>(open, z[i][j], p[j], q[j], r[j]) : p[j] * open);
+          }
         }
-        d.write(static_cast<T*>(a.out) + map + place);
+        places.write(a.out, map, d);
       });
     });
   }
 }
 
 constexpr int kSumWarps = kThreads / 32;
+constexpr int kSumPixels = 4;    // that a thread has under way at once
 constexpr int kSumColumns = 64;  // most columns of a block: 128 bytes of 16-bit elements
 
 // One block: some columns of one share of one expert's pixels. A thread adds its pixels in order, its warp the threads
@@ -74,15 +82,27 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
     }
     double sum[N] = {}, product[N] = {};
     const int64_t end = inside ? last : first;
-#pragma unroll 2
-    for (int64_t pixel = first + thread / across; pixel < end; pixel += along) {
-      const auto value = Pack<T, N>::read(static_cast<const T*>(a.value) + pixel * m.channels + c);
-      const auto other = Pack<T, N>::read(static_cast<const T*>(a.other) + pixel * m.channels + c);
+    // Several pixels are read before they are added: their loads are under way at once.
+    for (int64_t pixel = first + thread / across; pixel < end; pixel += kSumPixels * along) {
+      Pack<T, N> value[kSumPixels] = {}, other[kSumPixels] = {};
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const A open = a.scale == nullptr ? value[j] : masked<A>(value[j], normed<A>(other[j], scale[j], shift[j]));
-        sum[j] += open;
-        product[j] += static_cast<double>(open) * other[j];
+      for (int i = 0; i < kSumPixels; ++i) {
+        const int64_t place = (pixel + i * along) * m.channels + c;
+        if (pixel + i * along < end) {
+          value[i] = Pack<T, N>::read(static_cast<const T*>(a.value) + place);
+          other[i] = Pack<T, N>::read(static_cast<const T*>(a.other) + place);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSumPixels; ++i) {
+        if (pixel + i * along >= end) break;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const A before = value[i][j], z = other[i][j];
+          const A open = a.scale == nullptr ? before : masked<A>(before, normed<A>(z, scale[j], shift[j]));
+          sum[j] += open;
+          product[j] += static_cast<double>(open) * z;
+        }
       }
     }
 #pragma unroll

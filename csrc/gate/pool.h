@@ -40,12 +40,10 @@ RMK_HOST_DEVICE W logit_of(double sum, const void* bias, int64_t expert) {
   return static_cast<W>(bias == nullptr ? sum : sum + static_cast<const W*>(bias)[expert]);
 }
 
-// The gradient of one channel's mean times `pixels`: a sum over experts, in order.
+// What one logit adds to the gradient of one channel's mean times `pixels`: a sum over experts, in order.
 template <typename W>
-RMK_HOST_DEVICE double d_sum_of(const W* d_logits, const W* weight, int64_t experts, int64_t channels, int64_t c) {
-  double sum = 0;
-  for (int64_t e = 0; e < experts; ++e) sum += static_cast<double>(d_logits[e]) * weight[e * channels + c];
-  return sum;
+RMK_HOST_DEVICE double d_sum_term(W d_logit, W weight) {
+  return static_cast<double>(d_logit) * weight;
 }
 
 void pool_linear_cpu(const PoolArgs& args);

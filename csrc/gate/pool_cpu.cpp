@@ -48,7 +48,7 @@ void spread_sample(const PoolBackwardArgs& a, int64_t sample, double* sums) {
   std::fill(sums, sums + a.channels, 0.0);
   for (int64_t e = 0; e < a.experts; ++e) {
     const W* weight = static_cast<const W*>(a.weight) + e * a.channels;
-    for (int64_t c = 0; c < a.channels; ++c) sums[c] += static_cast<double>(d_logits[e]) * weight[c];
+    for (int64_t c = 0; c < a.channels; ++c) sums[c] += d_sum_term(d_logits[e], weight[c]);
   }
   X* d_x = static_cast<X*>(a.d_x) + sample * a.channels * a.pixels;
   for (int64_t c = 0; c < a.channels; ++c) sums[c] /= static_cast<double>(a.pixels);

@@ -28,7 +28,7 @@ __all__ = ["APGD", "apgd_step", "apgd_track"]
 APGD = Op(
     __package__,
     cpu=("native", "reference"),
-    cuda=("triton", "reference"),
+    cuda=("triton", "native", "reference"),
 )
 
 
@@ -76,7 +76,7 @@ def apgd_step(
         eps: radius, pixel units, >= 0.
         share: of the gradient step, in [0, 1]; the rest is momentum. 1 at the first step, then 0.75.
         norm: "Linf" or "L2" (per sample, over all but the first dimension).
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
         nonfinite: bool scalar on the device of x, or None: set to true in place where an element of grad is NaN or
             infinite, otherwise left as it is.
 
@@ -118,7 +118,7 @@ def apgd_track(
         improved: bool [B], the samples whose loss is the best so far.
         fooled: bool [B], the samples that are misclassified now.
         x_best, grad_best, x_fooled: as x and contiguous in its memory format; written.
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or layout.

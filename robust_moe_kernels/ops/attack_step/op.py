@@ -27,7 +27,7 @@ __all__ = ["ATTACK_STEP", "NORMS", "pgd_step", "random_start"]
 ATTACK_STEP = Op(
     __package__,
     cpu=("native", "reference"),
-    cuda=("triton", "reference"),
+    cuda=("triton", "native", "reference"),
 )
 NORMS = ("Linf", "L2")
 
@@ -56,7 +56,7 @@ def pgd_step(
         eps: radius, pixel units, >= 0.
         alpha: step length, pixel units, >= 0.
         norm: "Linf" or "L2" (per sample, over all but the first dimension).
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
         nonfinite: bool scalar on the device of x, or None: set to true in place where an element of grad is NaN or
             infinite, otherwise left as it is. It saves an attack two kernels a step.
 
@@ -106,7 +106,7 @@ def random_start(
         sample_index: int64 [B], the images' numbers in their data set; None: 0..B-1.
         stream: 32-bit number of an independent draw, such as the restart.
         norm: "Linf" or "L2".
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Returns:
         The start, shape and dtype of x0, detached.

@@ -28,7 +28,7 @@ __all__ = [
     "sum_rows",
 ]
 
-EXPERT_BLOCK = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
+EXPERT_BLOCK = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
 
 def _choose(impl: str, *operands: Tensor | None) -> ModuleType:

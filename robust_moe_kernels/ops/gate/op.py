@@ -14,7 +14,7 @@ from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["GATE", "GateOutput", "top_k_gate", "top_k_route"]
 
-GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
+GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
 
 class GateOutput(NamedTuple):
@@ -49,7 +49,7 @@ def top_k_gate(
     Args:
         logits: [B, E], any floating dtype; float16 and bfloat16 are computed in float32.
         top_k: 1 <= k <= E.
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Returns:
         :class:`GateOutput`. ``scores``, ``weights``, ``mean_scores``, ``mean_entropy`` and ``mean_square_lse`` are

@@ -32,7 +32,7 @@ from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["PERMUTE", "combine", "dispatch"]
 
-PERMUTE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
+PERMUTE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
 
 def _check(data: Tensor, argument: str, rows: int, route: Route) -> None:
@@ -48,7 +48,7 @@ def dispatch(x: Tensor, route: Route, impl: str = AUTO) -> Tensor:
     Args:
         x: [B, ...], any floating dtype, e.g. [B, C, H, W] contiguous or channels-last.
         route: of the same batch, from :func:`sort_by_expert`.
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Returns:
         [R, ...], rows of expert e at ``route.offsets[e]:route.offsets[e+1]``; dtype and memory format of x.
@@ -71,7 +71,7 @@ def combine(y: Tensor, route: Route, weights: Tensor, impl: str = AUTO) -> Tenso
         y: [R, ...], any floating dtype.
         route: of the same batch, from :func:`sort_by_expert`.
         weights: [B, k], any floating dtype.
-        impl: "auto", "reference", "native" (CPU) or "triton".
+        impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Returns:
         [B, ...], dtype and memory format of y. Differentiable in y and weights.

@@ -19,6 +19,7 @@ CSRC = HERE.parents[2] / "csrc"
 FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DRMK_CUDA", "-Wno-unknown-pragmas"),
     "-U_FORTIFY_SOURCE",  # whose longjmp refuses to change stacks
+    *("-DRMK_MAX_GRID_X=3", "-DRMK_MAX_GRID_Y=2"),  # more work than a grid holds: kernels stride over it
     *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),  # as on a GPU, a misaligned access ends it
 ]
 

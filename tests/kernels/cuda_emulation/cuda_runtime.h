@@ -29,9 +29,6 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -48,6 +45,10 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return b < a ? b : a;
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
