@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_conv.plan_kernel import GEOMETRY, ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_kernel import GEOMETRY
 
 __all__ = ["carry_kernel", "divide_kernel"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_conv.plan_kernel import HALF, RECORD, ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_kernel import HALF, RECORD
 
 __all__ = ["persistent_kernel", "pointer_kernel"]
 

@@ -106,6 +106,7 @@ _TILES = {"product": PRODUCT, "filter": FILTER}
 CAPABILITIES = (80, 90, 100)  # that are compiled for and known
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory a block can have
 SHARED_ELSEWHERE = 99 * 1024  # the least of any GPU since
+_MASKED_TAPS = 16  # of an axis: the bits that a plan has for them in a lane's mask
 # What is tried where a variant cannot compute a case.
 _INSTEAD = {"descriptor": "persistent", "persistent": "pointer", "carry": "divide"}
 _ELEMENT = {"half": 2, "tf32": 4, "ieee": 4, "narrow": 4}
@@ -140,8 +141,8 @@ def _can(operation: str, choice: Choice, shape: Shape, gpu: Gpu) -> bool:
         return False
     if choice.variant == "descriptor":
         lined = min(shape.depth, shape.columns) * _ELEMENT[shape.kind] % 16 == 0 and shape.kind != "narrow"
-        return gpu.descriptors and lined and shape.depth % choice.tile.k == 0 and shape.taps <= 16
-    return choice.variant != "persistent" or shape.taps <= 16
+        return gpu.descriptors and lined and shape.depth % choice.tile.k == 0 and shape.taps <= _MASKED_TAPS
+    return choice.variant != "persistent" or shape.taps <= _MASKED_TAPS
 
 
 def candidates(operation: str, shape: Shape, gpu: Gpu) -> tuple[Choice, ...]:
