@@ -78,7 +78,7 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
                 launches.take()
                 x = method.attack.step(x, passes.examine(x).grad, images)
             step = launches.take()
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig(), fused=True)  # as the trainer has it on a GPU
     for _ in range(2):  # the first allocates the momentum
         launches.take()
         with autocast():

@@ -16,28 +16,30 @@ from robust_moe_kernels.ops.routing import ROUTING, sort_by_expert
 
 pytest.importorskip("triton", reason="the kernels that are counted are Triton's")
 
-CEILINGS = {
-    "layer in an attack, forward": 8,
-    "layer in an attack, forward + dx": 18,
-    "layer in training, forward": 20,
-    "layer in training, forward + backward": 45,
-    "PGD step": 132,
-    "training pass": 215,
+CEILINGS = {  # in float32, and with bfloat16 convolutions and products, where a layer of its own casts its input first
+    "layer in an attack, forward": (8, 9),
+    "layer in an attack, forward + dx": (18, 18),
+    "layer in training, forward": (20, 20),
+    "layer in training, forward + backward": (45, 45),
+    "PGD step": (132, 138),
+    "training pass": (207, 308),
 }
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, Counted]:
-    return launches.count()
+def counted() -> tuple[dict[str, Counted], ...]:
+    return tuple(launches.count(autocast) for autocast in (False, True))
 
 
+@pytest.mark.parametrize("autocast", [0, 1], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CEILINGS)
-def test_no_more_launches_than(case, counted):
-    assert counted[case].total() <= CEILINGS[case], counted[case].most_common()
+def test_no_more_launches_than(case, autocast, counted):
+    found = counted[autocast][case]
+    assert 0 < found.total() <= CEILINGS[case][autocast], found.most_common()
 
 
 def test_every_case_has_its_ceiling(counted):
-    assert counted.keys() == CEILINGS.keys()
+    assert all(found.keys() == CEILINGS.keys() for found in counted)
 
 
 def test_kernels_count_by_name_and_pytorch_by_operation():
