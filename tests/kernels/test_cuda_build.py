@@ -78,9 +78,9 @@ def compiled(tmp_path_factory) -> dict[str, Compiled]:
         return dict(zip((source.stem for source in SOURCES), pool.map(compile_one, SOURCES), strict=True))
 
 
-# Most registers of a file's kernels. Two blocks of 256 threads, or one of 512, have 128 each of a multiprocessor's 65536:
-# the most that launch bounds allow here, for kernels that keep several loads under way or sum in double. What only
-# streams keeps to 64, for four blocks and more.
+# Most registers of a file's kernels. Two blocks of 256 threads, or one of 512, have 128 each of a multiprocessor's
+# 65536: the most that launch bounds allow here, for kernels that keep several loads under way or sum in double. What
+# only streams keeps to 64, for four blocks and more.
 CEILINGS = {
     "apgd_cuda": 64, "attack_step_cuda": 64, "gate_cuda": 128, "head_cuda": 128, "norms_cuda": 128,
     "permute_cuda": 64, "pool_cuda": 128, "routing_cuda": 64, "sums_cuda": 80,
