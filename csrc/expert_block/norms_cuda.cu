@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(NormBackward
 }
 
 constexpr int kSumWarps = kThreads / 32;
-constexpr int kSumPixels = 4;    // that a thread has under way at once
 constexpr int kSumColumns = 64;  // most columns of a block: 128 bytes of 16-bit elements
 
 // One block: some columns of one share of one expert's pixels. A thread adds its pixels in order, its warp the threads
@@ -65,6 +64,7 @@ constexpr int kSumColumns = 64;  // most columns of a block: 128 bytes of 16-bit
 template <int N, typename T>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int across) {
   using A = Acc<T>;
+  constexpr int kPixels = N < 8 ? 4 : 2;  // under way at once in a thread: with four, 16-bit elements spill on sm_100
   __shared__ double parts[2][kSumWarps][kSumColumns];
   const RoutedMaps& m = a.maps;
   const int thread = threadIdx.x, column = thread % across, warp = thread / 32, along = kThreads / across;
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
     double sum[N] = {}, product[N] = {};
     const int64_t end = inside ? last : first;
     // Several pixels are read before they are added: their loads are under way at once.
-    for (int64_t pixel = first + thread / across; pixel < end; pixel += kSumPixels * along) {
-      Pack<T, N> value[kSumPixels] = {}, other[kSumPixels] = {};
+    for (int64_t pixel = first + thread / across; pixel < end; pixel += kPixels * along) {
+      Pack<T, N> value[kPixels] = {}, other[kPixels] = {};
 #pragma unroll
-      for (int i = 0; i < kSumPixels; ++i) {
+      for (int i = 0; i < kPixels; ++i) {
         const int64_t place = (pixel + i * along) * m.channels + c;
         if (pixel + i * along < end) {
           value[i] = Pack<T, N>::read(static_cast<const T*>(a.value) + place);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
         }
       }
 #pragma unroll
-      for (int i = 0; i < kSumPixels; ++i) {
+      for (int i = 0; i < kPixels; ++i) {
         if (pixel + i * along >= end) break;
 #pragma unroll
         for (int j = 0; j < N; ++j) {

@@ -1,7 +1,5 @@
-"""What nvcc makes of the CUDA kernels, without a GPU: registers, spills, and 16-byte accesses in the machine code.
-
-One architecture is enough here: the wheel is built for all of them, and their register counts differ by few.
-"""
+"""What nvcc makes of the CUDA kernels, without a GPU: registers and spills on every architecture that a wheel is built
+for, and 16-byte accesses in the machine code of one of them."""
 
 from __future__ import annotations
 
@@ -19,10 +17,11 @@ from robust_moe_kernels import native
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(CSRC.glob("*/*.cu"))
-ARCHITECTURE = "90"
+ARCHITECTURES = ("80", "90", "100")
+READ = "sm_90"  # whose machine code is read
 FLAGS = [
     *("-std=c++17", "-O3", "--fmad=false", "-DRMK_CUDA", "-Xptxas=-v", f"-I{CSRC}"),
-    f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}",
+    *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES),
 ]
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
@@ -40,6 +39,7 @@ def find_cuobjdump() -> str | None:
 
 class Kernel(NamedTuple):
     name: str  # mangled
+    architecture: str
     registers: int
     stack: int  # bytes of local memory a thread
     spills: int  # bytes stored and loaded
@@ -57,10 +57,9 @@ def parse(log: str) -> list[Kernel]:
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part
         ).groups()
-        name = re.match(r"'(\w+)'", part)[1]
-        found.append(
-            Kernel(name, int(re.search(r"Used (\d+) registers", part)[1]), int(stack), int(stores) + int(loads))
-        )
+        name, architecture = re.match(r"'(\w+)' for '(\w+)'", part).groups()
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        found.append(Kernel(name, architecture, registers, int(stack), int(stores) + int(loads)))
     return found
 
 
@@ -79,12 +78,18 @@ def compiled(tmp_path_factory) -> dict[str, Compiled]:
         return dict(zip((source.stem for source in SOURCES), pool.map(compile_one, SOURCES), strict=True))
 
 
-# Most registers of a file's kernels: 65536 of a multiprocessor, shared by two blocks of 256 threads, are 128 each.
-# What only streams keeps to 64, for four such blocks and more.
+# Most registers of a file's kernels. Two blocks of 256 threads, or one of 512, have 128 each of a multiprocessor's
+# 65536: the most that launch bounds allow here, for kernels that keep several loads under way or sum in double. What
+# only streams keeps to 64, for four blocks and more.
 CEILINGS = {
-    "apgd_cuda": 80, "attack_step_cuda": 96, "gate_cuda": 128, "head_cuda": 128, "norms_cuda": 128,
+    "apgd_cuda": 64, "attack_step_cuda": 64, "gate_cuda": 128, "head_cuda": 128, "norms_cuda": 128,
     "permute_cuda": 64, "pool_cuda": 128, "routing_cuda": 64, "sums_cuda": 80,
 }  # fmt: skip
+L2_CEILING = 128  # of the l2 forms in those files: a block goes over its image several times
+
+
+def ceiling(file: str, kernel: Kernel) -> int:
+    return L2_CEILING if "_l2_" in kernel.name else CEILINGS[file]
 
 
 @needs_nvcc
@@ -96,9 +101,9 @@ def test_every_source_has_a_ceiling():
 @pytest.mark.parametrize("name", CEILINGS)
 def test_no_spills_and_few_registers(name, compiled):
     kernels = compiled[name].kernels
-    assert kernels
+    assert {kernel.architecture for kernel in kernels} == {f"sm_{name}" for name in ARCHITECTURES}
     assert [kernel for kernel in kernels if kernel.spills] == []
-    assert [kernel for kernel in kernels if not 0 < kernel.registers <= CEILINGS[name]] == []
+    assert [kernel for kernel in kernels if not 0 < kernel.registers <= ceiling(name, kernel)] == []
     # The argument reduction of a sine keeps a small table there: the l2 random start's two kernels.
     framed = [kernel.name for kernel in kernels if kernel.stack]
     assert [kernel for kernel in framed if "start_l2_kernel" not in kernel] == []
@@ -120,9 +125,9 @@ def test_the_check_sees_a_spill(tmp_path):
     source = tmp_path / "starved.cu"
     source.write_text(SPILLING)
     command = [NVCC, *FLAGS, "-c", str(source), "-o", str(tmp_path / "starved.o")]
-    (kernel,) = parse(subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stderr)
-    assert kernel.registers <= 32
-    assert kernel.spills > 0
+    kernels = parse(subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stderr)
+    assert len(kernels) == len(ARCHITECTURES)
+    assert [kernel for kernel in kernels if kernel.registers > 32 or not kernel.spills] == []
 
 
 # (file, kernel, loads of 16 bytes at least, stores of 16 bytes at least) of the builds that float32 and bfloat16 maps
@@ -156,9 +161,9 @@ WIDE = [
 @pytest.mark.parametrize(("file", "kernel", "loads", "stores"), WIDE, ids=lambda value: str(value))
 def test_memory_is_read_16_bytes_at_a_time(file, kernel, loads, stores, compiled):
     cuobjdump = find_cuobjdump()
-    names = [found.name for found in compiled[file].kernels if kernel in found.name]
+    names = [found.name for found in compiled[file].kernels if kernel in found.name and found.architecture == READ]
     assert len(names) == 1, names
-    command = [cuobjdump, "-sass", "-fun", names[0], str(compiled[file].target)]
+    command = [cuobjdump, "-sass", "-arch", READ, "-fun", names[0], str(compiled[file].target)]
     sass = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert len(re.findall(r"\bLDG\.E\S*\.128", sass)) >= loads
     assert len(re.findall(r"\bSTG\.E\S*\.128", sass)) >= stores
