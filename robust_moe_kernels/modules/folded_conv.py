@@ -127,7 +127,7 @@ class _Fused(torch.autograd.Function):
         last = _channels_last(x) or _channels_last(conv.filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
         if _engine_takes(conv.filters, call):
-            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, _geometry(call), AUTO)
+            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], _geometry(call), AUTO)
             out.add_(conv.shift[:, None, None])
         else:
             out = torch.conv2d(rows, conv.filters.contiguous(memory_format=torch.channels_last), conv.shift, *call)
@@ -149,7 +149,7 @@ class _Fused(torch.autograd.Function):
             filters, call = ctx.conv.filters, ctx.call
             if _engine_takes(filters, call) and not torch.is_grad_enabled():
                 rows = d.contiguous(memory_format=torch.channels_last)
-                d_x = conv_dgrad(rows, ctx.conv.engine_filters(), _whole(x), *x.shape[2:], _geometry(call), AUTO)
+                d_x = conv_dgrad(rows, ctx.conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
             else:
                 d_x, _, _ = torch.ops.aten.convolution_backward(
