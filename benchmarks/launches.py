@@ -37,7 +37,7 @@ from robust_moe.methods import PGDAdversarialTraining
 from robust_moe.models import build_model
 from robust_moe.provenance import provenance
 from robust_moe_kernels.dispatch import Op
-from robust_moe_kernels.modules import experts
+from robust_moe_kernels.modules import experts, folded_conv
 from robust_moe_kernels.ops import OPS
 
 __all__ = ["CASES", "Counted", "Launches", "count", "main"]
@@ -197,6 +197,7 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
         for op in OPS.values():
             enter(mock.patch.dict(op._order, cpu=("triton", "reference")))
         enter(mock.patch.object(triton_impl, "why_not_case", _any_half_or_single))
+        enter(mock.patch.object(folded_conv, "fuses", lambda *_: False))  # that is for the CPU
         enter(mock.patch.dict(experts._ENGINE, cpu=("triton", experts._ENGINE["cuda"][1])))
         Op.choose.cache_clear()
         stack.callback(Op.choose.cache_clear)

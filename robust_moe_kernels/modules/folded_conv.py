@@ -12,7 +12,7 @@ from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
-__all__ = ["FoldedConv", "Norm"]
+__all__ = ["Call", "FoldedConv", "Norm", "fuses", "scales_and_shifts"]
 
 # The grouped engine with one expert takes the 3x3 convolutions of stride 1 from this many channels on. Measured on one
 # core with AVX-512, float32, 128 images, oneDNN / engine in ms, forward (the gradient to the input is alike):
@@ -32,32 +32,60 @@ class Norm(NamedTuple):
     eps: float
 
 
+def scales_and_shifts(pairs: list[tuple[Tensor | None, Norm]]) -> list[tuple[Tensor, Tensor]]:
+    """For each convolution's bias and norm the scale s = weight / sqrt(variance + eps) and the shift
+    bias of the norm + (bias - mean) * s, [C] float64. All at once: a network's norms take some 12 launches on a GPU,
+    and not each of them."""
+    if not pairs:
+        return []
+
+    def joined(values: list[Tensor | None], default: float) -> Tensor:
+        like = [norm.mean for _, norm in pairs]
+        filled = [torch.full_like(m, default) if v is None else v for v, m in zip(values, like, strict=True)]
+        return torch.cat(filled).double()
+
+    with torch.no_grad():
+        mean, variance = (joined([norm[i] for _, norm in pairs], 0.0) for i in range(2))
+        epsilons = {norm.eps for _, norm in pairs}
+        if len(epsilons) == 1:
+            scale = (variance + epsilons.pop()).rsqrt()
+        else:
+            scale = torch.cat([torch.full_like(norm.mean, norm.eps, dtype=torch.float64) for _, norm in pairs])
+            scale = (variance + scale).rsqrt()
+        if any(norm.weight is not None for _, norm in pairs):
+            scale = scale * joined([norm.weight for _, norm in pairs], 1.0)
+        if any(bias is not None for bias, _ in pairs):
+            mean = mean - joined([bias for bias, _ in pairs], 0.0)
+        shift = -mean * scale
+        if any(norm.bias is not None for _, norm in pairs):
+            shift = shift + joined([norm.bias for _, norm in pairs], 0.0)
+        sizes = [len(norm.mean) for _, norm in pairs]
+        return list(zip(scale.split(sizes), shift.split(sizes), strict=True))
+
+
 class FoldedConv:
     """``norm(conv2d(x, weight, bias))`` as a convolution of its own filters, for as long as none of the numbers that it
     was made of is replaced or changed in place (:meth:`is_of`).
 
-    filters: [O, I / groups, kh, kw], weight * s for the norm's scale s = norm.weight / sqrt(variance + eps); computed
-        in float64 and rounded once, to float32 or the weight's dtype, whichever is wider. The sum of a convolution then
-        differs from the unfolded one by the rounding of the filters, of the order of eps * sum |weight * x| * s.
-    shift: [O], norm.bias + (bias - mean) * s, likewise.
+    Filters are weight * s for the norm's scale s, computed in float64 and rounded once, to what the convolution
+    computes in. The sum of a convolution then differs from the unfolded one by that rounding, of the order of
+    eps * sum |weight * x| * s.
+
+    Args:
+        weight, bias: the convolution's, [O, I / groups, kh, kw] and [O] or None.
+        norm: its norm's.
+        table: what :func:`scales_and_shifts` made of bias and norm; None: made here.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, norm: Norm, table: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self._numbers = _numbers(weight, bias, norm)
         self._versions = [tensor._version for tensor in self._numbers]
         self._eps = norm.eps
-        with torch.no_grad():
-            scale = (norm.variance.double() + norm.eps).rsqrt()
-            if norm.weight is not None:
-                scale = scale * norm.weight.double()
-            shift = -norm.mean.double() if bias is None else bias.double() - norm.mean.double()
-            shift = shift * scale
-            if norm.bias is not None:
-                shift = shift + norm.bias.double()
-            kind = torch.promote_types(weight.dtype, torch.float32)
-            self.filters = (weight.double() * scale[:, None, None, None]).to(kind)  # keeps the weight's memory format
-            self.shift = shift.to(kind)
-        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._weight = weight
+        self._scale, self._shift = scales_and_shifts([(bias, norm)])[0] if table is None else table
+        self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._engine: Tensor | None = None
 
     def is_of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
@@ -66,30 +94,36 @@ class FoldedConv:
         same = len(numbers) == len(self._numbers) and all(a is b for a, b in zip(numbers, self._numbers, strict=True))
         return same and norm.eps == self._eps and [tensor._version for tensor in numbers] == self._versions
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Filters and shift in the dtype that the convolution computes in; cast once."""
-        if dtype not in self._cast:
-            self._cast[dtype] = (self.filters.to(dtype), self.shift.to(dtype))
-        return self._cast[dtype]
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Filters [O, I / groups, kh, kw], in the weight's memory format, and shift [O], in the dtype that the
+        convolution computes in; made once."""
+        if dtype not in self._made:
+            with torch.no_grad():
+                filters = torch.empty_like(self._weight, dtype=dtype)
+                torch.mul(self._weight, self._scale[:, None, None, None], out=filters)
+                self._made[dtype] = filters, self._shift.to(dtype)
+        return self._made[dtype]
 
     def engine_filters(self) -> Tensor:
-        """[1, O, I, kh, kw] with the output channels innermost in memory, as the engine likes them."""
+        """Float32 [1, O, I, kh, kw] with the output channels innermost in memory, as the engine likes them."""
         if self._engine is None:
-            self._engine = self.filters.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[None]
+            filters, _ = self.tensors(torch.float32)
+            self._engine = filters.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[None]
         return self._engine
 
     def __call__(self, x: Tensor, other: Tensor | None, relu: bool, call: Call, dtype: torch.dtype) -> Tensor:
         """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for."""
-        if x.device.type == "cpu" and x.dtype == dtype == torch.float32 and (other is None or _alike(other, dtype)):
+        if fuses(x, dtype):
             return _Fused.apply(x, other, self, call, relu)
-        out = torch.conv2d(x, *self.cast(dtype), *call)
+        out = torch.conv2d(x, *self.tensors(dtype), *call)
         if other is not None:
             out = out.add_(other)  # in place: neither a convolution nor an addition saves its output
         return out.relu_() if relu else out
 
 
-def _alike(other: Tensor, dtype: torch.dtype) -> bool:
-    return other.dtype == dtype and other.device.type == "cpu"
+def fuses(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether addition and ReLU are done within the convolution's autograd node."""
+    return x.device.type == "cpu" and x.dtype == dtype == torch.float32
 
 
 def _numbers(weight: Tensor, bias: Tensor | None, norm: Norm) -> list[Tensor]:
@@ -124,13 +158,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
         ctx.conv, ctx.call, ctx.relu = conv, call, relu
-        last = _channels_last(x) or _channels_last(conv.filters)  # the format that conv2d would answer in
+        filters, shift = conv.tensors(torch.float32)
+        last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
-        if _engine_takes(conv.filters, call):
+        if _engine_takes(filters, call):
             out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], _geometry(call), AUTO)
-            out.add_(conv.shift[:, None, None])
+            out.add_(shift[:, None, None])
         else:
-            out = torch.conv2d(rows, conv.filters.contiguous(memory_format=torch.channels_last), conv.shift, *call)
+            out = torch.conv2d(rows, filters.contiguous(memory_format=torch.channels_last), shift, *call)
         if other is not None:
             out.add_(other)
         if relu:
@@ -146,7 +181,7 @@ class _Fused(torch.autograd.Function):
             d = torch.ops.aten.threshold_backward(d, out, 0)
         d_x = None
         if ctx.needs_input_grad[0]:
-            filters, call = ctx.conv.filters, ctx.call
+            (filters, _), call = ctx.conv.tensors(torch.float32), ctx.call
             if _engine_takes(filters, call) and not torch.is_grad_enabled():
                 rows = d.contiguous(memory_format=torch.channels_last)
                 d_x = conv_dgrad(rows, ctx.conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
-from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm
+from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_learning import Chain, Watch, is_plain
 
 __all__ = ["backbone_folded"]
@@ -106,10 +106,11 @@ class _Folding(TorchFunctionMode):
         self.first = 0  # id of the weight that a forward begins with
         self.how = ""  # this forward runs: "promises", "careful", or as it is
         self.weights = {
-            id(weight): weight
+            id(weight): (weight, module._parameters.get("bias"))
             for module in model.modules()
             if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None
         }
+        self.norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         self.tables: dict[tuple[int, int], FoldedConv | None] = {}  # by weight and running mean; None: they changed
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
@@ -199,7 +200,7 @@ class _Folding(TorchFunctionMode):
             return None
         x, weight, bias, *form = args
         call = Call.of(*form)
-        if self.weights.get(id(weight)) is not weight or call is None or not self._begun(x, weight):
+        if self.weights.get(id(weight), (None,))[0] is not weight or call is None or not self._begun(x, weight):
             return None
         if self.watch is None and not self._is_chained(weight):
             return None
@@ -251,13 +252,29 @@ class _Folding(TorchFunctionMode):
         if not _frozen(weight, bias, norm.weight, norm.bias):
             return None
         key = (id(weight), id(norm.mean))
+        if not self.tables and self.known.chains:
+            self._make_tables()
         if key not in self.tables:
-            inference = any(t is not None and t.is_inference() for t in (weight, bias, *norm[:4]))
-            self.tables[key] = None if inference else FoldedConv(weight, bias, norm)
+            self.tables[key] = None if _has_no_versions(weight, bias, norm) else FoldedConv(weight, bias, norm)
         folded = self.tables[key]
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.tables[key] = folded = None
         return folded
+
+    def _make_tables(self) -> None:
+        """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
+        found = []
+        for weight, bias in self.weights.values():
+            module = self.norms.get(id(self.known.chains[id(weight)].mean())) if self._is_chained(weight) else None
+            if module is not None and module.running_var is not None:
+                norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+                if not _has_no_versions(weight, bias, norm):
+                    found.append((weight, bias, norm))
+        places = {(norm.mean.device, norm.mean.dtype) for _, _, norm in found}
+        if len(places) == 1:  # otherwise one by one
+            tables = scales_and_shifts([(bias, norm) for _, bias, norm in found])
+            for (weight, bias, norm), table in zip(found, tables, strict=True):
+                self.tables[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table)
 
     def _relu(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
         promise = self._open(args[0], folded=True) if args else None
@@ -308,6 +325,11 @@ def _known(model: nn.Module) -> _Known:
     if known is None or known.form != form:
         known = _KNOWN[model] = _Known(form)
     return known
+
+
+def _has_no_versions(weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
+    """Tensors made in inference mode do not count their changes."""
+    return any(tensor is not None and tensor.is_inference() for tensor in (weight, bias, *norm[:4]))
 
 
 def _frozen(*tensors: Tensor | None) -> bool:

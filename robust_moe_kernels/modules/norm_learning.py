@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Chain", "Watch"]
 
@@ -138,4 +139,4 @@ def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
 
 def is_plain(tensor: Any) -> bool:
     """A tensor of no subclass that might mean something else by its operations."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)  # the last has a form and no numbers

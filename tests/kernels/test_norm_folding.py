@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
-from robust_moe_kernels.modules import attack_mode, folded_conv
+from robust_moe_kernels.modules import attack_mode
 from robust_moe_kernels.modules.conv_promise import Promise
-from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm
+from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_folding import _KNOWN
 
 
@@ -611,24 +611,26 @@ def test_folded_in_double_and_rounded_once(dtype):
     made = FoldedConv(weight, bias, norm)
     scale = norm.weight.double() / (norm.variance.double() + norm.eps).sqrt()
     wanted = weight.double() * scale[:, None, None, None]
-    assert made.filters.dtype == made.shift.dtype == torch.float32
-    eps = torch.finfo(torch.float32).eps
-    assert ((made.filters - wanted).abs() <= eps * wanted.abs()).all()
-    shift = norm.bias.double() + (bias.double() - norm.mean.double()) * scale
-    assert ((made.shift - shift).abs() <= eps * shift.abs()).all()
+    for kind in (torch.float64, torch.float32, torch.bfloat16):
+        filters, got = made.tensors(kind)
+        assert filters.dtype == got.dtype == kind
+        eps = torch.finfo(kind).eps
+        assert ((filters - wanted).abs() <= max(eps, 1e-14) * wanted.abs()).all()
+        shift = norm.bias.double() + (bias.double() - norm.mean.double()) * scale
+        assert ((got - shift).abs() <= max(eps, 1e-14) * (shift.abs() + 1)).all()
 
 
 def test_under_autocast_filters_are_cast_once_for_an_attack(monkeypatch):
     model = network()
     casts: list[torch.dtype] = []
-    cast = FoldedConv.cast
+    made = FoldedConv.tensors
 
     def counted(self, dtype):
-        if dtype not in self._cast:
+        if dtype not in self._made:
             casts.append(dtype)
-        return cast(self, dtype)
+        return made(self, dtype)
 
-    monkeypatch.setattr(folded_conv.FoldedConv, "cast", counted)
+    monkeypatch.setattr(FoldedConv, "tensors", counted)
     expected = step(model, images())
     with torch.autocast("cpu", torch.bfloat16), attack_mode(model):
         found = [step(model, images()) for _ in range(3)]
@@ -648,6 +650,19 @@ def test_memory_formats_stay_as_they_are(format):
             for _ in range(2):
                 for actual, wanted in zip(step(model, x), expected, strict=True):
                     assert actual.stride() == wanted.stride()
+
+
+def test_tables_of_many_norms_are_those_of_each():
+    """Bit for bit: a first attack makes them one by one, later ones together."""
+    torch.manual_seed(0)
+    pairs = []
+    for number, channels in enumerate((3, 8, 5, 8)):
+        weight, shift = (None, None) if number == 1 else (torch.randn(channels), torch.randn(channels))
+        norm = Norm(torch.randn(channels), torch.rand(channels) + 0.1, weight, shift, 1e-5 if number < 3 else 1e-3)
+        pairs.append((torch.randn(channels) if number == 2 else None, norm))
+    for chosen in (pairs[:1], pairs[:2], pairs):
+        for pair, found in zip(chosen, scales_and_shifts(chosen), strict=True):
+            assert_same(found, scales_and_shifts([pair])[0])
 
 
 def test_call_of_other_forms_is_refused():
