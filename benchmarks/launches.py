@@ -197,7 +197,7 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
         for op in OPS.values():
             enter(mock.patch.dict(op._order, cpu=("triton", "reference")))
         enter(mock.patch.object(triton_impl, "why_not_case", _any_half_or_single))
-        enter(mock.patch.object(folded_conv, "fuses", lambda *_: False))  # that is for the CPU
+        enter(mock.patch.object(folded_conv, "fuses", lambda *_: "kernel"))
         enter(mock.patch.dict(experts._ENGINE, cpu=("triton", experts._ENGINE["cuda"][1])))
         Op.choose.cache_clear()
         stack.callback(Op.choose.cache_clear)

@@ -56,14 +56,21 @@ class Promise:
         self.version = _version(x)
         self.folded: FoldedConv | None = None
         self.other: Tensor | None = None
+        self.other_version = 0
         self.then = ""  # the chain's, once there is a norm
         self.value: Tensor | None = None
         self.value_version = 0
 
     def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> Promise:
         longer = Promise(self.x, self.arguments, self.call, self.state)
-        longer.folded, longer.other, longer.then = self.folded if folded is None else folded, other, then
+        longer.folded, longer.then = self.folded if folded is None else folded, then
+        if other is not None:
+            longer.add(other)
         return longer
+
+    def add(self, other: Tensor) -> None:
+        """What is promised is the sum with ``other`` from here on."""
+        self.other, self.other_version = other, _version(other)
 
     def compute(self, relu: bool = False) -> Tensor:
         with self.state.entered():
@@ -81,8 +88,9 @@ class Promise:
         self.value, self.value_version = value, _version(value)
 
     def is_open(self) -> bool:
-        """Whether what was promised can still be computed otherwise: neither x nor the value has changed since."""
+        """Whether what was promised can still be computed otherwise: nothing that it is made of has changed since."""
         kept = self.value is None or _version(self.value) == self.value_version
+        kept = kept and (self.other is None or _version(self.other) == self.other_version)
         return kept and _version(self.x) == self.version and self.state.key == State(self.x.device.type).key
 
     def is_valid(self) -> bool:

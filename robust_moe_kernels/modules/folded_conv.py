@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry
+from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
 __all__ = ["Call", "FoldedConv", "Norm", "fuses", "scales_and_shifts"]
@@ -75,10 +76,16 @@ class FoldedConv:
         weight, bias: the convolution's, [O, I / groups, kh, kw] and [O] or None.
         norm: its norm's.
         table: what :func:`scales_and_shifts` made of bias and norm; None: made here.
+        rows: a dictionary that an attack's convolutions share (:meth:`rows`); None: one of its own.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, norm: Norm, table: tuple[Tensor, Tensor] | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Norm,
+        table: tuple[Tensor, Tensor] | None = None,
+        rows: dict[Any, Any] | None = None,
     ) -> None:
         self._numbers = _numbers(weight, bias, norm)
         self._versions = [tensor._version for tensor in self._numbers]
@@ -87,6 +94,8 @@ class FoldedConv:
         self._scale, self._shift = scales_and_shifts([(bias, norm)])[0] if table is None else table
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._engine: Tensor | None = None
+        self._table: tuple[Tensor, Tensor] | None = None
+        self._rows = {} if rows is None else rows
 
     def is_of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
         """Whether these are the numbers that this was made of, unchanged."""
@@ -111,19 +120,42 @@ class FoldedConv:
             self._engine = filters.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[None]
         return self._engine
 
+    def table(self) -> tuple[Tensor, Tensor]:
+        """A scale of one and the shift, [1, O] float32, as the routed blocks' kernels take them."""
+        if self._table is None:
+            shift = self._shift.float()[None]
+            self._table = torch.ones_like(shift), shift
+        return self._table
+
+    def rows(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For the same kernels: all rows are the one expert's [0, B], in their order [B], with weights of one [B, 1] in
+        the dtype that they want. Made once for an attack's batch size."""
+        key = (len(z), z.device)
+        if key not in self._rows:
+            order = torch.arange(len(z), device=z.device)
+            ones = torch.ones(len(z), 1, dtype=torch.float32, device=z.device)
+            self._rows[key] = (torch.arange(2, device=z.device) * len(z), order, ones)
+        return self._rows[key]
+
     def __call__(self, x: Tensor, other: Tensor | None, relu: bool, call: Call, dtype: torch.dtype) -> Tensor:
         """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for."""
-        if fuses(x, dtype):
-            return _Fused.apply(x, other, self, call, relu)
+        how = fuses(x, dtype)
+        if how:
+            return _Fused.apply(x, other, self, call, relu, dtype, how)
         out = torch.conv2d(x, *self.tensors(dtype), *call)
         if other is not None:
             out = out.add_(other)  # in place: neither a convolution nor an addition saves its output
         return out.relu_() if relu else out
 
 
-def fuses(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether addition and ReLU are done within the convolution's autograd node."""
-    return x.device.type == "cpu" and x.dtype == dtype == torch.float32
+def fuses(x: Tensor, dtype: torch.dtype) -> str:
+    """How shift, addition and ReLU are done within the convolution's autograd node: ``"in place"``, on the CPU;
+    ``"kernel"``, on a GPU with Triton, by one kernel of the routed blocks' (on the whole, one launch and one pass over
+    the map instead of three: estimated); ``""``: by PyTorch, each for itself."""
+    if x.device.type == "cpu":
+        return "in place" if x.dtype == dtype == torch.float32 else ""
+    triton = x.device.type == "cuda" and EXPERT_BLOCK.why_not("triton", "cuda") is None
+    return "kernel" if triton and dtype in (torch.float32, torch.bfloat16, torch.float16) else ""
 
 
 def _numbers(weight: Tensor, bias: Tensor | None, norm: Norm) -> list[Tensor]:
@@ -152,12 +184,26 @@ class Call(NamedTuple):
 
 
 class _Fused(torch.autograd.Function):
-    """On the CPU, in float32: convolution, shift, addition and ReLU leave one map in memory and save one (the ReLU's
-    output) for the backward, which computes the gradients to x and other alone; differentiable any number of times."""
+    """Convolution, shift, addition and ReLU save one map, the ReLU's output, for the backward, which computes the
+    gradients to x and other alone; differentiable any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
-        ctx.conv, ctx.call, ctx.relu = conv, call, relu
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        other: Tensor | None,
+        conv: FoldedConv,
+        call: Call,
+        relu: bool,
+        dtype: torch.dtype,
+        how: str,
+    ) -> Tensor:
+        ctx.conv, ctx.call, ctx.how, ctx.kind = conv, call, how, x.dtype
+        if how == "kernel":
+            x = x.to(dtype)
+            out = _by_kernel(x, other, conv, call, relu)
+            ctx.save_for_backward(x, out if relu else None)
+            return out
         filters, shift = conv.tensors(torch.float32)
         last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
@@ -177,20 +223,37 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
+        conv, call = ctx.conv, ctx.call
         if out is not None:
             d = torch.ops.aten.threshold_backward(d, out, 0)
         d_x = None
         if ctx.needs_input_grad[0]:
-            (filters, _), call = ctx.conv.tensors(torch.float32), ctx.call
-            if _engine_takes(filters, call) and not torch.is_grad_enabled():
+            filters, _ = conv.tensors(x.dtype)
+            if ctx.how == "in place" and _engine_takes(filters, call) and not torch.is_grad_enabled():
                 rows = d.contiguous(memory_format=torch.channels_last)
-                d_x = conv_dgrad(rows, ctx.conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
+                d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
             else:
                 d_x, _, _ = torch.ops.aten.convolution_backward(
                     d, x, filters, None, *call[:3], False, [0, 0], call.groups, [True, False, False]
                 )
-        return d_x, d if ctx.needs_input_grad[1] else None, None, None, None
+            d_x = d_x.to(ctx.kind)
+        return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 5
+
+
+def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
+    """The convolution, and what follows by one kernel where the map is channels-last, as those kernels want it."""
+    filters, _ = conv.tensors(x.dtype)
+    one, shift = conv.table()
+    z = torch.conv2d(x, filters, None, *call)
+    offsets, order, ones = conv.rows(z)
+    if _channels_last(z) and other is None:
+        return scale_shift(z, offsets, one, shift, relu, AUTO)
+    if _channels_last(z) and relu and _channels_last(other):
+        return head_forward(z, one, shift, other, None, None, order, order, offsets, ones, AUTO)
+    out = z.float().add_(shift[0, :, None, None])
+    out = out if other is None else out.add_(other)
+    return (out.relu_() if relu else out).to(z.dtype)
 
 
 def _engine_takes(filters: Tensor, call: Call) -> bool:

@@ -111,6 +111,7 @@ class _Folding(TorchFunctionMode):
             if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None
         }
         self.norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        self.rows: dict[Any, Any] = {}  # see FoldedConv.rows
         self.tables: dict[tuple[int, int], FoldedConv | None] = {}  # by weight and running mean; None: they changed
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
@@ -246,7 +247,12 @@ class _Folding(TorchFunctionMode):
         if folded is None:
             return None
         longer = promise.extended(folded=folded, then="" if chain is None else chain.then)
-        return self._promised(longer) if self.how == "promises" and longer.then else longer.compute()
+        if self.how == "promises" and longer.then:
+            return self._promised(longer)
+        if self.how == "careful" and (chain is None or chain.then == "add"):  # an addition, if one follows
+            longer.then = "add"
+            return self._register(longer.get(), longer)
+        return longer.compute()
 
     def _table(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
         if not _frozen(weight, bias, norm.weight, norm.bias):
@@ -255,7 +261,8 @@ class _Folding(TorchFunctionMode):
         if not self.tables and self.known.chains:
             self._make_tables()
         if key not in self.tables:
-            self.tables[key] = None if _has_no_versions(weight, bias, norm) else FoldedConv(weight, bias, norm)
+            unseen = _has_no_versions(weight, bias, norm)
+            self.tables[key] = None if unseen else FoldedConv(weight, bias, norm, rows=self.rows)
         folded = self.tables[key]
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.tables[key] = folded = None
@@ -274,11 +281,13 @@ class _Folding(TorchFunctionMode):
         if len(places) == 1:  # otherwise one by one
             tables = scales_and_shifts([(bias, norm) for _, bias, norm in found])
             for (weight, bias, norm), table in zip(found, tables, strict=True):
-                self.tables[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table)
+                self.tables[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table, self.rows)
 
     def _relu(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
         promise = self._open(args[0], folded=True) if args else None
-        if promise is None or promise.value is not None or len(args) > 2 or kwargs.keys() - {"inplace"}:
+        if promise is None or len(args) > 2 or kwargs.keys() - {"inplace"}:
+            return None
+        if promise.value is not None and (self.how != "careful" or promise.other is None):
             return None
         out = promise.compute(relu=True)
         if in_place or kwargs.get("inplace", False) or (len(args) == 2 and args[1]):
@@ -297,15 +306,21 @@ class _Folding(TorchFunctionMode):
         if second.shape != first.shape or second.dtype != first.dtype or second.device != first.device:
             return None
         other = self._real(second)
+        if promise.value is not None:  # careful: the sum for whoever may read it, and the fused one for a ReLU
+            out = promise.value.add_(other) if in_place else promise.value + other
+            longer = promise.extended(other=other, then="relu")
+            longer.keep(out)
+            return self._register(out, longer)
         if in_place:
-            promise.other = other
+            promise.add(other)
             return first
         return self._promised(promise.extended(other=other, then="relu"))
 
     def _addable(self, tensor: Any) -> Promise | None:
         promise = self._open(tensor, folded=True)
-        fits = promise is not None and promise.value is None and promise.other is None and promise.then == "add"
-        return promise if fits else None
+        if promise is None or promise.other is not None or promise.then != "add":
+            return None
+        return promise if promise.value is None or (self.how == "careful" and promise.value is tensor) else None
 
     def _learn(self, outputs: Any) -> None:
         self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects

@@ -118,7 +118,8 @@ def _follow(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str |
         return None
     if only("norm", "relu", 1):
         return "relu"
-    return "add" if only("norm", "add", 1) and "add" in stages and only("add", "relu", 1) else ""
+    # nor to a sum that a ReLU reads, which gets one of its own too
+    return "add" if only("norm", "add", 0) and "add" in stages and only("add", "relu", 0) else ""
 
 
 def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
