@@ -178,6 +178,12 @@ class _Folding(TorchFunctionMode):
         self.promises[key] = (weakref.ref(tensor, lambda _: self.promises.pop(key, None)), promise)
         return tensor
 
+    def _computed(self, promise: Promise) -> Tensor:
+        """The promised tensor itself, with a promise that can still be extended."""
+        out = promise.compute()
+        promise.keep(out, weakly=True)
+        return self._register(out, promise)
+
     def _of(self, tensor: Any) -> Promise | None:
         """The promise that a tensor stands for."""
         ref, promise = self.promises.get(id(tensor), (None, None))
@@ -212,10 +218,10 @@ class _Folding(TorchFunctionMode):
             return None
         if self.how == "promises":
             return self._promised(promise)
-        out = promise.get()
+        out = self._computed(promise)
         if self.watch is not None:
             self.watch.convolved(weight, out)
-        return self._register(out, promise)
+        return out
 
     def _is_chained(self, weight: Tensor) -> bool:
         chain = self.known.chains.get(id(weight))
@@ -251,7 +257,7 @@ class _Folding(TorchFunctionMode):
             return self._promised(longer)
         if self.how == "careful" and (chain is None or chain.then == "add"):  # an addition, if one follows
             longer.then = "add"
-            return self._register(longer.get(), longer)
+            return self._computed(longer)
         return longer.compute()
 
     def _table(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
@@ -309,7 +315,7 @@ class _Folding(TorchFunctionMode):
         if promise.value is not None:  # careful: the sum for whoever may read it, and the fused one for a ReLU
             out = promise.value.add_(other) if in_place else promise.value + other
             longer = promise.extended(other=other, then="relu")
-            longer.keep(out)
+            longer.keep(out, weakly=True)
             return self._register(out, longer)
         if in_place:
             promise.add(other)

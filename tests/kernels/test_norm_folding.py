@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
-from robust_moe_kernels.modules import attack_mode
+from robust_moe_kernels.modules import attack_mode, folded_conv
 from robust_moe_kernels.modules.conv_promise import Promise
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_folding import _KNOWN
@@ -193,6 +193,45 @@ def test_every_norm_is_folded_and_fused_with_what_follows(folded, raw):
             model(images())
     assert not raw
     assert sorted(folded) == [False] * 2 + [True] * 2 * (CONVOLUTIONS - 1)  # the downsampling skip has no ReLU
+
+
+def test_only_the_first_forward_is_careful(raw):
+    """What it computes besides goes with it: the second forward of the same attack is folded without more ado."""
+    model = network()
+    with attack_mode(model):
+        for _ in range(3):
+            step(model, images())
+            assert len(raw) == CONVOLUTIONS
+
+
+def test_what_follows_by_one_kernel(monkeypatch, folded):
+    """The way of a GPU, by the native kernels of the CPU: as accurate, and the same in every forward."""
+    monkeypatch.setattr(folded_conv, "fuses", lambda x, dtype: "kernel")
+    for format in (torch.contiguous_format, torch.channels_last):
+        model = network(32).to(memory_format=format)
+        x = images().contiguous(memory_format=format)
+        truth = step(copy.deepcopy(model).double(), x.double())
+        unfolded = step(model, x)
+        with attack_mode(model):
+            found = [step(model, x) for _ in range(3)]
+        for actual in found[1:]:
+            assert_same(actual, found[0])
+        for actual, other, exact in zip(found[0], unfolded, truth, strict=True):
+            bound = 2 * (other - exact).abs().max() + 1e-6 * exact.abs().max()
+            assert (actual - exact).abs().max() <= bound
+
+
+def test_the_same_under_autocast(monkeypatch):
+    """In bfloat16 a kernel that adds before it rounds gives other bits than two: the first forward has them too."""
+    monkeypatch.setattr(folded_conv, "fuses", lambda x, dtype: "kernel")
+    model = network(32).to(memory_format=torch.channels_last)
+    x = images().contiguous(memory_format=torch.channels_last)
+    expected = step(model, x)
+    with torch.autocast("cpu", torch.bfloat16), attack_mode(model):
+        found = [step(model, x) for _ in range(3)]
+    for actual in found:
+        assert_same(actual, found[0])
+        assert (actual[0] - expected[0]).abs().max() <= 0.05 * expected[0].abs().max()  # 8 bits, six layers deep
 
 
 def test_nothing_is_learned_or_folded_without_gradients(folded):
