@@ -197,7 +197,7 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
         for op in OPS.values():
             enter(mock.patch.dict(op._order, cpu=("triton", "reference")))
         enter(mock.patch.object(triton_impl, "why_not_case", _any_half_or_single))
-        enter(mock.patch.object(folded_conv, "FUSED", set()))
+        enter(mock.patch.object(folded_conv, "fuses", lambda *_: "kernel"))
         for module in (
             norm_folding,
             norm_learning,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -56,14 +57,26 @@ class Promise:
         self.version = _version(x)
         self.folded: FoldedConv | None = None
         self.other: Tensor | None = None
+        self.other_version = 0
         self.then = ""  # the chain's, once there is a norm
-        self.value: Tensor | None = None
+        self._value: Callable[[], Tensor | None] = lambda: None
         self.value_version = 0
+
+    @property
+    def value(self) -> Tensor | None:
+        """What was computed; ``None``: nothing yet."""
+        return self._value()
 
     def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> Promise:
         longer = Promise(self.x, self.arguments, self.call, self.state)
-        longer.folded, longer.other, longer.then = self.folded if folded is None else folded, other, then
+        longer.folded, longer.then = self.folded if folded is None else folded, then
+        if other is not None:
+            longer.add(other)
         return longer
+
+    def add(self, other: Tensor) -> None:
+        """What is promised is the sum with ``other`` from here on."""
+        self.other, self.other_version = other, _version(other)
 
     def compute(self, relu: bool = False) -> Tensor:
         with self.state.entered():
@@ -72,17 +85,22 @@ class Promise:
             return self.folded(self.x, self.other, relu, self.call, self.state.dtype(self.x))
 
     def get(self) -> Tensor:
-        if self.value is None:
-            self.keep(self.compute())
-        return self.value
+        value = self.value
+        if value is None:
+            value = self.compute()
+            self.keep(value)
+        return value
 
-    def keep(self, value: Tensor) -> None:
-        """From here on the promised tensor is this one, whatever becomes of it in place."""
-        self.value, self.value_version = value, _version(value)
+    def keep(self, value: Tensor, weakly: bool = False) -> None:
+        """From here on the promised tensor is this one, whatever becomes of it in place. ``weakly``: it is the tensor
+        that carries the promise, which must not keep it alive."""
+        self._value = weakref.ref(value) if weakly else lambda: value
+        self.value_version = _version(value)
 
     def is_open(self) -> bool:
-        """Whether what was promised can still be computed otherwise: neither x nor the value has changed since."""
+        """Whether what was promised can still be computed otherwise: nothing that it is made of has changed since."""
         kept = self.value is None or _version(self.value) == self.value_version
+        kept = kept and (self.other is None or _version(self.other) == self.other_version)
         return kept and _version(self.x) == self.version and self.state.key == State(self.x.device.type).key
 
     def is_valid(self) -> bool:

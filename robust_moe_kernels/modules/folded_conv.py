@@ -10,15 +10,15 @@ from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry
+from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
-__all__ = ["FoldedConv", "Norm"]
+__all__ = ["Call", "FoldedConv", "Norm", "fuses", "scales_and_shifts"]
 
 # The grouped engine with one expert takes the 3x3 convolutions of stride 1 from this many channels on. Measured on one
 # core with AVX-512, float32, 128 images, oneDNN / engine in ms, forward (the gradient to the input is alike):
 # 64 channels at 32x32 43 / 32, 128 at 16x16 37 / 24, 256 at 8x8 36 / 23, 512 at 4x4 40 / 22; below, see the tests.
 ENGINE_CHANNELS = 32
-FUSED = {"cpu"}  # where a folded convolution with all that follows it is one operation
 
 _DENSE = {True: torch.channels_last, False: torch.contiguous_format}
 
@@ -33,33 +33,69 @@ class Norm(NamedTuple):
     eps: float
 
 
+def scales_and_shifts(pairs: list[tuple[Tensor | None, Norm]]) -> list[tuple[Tensor, Tensor]]:
+    """For each convolution's bias and norm the scale s = weight / sqrt(variance + eps) and the shift
+    bias of the norm + (bias - mean) * s, [C] float64. All at once: a network's norms take some 12 launches on a GPU,
+    and not each of them."""
+    if not pairs:
+        return []
+
+    def joined(values: list[Tensor | None], default: float) -> Tensor:
+        like = [norm.mean for _, norm in pairs]
+        filled = [torch.full_like(m, default) if v is None else v for v, m in zip(values, like, strict=True)]
+        return torch.cat(filled).double()
+
+    with torch.no_grad():
+        mean, variance = (joined([norm[i] for _, norm in pairs], 0.0) for i in range(2))
+        epsilons = {norm.eps for _, norm in pairs}
+        if len(epsilons) == 1:
+            scale = (variance + epsilons.pop()).rsqrt()
+        else:
+            scale = torch.cat([torch.full_like(norm.mean, norm.eps, dtype=torch.float64) for _, norm in pairs])
+            scale = (variance + scale).rsqrt()
+        if any(norm.weight is not None for _, norm in pairs):
+            scale = scale * joined([norm.weight for _, norm in pairs], 1.0)
+        if any(bias is not None for bias, _ in pairs):
+            mean = mean - joined([bias for bias, _ in pairs], 0.0)
+        shift = -mean * scale
+        if any(norm.bias is not None for _, norm in pairs):
+            shift = shift + joined([norm.bias for _, norm in pairs], 0.0)
+        sizes = [len(norm.mean) for _, norm in pairs]
+        return list(zip(scale.split(sizes), shift.split(sizes), strict=True))
+
+
 class FoldedConv:
     """``norm(conv2d(x, weight, bias))`` as a convolution of its own filters, for as long as none of the numbers that it
     was made of is replaced or changed in place (:meth:`is_of`).
 
-    filters: [O, I / groups, kh, kw], weight * s for the norm's scale s = norm.weight / sqrt(variance + eps); computed
-        in float64 and rounded once, to float32 or the weight's dtype, whichever is wider. The sum of a convolution then
-        differs from the unfolded one by the rounding of the filters, of the order of eps * sum |weight * x| * s.
-    shift: [O], norm.bias + (bias - mean) * s, likewise.
+    Filters are weight * s for the norm's scale s, computed in float64 and rounded once, to what the convolution
+    computes in. The sum of a convolution then differs from the unfolded one by that rounding, of the order of
+    eps * sum |weight * x| * s.
+
+    Args:
+        weight, bias: the convolution's, [O, I / groups, kh, kw] and [O] or None.
+        norm: its norm's.
+        table: what :func:`scales_and_shifts` made of bias and norm; None: made here.
+        rows: a dictionary that an attack's convolutions share (:meth:`rows`); None: one of its own.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Norm,
+        table: tuple[Tensor, Tensor] | None = None,
+        rows: dict[Any, Any] | None = None,
+    ) -> None:
         self._numbers = _numbers(weight, bias, norm)
         self._versions = [tensor._version for tensor in self._numbers]
         self._eps = norm.eps
-        with torch.no_grad():
-            scale = (norm.variance.double() + norm.eps).rsqrt()
-            if norm.weight is not None:
-                scale = scale * norm.weight.double()
-            shift = -norm.mean.double() if bias is None else bias.double() - norm.mean.double()
-            shift = shift * scale
-            if norm.bias is not None:
-                shift = shift + norm.bias.double()
-            kind = torch.promote_types(weight.dtype, torch.float32)
-            self.filters = (weight.double() * scale[:, None, None, None]).to(kind)  # keeps the weight's memory format
-            self.shift = shift.to(kind)
-        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._weight = weight
+        self._scale, self._shift = scales_and_shifts([(bias, norm)])[0] if table is None else table
+        self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._engine: Tensor | None = None
+        self._table: tuple[Tensor, Tensor] | None = None
+        self._rows = {} if rows is None else rows
 
     def is_of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
         """Whether these are the numbers that this was made of, unchanged."""
@@ -67,30 +103,59 @@ class FoldedConv:
         same = len(numbers) == len(self._numbers) and all(a is b for a, b in zip(numbers, self._numbers, strict=True))
         return same and norm.eps == self._eps and [tensor._version for tensor in numbers] == self._versions
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Filters and shift in the dtype that the convolution computes in; cast once."""
-        if dtype not in self._cast:
-            self._cast[dtype] = (self.filters.to(dtype), self.shift.to(dtype))
-        return self._cast[dtype]
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Filters [O, I / groups, kh, kw], in the weight's memory format, and shift [O], in the dtype that the
+        convolution computes in; made once."""
+        if dtype not in self._made:
+            with torch.no_grad():
+                filters = torch.empty_like(self._weight, dtype=dtype)
+                torch.mul(self._weight, self._scale[:, None, None, None], out=filters)
+                self._made[dtype] = filters, self._shift.to(dtype)
+        return self._made[dtype]
 
     def engine_filters(self) -> Tensor:
-        """[1, O, I, kh, kw] with the output channels innermost in memory, as the engine likes them."""
+        """Float32 [1, O, I, kh, kw] with the output channels innermost in memory, as the engine likes them."""
         if self._engine is None:
-            self._engine = self.filters.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[None]
+            filters, _ = self.tensors(torch.float32)
+            self._engine = filters.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[None]
         return self._engine
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """A scale of one and the shift, [1, O] float32, as the routed blocks' kernels take them."""
+        if self._table is None:
+            shift = self._shift.float()[None]
+            self._table = torch.ones_like(shift), shift
+        return self._table
+
+    def rows(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For the same kernels: all rows are the one expert's [0, B], in their order [B], with weights of one [B, 1] in
+        the dtype that they want. Made once for an attack's batch size."""
+        key = (len(z), z.device)
+        if key not in self._rows:
+            order = torch.arange(len(z), device=z.device)
+            ones = torch.ones(len(z), 1, dtype=torch.float32, device=z.device)
+            self._rows[key] = (torch.arange(2, device=z.device) * len(z), order, ones)
+        return self._rows[key]
 
     def __call__(self, x: Tensor, other: Tensor | None, relu: bool, call: Call, dtype: torch.dtype) -> Tensor:
         """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for."""
-        if x.device.type in FUSED and x.dtype == dtype == torch.float32 and (other is None or _alike(other, dtype)):
-            return _Fused.apply(x, other, self, call, relu)
-        out = torch.conv2d(x, *self.cast(dtype), *call)
+        how = fuses(x, dtype)
+        if how:
+            return _Fused.apply(x, other, self, call, relu, dtype, how)
+        out = torch.conv2d(x, *self.tensors(dtype), *call)
         if other is not None:
             out = out.add_(other)  # in place: neither a convolution nor an addition saves its output
         return out.relu_() if relu else out
 
 
-def _alike(other: Tensor, dtype: torch.dtype) -> bool:
-    return other.dtype == dtype and other.device.type == "cpu"
+def fuses(x: Tensor, dtype: torch.dtype) -> str:
+    """How shift, addition and ReLU are done within the convolution's autograd node: ``"in place"``, on the CPU;
+    ``"kernel"``, on a GPU with Triton, by one kernel of the routed blocks' (on the whole, one launch and one pass over
+    the map instead of three: estimated); ``""``: by PyTorch, each for itself."""
+    if x.device.type == "cpu":
+        return "in place" if x.dtype == dtype == torch.float32 else ""
+    triton = x.device.type == "cuda" and EXPERT_BLOCK.why_not("triton", "cuda") is None
+    return "kernel" if triton and dtype in (torch.float32, torch.bfloat16, torch.float16) else ""
 
 
 def _numbers(weight: Tensor, bias: Tensor | None, norm: Norm) -> list[Tensor]:
@@ -119,19 +184,34 @@ class Call(NamedTuple):
 
 
 class _Fused(torch.autograd.Function):
-    """On the CPU, in float32: convolution, shift, addition and ReLU leave one map in memory and save one (the ReLU's
-    output) for the backward, which computes the gradients to x and other alone; differentiable any number of times."""
+    """Convolution, shift, addition and ReLU save one map, the ReLU's output, for the backward, which computes the
+    gradients to x and other alone; differentiable any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
-        ctx.conv, ctx.call, ctx.relu = conv, call, relu
-        last = _channels_last(x) or _channels_last(conv.filters)  # the format that conv2d would answer in
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        other: Tensor | None,
+        conv: FoldedConv,
+        call: Call,
+        relu: bool,
+        dtype: torch.dtype,
+        how: str,
+    ) -> Tensor:
+        ctx.conv, ctx.call, ctx.how, ctx.kind = conv, call, how, x.dtype
+        if how == "kernel":
+            x = x.to(dtype)
+            out = _by_kernel(x, other, conv, call, relu)
+            ctx.save_for_backward(x, out if relu else None)
+            return out
+        filters, shift = conv.tensors(torch.float32)
+        last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
-        if _engine_takes(conv.filters, call):
-            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, _geometry(call), AUTO)
-            out.add_(conv.shift[:, None, None])
+        if _engine_takes(filters, call):
+            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], _geometry(call), AUTO)
+            out.add_(shift[:, None, None])
         else:
-            out = torch.conv2d(rows, conv.filters.contiguous(memory_format=torch.channels_last), conv.shift, *call)
+            out = torch.conv2d(rows, filters.contiguous(memory_format=torch.channels_last), shift, *call)
         if other is not None:
             out.add_(other)
         if relu:
@@ -143,20 +223,37 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
+        conv, call = ctx.conv, ctx.call
         if out is not None:
             d = torch.ops.aten.threshold_backward(d, out, 0)
         d_x = None
         if ctx.needs_input_grad[0]:
-            filters, call = ctx.conv.filters, ctx.call
-            if _engine_takes(filters, call) and not torch.is_grad_enabled():
+            filters, _ = conv.tensors(x.dtype)
+            if ctx.how == "in place" and _engine_takes(filters, call) and not torch.is_grad_enabled():
                 rows = d.contiguous(memory_format=torch.channels_last)
-                d_x = conv_dgrad(rows, ctx.conv.engine_filters(), _whole(x), *x.shape[2:], _geometry(call), AUTO)
+                d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
             else:
                 d_x, _, _ = torch.ops.aten.convolution_backward(
                     d, x, filters, None, *call[:3], False, [0, 0], call.groups, [True, False, False]
                 )
-        return d_x, d if ctx.needs_input_grad[1] else None, None, None, None
+            d_x = d_x.to(ctx.kind)
+        return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 5
+
+
+def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
+    """The convolution, and what follows by one kernel where the map is channels-last, as those kernels want it."""
+    filters, _ = conv.tensors(x.dtype)
+    one, shift = conv.table()
+    z = torch.conv2d(x, filters, None, *call)
+    offsets, order, ones = conv.rows(z)
+    if _channels_last(z) and other is None:
+        return scale_shift(z, offsets, one, shift, relu, AUTO)
+    if _channels_last(z) and relu and _channels_last(other):
+        return head_forward(z, one, shift, other, None, None, order, order, offsets, ones, AUTO)
+    out = z.float().add_(shift[0, :, None, None])
+    out = out if other is None else out.add_(other)
+    return (out.relu_() if relu else out).to(z.dtype)
 
 
 def _engine_takes(filters: Tensor, call: Call) -> bool:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
-from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm
+from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_learning import Chain, Watch, is_plain
 
 __all__ = ["backbone_folded"]
@@ -106,10 +106,12 @@ class _Folding(TorchFunctionMode):
         self.first = 0  # id of the weight that a forward begins with
         self.how = ""  # this forward runs: "promises", "careful", or as it is
         self.weights = {
-            id(weight): weight
+            id(weight): (weight, module._parameters.get("bias"))
             for module in model.modules()
             if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None
         }
+        self.norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        self.rows: dict[Any, Any] = {}  # see FoldedConv.rows
         self.tables: dict[tuple[int, int], FoldedConv | None] = {}  # by weight and running mean; None: they changed
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
@@ -176,6 +178,12 @@ class _Folding(TorchFunctionMode):
         self.promises[key] = (weakref.ref(tensor, lambda _: self.promises.pop(key, None)), promise)
         return tensor
 
+    def _computed(self, promise: Promise) -> Tensor:
+        """The promised tensor itself, with a promise that can still be extended."""
+        out = promise.compute()
+        promise.keep(out, weakly=True)
+        return self._register(out, promise)
+
     def _of(self, tensor: Any) -> Promise | None:
         """The promise that a tensor stands for."""
         ref, promise = self.promises.get(id(tensor), (None, None))
@@ -199,7 +207,7 @@ class _Folding(TorchFunctionMode):
             return None
         x, weight, bias, *form = args
         call = Call.of(*form)
-        if self.weights.get(id(weight)) is not weight or call is None or not self._begun(x, weight):
+        if self.weights.get(id(weight), (None,))[0] is not weight or call is None or not self._begun(x, weight):
             return None
         if self.watch is None and not self._is_chained(weight):
             return None
@@ -210,10 +218,10 @@ class _Folding(TorchFunctionMode):
             return None
         if self.how == "promises":
             return self._promised(promise)
-        out = promise.get()
+        out = self._computed(promise)
         if self.watch is not None:
             self.watch.convolved(weight, out)
-        return self._register(out, promise)
+        return out
 
     def _is_chained(self, weight: Tensor) -> bool:
         chain = self.known.chains.get(id(weight))
@@ -245,23 +253,47 @@ class _Folding(TorchFunctionMode):
         if folded is None:
             return None
         longer = promise.extended(folded=folded, then="" if chain is None else chain.then)
-        return self._promised(longer) if self.how == "promises" and longer.then else longer.compute()
+        if self.how == "promises" and longer.then:
+            return self._promised(longer)
+        if self.how == "careful" and (chain is None or chain.then == "add"):  # an addition, if one follows
+            longer.then = "add"
+            return self._computed(longer)
+        return longer.compute()
 
     def _table(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
         if not _frozen(weight, bias, norm.weight, norm.bias):
             return None
         key = (id(weight), id(norm.mean))
+        if not self.tables and self.known.chains:
+            self._make_tables()
         if key not in self.tables:
-            inference = any(t is not None and t.is_inference() for t in (weight, bias, *norm[:4]))
-            self.tables[key] = None if inference else FoldedConv(weight, bias, norm)
+            unseen = _has_no_versions(weight, bias, norm)
+            self.tables[key] = None if unseen else FoldedConv(weight, bias, norm, rows=self.rows)
         folded = self.tables[key]
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.tables[key] = folded = None
         return folded
 
+    def _make_tables(self) -> None:
+        """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
+        found = []
+        for weight, bias in self.weights.values():
+            module = self.norms.get(id(self.known.chains[id(weight)].mean())) if self._is_chained(weight) else None
+            if module is not None and module.running_var is not None:
+                norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+                if not _has_no_versions(weight, bias, norm):
+                    found.append((weight, bias, norm))
+        places = {(norm.mean.device, norm.mean.dtype) for _, _, norm in found}
+        if len(places) == 1:  # otherwise one by one
+            tables = scales_and_shifts([(bias, norm) for _, bias, norm in found])
+            for (weight, bias, norm), table in zip(found, tables, strict=True):
+                self.tables[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table, self.rows)
+
     def _relu(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
         promise = self._open(args[0], folded=True) if args else None
-        if promise is None or promise.value is not None or len(args) > 2 or kwargs.keys() - {"inplace"}:
+        if promise is None or len(args) > 2 or kwargs.keys() - {"inplace"}:
+            return None
+        if promise.value is not None and (self.how != "careful" or promise.other is None):
             return None
         out = promise.compute(relu=True)
         if in_place or kwargs.get("inplace", False) or (len(args) == 2 and args[1]):
@@ -280,15 +312,21 @@ class _Folding(TorchFunctionMode):
         if second.shape != first.shape or second.dtype != first.dtype or second.device != first.device:
             return None
         other = self._real(second)
+        if promise.value is not None:  # careful: the sum for whoever may read it, and the fused one for a ReLU
+            out = promise.value.add_(other) if in_place else promise.value + other
+            longer = promise.extended(other=other, then="relu")
+            longer.keep(out, weakly=True)
+            return self._register(out, longer)
         if in_place:
-            promise.other = other
+            promise.add(other)
             return first
         return self._promised(promise.extended(other=other, then="relu"))
 
     def _addable(self, tensor: Any) -> Promise | None:
         promise = self._open(tensor, folded=True)
-        fits = promise is not None and promise.value is None and promise.other is None and promise.then == "add"
-        return promise if fits else None
+        if promise is None or promise.other is not None or promise.then != "add":
+            return None
+        return promise if promise.value is None or (self.how == "careful" and promise.value is tensor) else None
 
     def _learn(self, outputs: Any) -> None:
         self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
@@ -308,6 +346,11 @@ def _known(model: nn.Module) -> _Known:
     if known is None or known.form != form:
         known = _KNOWN[model] = _Known(form)
     return known
+
+
+def _has_no_versions(weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
+    """Tensors made in inference mode do not count their changes."""
+    return any(tensor is not None and tensor.is_inference() for tensor in (weight, bias, *norm[:4]))
 
 
 def _frozen(*tensors: Tensor | None) -> bool:

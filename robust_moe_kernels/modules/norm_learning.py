@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Chain", "Watch"]
 
@@ -117,7 +118,8 @@ def _follow(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str |
         return None
     if only("norm", "relu", 1):
         return "relu"
-    return "add" if only("norm", "add", 1) and "add" in stages and only("add", "relu", 1) else ""
+    # nor to a sum that a ReLU reads, which gets one of its own too
+    return "add" if only("norm", "add", 0) and "add" in stages and only("add", "relu", 0) else ""
 
 
 def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
@@ -138,4 +140,4 @@ def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
 
 def is_plain(tensor: Any) -> bool:
     """A tensor of no subclass that might mean something else by its operations."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)  # the last has a form and no numbers
