@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and sys.argv[1:2] == ["gpu_campaign"]:  # before PyTorch, without which it does
+    from benchmarks.gpu_campaign.runner import main as campaign
+
+    sys.exit(campaign(sys.argv[2:]))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
 
@@ -40,7 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Benchmarks: every number is timed after its result was found correct.",
-        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER",
+        epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
+        "all of it that a GPU of fifteen minutes can answer:  python -m benchmarks gpu_campaign --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")

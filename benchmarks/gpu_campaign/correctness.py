@@ -1,0 +1,127 @@
+"""Part 2: nothing is timed before it is right. Every candidate of the convolutions against float64, a graph against the
+same calls one by one, and compute-sanitizer over a small layer.
+
+The candidates are checked by several processes at a time: that also compiles every kernel once, all at once, for the
+parts that follow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_campaign.record import Record
+from benchmarks.layer_case import Case, one_pass, set_mode
+
+__all__ = ["memcheck_command", "run"]
+
+BROKEN = 3  # candidates of a group that may end its process before the group is given up
+AFTER = 15.0  # seconds that the rest of the part wants after the candidates
+WHAT = {"cpu": [("fp16", "forward,dgrad,wgrad")]}
+WHAT["cuda"] = [(mode, operation) for mode in ("bf16", "tf32", "ieee") for operation in ("forward", "dgrad", "wgrad")]
+
+
+def run(record: Record) -> str:
+    sanitizer = subprocess.Popen(
+        memcheck_command(record.dry), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    groups = WHAT[record.device.type]
+    with ThreadPoolExecutor(max_workers=min(len(groups), os.cpu_count() or 1)) as pool:
+        rows = [row for found in pool.map(lambda group: _group(record, *group), groups) for row in found]
+    wrong = [row for row in rows if not row["ok"]]
+    for row in wrong:
+        record.say(f"WRONG: {row['mode']} {row['operation']} {row.get('candidate', '')}: error {row['error']}")
+    same = [_graph_is_eager(record, experts) for experts in (4, 16)]
+    checked = _memcheck(record, sanitizer)
+    graphs = "a graph gives the bits of single calls" if all(same) else "A GRAPH GIVES OTHER BITS"
+    return f"{len(rows) - len(wrong)} of {len(rows)} candidates right; {graphs}; {checked}"
+
+
+def _group(record: Record, mode: str, operations: str) -> list[dict[str, Any]]:
+    """The rows of one process of :mod:`.conv_check`, started again behind every candidate that ended it."""
+    command = [sys.executable, "-m", "benchmarks.gpu_campaign.conv_check", mode, operations]
+    command += ["--tiny"] if record.dry else []
+    rows: list[dict[str, Any]] = []
+    for _ in range(BROKEN):
+        seconds = record.left() - AFTER
+        if seconds <= 0:
+            record.say(f"{mode} {operations}: stopped for want of time after {len(rows)} candidates")
+            break
+        process = subprocess.Popen([*command, "--skip", str(len(rows))], stdout=subprocess.PIPE, text=True)
+        alarm = threading.Timer(seconds, process.kill)  # a kernel that never ends
+        alarm.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            rows.append(json.loads(line))
+            record.row(check="candidate", **rows[-1])
+        status = process.wait()
+        alarm.cancel()
+        if status == 0:
+            return rows
+        broken = {"mode": mode, "operation": operations, "candidate": f"number {len(rows)}", "ok": False}
+        rows.append(broken | {"error": f"its process ended with status {status}"})
+        record.row(check="candidate", **rows[-1])
+    return rows
+
+
+def _graph_is_eager(record: Record, experts: int) -> bool:
+    """A layer's forward and input gradient, called twice and replayed from a graph: the same bits. Without a GPU, where
+    there are no graphs: called twice more."""
+    device = record.device
+    case = Case(experts, batch=6 if record.dry else 128, channels=16 if record.dry else 512)
+    dtype = torch.float32 if record.dry else torch.bfloat16
+    layer = case.variants(case.layer(device, dtype), ())
+    set_mode(layer, "forward+dx")
+    (module,) = layer.values()
+    inputs = case.inputs(device, dtype)
+    run = one_pass(module, inputs, "forward+dx")
+    single = [_first(run(number)).clone() for number in range(2)]
+    results = [_first(run(number)) for number in range(2)] if record.dry else _replayed(run)
+    same = all(torch.equal(got, wanted) for got, wanted in zip(results, single, strict=True))
+    record.row(check="graph", E=experts, ok=same)
+    return same
+
+
+def _first(found: Any) -> torch.Tensor:
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _replayed(run: Any) -> list[torch.Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [_first(run(number)) for number in range(2)]
+    for result in results:
+        result.fill_(float("nan"))
+    graph.replay()
+    return results
+
+
+def memcheck_command(tiny: bool) -> list[str]:
+    """The small layer under compute-sanitizer, or alone where there is none."""
+    target = [sys.executable, "-m", "benchmarks.gpu_campaign.targets", "memcheck", *(["--tiny"] if tiny else [])]
+    tool = shutil.which("compute-sanitizer")
+    return target if tool is None or tiny else [tool, "--tool", "memcheck", "--error-exitcode", "9", *target]
+
+
+def _memcheck(record: Record, sanitizer: subprocess.Popen[str]) -> str:
+    checked = sanitizer.args[0] != sys.executable
+    try:
+        output, _ = sanitizer.communicate(timeout=max(1.0, record.left() - 5))
+    except subprocess.TimeoutExpired:
+        sanitizer.kill()
+        record.say("memcheck: stopped for want of time")
+        return "memcheck unfinished"
+    print(output)
+    record.row(check="memcheck", sanitizer=checked, status=sanitizer.returncode, output=output[-4000:])
+    if sanitizer.returncode == 0:
+        return "memcheck clean" if checked else "no memcheck (the small layer ran without it)"
+    errors = [line for line in output.splitlines() if "ERROR SUMMARY" in line or "Error" in line]
+    return f"MEMCHECK: status {sanitizer.returncode}, {errors[-1] if errors else 'see log.txt'}"

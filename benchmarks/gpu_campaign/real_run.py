@@ -1,0 +1,171 @@
+"""Part 7: the real thing: train as long as the budget allows, then AutoAttack and the routed attacks.
+
+The number of epochs follows from the speed of the first one, so that the schedule ends where the training does. Attacks
+run on the first images of every class; each result is scored again in float32, the moment its attack is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu_campaign.record import Record
+from benchmarks.gpu_campaign.trainer_steps import GENERATED, OUR_RUN, WatchedTrainer, knows
+from robust_moe.attacks import PGD, ExpertPGD, RouterPGD
+from robust_moe.attacks.autoattack import members
+from robust_moe.config import DataConfig, TrainConfig, load_config, preset_names
+from robust_moe.data import DATASETS, ImageSet
+from robust_moe.data.parquet import load_parquet
+from robust_moe.engine import Reporter, read_metrics
+from robust_moe.engine.experiment import load_experiment
+from robust_moe.evaluation import predict
+from robust_moe_kernels.modules import moe_layers
+
+__all__ = ["epochs_that_fit", "run"]
+
+EPS = 8 / 255
+PRESETS = ("speedrun-cifar10-blockmoe", "speedrun-cifar10-r18")  # the first gets the larger share of the time
+SHARES = (0.6, 1.0)  # of the time that is left when it begins
+EVALUATION = 0.3  # of a preset's time
+WARM, TIMED = 10, 20  # steps of the first look at the speed
+IMAGES = 1000  # attacked
+SLACK = 5.0  # seconds of a preset that nothing is planned for: saving and loading
+DECODED = "parquet, decoded once"  # data.name
+
+
+@cache
+def _decoded(root: str, side: int | None) -> tuple[ImageSet, ImageSet]:
+    return load_parquet(DataConfig(name="parquet", root=root, image_size=side))
+
+
+DATASETS[DECODED] = lambda config: _decoded(config.root, config.image_size)
+
+
+def run(record: Record) -> str:
+    presets = [name for name in PRESETS if name in preset_names()] or [OUR_RUN]
+    return "; ".join(
+        _preset(record, name, record.left() * share)
+        for name, share in zip(presets, SHARES if len(presets) == 2 else (1.0,), strict=True)
+    )
+
+
+def _preset(record: Record, preset: str, seconds: float) -> str:
+    end = time.monotonic() + seconds
+    per_epoch, set_up = _seconds_of_an_epoch(record, preset)
+    asked = _config(record, preset).run.epochs
+    train = (1 - EVALUATION) * (end - time.monotonic()) - set_up - SLACK
+    epochs = epochs_that_fit(train, per_epoch, asked)
+    times = {"seconds_an_epoch": per_epoch, "seconds_to_set_up": set_up}
+    record.row(preset=preset, epochs=epochs, epochs_of_the_preset=asked, **times)
+    began = time.monotonic()
+    config = _config(record, preset, f"run.epochs={epochs}", f"eval.every={max(1, epochs // 3)}")
+    result = WatchedTrainer(config, lambda number: None, Reporter()).fit(resume=False)
+    took = time.monotonic() - began
+    for line in read_metrics(result.folder, "epoch"):
+        record.row(preset=preset, **line)
+    record.row(preset=preset, trained_seconds=took, steps=result.steps, best=result.best)
+    clean, robust, finished = _evaluate(record, preset, result.folder, end)
+    shutil.rmtree(result.folder, ignore_errors=True)
+    by = "AutoAttack" if finished else "attacks so far"
+    return f"{preset}: {epochs} epochs in {took:.0f} s, clean {clean:.1%}, {by} {robust:.1%}"
+
+
+def epochs_that_fit(seconds: float, per_epoch: float, most: int) -> int:
+    """Whole epochs, 1 at least and no more than the preset's."""
+    return max(1, min(most, int(seconds / per_epoch)))
+
+
+def _config(record: Record, preset: str, *overrides: str) -> TrainConfig:
+    """The preset on the given images, as Parquet files; on generated ones without."""
+    data = ["data.expects=null", f"data.name={GENERATED}", "data.root=null"]
+    if record.data is not None:
+        data = [f"data.name={DECODED}", f"data.root={record.data}", "data.expects=null"]
+    settings = [*data, f"run.out={record.folder / 'run'}", "eval.limit=500", "data.validation_fraction=0.02"]
+    if knows("compile") is False and not record.dry:
+        settings.append("run.precision=bf16-mixed")  # a trainer that does not choose by itself
+    if record.data is None:
+        settings += ["data.train_limit=5000", "data.test_limit=1000"]
+    if record.dry:
+        settings += ["model.width=4", "data.image_size=8", "method.attack.steps=2", "run.batch_size=16"]
+        settings += ["data.train_limit=48", "data.test_limit=8", "eval.attack.steps=2", "run.epochs=1"]
+    return load_config(preset, [*settings, *overrides])
+
+
+def _seconds_of_an_epoch(record: Record, preset: str) -> tuple[float, float]:
+    """(seconds of an epoch, seconds before it is at its speed), from a short run of the same steps."""
+    warm, timed = (1, 2) if record.dry else (WARM, TIMED)
+    times = [time.perf_counter()]
+
+    def before_step(number: int) -> None:
+        if number in (warm, warm + timed):
+            if record.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    steps = warm + timed + 1
+    limits = (f"run.max_steps={steps}", "run.epochs=1000", "data.validation_fraction=0")
+    trainer = WatchedTrainer(_config(record, preset, *limits), before_step)
+    trainer.fit(resume=False)
+    seconds = (times[2] - times[1]) / timed
+    record.row(preset=preset, step_ms=1e3 * seconds, images_per_s=trainer.config.run.batch_size / seconds)
+    return seconds * len(trainer.loader), times[1] - times[0]
+
+
+def _evaluate(record: Record, preset: str, folder: Any, end: float) -> tuple[float, float, bool]:
+    """(clean, robust share, whether AutoAttack was finished); a row for every attack."""
+    _, model, splits, _ = load_experiment(folder)
+    model.to(record.device)
+    test = splits.test.subset(splits.test.head_index(4 if record.dry else IMAGES))
+    images = (test.images.to(record.device).float() / 255).contiguous()
+    labels = test.labels.to(record.device)
+    index = torch.arange(len(labels), device=record.device)
+    settings = {"steps": 1} if record.dry else {}
+    robust = clean = _right(model, images, labels)
+    record.row(preset=preset, attack="none", robust=_share(clean), images=len(labels))
+    finished = True
+    for name, attack in {"pgd-20": PGD(EPS, steps=20), **members(EPS, seed=0, **settings)}.items():
+        robust, whole = _attacked(model, attack, images, labels, index, robust, end)
+        finished &= whole
+        record.row(preset=preset, attack=name, robust=_share(robust), images=len(labels), finished=whole)
+        if not whole:
+            record.say(f"{preset}, {name}: stopped for want of time; the share is of what was attacked so far")
+            break
+    if moe_layers(model):
+        for name, attack in {"experts": ExpertPGD(EPS, steps=20), "router": RouterPGD(EPS, steps=20)}.items():
+            kept, whole = _attacked(model, attack, images, labels, index, clean, end)
+            record.row(preset=preset, attack=name, alone=_share(kept), images=len(labels), finished=whole)
+    return _share(clean), _share(robust), finished
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.float().mean())
+
+
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return predict(model, images)[0].to(labels.device) == labels
+
+
+def _attacked(
+    model: nn.Module,
+    attack: Callable[..., Tensor],
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    robust: Tensor,
+    end: float,
+    batch: int = 500,
+) -> tuple[Tensor, bool]:
+    """(which images are still right, whether all that were so far have been attacked before the time was up)."""
+    robust = robust.clone()
+    for rows in robust.nonzero()[:, 0].split(batch):
+        if time.monotonic() > end:
+            return robust, False
+        found = attack(model, images[rows], labels[rows], index[rows])
+        robust[rows] = _right(model, found, labels[rows])
+    return robust, True
