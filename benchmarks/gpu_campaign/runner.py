@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does every part run?")
     asked = parser.parse_args(arguments)
     try:
-        parts = chosen(asked.parts)
+        parts = chosen(asked.parts, PARTS)
         if not asked.budget > 0:
             raise ValueError(f"--budget: expected seconds > 0, got {asked.budget:g}")
         if asked.data is not None and not (asked.data / "train.parquet").is_file():
