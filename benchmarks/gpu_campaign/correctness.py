@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.layer_case import Case, one_pass, set_mode
 
-__all__ = ["memcheck_command", "run"]
+__all__ = ["check_group", "memcheck_command", "run"]
 
 BROKEN = 3  # candidates of a group that may end its process before the group is given up
 AFTER = 15.0  # seconds that the rest of the part wants after the candidates
@@ -35,7 +35,8 @@ def run(record: Record) -> str:
     )
     groups = WHAT[record.device.type]
     with ThreadPoolExecutor(max_workers=min(len(groups), os.cpu_count() or 1)) as pool:
-        rows = [row for found in pool.map(lambda group: _group(record, *group), groups) for row in found]
+        found = pool.map(lambda group: check_group(record, conv_check_command(record.dry, *group), *group), groups)
+        rows = [row for group in found for row in group]
     wrong = [row for row in rows if not row["ok"]]
     for row in wrong:
         record.say(f"WRONG: {row['mode']} {row['operation']} {row.get('candidate', '')}: error {row['error']}")
@@ -45,10 +46,13 @@ def run(record: Record) -> str:
     return f"{len(rows) - len(wrong)} of {len(rows)} candidates right; {graphs}; {checked}"
 
 
-def _group(record: Record, mode: str, operations: str) -> list[dict[str, Any]]:
-    """The rows of one process of :mod:`.conv_check`, started again behind every candidate that ended it."""
+def conv_check_command(tiny: bool, mode: str, operations: str) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.gpu_campaign.conv_check", mode, operations]
-    command += ["--tiny"] if record.dry else []
+    return [*command, *(["--tiny"] if tiny else [])]
+
+
+def check_group(record: Record, command: list[str], mode: str, operations: str) -> list[dict[str, Any]]:
+    """The rows that a process prints, started again (``--skip N``) behind every candidate that ended it."""
     rows: list[dict[str, Any]] = []
     for _ in range(BROKEN):
         seconds = record.left() - AFTER

@@ -73,7 +73,7 @@ def run(record: Record) -> str:
 
 def _time(record: Record, mode: str, experts: int, spread: str, batch: int) -> list[dict[str, Any]]:
     """Rows of all three operations of a case."""
-    case = ConvCase(row_counts(2 * batch, experts, spread), 16 if record.dry else 512, gather=True)
+    case = ConvCase(row_counts(2 * batch, experts, spread), 64 if record.dry else 512, gather=True)
     found = []
     with precision(mode) as dtype:
         inputs = [Operands.of(case, dtype, record.device, seed) for seed in range(1 if record.dry else INPUTS)]

@@ -38,7 +38,7 @@ def small_layer(tiny: bool) -> None:
 def product(number: int, tiny: bool) -> str:
     """Candidate ``number`` of a forward product, B = 512, k = 2, E = 4; returns its label."""
     device = torch.device("cpu" if tiny else "cuda")
-    rows, channels, mode = (12, 16, "fp16") if tiny else (1024, 512, "bf16")
+    rows, channels, mode = (6, 64, "fp16") if tiny else (1024, 512, "bf16")
     with precision(mode) as dtype:
         operands = Operands.of(ConvCase(row_counts(rows, 4, "even"), channels), dtype, device)
         found = choices(operands, "forward")
