@@ -72,8 +72,9 @@ def large_products(options: Options, threads: int, dtype: torch.dtype) -> list[R
         offsets = torch.tensor([0, side], device=device)
         geometry = [1, 1, 0, 0, 1, 1]
         runs["1x1 expert_conv"] = lambda i: conv_forward(
-            pairs[i % 2][0][..., None, None], pairs[i % 2][1].t()[None, ..., None, None], offsets, None, geometry, AUTO
-        )
+            pairs[i % 2][0][..., None, None], pairs[i % 2][1].t()[None, ..., None, None], offsets, None, [], geometry,
+            AUTO,
+        )  # fmt: skip
     torch.set_num_threads(threads)
     for name, run in runs.items():
         wanted = torch.mm(*(matrix.double() for matrix in pairs[0]))

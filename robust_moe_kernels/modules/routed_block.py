@@ -137,7 +137,7 @@ class _RoutedBlock(torch.autograd.Function):
         for i, (layer, parameters) in enumerate(zip(plan.layers, layers, strict=True)):
             if i == plan.depth:  # the skip
                 source, index = x if x_skip is None else x_skip, sample
-            z = conv_forward(source, parameters[0], offsets, index, list(layer.geometry), AUTO)
+            z = conv_forward(source, parameters[0], offsets, index, [], list(layer.geometry), AUTO)
             first = _FIXED + _PER_LAYER * i + 1
             wants_gradient = any(ctx.needs_input_grad[first : first + 2])
             norm = _normalize(z, offsets, parameters[1:], layer, wants_gradient)
@@ -286,7 +286,7 @@ class _Backward:
 
     def _through_conv(self, i: int, d_z: Tensor, size: torch.Size) -> Tensor:
         geometry = list(self.plan.layers[i].geometry)
-        return conv_dgrad(d_z, self.filters[i], self.offsets, *size, geometry, AUTO)
+        return conv_dgrad(d_z, self.filters[i], self.offsets, [], *size, geometry, AUTO)
 
 
 def routed_block(

@@ -102,7 +102,8 @@ def main() -> None:
     op, capability = sys.argv[1], int(sys.argv[2])
     module = importlib.import_module(f"robust_moe_kernels.ops.{op}.triton_impl")
     for build in module.builds():
-        print(json.dumps(report(build, capability)), flush=True)
+        if capability not in build.not_for:
+            print(json.dumps(report(build, capability)), flush=True)
 
 
 if __name__ == "__main__":

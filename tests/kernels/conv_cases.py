@@ -74,3 +74,29 @@ def oracle(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarr
             d_x[r, :, from_y, from_x] += weight[e, :, :, i, j].T @ d_out[r, :, y, x_]
             d_weight[e, :, :, i, j] += np.outer(d_out[r, :, y, x_], pixel)
     return out, d_x, d_weight
+
+
+def terms_of(case: Case, inputs: Inputs) -> tuple[int, int, int]:
+    """The longest sum behind an element of (out, d_x, d_weight)."""
+    taps = case.kernel[0] * case.kernel[1]
+    pixels = inputs.d_out.shape[2] * inputs.d_out.shape[3]
+    return taps * case.channels[0], taps * case.channels[1], max(case.counts) * pixels
+
+
+def assert_within_bounds(
+    results: tuple[Tensor | None, ...], inputs: Inputs, case: Case, unit: float | None = None
+) -> None:
+    """Any order of a sum of n products errs by at most n*u/(1 - n*u) times the sum of their sizes; then the result is
+    rounded to its dtype once, or truncated: one spacing. ``unit``: of a coarser accumulation, to first order. None
+    among the results (out, d_x, d_weight): not computed."""
+    sizes = oracle(Inputs(*(None if t is None else t.abs() for t in inputs)), case)
+    for actual, truth, size, terms in zip(results, oracle(inputs, case), sizes, terms_of(case, inputs), strict=True):
+        if actual is None:
+            continue
+        number = torch.finfo(actual.dtype)
+        u = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps / 2
+        relative = terms * u / (1 - terms * u) if unit is None else terms * unit
+        allowed = relative * size + number.eps * np.abs(truth) + number.tiny
+        error = np.abs(actual.cpu().double().numpy().astype(np.longdouble) - truth)
+        assert actual.shape == truth.shape
+        assert (error <= allowed).all(), float((error / allowed).max())

@@ -14,7 +14,7 @@ from robust_moe_kernels.ops import OPS
 from robust_moe_kernels.ops.apgd import apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import pgd_step, random_start
 from robust_moe_kernels.ops.expert_block import scale_shift
-from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_wgrad, expert_conv
+from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_plan, conv_wgrad, expert_conv
 from robust_moe_kernels.ops.gate import top_k_gate
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
@@ -75,11 +75,15 @@ def convolve(**changes) -> object:
 
 
 def convolve_raw(impl: str = "auto") -> object:
-    return conv_forward(ROWS, FILTERS, OFFSETS, None, UNIT, impl)
+    return conv_forward(ROWS, FILTERS, OFFSETS, None, [], UNIT, impl)
 
 
 def convolve_back(impl: str = "auto") -> object:
-    return conv_dgrad(ROWS[:, :, 2:, 2:], FILTERS, OFFSETS, 5, 5, UNIT, impl)
+    return conv_dgrad(ROWS[:, :, 2:, 2:], FILTERS, OFFSETS, [], 5, 5, UNIT, impl)
+
+
+def convolve_plan(impl: str = "auto") -> object:
+    return conv_plan(FILTERS, OFFSETS, 4, 5, 5, False, UNIT, impl)
 
 
 def convolve_filters(impl: str = "auto") -> object:
@@ -278,7 +282,7 @@ CALLS = {
     "gate": (gate,),
     "routing": (sort,),
     "permute": (send, merge),
-    "expert_conv": (convolve, convolve_raw, convolve_back, convolve_filters),
+    "expert_conv": (convolve, convolve_raw, convolve_back, convolve_plan, convolve_filters),
     "expert_block": (normalize,),
     "attack_step": (step, start),
     "apgd": (climb, track),

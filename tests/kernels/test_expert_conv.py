@@ -5,21 +5,29 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
-from conv_cases import Case, Inputs, inputs_of, oracle
+from conv_cases import Case, Inputs, assert_within_bounds, inputs_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robust_moe_kernels.dispatch import ImplementationUnavailable
 from robust_moe_kernels.layout import Geometry, channels_last
 from robust_moe_kernels.ops import OPS
-from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward, conv_wgrad, expert_conv
+from robust_moe_kernels.ops.expert_conv import (
+    EXPERT_CONV,
+    conv_dgrad,
+    conv_forward,
+    conv_plan,
+    conv_wgrad,
+    expert_conv,
+    plan_key,
+)
+from robust_moe_kernels.ops.expert_conv.tiles import Gpu
 
 OP = "expert_conv"
 triton_impl = pytest.importorskip("robust_moe_kernels.ops.expert_conv.triton_impl")
-
+from robust_moe_kernels.ops.expert_conv import triton_plan  # noqa: E402  # imports Triton
 
 ONE, TWO, NONE = (1, 1), (2, 2), (0, 0)
 CASES = (
@@ -47,31 +55,10 @@ def run(inputs: Inputs, case: Case, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, offsets, sample, d_out = inputs
     rest = (case.geometry, impl)
     return (
-        conv_forward(x, weight, offsets, sample, *rest),
-        conv_dgrad(d_out, weight, offsets, *case.size, *rest),
+        conv_forward(x, weight, offsets, sample, [], *rest),
+        conv_dgrad(d_out, weight, offsets, [], *case.size, *rest),
         conv_wgrad(x, d_out, offsets, sample, weight, *rest),
     )
-
-
-def terms_of(case: Case, inputs: Inputs) -> tuple[int, int, int]:
-    """The longest sum behind an element of (out, d_x, d_weight)."""
-    taps = case.kernel[0] * case.kernel[1]
-    pixels = inputs.d_out.shape[2] * inputs.d_out.shape[3]
-    return taps * case.channels[0], taps * case.channels[1], max(case.counts) * pixels
-
-
-def assert_within_bounds(results: tuple[Tensor, ...], inputs: Inputs, case: Case, unit: float | None = None) -> None:
-    """Any order of a sum of n products errs by at most n*u/(1 - n*u) times the sum of their sizes; then the result is
-    rounded to its dtype once, or truncated: one spacing. ``unit``: of a coarser accumulation, to first order."""
-    sizes = oracle(Inputs(*(None if t is None else t.abs() for t in inputs)), case)
-    for actual, truth, size, terms in zip(results, oracle(inputs, case), sizes, terms_of(case, inputs), strict=True):
-        number = torch.finfo(actual.dtype)
-        u = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps / 2
-        relative = terms * u / (1 - terms * u) if unit is None else terms * unit
-        allowed = relative * size + number.eps * np.abs(truth) + number.tiny
-        error = np.abs(actual.cpu().double().numpy().astype(np.longdouble) - truth)
-        assert actual.shape == truth.shape
-        assert (error <= allowed).all(), float((error / allowed).max())
 
 
 def unit_of(target, dtype: torch.dtype) -> float | None:
@@ -108,32 +95,6 @@ def test_other_dtypes(target, name, dtype, generator):
         with pytest.raises(ImplementationUnavailable, match=message):
             run(here, case, target.impl)
         assert_within_bounds(run(here, case, "auto"), inputs, case, own)
-
-
-KINDS = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "narrow": torch.float32}
-TILES = [(kind, i) for kind in KINDS for i in range(len(triton_impl.PRODUCT[kind]))]
-
-
-@pytest.mark.parametrize(("kind", "tile"), TILES)
-def test_every_tile(kind, tile, generator, monkeypatch):
-    """Every launch configuration computes the same sums; the choice among them is by size, and these maps are small."""
-    case = by_name("block")
-    inputs = inputs_of(case, generator, KINDS[kind])
-    monkeypatch.setattr(triton_impl, "_kind", lambda *_: kind)
-    for table in (triton_impl.PRODUCT, triton_impl.FILTER):
-        monkeypatch.setitem(table, kind, (table[kind][min(tile, len(table[kind]) - 1)],))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = run(inputs.to(device), case, "triton")
-    assert_within_bounds(results, inputs, case, 2.0**-10 if device == "cuda" else None)
-
-
-def test_tiles_are_chosen_by_size():
-    """Large tiles only where they leave the GPU enough programs; 16 channels never meet a tile of 256."""
-    half = triton_impl.PRODUCT["half"]
-    assert triton_impl.choose_tile(half, 512 * 2 * 16, 512) == half[0]
-    assert triton_impl.choose_tile(half, 128 * 2 * 16, 512) == half[2]
-    assert triton_impl.choose_tile(half, 64, 512) == half[-1]
-    assert triton_impl.choose_tile(half, 10**6, 16).n <= 64
 
 
 def test_precision_of_float32_follows_pytorch():
@@ -220,9 +181,93 @@ def test_opcheck(target, generator):
     case = Case("", (2, 0, 1), (3, 4), (3, 4), (3, 2), TWO, ONE, ONE, 2, "")
     x, weight, offsets, sample, d_out = inputs_of(case, generator).to(target.device)
     ops, rest = torch.ops.robust_moe_kernels, (case.geometry, target.impl)
-    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, *rest))
-    torch.library.opcheck(ops.expert_conv_dgrad.default, (d_out, weight, offsets, *case.size, *rest))
+    for backward in (False, True):
+        torch.library.opcheck(
+            ops.expert_conv_plan.default, (weight, offsets, len(d_out), *case.size, backward, *rest),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )  # fmt: skip
+    plan = conv_plan(weight, offsets, len(d_out), *case.size, False, *rest)
+    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, plan, *rest))
+    torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, [], *rest))
+    torch.library.opcheck(ops.expert_conv_dgrad.default, (d_out, weight, offsets, [], *case.size, *rest))
     torch.library.opcheck(ops.expert_conv_wgrad.default, (x, d_out, offsets, sample, weight, *rest))
+
+
+SHARED = (
+    Case("3x3", (3, 0, 2), (16, 16), (4, 5), (3, 3), ONE, ONE, ONE, 4, "all products of a residual block"),
+    Case("dilated", (3, 0, 2), (16, 16), (6, 5), (3, 2), ONE, (2, 1), (2, 2), 4, "spans of 4 and 2, padding 2 and 1"),
+    Case("1x1", (3, 2), (16, 16), (3, 3), (1, 1), ONE, NONE, ONE, 4, "a single tap is its own mirror image"),
+)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_one_plan_serves_every_product_of_equal_geometry(target, case, generator, assert_same_bits):
+    """Forward with and without gathering, and the input gradient: the bits of products that plan for themselves."""
+    x, weight, offsets, sample, d_out = inputs_of(case, generator).to(target.device)
+    rows, rest = len(d_out), (case.geometry, target.impl)
+    of = weight, offsets, rows, *case.size
+    assert plan_key(weight, rows, *case.size, False, *rest) == plan_key(weight, rows, *case.size, True, *rest)
+    plan = conv_plan(*of, False, *rest)
+    assert bool(plan) == (target.impl == "triton")
+    gathered = channels_last(x.index_select(0, sample))
+    results = [
+        (
+            conv_forward(x, weight, offsets, sample, plan, *rest),
+            conv_forward(gathered, weight, offsets, None, plan, *rest),
+            conv_dgrad(d_out, weight, offsets, plan, *case.size, *rest),
+        )
+        for plan in (plan, [])
+    ]
+    assert_same_bits(*results)
+
+
+def test_plans_compile_into_one_graph(target, generator, assert_same_bits):
+    """Also with another number of rows, which must not compile a plan of the first one's shape."""
+
+    def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        x, weight, offsets, sample, d_out = inputs
+        rest = (SHARED[0].geometry, target.impl)
+        plan = conv_plan(weight, offsets, sample.shape[0], *SHARED[0].size, False, *rest)
+        return (
+            conv_forward(x, weight, offsets, sample, plan, *rest),
+            conv_dgrad(d_out, weight, offsets, plan, *SHARED[0].size, *rest),
+        )
+
+    if target.impl == "reference":
+        pytest.skip("the reference reads the segments' sizes on the host")
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for counts in ((3, 0, 2), (4, 6, 1)):
+        inputs = inputs_of(SHARED[0]._replace(counts=counts), generator).to(target.device)
+        assert_same_bits(compiled(inputs), both(inputs))
+
+
+def test_keys_of_plans_that_cannot_be_shared(generator):
+    """Another map, geometry, number of rows or direction: another key; implementations without plans have none."""
+    case = by_name("image")
+    weight = inputs_of(case, generator).weight
+    base = (5, 4, 4, False, [1, 1, 1, 1, 1, 1])
+    others = (
+        (6, 4, 4, False, [1, 1, 1, 1, 1, 1]),
+        (5, 4, 5, False, [1, 1, 1, 1, 1, 1]),
+        (5, 4, 4, False, [1, 1, 0, 0, 1, 1]),
+        (5, 4, 4, True, [1, 1, 0, 0, 1, 1]),
+        (5, 4, 4, False, [2, 2, 1, 1, 1, 1]),
+        (5, 4, 4, True, [2, 2, 1, 1, 1, 1]),
+    )
+    keys = [plan_key(weight, *of, "triton") for of in (base, *others)]
+    assert len(set(keys)) == len(keys)
+    assert plan_key(weight, *base, "triton") == keys[0]
+    assert plan_key(weight, *base, "native") is plan_key(weight, *base, "reference") is None
+
+
+def test_a_plan_that_does_not_fit_is_refused(generator):
+    case = by_name("block")
+    x, weight, offsets, sample, _ = inputs_of(case, generator)
+    plan = conv_plan(weight, offsets, 3, *case.size, False, case.geometry, "triton")
+    with pytest.raises(ValueError, match=r"^plan: expected tensors of shapes .*, or none, got "):
+        conv_forward(x, weight, offsets, sample, plan, case.geometry, "triton")
+    with pytest.raises(ValueError, match=r"^plan: expected no tensors: this implementation needs none, got 3 tensors"):
+        conv_forward(x, weight, offsets, sample, plan, case.geometry, "reference")
 
 
 def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
@@ -237,21 +282,26 @@ def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
             assert all(type(size) is int and size > 0 for size in grid)
             return lambda *_args, **_options: launched.append(self.name)
 
-    for name in ("plan_kernel", "product_kernel", "filter_kernel"):
+    for name in ("pointer_kernel", "persistent_kernel", "divide_kernel", "carry_kernel"):
         monkeypatch.setattr(triton_impl, name, Recorder(name))
-    monkeypatch.setattr(triton_impl, "on_device", lambda _: nullcontext())
-    monkeypatch.setattr(triton_impl, "_fitting", lambda tiles, _: tiles)
+    monkeypatch.setattr(triton_plan, "plan_kernel", Recorder("plan_kernel"))
+    for module in (triton_impl, triton_plan):
+        monkeypatch.setattr(module, "on_device", lambda _: nullcontext())
+        monkeypatch.setattr(module, "gpu_of", lambda _: Gpu(90, 227 * 1024, 132, True))
     case = by_name("image")
     geometry = Geometry(case.stride, case.padding, case.dilation)
     real = inputs_of(case, generator)
     with FakeTensorMode() as mode:
         x, weight, offsets, sample, d_out = (mode.from_tensor(tensor).to("cuda") for tensor in real)
         results = (
-            triton_impl.forward(x, weight, offsets, sample, geometry),
-            triton_impl.dgrad(d_out, weight, offsets, *case.size, geometry),
+            triton_impl.forward(x, weight, offsets, sample, [], geometry),
+            triton_impl.dgrad(d_out, weight, offsets, [], *case.size, geometry),
             triton_impl.wgrad(x, d_out, offsets, sample, weight, geometry),
         )
-    assert launched == ["plan_kernel", "product_kernel"] * 2 + ["filter_kernel"]
+    assert [name.split("_")[-1] for name in launched] == ["kernel"] * 5
+    assert launched[::2][:2] == ["plan_kernel"] * 2
+    assert {launched[1], launched[3]} <= {"pointer_kernel", "persistent_kernel"}
+    assert launched[4] in ("divide_kernel", "carry_kernel")
     assert {result.device.type for result in results} == {"cuda"}
 
 
@@ -260,7 +310,7 @@ def test_sizes_beyond_the_plan_are_refused(generator):
     x = torch.empty(1, 1, 1, 2**14, device="meta")
     weight, offsets = torch.empty(1, 1, 1, 1, 1, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="x: expected maps and filters below 2\\^14 lines and columns"):
-        triton_impl.forward(x, weight, offsets, None, Geometry(ONE, NONE, ONE))
+        triton_impl.forward(x, weight, offsets, None, [], Geometry(ONE, NONE, ONE))
 
 
 def test_is_in_the_table():

@@ -1,5 +1,13 @@
 """Grouped convolution of rows sorted by expert."""
 
-from robust_moe_kernels.ops.expert_conv.op import EXPERT_CONV, conv_dgrad, conv_forward, conv_wgrad, expert_conv
+from robust_moe_kernels.ops.expert_conv.op import (
+    EXPERT_CONV,
+    conv_dgrad,
+    conv_forward,
+    conv_plan,
+    conv_wgrad,
+    expert_conv,
+    plan_key,
+)
 
-__all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_wgrad", "expert_conv"]
+__all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]

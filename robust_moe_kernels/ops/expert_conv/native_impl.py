@@ -11,9 +11,11 @@ from robust_moe_kernels import native
 from robust_moe_kernels.kept_memory import KEPT
 from robust_moe_kernels.layout import Geometry, channels_last_empty
 
-__all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+__all__ = ["PLANS", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
 
 _ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
+
+PLANS = False  # products need nothing prepared
 
 why_not = native.why_not_cpu
 
@@ -74,11 +76,15 @@ def _run(
     )
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry
+) -> Tensor:
     return forward_by("auto", x, weight, offsets, sample, geometry)
 
 
-def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+def dgrad(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry
+) -> Tensor:
     return dgrad_by("auto", d_out, weight, offsets, height, width, geometry)
 
 

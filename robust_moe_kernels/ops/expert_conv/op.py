@@ -1,12 +1,13 @@
 """Grouped convolution of rows sorted by expert: every expert's rows with its own filters, in one call.
 
-Three raw operations (``forward``, ``dgrad``, ``wgrad``) that a fused block composes as it needs them, and
-``expert_conv``, the differentiable function made of them. All maps are channels-last. No operation waits for the
-device, except the reference.
+Three raw operations (``conv_forward``, ``conv_dgrad``, ``conv_wgrad``) that a fused block composes as it needs them, a
+fourth (``conv_plan``) that prepares what several of the first two share, and ``expert_conv``, the differentiable
+function made of them. All maps are channels-last. No operation waits for the device, except the reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_
 from robust_moe_kernels.dispatch import AUTO, ImplementationUnavailable, Op
 from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty
 
-__all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_wgrad", "expert_conv"]
+__all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]
 
 EXPERT_CONV = Op(__package__, cpu=("native", "reference"), cuda=("triton", "reference"))
 
@@ -101,12 +102,16 @@ def _choose(impl: str, x: Tensor, weight: Tensor) -> ModuleType:
 
 _G = "int[] geometry, str impl"
 torch.library.define(
+    "robust_moe_kernels::expert_conv_plan",
+    f"(Tensor weight, Tensor offsets, int rows, int height, int width, bool backward, {_G}) -> Tensor[]",
+)
+torch.library.define(
     "robust_moe_kernels::expert_conv_forward",
-    f"(Tensor x, Tensor weight, Tensor offsets, Tensor? sample, {_G}) -> Tensor",
+    f"(Tensor x, Tensor weight, Tensor offsets, Tensor? sample, Tensor[] plan, {_G}) -> Tensor",
 )
 torch.library.define(
     "robust_moe_kernels::expert_conv_dgrad",
-    f"(Tensor d_out, Tensor weight, Tensor offsets, int height, int width, {_G}) -> Tensor",
+    f"(Tensor d_out, Tensor weight, Tensor offsets, Tensor[] plan, int height, int width, {_G}) -> Tensor",
 )
 torch.library.define(
     "robust_moe_kernels::expert_conv_wgrad",
@@ -114,32 +119,87 @@ torch.library.define(
 )
 
 
+def plan_key(
+    weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str = AUTO
+) -> Hashable | None:
+    """What a product's plan depends on beside ``offsets``: products with equal keys and offsets may share a plan.
+
+    A residual block's products mostly do: two convolutions of equal geometry and size of map have one key, whatever
+    ``sample`` they gather by; so has the input gradient of a convolution with stride 1 whose padding is half of what
+    its filter spans (3x3 with padding 1, 1x1 with none): it reads the same windows, taps in opposite order. Keys
+    differ where the channels call for another tile, and between a forward pass and an input gradient of any other
+    geometry.
+
+    Args:
+        weight: [E, O, I, kh, kw], the product's filters.
+        rows: R.
+        height, width: of the convolution's input map, for an input gradient too.
+        backward: whether the product is the input gradient.
+        geometry: stride, padding and dilation, each (vertical, horizontal).
+        impl: as the product's own.
+
+    Returns:
+        A hashable value, or None where products need no plan: pass them an empty list.
+    """
+    module = _choose(impl, weight, weight)
+    return module.plan_key(weight, rows, height, width, backward, _geometry(geometry)) if module.PLANS else None
+
+
+@torch.library.impl("robust_moe_kernels::expert_conv_plan", "default")
+def _plan(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
+) -> list[Tensor]:
+    module = _choose(impl, weight, weight)
+    case = (weight, offsets, rows, height, width, backward, _geometry(geometry))
+    return module.plan(*case) if module.PLANS else []
+
+
+@torch.library.register_fake("robust_moe_kernels::expert_conv_plan")
+def _plan_fake(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
+) -> list[Tensor]:
+    module = _choose(impl, weight, weight)
+    case = (weight, offsets, rows, height, width, backward, _geometry(geometry))
+    return module.plan_like(*case) if module.PLANS else []
+
+
+def _planned(module: ModuleType, plan: list[Tensor]) -> ModuleType:
+    """The module, if it can be given this plan; what a plan's tensors must be, it knows itself."""
+    expect(module.PLANS or not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
+    return module
+
+
 @torch.library.impl("robust_moe_kernels::expert_conv_forward", "default")
 def _forward(
-    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: list[int], impl: str
-) -> Tensor:
-    return _choose(impl, x, weight).forward(channels_last(x), weight, offsets, sample, _geometry(geometry))
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
+    impl: str,
+) -> Tensor:  # fmt: skip
+    module = _planned(_choose(impl, x, weight), plan)
+    return module.forward(channels_last(x), weight, offsets, sample, plan, _geometry(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_forward")
 def _forward_fake(
-    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: list[int], impl: str
-) -> Tensor:
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
+    impl: str,
+) -> Tensor:  # fmt: skip
     return _geometry(geometry).output_like(x, weight, x.shape[0] if sample is None else sample.shape[0])
 
 
 @torch.library.impl("robust_moe_kernels::expert_conv_dgrad", "default")
 def _dgrad(
-    d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: list[int], impl: str
-) -> Tensor:
-    chosen = _choose(impl, d_out, weight)
-    return chosen.dgrad(channels_last(d_out), weight, offsets, height, width, _geometry(geometry))
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: list[int],
+    impl: str,
+) -> Tensor:  # fmt: skip
+    module = _planned(_choose(impl, d_out, weight), plan)
+    return module.dgrad(channels_last(d_out), weight, offsets, plan, height, width, _geometry(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_dgrad")
 def _dgrad_fake(
-    d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: list[int], impl: str
-) -> Tensor:
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: list[int],
+    impl: str,
+) -> Tensor:  # fmt: skip
     return channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
 
 
@@ -158,6 +218,7 @@ def _wgrad_fake(
     return torch.empty_like(weight)
 
 
+conv_plan = torch.ops.robust_moe_kernels.expert_conv_plan
 conv_forward = torch.ops.robust_moe_kernels.expert_conv_forward
 conv_dgrad = torch.ops.robust_moe_kernels.expert_conv_dgrad
 conv_wgrad = torch.ops.robust_moe_kernels.expert_conv_wgrad
@@ -170,7 +231,7 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, geometry: list[int], impl: str) -> Tensor:
         ctx.save_for_backward(x, weight, offsets)
         ctx.geometry, ctx.impl = geometry, impl
-        return conv_forward(x, weight, offsets, None, geometry, impl)
+        return conv_forward(x, weight, offsets, None, [], geometry, impl)
 
     @staticmethod
     @once_differentiable
@@ -178,7 +239,7 @@ class _Conv(torch.autograd.Function):
         x, weight, offsets = ctx.saved_tensors
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_x = conv_dgrad(d_out, weight, offsets, x.shape[2], x.shape[3], ctx.geometry, ctx.impl)
+            d_x = conv_dgrad(d_out, weight, offsets, [], x.shape[2], x.shape[3], ctx.geometry, ctx.impl)
         if ctx.needs_input_grad[1]:
             d_weight = conv_wgrad(x, d_out, offsets, None, weight, ctx.geometry, ctx.impl)
         return d_x, d_weight, None, None, None

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from robust_moe_kernels.layout import Geometry, channels_last_empty
 
-__all__ = ["dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+__all__ = ["PLANS", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+
+PLANS = False  # products need nothing prepared
 
 
 def why_not(device_type: str) -> str | None:
@@ -33,7 +35,9 @@ def _segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(begin, end)
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry
+) -> Tensor:
     rows = x if sample is None else x.index_select(0, sample)
     out = geometry.output_like(x, weight, rows.shape[0])
     for expert, part in _segments(offsets):
@@ -41,7 +45,9 @@ def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, g
     return out
 
 
-def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+def dgrad(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry
+) -> Tensor:
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     for expert, part in _segments(offsets):
         d_x[part] = torch.nn.grad.conv2d_input(

@@ -29,10 +29,6 @@ persistent grid, longest tiles first over all experts (an expert's own tiles are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-from typing import Any, NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -40,16 +36,24 @@ from torch import Tensor
 from robust_moe_kernels import triton_support
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import Geometry, channels_last_empty
-from robust_moe_kernels.ops.expert_conv.triton_kernels import (
-    GEOMETRY,
-    RECORD,
-    filter_kernel,
-    plan_kernel,
-    product_kernel,
+from robust_moe_kernels.ops.expert_conv import tiles
+from robust_moe_kernels.ops.expert_conv.filter_kernels import carry_kernel, divide_kernel
+from robust_moe_kernels.ops.expert_conv.product_kernels import persistent_kernel, pointer_kernel
+from robust_moe_kernels.ops.expert_conv.tiles import Case, Choice
+from robust_moe_kernels.ops.expert_conv.triton_builds import builds
+from robust_moe_kernels.ops.expert_conv.triton_plan import (
+    Product,
+    TensorDescriptor,
+    gpu_of,
+    kind_of,
+    precision,
+    sizes_of,
 )
-from robust_moe_kernels.triton_support import Build, on_device, triton_type
+from robust_moe_kernels.triton_support import on_device
 
-__all__ = ["builds", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+__all__ = ["PLANS", "builds", "dgrad", "forward", "plan", "plan_key", "plan_like", "wgrad", "why_not", "why_not_case"]
+
+PLANS = True
 
 why_not = triton_support.why_not
 
@@ -65,199 +69,116 @@ def why_not_case(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-class _Tile(NamedTuple):
-    """A launch configuration: rows, columns and depth of a product's block, warps, pipeline stages."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def shared(self, element: int) -> int:
-        """Bytes of shared memory for elements of that size."""
-        return self.stages * (self.m + self.n) * self.k * element
-
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-
-
-# By kind of operand, largest first. "narrow": channels that are no multiple of 16, whose loads are single elements.
-PRODUCT = {
-    "half": (_Tile(128, 256, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3), _Tile(64, 64, 64, 4, 4)),
-    "tf32": (_Tile(128, 128, 32, 8, 3), _Tile(64, 64, 32, 4, 4)),
-    "ieee": (_Tile(64, 64, 16, 8, 3),),
-    "narrow": (_Tile(64, 64, 32, 4, 2),),
-}
-FILTER = {
-    "half": (_Tile(128, 128, 64, 8, 4), _Tile(64, 64, 64, 4, 4)),
-    "tf32": (_Tile(128, 128, 32, 8, 4), _Tile(64, 64, 32, 4, 4)),
-    "ieee": (_Tile(64, 64, 16, 8, 3),),
-    "narrow": (_Tile(64, 64, 16, 4, 2),),
-}
-_PROGRAMS = 132  # wanted at once: the multiprocessors of an H100 or H200
-_PLAN_OPTIONS = {"num_warps": 4}
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch's own convolutions are told to (``torch.backends.cudnn``)."""
-    tf32 = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
-def _kind(dtype: torch.dtype, *channels: int) -> str:
-    if dtype == torch.float32 and precision(dtype) == "ieee":
-        return "ieee"
-    if any(count % 16 for count in channels):
-        return "narrow"
-    return "tf32" if dtype == torch.float32 else "half"
-
-
-def choose_tile(tiles: tuple[_Tile, ...], rows: int, columns: int, repeats: int = 1) -> _Tile:
-    """The largest tile that gives the GPU enough programs and is not mostly empty, else the smallest."""
-    for tile in tiles[:-1]:
-        programs = (rows // tile.m) * -(-columns // tile.n) * repeats
-        if programs >= _PROGRAMS and tile.n < 2 * columns:
-            return tile
-    return tiles[-1]
-
-
-def _fitting(tiles: tuple[_Tile, ...], x: Tensor) -> tuple[_Tile, ...]:
-    """Without those that need more shared memory than the GPU has: an A100 has 163 KiB, an H100 227, others 99."""
-    if not x.is_cuda:
-        return tiles
-    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    return tuple(tile for tile in tiles if tile.shared(x.element_size()) <= limit)
-
-
-def _power_of_two(value: int, at_least: int) -> int:
-    return max(at_least, triton.next_power_of_2(value))
-
-
 def _innermost(weight: Tensor) -> Tensor:
     """The filters as [E, kh, kw, I, O], contiguous: a view where they are stored so, else a copy."""
     return weight.permute(0, 3, 4, 2, 1).contiguous()
 
 
-def _sizes(in_size: torch.Size, out_size: torch.Size, weight: Tensor, geometry: Geometry) -> dict[str, int]:
-    numbers = (*in_size[2:], *out_size[2:], *weight.shape[3:], *geometry.stride, *geometry.padding, *geometry.dilation)
-    return dict(zip(GEOMETRY, numbers, strict=True))
+def plan_key(
+    weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry, choice: Choice | None = None
+) -> tuple[int, ...]:
+    """What a plan depends on beside the offsets."""
+    return Product.of(weight, rows, height, width, backward, geometry, choice).key()
 
 
-def _product(
-    source: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, target: Tensor, sizes: dict[str, int],
-    forward: bool,
+def plan_like(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    """The tensors of a plan, uninitialised."""
+    return Product.of(weight, rows, height, width, backward, geometry).plan_like(offsets)
+
+
+def plan(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry,
+    choice: Choice | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """What a product's programs read and write; see ``op.plan_key``."""
+    return Product.of(weight, rows, height, width, backward, geometry, choice).plan(offsets)
+
+
+def _run(
+    case: Product, source: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor],
+    target: Tensor, backward: bool,
 ) -> Tensor:  # fmt: skip
-    """Forward and input gradient: ``target`` from ``source``, both channels-last."""
-    rows, columns, height, width = target.shape
-    experts, depth = weight.shape[0], source.shape[1]
-    parts = 1 if forward else sizes["stride_h"] * sizes["stride_w"]
-    pixels = height * width if forward else -(-height // sizes["stride_h"]) * -(-width // sizes["stride_w"])
-    # The plan's places are 32-bit within an expert, and 16-bit within a map.
-    expect(rows * pixels < 2**31, "x", "fewer than 2^31 pixels in all rows", rows * pixels)
-    expect(max(sizes.values()) < 2**14, "x", "maps and filters below 2^14 lines and columns", max(sizes.values()))
+    """``target`` from ``source``, both channels-last."""
     if target.numel() == 0:
         return target
-    tile = choose_tile(_fitting(PRODUCT[_kind(source.dtype, depth, columns)], source), rows * pixels, columns, parts)
-    tiles = rows * pixels // tile.m + min(experts, rows)  # an upper bound: every expert has at most one partial tile
-    lanes = parts * tiles, tile.m
-    record = offsets.new_empty(parts * tiles, RECORD.value)
-    near, place, spot = offsets.new_empty(lanes), offsets.new_empty(lanes), offsets.new_empty(lanes, dtype=torch.int32)
+    if plan:
+        case.check(plan)
+    record, numbers, place = plan or case.plan(offsets)
+    variant, tile = case.choice
+    filters = _innermost(weight)
+    across = triton.cdiv(case.columns, tile.n)
+    index = offsets if sample is None else sample
+    sizes = (*source.shape[2:], *weight.shape[3:], case.depth, case.columns)
+    flags = {"FORWARD": not backward, "GATHER": sample is not None, "MIRROR": case.mirror}
+    flags |= {"PRECISION": precision(source.dtype), **tile.blocks(), **tile.options()}
     with on_device(source):
-        plan_kernel[tiles, parts](
-            offsets, offsets if sample is None else sample, record, near, spot, place, experts, tiles, **sizes,
-            FORWARD=forward, GATHER=sample is not None, EXPERTS=_power_of_two(experts, 16),
-            TAPS=_power_of_two(max(sizes["taps_h"], sizes["taps_w"]), 4), BLOCK_M=tile.m, **_PLAN_OPTIONS,
-        )  # fmt: skip
-        product_kernel[parts * tiles, triton.cdiv(columns, tile.n)](
-            source, _innermost(weight), target, record, near, spot, place, *source.shape[2:], *weight.shape[3:],
-            depth, columns, FORWARD=forward, PRECISION=precision(source.dtype), **tile.blocks(), **tile.options(),
+        if variant == "pointer":
+            pointer_kernel[place.shape[0], across](
+                source, filters, target, record, *numbers, place, index, *sizes, **flags
+            )
+            return target
+        descriptor = variant == "descriptor"
+        if descriptor:
+            block = [tile.n, tile.k] if backward else [tile.k, tile.n]
+            filters = TensorDescriptor.from_tensor(filters.view(-1, filters.shape[-1]), block)
+        gpu = gpu_of(source.device)
+        seats = min(gpu.multiprocessors, place.shape[0] * across)
+        persistent_kernel[(seats * tile.programs(source.element_size(), gpu.shared),)](
+            source, filters, target, record, *numbers, place, index, place.shape[0], seats, *sizes,
+            DESCRIPTOR=descriptor, EVEN_K=case.depth % tile.k == 0, EVEN_N=case.columns % tile.n == 0, **flags,
         )  # fmt: skip
     return target
 
 
-def forward(x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, geometry: Geometry) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry,
+    choice: Choice | None = None,
+) -> Tensor:  # fmt: skip
+    """``choice``: a kernel and tile of ``tiles.candidates``, for measurements; by default the table's."""
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
-    sizes = _sizes(x.shape, out.shape, weight, geometry)
-    return _product(x, weight, offsets, sample, out, sizes, True)
+    case = Product.of(weight, out.shape[0], *x.shape[2:], False, geometry, choice)
+    return _run(case, x, weight, offsets, sample, plan, out, False)
 
 
-def dgrad(d_out: Tensor, weight: Tensor, offsets: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+def dgrad(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry,
+    choice: Choice | None = None,
+) -> Tensor:  # fmt: skip
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
-    sizes = _sizes(d_x.shape, d_out.shape, weight, geometry)
-    return _product(d_out, weight, offsets, None, d_x, sizes, False)
+    case = Product.of(weight, d_x.shape[0], height, width, True, geometry, choice)
+    return _run(case, d_out, weight, offsets, None, plan, d_x, True)
 
 
 def wgrad(
-    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry
-) -> Tensor:
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry,
+    choice: Choice | None = None,
+) -> Tensor:  # fmt: skip
     experts, outputs, inputs, *taps = weight.shape
     rows, _, *out_size = d_out.shape
     pixels = out_size[0] * out_size[1]
     expect(rows * pixels < 2**31, "x", "fewer than 2^31 output pixels in all rows", rows * pixels)
-    tile = choose_tile(
-        _fitting(FILTER[_kind(x.dtype, inputs, outputs)], x), inputs, outputs, experts * taps[0] * taps[1]
-    )
+    gpu = gpu_of(x.device)
+    if choice is None:
+        case = Case(kind_of(x.dtype, inputs, outputs), 0, min(inputs, outputs), max(taps))
+        choice = tiles.choose("filter", case, rows * pixels, gpu)
+    variant, tile = choice
     across = triton.cdiv(inputs, tile.m) * triton.cdiv(outputs, tile.n)
     # Few filters over many pixels: each in several shares, added below in order.
     programs, depth = across * taps[0] * taps[1] * experts, rows * pixels // experts
-    splits = max(1, min(2 * _PROGRAMS // max(programs, 1), depth // (8 * tile.k)))
-    shape = (splits, experts, *taps, inputs, outputs)
-    parts = x.new_empty(shape, dtype=weight.dtype if splits == 1 else torch.float32)
+    splits = max(1, min(2 * gpu.multiprocessors // max(programs, 1), depth // (8 * tile.k)))
+    parts = x.new_empty((splits, experts, *taps, inputs, outputs), dtype=weight.dtype if splits == 1 else torch.float32)
+    carry = variant == "carry" and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
+    flags = {"GATHER": sample is not None, "PRECISION": precision(x.dtype), **tile.blocks(), **tile.options()}
+    if carry:
+        flags |= {"EVEN_M": inputs % tile.m == 0, "EVEN_N": outputs % tile.n == 0}
     if parts.numel():
         with on_device(x):
-            filter_kernel[across, taps[0] * taps[1], experts * splits](
+            (carry_kernel if carry else divide_kernel)[across, taps[0] * taps[1], experts * splits](
                 x, offsets if sample is None else sample, offsets, d_out, parts, splits, inputs, outputs,
-                **_sizes(x.shape, d_out.shape, weight, geometry), GATHER=sample is not None,
-                PRECISION=precision(x.dtype), **tile.blocks(), **tile.options(),
+                **sizes_of(weight, *x.shape[2:], geometry), **flags,
             )  # fmt: skip
     d_weight = parts[0] if splits == 1 else parts.sum(0).to(weight.dtype)
     d_weight = d_weight.permute(0, 4, 3, 1, 2)
     return d_weight if d_weight.stride() == weight.stride() else torch.empty_like(weight).copy_(d_weight)
-
-
-def builds() -> Iterator[Build]:
-    """Every configuration that is launched, for the compile test."""
-    for forward in (True, False):
-        for rows in sorted({tile.m for tiles in PRODUCT.values() for tile in tiles}):
-            constants = {"FORWARD": forward, "GATHER": forward, "EXPERTS": 16, "TAPS": 4, "BLOCK_M": rows}
-            yield _build(plan_kernel, "", constants, _PLAN_OPTIONS, False)
-    half, single = (torch.float16, torch.bfloat16), (torch.float32,)
-    cases = (("half", half, True), ("tf32", single, True), ("ieee", single, True))
-    for kind, dtypes, aligned in (*cases, ("narrow", (*half, *single), False), ("ieee", single, False)):
-        for dtype, flag in product(dtypes, (True, False)):
-            name, constants = triton_type(dtype), {"PRECISION": "ieee" if kind == "ieee" else "tf32"}
-            for tile in PRODUCT[kind]:
-                fixed = {**constants, "FORWARD": flag, **tile.blocks()}
-                yield _build(product_kernel, name, fixed, tile.options(), aligned)
-            for tile in FILTER[kind]:
-                fixed = {**constants, "GATHER": flag, **tile.blocks()}
-                yield _build(filter_kernel, name, fixed, tile.options(), aligned)
-    # A single channel becomes a constant of the kernel.
-    narrow = {"PRECISION": "tf32", **PRODUCT["narrow"][0].blocks()}
-    options = PRODUCT["narrow"][0].options()
-    yield _build(product_kernel, "fp32", {**narrow, "FORWARD": True, "depth": 1}, options, False)
-    yield _build(product_kernel, "fp32", {**narrow, "FORWARD": False, "columns": 1}, options, False)
-    narrow, options = {**narrow, **FILTER["narrow"][0].blocks()}, FILTER["narrow"][0].options()
-    yield _build(filter_kernel, "fp32", {**narrow, "GATHER": False, "inputs": 1, "outputs": 1}, options, False)
-
-
-def _build(kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str, Any], aligned: bool) -> Build:
-    """``aligned``: channels are multiples of 16, and so are (as everywhere) the addresses of tensors."""
-    signature, divisible = {}, []
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            index = {"spot_ptr": "i32"}.get(name, "i64")
-            data = name in ("source_ptr", "weight_ptr", "target_ptr", "input_ptr", "gradient_ptr")
-            signature[name] = "*" + (dtype if data else index)
-            divisible.append(name)
-        else:
-            signature[name] = "i32"
-            if aligned and name in ("depth", "columns", "inputs", "outputs"):
-                divisible.append(name)
-    return Build(kernel, signature, constants, options, tuple(divisible))

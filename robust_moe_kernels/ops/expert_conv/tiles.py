@@ -1,0 +1,220 @@
+"""Which kernel and tile computes a grouped product or filter gradient: candidates, and the table that chooses.
+
+``tiles.json`` lists entries, best matches first: for an architecture, a kind of operand and an operation, the variant
+and tile for at least so many pairs (rows * pixels of the target) and columns. An entry says where it comes from:
+"estimated: ..." with the reason, or "measured: GPU, date, commit". ``write_table`` makes entries of measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from robust_moe_kernels.checks import expect
+
+__all__ = [
+    "CAPABILITIES",
+    "FILTER",
+    "PRODUCT",
+    "TABLE",
+    "Choice",
+    "Gpu",
+    "Tile",
+    "candidates",
+    "choose",
+    "compiles",
+    "write_table",
+]
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+class Tile(NamedTuple):
+    """A launch configuration: rows, columns and depth of a product's block, warps, pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def shared(self, element: int) -> int:
+        """Bytes of shared memory for elements of that size."""
+        return self.stages * (self.m + self.n) * self.k * element
+
+    def programs(self, element: int, limit: int) -> int:
+        """Programs that a multiprocessor holds at once, by shared memory, which binds before registers do in all of
+        the candidates (a test sees to it); ``limit``: bytes a block can have, beside 1 KiB that every block takes."""
+        return max(1, min(4, (limit + 1024) // (self.shared(element) + 1024)))
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+
+class Choice(NamedTuple):
+    """A kernel and its tile.
+
+    Variants of a product: "pointer", one program a tile, expert by expert; "persistent", programs that stay, tiles with
+    most taps first; "descriptor", the same with filters by tensor descriptor. Variants of a filter gradient: "divide",
+    which finds each pixel by division; "carry", which counts.
+    """
+
+    variant: str
+    tile: Tile
+
+
+class Gpu(NamedTuple):
+    """What the choice depends on."""
+
+    capability: int  # of compute: 90 for an H100
+    shared: int  # bytes of shared memory a block can have
+    multiprocessors: int
+    descriptors: bool  # whether Triton has tensor descriptors
+
+
+# By kind of operand, largest first. "narrow": channels that are no multiple of 16, whose loads are single elements.
+PRODUCT = {
+    "half": (
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 128, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
+    ),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+    "ieee": (Tile(64, 64, 16, 8, 3),),
+    "narrow": (Tile(64, 64, 32, 4, 2),),
+}
+FILTER = {
+    "half": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "tf32": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4)),
+    "ieee": (Tile(64, 64, 16, 8, 3),),
+    "narrow": (Tile(64, 64, 16, 4, 2),),
+}
+_TILES = {"product": PRODUCT, "filter": FILTER}
+CAPABILITIES = (80, 90, 100)  # that are compiled for and known
+# What is tried where a variant cannot compute a case.
+_INSTEAD = {"descriptor": "persistent", "persistent": "pointer", "carry": "divide"}
+_ELEMENT = {"half": 2, "tf32": 4, "ieee": 4, "narrow": 4}
+
+
+class Case(NamedTuple):
+    """What a variant's limits depend on."""
+
+    kind: str  # of PRODUCT
+    depth: int  # channels that are summed over; of a filter gradient 0
+    columns: int
+    taps: int  # the longer side of a filter
+
+
+def compiles(operation: str, choice: Choice, kind: str, capability: int) -> bool:
+    """Whether a candidate compiles for GPUs of a compute capability without spilling a register, as far as that is
+    known: tensor descriptors need 90 or more, and what is refused beside them was seen to spill 4 to 16 bytes."""
+    large = choice.tile.m * choice.tile.n >= 128 * 256
+    if choice.variant in ("persistent", "carry") and large and capability < 90:
+        return False
+    if operation == "product" and choice.variant != "pointer" and kind == "ieee" and capability >= 100:
+        return False
+    return choice.variant != "descriptor" or capability >= 90
+
+
+def _can(operation: str, choice: Choice, case: Case, gpu: Gpu) -> bool:
+    """Whether a choice computes a case on a GPU. A descriptor's lines are multiples of 16 bytes, and its blocks must
+    not reach from one tap's filters into the next one's; a lane's mask has 16 bits for an axis."""
+    if choice.tile.shared(_ELEMENT[case.kind]) > gpu.shared:
+        return False
+    if not compiles(operation, choice, case.kind, gpu.capability):
+        return False
+    if choice.variant == "descriptor":
+        lined = min(case.depth, case.columns) * _ELEMENT[case.kind] % 16 == 0 and case.kind != "narrow"
+        return gpu.descriptors and lined and case.depth % choice.tile.k == 0 and case.taps <= 16
+    return choice.variant != "persistent" or case.taps <= 16
+
+
+def candidates(operation: str, case: Case, gpu: Gpu) -> tuple[Choice, ...]:
+    """Every variant and tile that computes a case of a "product" or "filter" on a GPU, largest tiles first."""
+    variants = ("descriptor", "persistent", "pointer") if operation == "product" else ("carry", "divide")
+    choices = [Choice(variant, tile) for tile in _TILES[operation][case.kind] for variant in variants]
+    return tuple(choice for choice in choices if _can(operation, choice, case, gpu))
+
+
+@cache
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["entries"]
+
+
+def choose(operation: str, case: Case, pairs: int, gpu: Gpu, table: Path = TABLE) -> Choice:
+    """The table's first entry for the GPU's architecture, kind and operation whose least pairs and columns are met.
+
+    An architecture without entries takes those of "other". Where the entry's variant cannot compute the case, its next
+    simpler one does; a tile that needs more shared memory than the GPU has is passed over.
+    """
+    mine = [e for e in _entries(table) if (e["operation"], e["kind"]) == (operation, case.kind)]
+    own = [e for e in mine if e["architecture"] == f"sm_{gpu.capability}"]
+    for entry in own or [e for e in mine if e["architecture"] == "other"]:
+        if pairs >= entry["pairs"] and case.columns >= entry["columns"]:
+            variant, tile = entry["variant"], Tile(*entry["tile"])
+            while variant is not None:
+                if _can(operation, Choice(variant, tile), case, gpu):
+                    return Choice(variant, tile)
+                variant = _INSTEAD.get(variant)
+    smallest = min(_TILES[operation][case.kind], key=lambda tile: tile.shared(1))
+    raise ValueError(
+        f"tile: expected a GPU with {smallest.shared(_ELEMENT[case.kind])} bytes of shared memory, got {gpu.shared}"
+    )
+
+
+def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
+    """Replace a table's entries by measured ones.
+
+    Args:
+        rows: one per measurement: "architecture", "kind", "operation", "pairs", "columns" (the case's own), "variant",
+            "tile" [m, n, k, warps, stages], "median_ms", "source" ("GPU, date, commit"). The fastest row of a case
+            becomes an entry, which serves from the geometric mean of its pairs with the next smaller case's on, the
+            smallest case from 0 on; columns likewise. Entries of other architectures, kinds and operations stay.
+        path: the table, read and written.
+
+    Raises:
+        ValueError: no row, or one whose tile is no candidate.
+    """
+    rows = list(rows)
+    expect(bool(rows), "rows", "at least one measurement", 0)
+    groups: dict[tuple[str, str, str], dict[tuple[int, int], dict[str, Any]]] = {}
+    for row in rows:
+        known = [list(tile) for tile in _TILES[row["operation"]][row["kind"]]]
+        expect(list(row["tile"]) in known, "rows", f"tiles of {known}", row["tile"])
+        cases = groups.setdefault((row["architecture"], row["kind"], row["operation"]), {})
+        case = row["columns"], row["pairs"]
+        if case not in cases or row["median_ms"] < cases[case]["median_ms"]:
+            cases[case] = row
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kept = [e for e in record["entries"] if (e["architecture"], e["kind"], e["operation"]) not in groups]
+    measured = []
+    for (architecture, kind, operation), cases in groups.items():
+        columns_from = _thresholds({columns for columns, _ in cases})
+        for columns in sorted(columns_from, reverse=True):
+            pairs_from = _thresholds({pairs for c, pairs in cases if c == columns})
+            for pairs in sorted(pairs_from, reverse=True):
+                best = cases[columns, pairs]
+                measured.append({
+                    "architecture": architecture, "kind": kind, "operation": operation,
+                    "pairs": pairs_from[pairs], "columns": columns_from[columns], "variant": best["variant"],
+                    "tile": list(best["tile"]), "source": f"measured: {best['source']}",
+                })  # fmt: skip
+    text = ",\n".join("  " + json.dumps(entry) for entry in (*measured, *kept))
+    path.write_text('{"entries": [\n' + text + "\n]}\n", encoding="utf-8")
+    _entries.cache_clear()
+
+
+def _thresholds(sizes: set[int]) -> dict[int, int]:
+    """From where each size's entry serves: half way to the next smaller one, by ratio; the smallest from 0 on."""
+    ordered = sorted(sizes)
+    return {ordered[0]: 0} | {large: round(sqrt(small * large)) for small, large in pairwise(ordered)}
