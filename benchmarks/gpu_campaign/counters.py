@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -23,38 +24,47 @@ SHOWN = {
     "DRAM": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "L1 and shared": "l1tex__throughput.avg.pct_of_peak_sustained_active",
 }
-KERNEL = "pointer_kernel|persistent_kernel|product_kernel"
-WANTED = 2  # kernels
-SECONDS = 25.0  # that one may take
+KERNEL = "pointer_kernel|persistent_kernel"
+SECONDS = 25.0  # that a kernel may take
 
 
 def run(record: Record) -> str:
     tool = shutil.which("ncu")
     found = []
-    for number in range(WANTED):
-        if record.out_of_time(1.0 if record.dry else SECONDS, f"kernel {number}"):
+    for label in _wanted(record):
+        if record.out_of_time(1.0 if record.dry else SECONDS, f"{label or 'a product'}"):
             break
-        asked = command(tool or "ncu", number, record.dry)
+        asked = command(tool or "ncu", label, record.dry)
         if tool is None or record.dry:
-            if number > 0:
-                break  # it would differ in nothing but the number
             record.say(f"would run: {' '.join(asked)}")
             asked = asked[asked.index(sys.executable) :]  # the program alone
         done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=max(5.0, record.left() - 2))
         print(done.stdout[-20000:], done.stderr[-5000:])
         values = read_csv(done.stdout)
-        record.row(candidate=number, status=done.returncode, **values)
+        record.row(candidate=label, status=done.returncode, **values)
         if done.returncode:
-            found.append(f"candidate {number} ended with status {done.returncode}, see log.txt")
+            found.append(f"{label} ended with status {done.returncode}, see log.txt")
         elif values:
             shares = [f"{name} {values[metric]} %" for name, metric in SHOWN.items() if metric in values]
-            found.append(f"{values['kernel']}: {', '.join(shares)}")
+            found.append(f"{label or values['kernel']}: {', '.join(shares)}")
     return "; ".join(found) or ("ncu is there, not used in a dry run" if tool else "ncu is not on the PATH")
 
 
-def command(tool: str, number: int, tiny: bool) -> list[str]:
+def _wanted(record: Record) -> list[str | None]:
+    """Labels of the fastest forward product of part 3 at B = 512 and of the fastest by another kind of kernel; without
+    part 3 the first candidate."""
+    path = record.folder / "3-products.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    case = {"mode": "bf16", "E": 4, "spread": "even", "B": 512, "operation": "forward"}
+    mine = [row for row in rows if row["choice"] and case.items() <= row["case"].items()]
+    mine.sort(key=lambda row: row["median_ms"])
+    kinds = {row["choice"][0]: row["variant"] for row in reversed(mine)}  # the fastest of each kind
+    return [kinds[kind] for kind in dict.fromkeys(row["choice"][0] for row in mine)][:2] or [None]
+
+
+def command(tool: str, label: str | None, tiny: bool) -> list[str]:
     """ncu over the last launch of a candidate's product. The clocks are left as they are."""
-    target = [sys.executable, "-m", "benchmarks.gpu_campaign.targets", "product", str(number)]
+    target = [sys.executable, "-m", "benchmarks.gpu_campaign.targets", "product", *([label] if label else [])]
     options = ["--page", "raw", "--csv", "--clock-control", "none"]
     options += [word for name in SECTIONS for word in ("--section", name)]
     options += ["--kernel-name", f"regex:{KERNEL}", "--launch-skip", "2", "--launch-count", "1"]

@@ -166,7 +166,7 @@ def _write_table(record: Record, rows: list[dict[str, Any]]) -> None:
     source = f"{hardware(record.device)}, {today}, {git_revision() or 'no commit known'}"
     path = record.folder / "tiles.json"
     shutil.copy(TABLE, path)
-    write_table(table_rows(rows, gpu_of(record.device).architecture, source), path)
+    write_table(table_rows(rows, f"sm_{gpu_of(record.device).capability}", source), path)
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

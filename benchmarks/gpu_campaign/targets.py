@@ -1,7 +1,7 @@
 """Small programs for the tools that look into a process: ``python -m benchmarks.gpu_campaign.targets WHAT [--tiny]``.
 
 ``memcheck`` launches every kernel of a training step and of an attack once, on a few rows, for compute-sanitizer.
-``product N`` launches candidate N of a large forward product a few times, for ncu.
+``product LABEL`` launches one candidate of a large forward product a few times, for ncu; without a label, the first.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def small_layer(tiny: bool) -> None:
         APGD(eps=8 / 255, steps=4, norm=norm)(model, images, labels)
 
 
-def product(number: int, tiny: bool) -> str:
-    """Candidate ``number`` of a forward product, B = 512, k = 2, E = 4; returns its label."""
+def product(label: str | None, tiny: bool) -> str:
+    """The candidate of that label of a forward product, B = 512, k = 2, E = 4; returns its label."""
     device = torch.device("cpu" if tiny else "cuda")
     rows, channels, mode = (6, 64, "fp16") if tiny else (1024, 512, "bf16")
     with precision(mode) as dtype:
         operands = Operands.of(ConvCase(row_counts(rows, 4, "even"), channels), dtype, device)
-        found = choices(operands, "forward")
-        label, choice = found[number % len(found)]
-        run = runner(operands, "forward", choice)
+        found = dict(choices(operands, "forward"))
+        label = label or next(iter(found))
+        run = runner(operands, "forward", found[label])
         for _ in range(LAUNCHES):
             run()
     return label
@@ -52,13 +52,13 @@ def product(number: int, tiny: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("memcheck", "product"))
-    parser.add_argument("number", type=int, nargs="?", default=0)
+    parser.add_argument("label", nargs="?")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     if asked.what == "memcheck":
         small_layer(asked.tiny)
     else:
-        print(product(asked.number, asked.tiny))
+        print(product(asked.label, asked.tiny))
     if not asked.tiny:
         torch.cuda.synchronize()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -179,9 +180,22 @@ def test_what_ncu_prints_is_read():
         "sm__throughput.avg.pct_of_peak_sustained_elapsed": "61.5",
     }
     assert counters.read_csv("==ERROR== no permission\n") == {}
-    command = counters.command("ncu", 1, tiny=False)
-    assert command[0] == "ncu" and command[-2:] == ["product", "1"]
+    command = counters.command("ncu", "persistent 64x64", tiny=False)
+    assert command[0] == "ncu" and command[-2:] == ["product", "persistent 64x64"]
     assert command[command.index("--clock-control") + 1] == "none"
+
+
+def test_ncu_looks_at_the_fastest_product_and_the_fastest_of_another_kind(record, tmp_path):
+    assert counters._wanted(record) == [None]
+    case = {"mode": "bf16", "E": 4, "spread": "even", "B": 512, "operation": "forward", "C": 512}
+    times = {"pointer a": 3.0, "persistent b": 2.0, "persistent c": 1.0, "pointer d": 2.5, "dense": 0.5}
+    rows = [
+        {"case": case, "variant": label, "median_ms": ms, "choice": None if label == "dense" else label.split()}
+        for label, ms in times.items()
+    ]
+    rows.append({**rows[0], "case": {**case, "B": 128}, "median_ms": 0.1})
+    (tmp_path / "3-products.json").write_text(json.dumps({"rows": rows}))
+    assert counters._wanted(record) == ["persistent c", "pointer d"]
 
 
 def test_a_wait_for_the_device_is_counted_by_its_place():
