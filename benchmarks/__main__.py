@@ -47,6 +47,7 @@ def main() -> None:
         prog="python -m benchmarks",
         description="Benchmarks: every number is timed after its result was found correct.",
         epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
+        "the speed-run's ingredients, one by one:  python -m benchmarks.speedrun --help\n"
         "all of it that a GPU of fifteen minutes can answer:  python -m benchmarks gpu_campaign --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -75,6 +75,18 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("optim.milestones=[]", ["optim.milestones", "strictly rising", "[]"]),
         ("optim.milestones=[0.7,0.5]", ["optim.milestones", "rising", "0.7"]),
         ("optim.milestones=[1.5]", ["optim.milestones", "(0, 1)", "1.5"]),  # epochs for shares
+        ("optim.rise=1", ["optim.rise", "[0, 1)", "1"]),
+        ("optim.fall=cosin", ["optim.fall", "linear, cosine", "did you mean 'cosine'"]),
+        ("optim.weight_decay_on=weight", ["optim.weight_decay_on", "all, weights", "did you mean 'weights'"]),
+        ("method.label_smoothing=1", ["method.label_smoothing", "[0, 1)", "1"]),
+        ("method.attack_steps_schedule=[[0,2],[0.5]]", ["method.attack_steps_schedule", "pairs", "[0.5]"]),
+        ("method.attack_steps_schedule=[[0.1,2]]", ["method.attack_steps_schedule", "rising strictly from 0", "0.1"]),
+        ("method.attack_steps_schedule=[[0,2],[0.4,5],[0.4,7]]", ["method.attack_steps_schedule", "strictly", "7.0"]),
+        ("method.attack_steps_schedule=[[0,2],[1,7]]", ["method.attack_steps_schedule", "below 1", "1.0"]),
+        ("method.attack_steps_schedule=[[0,2.5]]", ["method.attack_steps_schedule", "whole steps", "2.5"]),
+        ("method.attack_steps_schedule=[[0,0]]", ["method.attack_steps_schedule", "steps >= 1", "0"]),
+        ("data.augment.flip_order=alternate", ["flip_order", "random, alternating", "did you mean 'alternating'"]),
+        ("run.ema_epochs=-1", ["run.ema_epochs", ">= 0", "-1"]),
         ("run.ema_decay=1", ["run.ema_decay", "[0, 1)", "1"]),
         ("model.mixture.num_experts=-1", ["model.mixture.num_experts", ">= 0", "-1"]),
         ("model.mixture.routing=topk", ["model.mixture.routing", "soft, top_k, hard", "did you mean 'top_k'"]),
@@ -110,6 +122,9 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
         "method.beta",
         "method.awp_gamma",
         "run.ema_decay",
+        "run.ema_epochs",
+        "method.label_smoothing",
+        "optim.rise",
         "optim.lr_min",
         "optim.cycle_epochs",
         "optim.lr",
@@ -161,6 +176,11 @@ def test_bad_mixtures_of_networks_name_key_expected_and_got(mixture: list[str], 
         load_config(None, [*overrides, "model.mixture.num_experts=3"])
     for word in words:
         assert word in str(error.value)
+
+
+def test_an_average_has_one_length():
+    with pytest.raises(ConfigError, match=r"run.ema_epochs: expected 0 where run.ema_decay is set \(0.9\), got 2"):
+        load_config(None, ["run.ema_decay=0.9", "run.ema_epochs=2"])
 
 
 def test_a_ball_of_another_norm_may_be_larger_than_a_pixel():

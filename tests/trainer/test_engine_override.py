@@ -87,11 +87,14 @@ CHANGES = {
     "nesterov": (SGD, "optim.nesterov=false"),
     "weight_decay": (SGD, "optim.weight_decay=0.1"),
     "weight_decay of adam": (ADAM, "optim.weight_decay=0.1"),
+    "weight_decay_on": ((*SGD, "optim.weight_decay=0.1"), "optim.weight_decay_on=weights"),
     "schedule": (SGD, "optim.schedule=constant"),
     "power": (SGD, "optim.power=3"),
     "milestones": ((*SGD, "optim.schedule=multistep"), "optim.milestones=[0.2,0.3]"),
     "lr_min": ((*SGD, "optim.schedule=cyclic", "optim.cycle_epochs=1"), "optim.lr_min=0.05"),
     "cycle_epochs": ((*SGD, "optim.schedule=cyclic", "optim.cycle_epochs=1"), "optim.cycle_epochs=0.7"),
+    "rise": ((*SGD, "optim.schedule=one_cycle"), "optim.rise=0.6"),
+    "fall": ((*SGD, "optim.schedule=one_cycle"), "optim.fall=cosine"),
     "warmup_epochs": (SGD, "optim.warmup_epochs=2"),
     "grad_clip": (SGD, "optim.grad_clip=0.01"),
 }
@@ -124,8 +127,9 @@ def test_an_overridden_optimiser_setting_takes_effect(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "change", ["model.moe.top_k=1", "model.moe.noise_std=0.1", "eval.attack.eps=0.02", "run.ema_decay=0.5"]
-)
+    "change", ["model.moe.top_k=1", "model.moe.noise_std=0.1", "eval.attack.eps=0.02", "run.ema_decay=0.5",
+     "run.ema_epochs=1"],
+)  # fmt: skip
 def test_a_best_that_was_measured_otherwise_does_not_count(tiny, change):
     _, first, _ = fit(tiny("run.epochs=1"))
     state = load_checkpoint(first.folder / "last.pt")
@@ -190,3 +194,30 @@ def test_a_perturbation_that_is_carried_on_stays_in_the_new_ball(tiny):
     trainer._step = watched
     trainer.fit(override=True)
     assert 0 < max(largest) <= 0.01 + 1e-8
+
+
+# --- settings that are newer than a checkpoint ---
+
+NEWER = {
+    "method": ("label_smoothing", "attack_steps_schedule"),
+    "optim": ("weight_decay_on", "rise", "fall"),
+    "run": ("ema_epochs",),
+}
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_was_made_with_its_default(tiny):
+    """So it goes on as it is, and only another value is a change."""
+    _, outcome, _ = fit(tiny("run.epochs=1"))
+    state = load_checkpoint(outcome.folder / "last.pt")
+    for section, names in NEWER.items():
+        for name in names:
+            del state["config"][section][name]
+    del state["config"]["data"]["augment"]["flip_order"]
+    save_checkpoint({key: value for key, value in state.items() if key != "format"}, outcome.folder / "last.pt")
+    with pytest.raises(CheckpointError) as error:
+        fit(tiny("optim.rise=0.5"))
+    assert "optim.rise: checkpoint has 0.3, got 0.5" in str(error.value)
+    assert "label_smoothing" not in str(error.value)
+    _, _, said = fit(tiny("run.epochs=2", "optim.weight_decay_on=weights"), override=True)
+    assert "changed: optim.weight_decay_on: checkpoint has 'all', got 'weights'" in said
+    assert said.count("changed: ") == 2

@@ -59,6 +59,48 @@ def test_cyclic_begins_where_the_warm_up_ended():
     assert max(steps) < 0.0301  # no jump
 
 
+@pytest.mark.parametrize("fall", ["linear", "cosine"])
+def test_one_cycle_rises_to_the_peak_and_falls_to_the_lowest_rate(fall):
+    config = OptimConfig(lr=0.3, lr_min=0.02, schedule="one_cycle", rise=0.25, fall=fall)
+    rates = [learning_rate(config, step, TOTAL, EPOCH) for step in range(TOTAL)]
+    assert rates[:25] == pytest.approx([0.02 + 0.28 * step / 25 for step in range(25)])
+    assert rates[25] == pytest.approx(0.3)  # the peak, once
+    heights = [(step - 25) / 75 for step in range(25, TOTAL)]
+    falling = [1 - h if fall == "linear" else (1 + math.cos(math.pi * h)) / 2 for h in heights]
+    assert rates[25:] == pytest.approx([0.02 + 0.28 * height for height in falling])
+    assert learning_rate(OptimConfig(lr=0.3, schedule="one_cycle", rise=0.0), 0, TOTAL, EPOCH) == 0.3  # no rise
+
+
+@pytest.mark.parametrize("fall", ["linear", "cosine"])
+def test_one_cycle_agrees_with_pytorch(fall):
+    """Whose peak and end come a step earlier: with 101 steps and a rise to the 30th, at the same steps as ours."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        0.3,
+        TOTAL + 1,
+        pct_start=31 / 101,
+        div_factor=10,
+        final_div_factor=1,
+        anneal_strategy={"linear": "linear", "cosine": "cos"}[fall],
+    )
+    config = OptimConfig(lr=0.3, lr_min=0.03, schedule="one_cycle", fall=fall)
+    for step in range(TOTAL):
+        rate = learning_rate(config, step, TOTAL, EPOCH)
+        if fall == "linear" or step >= 30:  # PyTorch rises along a cosine too
+            assert rate == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_after_a_warm_up_one_cycle_only_falls():
+    config = OptimConfig(lr=0.3, schedule="one_cycle", warmup_epochs=0.5)
+    rates = [learning_rate(config, step, TOTAL, EPOCH) for step in range(TOTAL)]
+    assert rates[9:11] == pytest.approx([0.3, 0.3])
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
 @pytest.mark.parametrize("schedule", ["polynomial", "cosine", "constant"])
 def test_warm_up_rises_linearly_to_the_peak_and_decay_starts_there(schedule):
     config = OptimConfig(lr=0.3, schedule=schedule, warmup_epochs=0.5)  # 10 steps

@@ -1,6 +1,7 @@
 """The engine around a method's updates: who moves, gradients never applied twice, averages, guards, resuming."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer, WeightAverage, load_checkpoint, read_metrics
+from robust_moe.engine.ema import average_decay
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.engine.fabric import make_fabric
 from robust_moe.engine.optimizers import OPTIMIZERS, build_optimizer
@@ -19,6 +21,16 @@ from robust_moe.methods import METHODS, Method, Objective
 
 NEVER_EQUAL = ("seconds", "val_seconds")
 DUAL = ("model.moe.layers=[]", "model.mixture.num_experts=2", "model.dual.enabled=true")
+
+SHORT_RUN = (
+    "method.attack_steps_schedule=[[0,1],[0.7,3]]",  # the last piece begins after the stop
+    "method.label_smoothing=0.2",
+    "optim.schedule=one_cycle",
+    "optim.weight_decay_on=weights",
+    "data.augment.flip=true",
+    "data.augment.flip_order=alternating",
+    "run.ema_epochs=1",
+)
 
 
 def fit(config, **options):
@@ -150,6 +162,7 @@ def test_a_healthy_run_warns_of_nothing(tiny):
     ("name", "overrides"),
     [
         ("trades", ()),
+        ("pgd_at", SHORT_RUN),
         ("mart", ("optim.name=adam", "optim.lr=1e-3")),
         ("free_at", ("method.replays=2",)),
         ("fast_at", ("run.ema_decay=0.9",)),
@@ -203,6 +216,16 @@ def test_the_average_is_the_recurrence_of_weights_and_statistics():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert int(average.model[1].num_batches_tracked) == 8
     assert not average.model.training
+
+
+def test_a_decay_in_epochs_looks_back_as_far_at_any_batch_size(tiny):
+    assert average_decay(tiny("run.ema_decay=0.9").run, 50) == 0.9
+    assert average_decay(tiny().run, 50) == 0
+    for steps in (4, 50, 400):
+        decay = average_decay(tiny("run.ema_epochs=1.5").run, steps)
+        assert decay ** (1.5 * steps) == pytest.approx(math.exp(-1), rel=1e-9)
+    trainer, _, _ = fit(tiny("run.ema_epochs=2", "run.epochs=1"))  # of four batches each
+    assert trainer.state.average.decay == pytest.approx(math.exp(-1 / 8))
 
 
 def test_the_average_is_validated_saved_and_evaluated(tiny):

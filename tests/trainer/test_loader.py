@@ -135,3 +135,33 @@ def test_bad_positions_are_refused_at_once():
 def test_an_empty_set_has_no_batches():
     empty = image_set().subset(torch.zeros(0, dtype=torch.int64))
     assert list(loader(empty).epoch(0)) == []
+
+
+def test_an_alternating_flip_shows_both_sides_of_every_image_in_two_epochs():
+    images = image_set()
+
+    def mirrored(seed: int, epoch: int, **kwargs) -> list[bool]:
+        """By image: whether it came mirrored; every image here differs from its mirror image."""
+        augment = AugmentConfig(flip=True, flip_order="alternating")
+        found = {}
+        for batch in loader(images, shuffle=True, augment=augment, seed=seed, **kwargs).epoch(epoch):
+            for image, index in zip(batch.images, batch.index.tolist(), strict=True):
+                whole = images.images[index].float() / 255
+                found[index] = torch.equal(image, whole.flip(-1))
+                assert found[index] or torch.equal(image, whole)
+        return [found[index] for index in range(len(images))]
+
+    first = mirrored(0, 0)
+    assert 0 < sum(first) < len(images)
+    assert mirrored(0, 1) == [not flipped for flipped in first]
+    assert mirrored(0, 2) == first == mirrored(0, 0, batch_size=7)  # of the image, not of the batch
+    assert mirrored(1, 0) != first
+
+
+def test_alternating_flips_leave_the_other_changes_alone():
+    config = AugmentConfig(flip=True, crop_padding=2, flip_order="alternating")
+    plain = AugmentConfig(flip=False, crop_padding=2)
+    alternating, crops = (list(loader(augment=augment, seed=4).epoch(1)) for augment in (config, plain))
+    for one, two in zip(alternating, crops, strict=True):
+        same = [torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in zip(one.images, two.images, strict=True)]
+        assert all(same) and not torch.equal(one.images, two.images)

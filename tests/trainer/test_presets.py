@@ -10,7 +10,7 @@ from torch import nn
 
 from robust_moe.config import TrainConfig, load_config, preset_names
 from robust_moe.data import DATASETS
-from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine import Reporter, Trainer, passes_of_run
 from robust_moe.engine.experiment import EXPECTED, make_model
 from robust_moe.models import DualModel, ExpertMixture
 from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, moe_layers
@@ -88,11 +88,39 @@ def _advmoe(config: TrainConfig, model: nn.Module) -> None:
     assert len(layers) == 16 and {layer.num_experts for layer in layers.values()} == {2}
 
 
+def _speedrun(config: TrainConfig, gflop: float, seconds: float) -> None:
+    """The goal, the cost that the file's header estimates, and that nothing is decided by another share of the run."""
+    passes = passes_of_run(config, 49_000)
+    estimate = passes * gflop * 1e9 / (0.4 * 790e12)
+    assert passes == pytest.approx(23.1e6, rel=0.005)
+    assert estimate == pytest.approx(seconds, abs=0.6) and estimate < 180
+    assert (config.optim.schedule, config.optim.warmup_epochs, config.run.max_steps) == ("one_cycle", 0, None)
+    assert (config.method.attack.eps, config.method.attack_steps_schedule[-1][1]) == ("8/255", 7)
+    assert config.run.precision == "bf16-mixed"
+
+
+def _speedrun_r18(config: TrainConfig, model: nn.Module) -> None:
+    _speedrun(config, 1.11, 81)
+    assert not moe_layers(model) and millions(model) == pytest.approx(11.2, abs=0.05)
+
+
+def _speedrun_blockmoe(config: TrainConfig, model: nn.Module) -> None:
+    _speedrun(config, 1.17, 85)
+    layer = one(model)
+    assert isinstance(layer, FusedBlockMoE) and (layer.num_experts, layer.top_k) == (4, 2)
+    assert (config.model.moe.balance, config.model.moe.balance_weight) == ("entropy", 0.5)
+    dense = load_config("speedrun-cifar10-r18")
+    for section in ("data", "method", "optim", "eval"):
+        assert getattr(config, section) == getattr(dense, section)
+
+
 PUBLISHED: dict[str, Callable[[TrainConfig, nn.Module], None]] = {
     "blockmoe-cifar10-r18": _block_r18,
     "blockmoe-cifar100-r18": _block_r18,
     "blockmoe-cifar100-r50": _block_r50,
     "convmoe-cifar100-r18": _conv_r18,
+    "speedrun-cifar10-r18": _speedrun_r18,
+    "speedrun-cifar10-blockmoe": _speedrun_blockmoe,
     "rt-er-cifar10": _rt_er,
     "jtdmoe-cifar10": _jtdmoe,
     "advmoe-cifar10": _advmoe,

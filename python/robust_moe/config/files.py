@@ -88,19 +88,22 @@ def _merge(layers: list[tuple[Any, str]], overrides: list[str] | None) -> TrainC
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    parsed = []
+    together = OmegaConf.create()  # all overrides: merging one by one would copy the whole configuration each time
     for item in overrides or []:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"override: expected key=value, got {item!r}")
         try:
-            parsed.append((OmegaConf.from_dotlist([item]), "override"))
+            override = OmegaConf.from_dotlist([item])
         except Exception as error:  # the value is parsed as YAML
             raise ConfigError(f"override: {item!r} is not readable: {str(error).splitlines()[0]}") from error
+        _refuse_unknown(override, "override")
+        together = OmegaConf.merge(together, override)
     try:
         merged = OmegaConf.structured(TrainConfig)
-        for layer, where in [*layers, *parsed]:
+        for layer, where in layers:
             _refuse_unknown(layer, where)
             merged = OmegaConf.merge(merged, layer)
+        merged = OmegaConf.merge(merged, together)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error

@@ -24,6 +24,9 @@ __all__ = [
 ACCELERATORS = ("auto", "cpu", "cuda")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 FORMS = ("paper", "released")
+FLIP_ORDERS = ("random", "alternating")
+FALLS = ("linear", "cosine")
+DECAYED = ("all", "weights")
 SHORTEST_CYCLE = 1e-3  # epochs; far below a step a rate is noise, and in the end NaN
 
 
@@ -31,12 +34,14 @@ SHORTEST_CYCLE = 1e-3  # epochs; far below a step a rate is noise, and in the en
 class AugmentConfig:
     """Random changes of training images, drawn on the device for a whole batch."""
 
-    flip: bool = False  # mirror left-right with probability 1/2
+    flip: bool = False  # mirror an image left-right half of the time
+    flip_order: str = "random"  # of flip: "random": with probability 1/2; "alternating": in every second epoch
     crop_padding: int = 0  # pixels of zero padding on each side before a random crop of the original size; 0: off
     color_jitter: float = 0.0  # brightness, contrast and saturation are each scaled by U(1-j, 1+j); 0: off
     cutout: int = 0  # side in pixels of one square set to zero; 0: off
 
     def check(self, key: str) -> None:
+        expect_one_of(FLIP_ORDERS, self.flip_order, f"{key}.flip_order")
         require(self.crop_padding >= 0, f"{key}.crop_padding", "pixels >= 0", self.crop_padding)
         require(0 <= self.color_jitter < 1, f"{key}.color_jitter", "a number in [0, 1)", self.color_jitter)
         require(self.cutout >= 0, f"{key}.cutout", "pixels >= 0", self.cutout)
@@ -119,6 +124,9 @@ class MethodConfig:
     overfit_guard: bool = True  # of fast_at: stop raising single-step overfitting when PGD sees it
     awp_gamma: float = 0.0  # adversarial weight perturbation: its size relative to each weight tensor; 0: off
     awp_warmup_epochs: int = 0  # whole epochs before the weights are perturbed
+    label_smoothing: float = 0.0  # share of a label that all classes get alike in the cross-entropy trained on; 0: off
+    # [share of the run, steps] pairs, e.g. [[0, 2], [0.4, 5]]: the attack's steps from that share on; []: attack.steps
+    attack_steps_schedule: list[list[float]] = field(default_factory=list)
 
     def check(self, key: str) -> None:
         require(self.attack_mode in ("eval", "train"), f"{key}.attack_mode", "eval or train", self.attack_mode)
@@ -128,7 +136,19 @@ class MethodConfig:
             require(0 <= value < math.inf, f"{key}.{name}", "a finite number >= 0", value)
         require(self.awp_warmup_epochs >= 0, f"{key}.awp_warmup_epochs", "epochs >= 0", self.awp_warmup_epochs)
         require(self.replays >= 1, f"{key}.replays", "a count >= 1", self.replays)
+        ok = 0 <= self.label_smoothing < 1
+        require(ok, f"{key}.label_smoothing", "a share in [0, 1)", self.label_smoothing)
+        self._check_steps(f"{key}.attack_steps_schedule")
         self.attack.check(f"{key}.attack")
+
+    def _check_steps(self, key: str) -> None:
+        schedule = self.attack_steps_schedule
+        expected = "[share of the run, steps] pairs: shares rising strictly from 0 and below 1, whole steps >= 1"
+        ok = all(len(piece) == 2 for piece in schedule)
+        require(ok, key, expected, schedule)
+        shares, steps = [piece[0] for piece in schedule], [piece[1] for piece in schedule]
+        ok = all(0 <= share < 1 for share in shares) and sorted(set(shares)) == shares and shares[:1] in ([], [0])
+        require(ok and all(count >= 1 and float(count).is_integer() for count in steps), key, expected, schedule)
 
 
 @dataclass
@@ -139,12 +159,15 @@ class OptimConfig:
     lr: float = 0.1  # peak learning rate
     momentum: float = 0.9  # of sgd
     nesterov: bool = True  # of sgd: Nesterov's form of momentum
-    weight_decay: float = 5e-4  # on every parameter; an L2 penalty, of adamw decoupled from the gradient
+    weight_decay: float = 5e-4  # an L2 penalty, of adamw decoupled from the gradient
+    weight_decay_on: str = "all"  # "all" parameters, or "weights": filters and matrices, no norm, bias, gate or router
     schedule: str = "polynomial"  # a key of robust_moe.engine.SCHEDULES
     power: float = 1.0  # exponent of the polynomial decay to zero
     milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])  # shares of the run after which multistep / 10
-    lr_min: float = 0.0  # lowest rate of cyclic; lr is its highest
+    lr_min: float = 0.0  # lowest rate of cyclic, and of one_cycle at both ends; lr is their highest
     cycle_epochs: float = 10.0  # epochs from one lowest rate of cyclic to the next
+    rise: float = 0.3  # of one_cycle: share of the run in which the rate climbs to lr
+    fall: str = "linear"  # of one_cycle: how the rate comes down in the rest of the run, "linear" or "cosine"
     warmup_epochs: float = 0.0  # epochs of linear rise from zero
     grad_clip: float | None = None  # largest global gradient norm; None: no clipping
 
@@ -160,6 +183,9 @@ class OptimConfig:
         require(0 <= self.lr_min <= self.lr, f"{key}.lr_min", f"a rate in [0, {key}.lr = {self.lr}]", self.lr_min)
         ok = SHORTEST_CYCLE <= self.cycle_epochs < math.inf
         require(ok, f"{key}.cycle_epochs", f"a finite number >= {SHORTEST_CYCLE}", self.cycle_epochs)
+        require(0 <= self.rise < 1, f"{key}.rise", "a share in [0, 1)", self.rise)
+        expect_one_of(FALLS, self.fall, f"{key}.fall")
+        expect_one_of(DECAYED, self.weight_decay_on, f"{key}.weight_decay_on")
         ok = self.grad_clip is None or 0 < self.grad_clip < math.inf
         require(ok, f"{key}.grad_clip", "null or a finite norm > 0", self.grad_clip)
         ok = self.name != "sgd" or self.momentum > 0 or not self.nesterov
@@ -175,7 +201,7 @@ class EvalConfig:
     batch_size: int = 256  # images
     limit: int | None = None  # validate on the first n images only; None: all
     seed: int | None = None  # of the attack's random starts; None: run.seed
-    ema_eval: bool = True  # with run.ema_decay > 0: measure, and choose the checkpoint by, the averaged weights
+    ema_eval: bool = True  # where an average is kept: measure, and choose the checkpoint by, the averaged weights
 
     def check(self, key: str) -> None:
         require(self.every >= 1, f"{key}.every", "epochs >= 1", self.every)
@@ -201,13 +227,18 @@ class RunConfig:
     devices: int = 1  # processes, one a device
     precision: str = "32-true"  # Fabric's: 32-true, bf16-mixed, 16-mixed
     threads: int | None = None  # CPU threads; None: PyTorch's choice
-    ema_decay: float = 0.0  # of the moving average of weights and BN buffers, a factor a step; 0: none is kept
+    ema_decay: float = 0.0  # of the moving average of weights and BN buffers, a factor a step; 0: see ema_epochs
+    ema_epochs: float = 0.0  # the same as a time in epochs, 1/e of a weight being left after it; 0: ema_decay holds
 
     def check(self, key: str) -> None:
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "devices"):
             require(getattr(self, name) >= 1, f"{key}.{name}", "a count >= 1", getattr(self, name))
         require(self.seed >= 0, f"{key}.seed", "a number >= 0", self.seed)
         require(0 <= self.ema_decay < 1, f"{key}.ema_decay", "a number in [0, 1)", self.ema_decay)
+        ok = 0 <= self.ema_epochs < math.inf
+        require(ok, f"{key}.ema_epochs", "a finite number of epochs >= 0", self.ema_epochs)
+        ok = self.ema_epochs == 0 or self.ema_decay == 0
+        require(ok, f"{key}.ema_epochs", f"0 where {key}.ema_decay is set ({self.ema_decay})", self.ema_epochs)
         for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
             value = getattr(self, name)
             require(value in known, f"{key}.{name}", f"one of {', '.join(known)}", value)

@@ -29,6 +29,9 @@ class Batch(NamedTuple):
 class BatchLoader:
     """Batches of an :class:`ImageSet`, in an order and with changes that depend on (seed, epoch, batch number) alone.
 
+    With ``augment.flip_order`` "alternating" an image that one epoch mirrors the next does not: two epochs show both
+    sides of every image (Jordan, 2024, arXiv:2404.00498).
+
     The images stay uint8; they move to the device once if they fit there, and otherwise batch by batch. With several
     ranks, each takes every ``world_size``-th image of the same global batches; the order and what is drawn for an image
     do not depend on ``world_size``.
@@ -78,6 +81,9 @@ class BatchLoader:
         self.drop_last = drop_last
         # a tensor, not a number: CUDA multiplies by a number's rounded inverse, and images would depend on the device
         self._white = torch.tensor(255.0, device=self.device)
+        self._mirrored = None  # bool [N]: images that an alternating flip mirrors in even epochs
+        if augment is not None and augment.flip and augment.flip_order == "alternating":
+            self._mirrored = torch.rand(len(images), generator=generator(seed, "flip")) < 0.5
         home = self.device if _fits(images.images, self.device) else torch.device("cpu")
         self._images, self._labels = images.images.to(home), images.labels.to(home)
 
@@ -108,6 +114,8 @@ class BatchLoader:
                 draw = draw_augmentation(
                     self.augment, len(whole), *images.shape[2:], generator(self.seed, "augment", epoch, number)
                 )
+                if self._mirrored is not None:
+                    draw = draw._replace(flip=self._mirrored[whole] ^ bool(epoch % 2))
                 images = apply_augmentation(images, draw.select(mine))
             yield Batch(images, labels, index)
 

@@ -1,6 +1,7 @@
 """The training engine: loop, schedules, checkpoints, metrics."""
 
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from robust_moe.engine.cost import epochs_within, passes_of_run
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.experiment import EXPECTED
 from robust_moe.engine.log import MetricLog, read_metrics
@@ -19,8 +20,10 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "WeightAverage",
+    "epochs_within",
     "learning_rate",
     "load_checkpoint",
+    "passes_of_run",
     "read_metrics",
     "save_checkpoint",
 ]

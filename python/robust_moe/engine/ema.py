@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust_moe.config import RunConfig
 from robust_moe.engine.checkpoint import load_model_state
 
-__all__ = ["WeightAverage"]
+__all__ = ["WeightAverage", "average_decay"]
+
+
+def average_decay(run: RunConfig, steps_per_epoch: int) -> float:
+    """Decay of the average a batch; 0: none is kept.
+
+    ``run.ema_decay``, or of ``run.ema_epochs`` = T epochs of s batches ``exp(-1 / (T s))``: then the average looks back
+    over the same share of the data whatever the batch size.
+    """
+    return run.ema_decay if run.ema_epochs == 0 else math.exp(-1.0 / (run.ema_epochs * steps_per_epoch))
 
 
 class WeightAverage:

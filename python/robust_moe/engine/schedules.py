@@ -33,12 +33,26 @@ def _cyclic(config: OptimConfig, progress: float, epochs: float) -> float:
     return config.lr_min + (config.lr - config.lr_min) * (1.0 - abs(2.0 * position - 1.0))
 
 
+def _one_cycle(config: OptimConfig, progress: float, epochs: float) -> float:
+    """One cycle (Smith and Topin, 2017, arXiv:1708.07120): a linear climb from lr_min to lr in the share ``rise`` of
+    the run, and a linear or a cosine descent to lr_min at its end. After a warm-up, itself a climb, it only descends.
+    """
+    rise = 0.0 if config.warmup_epochs > 0 else config.rise
+    if progress < rise:
+        height = progress / rise
+    else:
+        done = (progress - rise) / (1.0 - rise)
+        height = 1.0 - done if config.fall == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr_min + (config.lr - config.lr_min) * height
+
+
 # (settings, share of the steps after warm-up that are done, in [0, 1), epochs after warm-up) -> rate
 SCHEDULES: dict[str, Callable[[OptimConfig, float, float], float]] = {
     "polynomial": _polynomial,
     "cosine": _cosine,
     "multistep": _multistep,
     "cyclic": _cyclic,
+    "one_cycle": _one_cycle,
     "constant": _constant,
 }
 

@@ -15,6 +15,7 @@ from robust_moe.config import TrainConfig, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
+from robust_moe.engine.parameter_groups import regrouped
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
 from robust_moe.provenance import git_revision, versions
@@ -42,13 +43,13 @@ FIXED = (
 )
 
 # Changes after which a validation measures another model, or measures it otherwise.
-REMEASURED = ("model.*", "eval.*", "run.ema_decay")
+REMEASURED = ("model.*", "eval.*", "run.ema_decay", "run.ema_epochs")
 
 
 def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
     """The settings in which ``new`` differs from a checkpoint's ``old``, apart from those of :data:`NEUTRAL`; by name,
-    a text with both values."""
-    before, after = flatten(old), flatten(new)
+    a text with both values. A setting that ``old`` does not have, being newer, was at its default."""
+    before, after = {**flatten(TrainConfig()), **flatten(old)}, flatten(new)
     absent = "(not set)"
     return {
         key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
@@ -159,7 +160,11 @@ class RunState:
                     self.average.load_state_dict(state["ema"], source)
             kept = ("params", "lr")  # the rate is the last step's
             options = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
+            grouped = state["config"]["optim"].get(
+                "weight_decay_on", "all"
+            )  # a checkpoint from before there was a choice
+            now = self.config.optim.weight_decay_on
+            self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, grouped, now))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
             self.precision.load_state_dict(state["precision"])

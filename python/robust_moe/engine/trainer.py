@@ -17,7 +17,7 @@ from robust_moe.config import ConfigError, TrainConfig, choose, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
-from robust_moe.engine.ema import WeightAverage
+from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
 from robust_moe.engine.fabric import StopRequest, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
@@ -56,9 +56,9 @@ class Trainer:
 
     ``config.yaml``; ``metrics.jsonl`` and TensorBoard events; ``last.pt``, to go on from; ``best.pt``, by the robust
     accuracy on validation images, then the clean one, then the earliest; ``crash.pt`` if a loss, a gradient or a weight
-    became NaN. With ``run.ema_decay`` a moving average of the weights is kept, in every checkpoint, and
-    (``eval.ema_eval``) is what is validated. A run that is killed and fitted again gives the numbers of one that was
-    not, on the same software and device.
+    became NaN. With ``run.ema_decay`` or ``run.ema_epochs`` a moving average of the weights is kept, in every
+    checkpoint, and (``eval.ema_eval``) is what is validated. A run that is killed and fitted again gives the numbers of
+    one that was not, on the same software and device.
 
     Args:
         config: checked; every name is looked up before anything is written.
@@ -138,7 +138,8 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.optim)
         wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
-        average = WeightAverage(self.model, config.run.ema_decay) if config.run.ema_decay > 0 else None
+        decay = average_decay(config.run, len(self.loader))
+        average = WeightAverage(self.model, decay) if decay > 0 else None
         precision = fabric.strategy.precision
         self.state = RunState(config, data, self.model, optimizer, precision, self.method, average)
         lines = 0
@@ -213,6 +214,7 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         self.method.epoch, self.method.step = state.epoch, state.step
+        self.method.progress = state.step / self.total_steps
         logs, nonfinite = self.updater.run(batch, derive_seed(config.run.seed, "attack", state.step))
         if state.average is not None:
             state.average.update(self.model)

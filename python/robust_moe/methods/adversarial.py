@@ -18,6 +18,7 @@ from robust_moe.methods.base import Method, accuracy, full
 
 __all__ = ["AdversarialMethod", "expect_attack", "pair_logs", "pgd_settings", "probed_gain"]
 
+LONGEST = 1.25  # step size of a scheduled attack in units of eps: a single longer step overfits (arXiv:2001.03994)
 PROBE_EVERY = 10  # batches between two looks at what the attack gains, each of two to eight forwards
 
 
@@ -27,6 +28,12 @@ class AdversarialMethod(Method):
     They are made in eval mode and trained on in train mode, so that every forward that is trained on moves the BN
     statistics once and the attack never does. ``method.attack_mode: train`` makes them in train mode, as some published
     code does; the BN statistics then move with every step of the attack too.
+
+    With ``method.attack_steps_schedule`` the attack of :meth:`craft` has few steps in the beginning, when it needs few
+    to fool the network, and more later (curriculum adversarial training, Cai et al., 2018, arXiv:1805.04807). The whole
+    path ``steps * alpha`` is always that of ``method.attack``, but no step is longer than ``LONGEST * eps``. Which
+    piece holds follows from the share of the run that is finished, so resuming needs nothing; on a GPU each number of
+    steps is captured as a graph of its own.
 
     Args:
         config: the whole run's.
@@ -43,10 +50,16 @@ class AdversarialMethod(Method):
             raise
         except ValueError as error:
             raise ConfigError(f"method.attack: {error}") from error
+        self._pieces = _pieces(config, self.attack)
 
     def craft(self, model: nn.Module, batch: Batch, seed: int, attack: Attack | None = None) -> Crafted:
-        """Adversarial images of the batch, by ``attack`` (None: the method's own)."""
-        return (attack or self.attack).craft(model, batch.images, batch.labels, batch.index, seed=seed)
+        """Adversarial images of the batch, by ``attack`` (None: the method's own, as the schedule has it now)."""
+        if attack is None:
+            attack = self.attack
+            for share, steps, alpha in self._pieces:
+                if self.progress >= share:
+                    attack.steps, attack.alpha = steps, alpha
+        return attack.craft(model, batch.images, batch.labels, batch.index, seed=seed)
 
     def probed_climb(
         self,
@@ -66,6 +79,16 @@ class AdversarialMethod(Method):
         with attack_mode(model), torch.no_grad():
             before, after = objective(start), objective(images)
         return {"attack_gain": (after - before).mean()}
+
+
+def _pieces(config: TrainConfig, attack: Attack) -> list[tuple[float, int, float]]:
+    """(share of the run, steps, step size) of each piece of ``method.attack_steps_schedule``, in order."""
+    schedule = config.method.attack_steps_schedule
+    if not schedule:
+        return []
+    expect_attack(config, "whose number of steps follows a schedule (method.attack_steps_schedule)", name=["pgd"])
+    path, longest = attack.alpha * attack.steps, LONGEST * attack.eps
+    return [(share, int(steps), min(path / steps, longest)) for share, steps in schedule]
 
 
 def probed_gain(step: int, model: nn.Module, batch: Batch, images: Tensor) -> dict[str, Tensor]:

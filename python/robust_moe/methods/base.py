@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.config import ConfigError, ModelConfig, TrainConfig
+from robust_moe.config import ConfigError, MethodConfig, ModelConfig, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.weight_perturbation import WeightPerturbation
 from robust_moe_kernels.modules import BALANCE_LOSSES, balance_loss, moe_layers
@@ -19,6 +19,7 @@ from robust_moe_kernels.modules import BALANCE_LOSSES, balance_loss, moe_layers
 __all__ = ["Forward", "Method", "Objective", "Scored", "Update"]
 
 Forward = Callable[[Tensor], Tensor]
+OPTIONAL = ("label_smoothing", "attack_steps_schedule")  # settings of the section method that some methods have
 Scored = tuple[Tensor, dict[str, Tensor]]  # a scalar loss on its graph; detached scalars to log
 
 
@@ -62,6 +63,7 @@ class Method(ABC):
         ConfigError: an unknown name, or a model or number of devices that the method cannot train.
     """
 
+    heeds: ClassVar[frozenset[str]] = frozenset()  # which of :data:`OPTIONAL` the method has
     distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
     def __init__(self, config: TrainConfig) -> None:
@@ -73,8 +75,11 @@ class Method(ABC):
         if self.balance == "load":
             _expect_noise(config.model)
         self.balance_weight = moe.balance_weight
-        self.epoch = 0  # finished, and
-        self.step = 0  # batches done: the engine sets both before a batch
+        _expect_heeded(config, self.heeds)
+        self.label_smoothing = config.method.label_smoothing
+        self.epoch = 0  # epochs finished; the engine sets these three before each batch
+        self.step = 0  # batches finished
+        self.progress = 0.0  # share of the run's batches that is finished, in [0, 1)
         self.perturbation_starts = config.method.awp_warmup_epochs
         gamma = config.method.awp_gamma
         self.perturbation = WeightPerturbation(gamma) if gamma > 0 else None
@@ -117,10 +122,20 @@ class Method(ABC):
                     restore()
 
     def classify(self, model: nn.Module, forward: Forward, images: Tensor, labels: Tensor) -> Scored:
-        """Mean cross-entropy of ``images``, balanced; logs it with the accuracy."""
+        """Mean cross-entropy of ``images``, with smoothed labels where that is set, balanced; logs it with the
+        accuracy."""
         logits = forward(images)
-        task = F.cross_entropy(full(logits), labels)
+        task = self.cross_entropy(logits, labels)
         return self.balanced(model, task, {"task_loss": task.detach(), "accuracy": accuracy(logits, labels)})
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy with ``(1 - s) one_hot + s / classes`` as its targets, s = ``method.label_smoothing``
+        (Szegedy et al., 2016, arXiv:1512.00567; in adversarial training Pang et al., 2021, arXiv:2010.00467).
+
+        Only the loss that is trained on is smoothed. An attack raises the plain cross-entropy, as in the code of Pang
+        et al.: its images are to be misclassified, not to be far from the smoothed target.
+        """
+        return F.cross_entropy(full(logits), labels, label_smoothing=self.label_smoothing)
 
     def balanced(self, model: nn.Module, loss: Tensor, logs: dict[str, Tensor]) -> Scored:
         """``loss`` plus the weighted balance loss of the last forward, where the model has MoE layers."""
@@ -141,6 +156,18 @@ class Method(ABC):
         """Continue from :meth:`state_dict`. Raises KeyError for one of another method."""
         if state:
             raise KeyError(f"method: expected no state for {type(self).__name__}, got {', '.join(state)}")
+
+
+def _expect_heeded(config: TrainConfig, heeds: Collection[str]) -> None:
+    """Raise :class:`ConfigError` where a setting of :data:`OPTIONAL` is set that the method does not heed."""
+    default = MethodConfig()
+    for name in OPTIONAL:
+        value, unset = getattr(config.method, name), getattr(default, name)
+        if name not in heeds and value != unset:
+            raise ConfigError(
+                f"method.{name}: expected {unset} for method.name={config.method.name}, which has no such setting, got "
+                f"{value!r}"
+            )
 
 
 def _expect_noise(model: ModelConfig) -> None:

@@ -31,6 +31,8 @@ class FastAdversarialTraining(AdversarialMethod):
     ``eps`` and ``norm`` of ``method.attack`` are both attacks'; the rest of it is the guard's PGD.
     """
 
+    heeds = frozenset({"label_smoothing"})
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)  # self.attack: the guard's
         eps = self.attack.eps

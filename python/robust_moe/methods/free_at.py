@@ -21,11 +21,14 @@ class FreeAdversarialTraining(Method):
 
     ``delta <- clamp(delta + eps * sign(gradient), -eps, eps)``, kept from one batch to the next. An epoch
     makes m = ``method.replays`` updates a batch, so divide ``run.epochs`` by m. Of ``method.attack`` only ``eps``
-    counts. BN statistics move once an update.
+    counts. BN statistics move once an update. With smoothed labels the perturbation climbs the smoothed loss too: there
+    is one backward for both.
 
     Raises:
         ConfigError: a norm other than Linf, another attack than PGD, or a loss or restarts of its own.
     """
+
+    heeds = frozenset({"label_smoothing"})
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

@@ -24,6 +24,8 @@ class Mart(AdversarialMethod):
     balance loss is that of the adversarial images.
     """
 
+    heeds = frozenset({"attack_steps_schedule"})
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self.beta = config.method.beta

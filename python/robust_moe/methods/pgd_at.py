@@ -16,6 +16,7 @@ __all__ = ["PGDAdversarialTraining"]
 class PGDAdversarialTraining(AdversarialMethod):
     """Mean cross-entropy on adversarial images only: k forwards and backwards to the input, then one training step."""
 
+    heeds = frozenset({"label_smoothing", "attack_steps_schedule"})
     distributed = True
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:

@@ -15,6 +15,7 @@ __all__ = ["Standard"]
 class Standard(Method):
     """Empirical risk minimisation: mean cross-entropy, no attack."""
 
+    heeds = frozenset({"label_smoothing"})
     distributed = True
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:

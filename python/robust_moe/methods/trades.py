@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import AdversarialMethod, expect_attack, pair_logs
-from robust_moe.methods.base import Forward, Objective, Scored, full
+from robust_moe.methods.base import Forward, Objective, Scored
 
 __all__ = ["Trades"]
 
@@ -20,11 +19,14 @@ class Trades(AdversarialMethod):
     """Mean of CE(f(x), y) + β KL(f(x) ‖ f(x')), x' raising that divergence (eq. 5); gradients reach both forwards.
 
     The attack computes its constant target f(x) once. It starts uniformly in the ball, where the authors' code starts
-    0.001 away from the image. The balance loss is that of the adversarial images.
+    0.001 away from the image. Smoothed labels (``method.label_smoothing``) are those of the cross-entropy. The balance
+    loss is that of the adversarial images.
 
     Raises:
         ConfigError: an attack other than PGD with a random start, or on another loss.
     """
+
+    heeds = frozenset({"label_smoothing", "attack_steps_schedule"})
 
     def __init__(self, config: TrainConfig) -> None:
         expect_attack(config, "whose attack raises the divergence", name=["pgd"], loss=["ce", "kl"])
@@ -42,7 +44,7 @@ class Trades(AdversarialMethod):
 
     def _loss(self, model: nn.Module, forward: Forward, batch: Batch, images: Tensor) -> Scored:
         clean, adversarial = forward(batch.images), forward(images)
-        task = F.cross_entropy(full(clean), batch.labels)
+        task = self.cross_entropy(clean, batch.labels)
         robust = kl_divergence(adversarial, clean).mean()
         logs = pair_logs(task, robust, clean, adversarial, batch.labels)
         return self.balanced(model, task + self.beta * robust, logs)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from robust_moe.weights import filters_and_matrices
 from robust_moe_kernels.modules.experts import Experts
 
 __all__ = ["WeightPerturbation"]
@@ -38,7 +39,7 @@ class WeightPerturbation:
         the weights as they were.
         """
         stacked = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-        weights = [p for p in model.parameters() if p.requires_grad and p.ndim - (id(p) in stacked) > 1]
+        weights = [p for p in filters_and_matrices(model) if p.requires_grad]
         before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
         def restore() -> None:

@@ -1,0 +1,50 @@
+"""Which parameters the weight decay pulls on, as parameter groups of an optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from robust_moe.config import OptimConfig
+from robust_moe.weights import filters_and_matrices
+from robust_moe_kernels.modules import moe_layers
+
+__all__ = ["parameter_groups", "regrouped"]
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The groups of ``config.weight_decay_on``: one of all parameters, or those that decay and those that do not.
+
+    ``"weights"``: filters and matrices decay; biases and the scales and shifts of normalisations do not, as in ResNet
+    recipes since He et al. (2019, arXiv:1812.01187, section 3.1), and neither do gates and routers, whose decay would
+    pull every route towards a tie.
+    """
+    groups = _split(model, config.weight_decay_on)
+    return [{"params": groups[0]}, *({"params": group, "weight_decay": 0.0} for group in groups[1:])]
+
+
+def regrouped(state: dict[str, Any], model: nn.Module, before: str, now: str) -> dict[str, Any]:
+    """The ``state_dict`` of an optimiser of ``model`` with the groups of ``weight_decay_on=before``, for one with those
+    of ``now``: every parameter keeps its state. The options of the groups are those of the first group before."""
+    if before == now:
+        return state
+    place = {id(p): number for number, p in enumerate(p for group in _split(model, before) for p in group)}
+    groups = _split(model, now)
+    old = [place[id(p)] for group in groups for p in group]
+    numbers = iter(range(len(old)))
+    options = state["param_groups"][0]
+    return {
+        **state,
+        "state": {number: state["state"][was] for number, was in enumerate(old) if was in state["state"]},
+        "param_groups": [{**options, "params": [next(numbers) for _ in group]} for group in groups],
+    }
+
+
+def _split(model: nn.Module, on: str) -> list[list[nn.Parameter]]:
+    everything = list(model.parameters())
+    if on == "all":
+        return [everything]
+    gates = {id(p) for layer in moe_layers(model).values() for p in layer.gate.parameters()}
+    decayed = {id(p) for p in filters_and_matrices(model)} - gates
+    return [[p for p in everything if id(p) in decayed], [p for p in everything if id(p) not in decayed]]

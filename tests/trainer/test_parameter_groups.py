@@ -1,0 +1,54 @@
+"""Which parameters the weight decay pulls on, and that a change of that keeps what the optimiser knows of each."""
+
+import pytest
+import torch
+
+from robust_moe.config import OptimConfig
+from robust_moe.engine import OPTIMIZERS
+from robust_moe.engine.experiment import make_model
+from robust_moe.engine.optimizers import build_optimizer
+from robust_moe.engine.parameter_groups import regrouped
+from robust_moe_kernels.modules import moe_layers
+
+DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
+
+
+def routed(tiny, *overrides):
+    torch.manual_seed(0)
+    return make_model(tiny("model.moe.num_experts=3", *overrides), DATA)
+
+
+def names(model, parameters):
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {known[id(parameter)] for parameter in parameters}
+
+
+@pytest.mark.parametrize("shape", [(), ("model.moe.layers=[]", "model.mixture.num_experts=2")])
+def test_norms_biases_gates_and_routers_do_not_decay(tiny, shape):
+    model = routed(tiny, *shape)
+    decayed, rest = build_optimizer(model, OptimConfig(weight_decay_on="weights")).param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (5e-4, 0.0)
+    free = names(model, rest["params"])
+    assert names(model, decayed["params"]) | free == {name for name, _ in model.named_parameters()}
+    gates = {id(p) for layer in moe_layers(model).values() for p in layer.gate.parameters()}
+    assert gates
+    for name, parameter in model.named_parameters():
+        filters = parameter.ndim >= 4 or name.endswith("fc.weight")  # of one expert, or of all in a stack
+        assert (name in free) == (id(parameter) in gates or not filters), name
+    (everything,) = build_optimizer(model, OptimConfig()).param_groups
+    assert [id(p) for p in everything["params"]] == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("before", "now"), [("all", "weights"), ("weights", "all"), ("weights", "weights")])
+def test_every_parameter_keeps_its_state_in_other_groups(tiny, name, before, now):
+    model = routed(tiny)
+    old, new = (build_optimizer(model, OptimConfig(name=name, weight_decay_on=on)) for on in (before, now))
+    for number, parameter in enumerate(list(model.parameters())[1:]):  # one has no state yet
+        parameter.grad = torch.full_like(parameter, float(number + 1))
+    old.step()
+    new.load_state_dict(regrouped(old.state_dict(), model, before, now))
+    assert len(new.state) == len(old.state) == len(list(model.parameters())) - 1
+    for parameter, state in old.state.items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(new.state[parameter][key]), torch.as_tensor(value)), key
