@@ -54,7 +54,7 @@ def run(record: Record) -> str:
 
 def _measure(record: Record, label: str, settings: dict[str, Any], batch: int, rates: dict[Any, float]) -> None:
     def measure(batch: int) -> None:
-        watch = _Watch(record.device, 2 if record.dry else TIMED)
+        watch = _Watch(record.device, *((1, 1) if record.dry else (WARM, TIMED)))
         config = step_config(record, batch, watch.steps, **settings)
         WatchedTrainer(config, watch.before_step).fit(resume=False)
         rates[label, batch] = batch * watch.timed / watch.seconds
@@ -67,20 +67,20 @@ def _measure(record: Record, label: str, settings: dict[str, Any], batch: int, r
 class _Watch:
     """Clock and profiler of a run of the trainer."""
 
-    def __init__(self, device: torch.device, timed: int) -> None:
-        self.device, self.timed = device, timed
-        self.steps = WARM + timed + PROFILED + 1
+    def __init__(self, device: torch.device, warm: int, timed: int) -> None:
+        self.device, self.warm, self.timed = device, warm, timed
+        self.steps = warm + timed + PROFILED + 1
         kinds = torch.profiler.ProfilerActivity
         self.profile = torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU])
 
     def before_step(self, number: int) -> None:
-        if number not in (WARM, WARM + self.timed, WARM + self.timed + PROFILED):
+        if number not in (self.warm, self.warm + self.timed, self.warm + self.timed + PROFILED):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        if number == WARM:
+        if number == self.warm:
             self._began = time.perf_counter()
-        elif number == WARM + self.timed:
+        elif number == self.warm + self.timed:
             self.seconds = time.perf_counter() - self._began
             self.profile.start()
         else:

@@ -1,7 +1,7 @@
 """Part 7: the real thing: train as long as the budget allows, then AutoAttack and the routed attacks.
 
-The number of epochs follows from the speed of the first one, so that the schedule ends where the training does. Attacks
-run on the first images of every class; each result is scored again in float32, the moment its attack is done.
+The number of epochs follows from the speed of the first steps, so that the schedule ends where the training does.
+Attacks run on the first images of every class; each result is scored again in float32, the moment its attack is done.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_campaign.record import Record
-from benchmarks.gpu_campaign.trainer_steps import GENERATED, OUR_RUN, WatchedTrainer, knows
+from benchmarks.gpu_campaign.trainer_steps import GENERATED, WatchedTrainer
 from robust_moe.attacks import PGD, ExpertPGD, RouterPGD
 from robust_moe.attacks.autoattack import members
-from robust_moe.config import DataConfig, TrainConfig, load_config, preset_names
+from robust_moe.config import DataConfig, TrainConfig, load_config
 from robust_moe.data import DATASETS, ImageSet
 from robust_moe.data.parquet import load_parquet
-from robust_moe.engine import Reporter, read_metrics
+from robust_moe.engine import Reporter, epochs_within, passes_of_run, read_metrics
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation import predict
 from robust_moe_kernels.modules import moe_layers
@@ -30,9 +31,10 @@ from robust_moe_kernels.modules import moe_layers
 __all__ = ["epochs_that_fit", "run"]
 
 EPS = 8 / 255
-PRESETS = ("speedrun-cifar10-blockmoe", "speedrun-cifar10-r18")  # the first gets the larger share of the time
-SHARES = (0.6, 1.0)  # of the time that is left when it begins
+# By preset, its share of the time that is left when it begins.
+PRESETS = {"speedrun-cifar10-blockmoe": 0.6, "speedrun-cifar10-r18": 1.0}
 EVALUATION = 0.3  # of a preset's time
+CAREFUL = 0.9  # of the training time is planned for: short attacks have their overheads too
 WARM, TIMED = 10, 20  # steps of the first look at the speed
 IMAGES = 1000  # attacked
 SLACK = 5.0  # seconds of a preset that nothing is planned for: saving and loading
@@ -48,24 +50,20 @@ DATASETS[DECODED] = lambda config: _decoded(config.root, config.image_size)
 
 
 def run(record: Record) -> str:
-    presets = [name for name in PRESETS if name in preset_names()] or [OUR_RUN]
-    return "; ".join(
-        _preset(record, name, record.left() * share)
-        for name, share in zip(presets, SHARES if len(presets) == 2 else (1.0,), strict=True)
-    )
+    return "; ".join(_preset(record, name, record.left() * share) for name, share in PRESETS.items())
 
 
 def _preset(record: Record, preset: str, seconds: float) -> str:
     end = time.monotonic() + seconds
-    per_epoch, set_up = _seconds_of_an_epoch(record, preset)
-    asked = _config(record, preset).run.epochs
+    rate, images, set_up = _look(record, preset)
+    config = _config(record, preset)
     train = (1 - EVALUATION) * (end - time.monotonic()) - set_up - SLACK
-    epochs = epochs_that_fit(train, per_epoch, asked)
-    times = {"seconds_an_epoch": per_epoch, "seconds_to_set_up": set_up}
-    record.row(preset=preset, epochs=epochs, epochs_of_the_preset=asked, **times)
+    epochs = epochs_that_fit(train, rate, config, images)
+    about = {"epochs": epochs, "epochs_of_the_preset": config.run.epochs, "seconds_to_set_up": set_up}
+    record.row(preset=preset, **about, passes_per_s=rate)
     began = time.monotonic()
-    config = _config(record, preset, f"run.epochs={epochs}", f"eval.every={max(1, epochs // 3)}")
-    result = WatchedTrainer(config, lambda number: None, Reporter()).fit(resume=False)
+    trainer = WatchedTrainer(_config(record, preset, f"run.epochs={epochs}"), lambda number: None, Reporter())
+    result = trainer.fit(resume=False)
     took = time.monotonic() - began
     for line in read_metrics(result.folder, "epoch"):
         record.row(preset=preset, **line)
@@ -76,29 +74,32 @@ def _preset(record: Record, preset: str, seconds: float) -> str:
     return f"{preset}: {epochs} epochs in {took:.0f} s, clean {clean:.1%}, {by} {robust:.1%}"
 
 
-def epochs_that_fit(seconds: float, per_epoch: float, most: int) -> int:
-    """Whole epochs, 1 at least and no more than the preset's."""
-    return max(1, min(most, int(seconds / per_epoch)))
+def epochs_that_fit(seconds: float, rate: float, config: TrainConfig, images: int) -> int:
+    """Epochs of the preset for a time, one at least and no more than its own. ``rate``: passes a second."""
+    try:
+        fitting = epochs_within(CAREFUL * seconds, rate, config, images)
+    except ValueError:  # not even one
+        fitting = 1
+    return min(fitting, config.run.epochs)
 
 
 def _config(record: Record, preset: str, *overrides: str) -> TrainConfig:
     """The preset on the given images, as Parquet files; on generated ones without."""
-    data = ["data.expects=null", f"data.name={GENERATED}", "data.root=null"]
+    settings = ["data.expects=null", f"run.out={record.folder / 'run'}"]
     if record.data is not None:
-        data = [f"data.name={DECODED}", f"data.root={record.data}", "data.expects=null"]
-    settings = [*data, f"run.out={record.folder / 'run'}", "eval.limit=500", "data.validation_fraction=0.02"]
-    if knows("compile") is False and not record.dry:
-        settings.append("run.precision=bf16-mixed")  # a trainer that does not choose by itself
-    if record.data is None:
-        settings += ["data.train_limit=5000", "data.test_limit=1000"]
+        settings += [f"data.name={DECODED}", f"data.root={record.data}"]
+    else:
+        settings += [f"data.name={GENERATED}", "data.root=null", "data.train_limit=5000", "data.test_limit=1000"]
     if record.dry:
         settings += ["model.width=4", "data.image_size=8", "method.attack.steps=2", "run.batch_size=16"]
         settings += ["data.train_limit=48", "data.test_limit=8", "eval.attack.steps=2", "run.epochs=1"]
+        settings += ["data.validation_fraction=0.1", "method.attack_steps_schedule=[]"]
     return load_config(preset, [*settings, *overrides])
 
 
-def _seconds_of_an_epoch(record: Record, preset: str) -> tuple[float, float]:
-    """(seconds of an epoch, seconds before it is at its speed), from a short run of the same steps."""
+def _look(record: Record, preset: str) -> tuple[float, int, float]:
+    """(passes of an image a second, training images, seconds before the first step at full speed) of a short run, with
+    attacks as long as they get."""
     warm, timed = (1, 2) if record.dry else (WARM, TIMED)
     times = [time.perf_counter()]
 
@@ -108,13 +109,14 @@ def _seconds_of_an_epoch(record: Record, preset: str) -> tuple[float, float]:
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
 
-    steps = warm + timed + 1
-    limits = (f"run.max_steps={steps}", "run.epochs=1000", "data.validation_fraction=0")
-    trainer = WatchedTrainer(_config(record, preset, *limits), before_step)
+    limits = (f"run.max_steps={warm + timed + 1}", "data.validation_fraction=0", "method.attack_steps_schedule=[]")
+    trainer = WatchedTrainer(_config(record, preset, *limits, "run.epochs=1000"), before_step)
     trainer.fit(resume=False)
-    seconds = (times[2] - times[1]) / timed
-    record.row(preset=preset, step_ms=1e3 * seconds, images_per_s=trainer.config.run.batch_size / seconds)
-    return seconds * len(trainer.loader), times[1] - times[0]
+    config, seconds = trainer.config, (times[2] - times[1]) / timed
+    images = round(len(trainer.splits.train) * (1 - _config(record, preset).data.validation_fraction))
+    one_step = replace(config, run=replace(config.run, max_steps=1))
+    record.row(preset=preset, step_ms=1e3 * seconds, images_per_s=config.run.batch_size / seconds)
+    return passes_of_run(one_step, images) / seconds, images, times[1] - times[0]
 
 
 def _evaluate(record: Record, preset: str, folder: Any, end: float) -> tuple[float, float, bool]:

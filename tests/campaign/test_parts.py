@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from benchmarks.gpu_campaign.environment import PACKAGES, missing
 from benchmarks.gpu_campaign.pgd_step import LONGEST, kernels_of
 from benchmarks.gpu_campaign.record import Record, read
 from benchmarks.gpu_campaign.syncs import Waits
+from robust_moe.config import RunConfig, TrainConfig
+from robust_moe.engine import passes_of_run
 
 CPU = torch.device("cpu")
 H100 = {
@@ -225,9 +228,10 @@ def test_the_longest_kernels_come_first():
 
 
 def test_the_schedule_ends_where_the_time_does():
-    assert real_run.epochs_that_fit(100, 9, most=30) == 11
-    assert real_run.epochs_that_fit(1000, 9, most=30) == 30
-    assert real_run.epochs_that_fit(-5, 9, most=30) == 1
+    config = TrainConfig(run=RunConfig(epochs=30, batch_size=10))
+    an_epoch = passes_of_run(replace(config, run=replace(config.run, epochs=1)), 100)
+    for seconds, expected in ((100, 9), (1000, 30), (-5, 1), (0.1, 1)):  # nine tenths of the time are planned for
+        assert real_run.epochs_that_fit(seconds, an_epoch / 10, config, 100) == expected
 
 
 def test_an_attack_without_time_leaves_the_images_it_did_not_reach():
