@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_campaign.record import Record
+from benchmarks.gpu_campaign.timing import captured
 from benchmarks.layer_case import Case, one_pass, set_mode
 
 __all__ = ["check_group", "memcheck_command", "run"]
@@ -98,14 +100,13 @@ def _first(found: Any) -> torch.Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _replayed(run: Any) -> list[torch.Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = [_first(run(number)) for number in range(2)]
-    for result in results:
+def _replayed(run: Callable[[int], Any]) -> list[torch.Tensor]:
+    results: dict[int, torch.Tensor] = {}
+    replay = captured(lambda number: results.update({number: _first(run(number))}), calls=2)
+    for result in results.values():
         result.fill_(float("nan"))
-    graph.replay()
-    return results
+    replay()
+    return list(results.values())
 
 
 def memcheck_command(tiny: bool) -> list[str]:

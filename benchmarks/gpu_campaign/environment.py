@@ -25,7 +25,7 @@ PACKAGES = {  # what a part imports beside PyTorch, Triton and NumPy
     "PIL": "part 7 (JPEG images)",
     "pyarrow": "part 7 (Parquet files)",
 }
-TOOLS = ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
+TOOLS = ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi", "cc")
 DISK = 2 * 2**30  # bytes wanted for run folders and compiled kernels
 
 
@@ -151,6 +151,8 @@ def missing(found: dict[str, Any]) -> list[str]:
     for name, who in (("ncu", "part 8 has no counters"), ("compute-sanitizer", "part 2 has no memcheck")):
         if found["tools"][name] is None:
             said.append(f"{name} is not on the PATH: {who}")
+    if found["tools"]["cc"] is None:
+        said.append("cc is not on the PATH: Triton compiles its launchers with it, and no kernel of Triton's can start")
     if found["data"] is None:
         said.append("no --data: part 7 trains on generated images, and its accuracies mean nothing")
     if found["disk"] < DISK:

@@ -54,6 +54,7 @@ def run(record: Record) -> str:
 
 def _measure(record: Record, label: str, settings: dict[str, Any], batch: int, rates: dict[Any, float]) -> None:
     def measure(batch: int) -> None:
+        record.free()
         watch = _Watch(record.device, *((1, 1) if record.dry else (WARM, TIMED)))
         config = step_config(record, batch, watch.steps, **settings)
         WatchedTrainer(config, watch.before_step).fit(resume=False)
@@ -120,6 +121,7 @@ def _plain(record: Record, batch: int, autocast: bool, rates: dict[Any, float]) 
     label = f"plain loop trainer, {'bf16 autocast' if autocast else 'tf32'}"
 
     def measure(batch: int) -> None:
+        record.free()
         model, optimizer, images, labels = _plain_model(record, batch)
         timed = 1 if record.dry else 5
         for number in range(1 + timed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -67,6 +68,14 @@ class Record:
             self._file.write(json.dumps(line, default=str) + "\n")
             self._file.flush()
 
+    def free(self) -> None:
+        """Give back the GPU memory of what nobody holds any more, cycles included."""
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def with_smaller_batches(self, batch: int, run: Callable[[int], None], what: str) -> int:
         """``run(batch)``; when the GPU has too little memory, half the batch, and so on: the batch that fitted."""
         import torch
@@ -78,9 +87,7 @@ class Record:
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
-            # outside of the handler, which still holds the tensors of the frames that failed
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.free()  # outside of the handler, which still holds the tensors of the frames that failed
             self.say(f"{what}: out of memory with a batch of {batch}, going on with {batch // 2}")
             batch //= 2
 

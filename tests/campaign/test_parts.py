@@ -74,6 +74,7 @@ def record(tmp_path: Path) -> Record:
         ({"packages": [name for name in PACKAGES if name != "omegaconf"]}, ["omegaconf is not installed: parts 6"]),
         ({"tools": {**GOOD["tools"], "ncu": None}}, ["ncu is not on the PATH: part 8"]),
         ({"tools": {**GOOD["tools"], "compute-sanitizer": None}}, ["compute-sanitizer is not on the PATH: part 2"]),
+        ({"tools": {**GOOD["tools"], "cc": None}}, ["cc is not on the PATH"]),
         ({"data": None}, ["no --data"]),
         ({"disk": 2**20}, ["only 0.0 GiB of disk"]),
     ],
@@ -251,5 +252,22 @@ def test_an_attack_without_time_leaves_the_images_it_did_not_reach():
     later, before = time.monotonic() + 1000, time.monotonic() - 1
     left, whole = real_run._attacked(model, attack, images, labels, index, right, later, batch=3)
     assert left.tolist() == [False, False, True, True, False] and whole and asked == [[0, 1, 2], [3]]
+    assert not model._forward_pre_hooks
     left, whole = real_run._attacked(model, attack, images, labels, index, right, before)
     assert left.tolist() == right.tolist() and not whole
+
+
+def test_an_attack_in_progress_ends_when_the_time_is_up(monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    images, index = torch.rand(3, 3, 2, 2), torch.arange(3)
+    right = torch.ones(3, dtype=torch.bool)
+    times = iter(range(100))
+    monkeypatch.setattr(real_run.time, "monotonic", lambda: next(times))
+    forwards = []
+
+    def attack(model, x, y, index):
+        while True:
+            forwards.append(model(x))
+
+    left, whole = real_run._attacked(model, attack, images, index, index, right, end=4)
+    assert left.all() and not whole and len(forwards) == 5 and not model._forward_pre_hooks
