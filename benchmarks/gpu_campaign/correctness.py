@@ -26,15 +26,14 @@ from benchmarks.layer_case import Case, one_pass, set_mode
 __all__ = ["check_group", "memcheck_command", "run"]
 
 BROKEN = 3  # candidates of a group that may end its process before the group is given up
+MEMCHECK_LOG = "memcheck.log"
 AFTER = 15.0  # seconds that the rest of the part wants after the candidates
 WHAT = {"cpu": [("fp16", "forward,dgrad,wgrad")]}
 WHAT["cuda"] = [(mode, operation) for mode in ("bf16", "tf32", "ieee") for operation in ("forward", "dgrad", "wgrad")]
 
 
 def run(record: Record) -> str:
-    sanitizer = subprocess.Popen(
-        memcheck_command(record.dry), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    sanitizer = _start_memcheck(record)
     groups = WHAT[record.device.type]
     with ThreadPoolExecutor(max_workers=min(len(groups), os.cpu_count() or 1)) as pool:
         found = pool.map(lambda group: check_group(record, conv_check_command(record.dry, *group), *group), groups)
@@ -116,17 +115,30 @@ def memcheck_command(tiny: bool) -> list[str]:
     return target if tool is None or tiny else [tool, "--tool", "memcheck", "--error-exitcode", "9", *target]
 
 
-def _memcheck(record: Record, sanitizer: subprocess.Popen[str]) -> str:
+def _start_memcheck(record: Record) -> subprocess.Popen[bytes]:
+    """Beside the candidates: it takes its time. PyTorch must not cut its tensors out of larger pieces, in which nobody
+    could tell one from the next."""
+    with open(record.folder / MEMCHECK_LOG, "wb") as log:
+        return subprocess.Popen(
+            memcheck_command(record.dry),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+
+
+def _memcheck(record: Record, sanitizer: subprocess.Popen[bytes]) -> str:
     checked = sanitizer.args[0] != sys.executable
     try:
-        output, _ = sanitizer.communicate(timeout=max(1.0, record.left() - 5))
+        status = sanitizer.wait(timeout=max(1.0, record.left() - 5))
     except subprocess.TimeoutExpired:
         sanitizer.kill()
         record.say("memcheck: stopped for want of time")
         return "memcheck unfinished"
+    output = (record.folder / MEMCHECK_LOG).read_text(encoding="utf-8", errors="replace")
     print(output)
-    record.row(check="memcheck", sanitizer=checked, status=sanitizer.returncode, output=output[-4000:])
-    if sanitizer.returncode == 0:
+    record.row(check="memcheck", sanitizer=checked, status=status, output=output[-4000:])
+    if status == 0:
         return "memcheck clean" if checked else "no memcheck (the small layer ran without it)"
     errors = [line for line in output.splitlines() if "ERROR SUMMARY" in line or "Error" in line]
-    return f"MEMCHECK: status {sanitizer.returncode}, {errors[-1] if errors else 'see log.txt'}"
+    return f"MEMCHECK: status {status}, {errors[-1] if errors else 'see log.txt'}"

@@ -25,7 +25,7 @@ PACKAGES = {  # what a part imports beside PyTorch, Triton and NumPy
     "PIL": "part 7 (JPEG images)",
     "pyarrow": "part 7 (Parquet files)",
 }
-TOOLS = ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi", "cc")
+TOOLS = ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
 DISK = 2 * 2**30  # bytes wanted for run folders and compiled kernels
 
 
@@ -70,6 +70,7 @@ def facts(record: Record) -> dict[str, Any]:
         "extension_files": sorted(path.name for path in Path(native.__file__).parent.glob("_C*")),
         "packages": [name for name in PACKAGES if importlib.util.find_spec(name) is not None],
         "tools": {name: _tool(name) for name in TOOLS},
+        "compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
         "data": str(record.data) if record.data else None,
         "disk": shutil.disk_usage(record.folder).free,
         "processors": os.cpu_count(),
@@ -151,8 +152,10 @@ def missing(found: dict[str, Any]) -> list[str]:
     for name, who in (("ncu", "part 8 has no counters"), ("compute-sanitizer", "part 2 has no memcheck")):
         if found["tools"][name] is None:
             said.append(f"{name} is not on the PATH: {who}")
-    if found["tools"]["cc"] is None:
-        said.append("cc is not on the PATH: Triton compiles its launchers with it, and no kernel of Triton's can start")
+    if found["compiler"] is None:
+        said.append(
+            "neither CC, gcc nor clang is there: Triton compiles its launchers with one, and runs no kernel without"
+        )
     if found["data"] is None:
         said.append("no --data: part 7 trains on generated images, and its accuracies mean nothing")
     if found["disk"] < DISK:

@@ -42,6 +42,7 @@ GOOD = {
     "extension_files": ["_C.cpython-312-x86_64-linux-gnu.so"],
     "packages": list(PACKAGES),
     "tools": dict.fromkeys(environment.TOOLS, "1.0"),
+    "compiler": "/usr/bin/gcc",
     "data": "/data",
     "disk": 2**40,
 }
@@ -74,7 +75,7 @@ def record(tmp_path: Path) -> Record:
         ({"packages": [name for name in PACKAGES if name != "omegaconf"]}, ["omegaconf is not installed: parts 6"]),
         ({"tools": {**GOOD["tools"], "ncu": None}}, ["ncu is not on the PATH: part 8"]),
         ({"tools": {**GOOD["tools"], "compute-sanitizer": None}}, ["compute-sanitizer is not on the PATH: part 2"]),
-        ({"tools": {**GOOD["tools"], "cc": None}}, ["cc is not on the PATH"]),
+        ({"compiler": None}, ["neither CC, gcc nor clang is there"]),
         ({"data": None}, ["no --data"]),
         ({"disk": 2**20}, ["only 0.0 GiB of disk"]),
     ],
