@@ -39,6 +39,9 @@ def run(record: Record) -> str:
     rates: dict[tuple[str, int], float] = {}
     for batch in (4,) if record.dry else (640, 128):
         for label, settings in VARIANTS.items():
+            if record.dry and settings.get("compile"):
+                record.say(f"{label}: left out of the dry run, on a CPU a compiler takes minutes")
+                continue
             unknown = [name for name in settings if not knows(name)]
             if unknown:
                 record.say(f"{label}: left out, the trainer has no setting run.{unknown[0]}")
