@@ -6,7 +6,8 @@
 #                                          and runs: python -m benchmarks gpu_campaign ARGUMENT ...
 #
 # gather takes further names, for what a machine lacks beside the usual (its own part 0 says so): pyarrow, tensorboard.
-# Both go quickly over what is done already. PYTHON chooses the interpreter (python3).
+# Both go quickly over what is done already. PYTHON chooses the interpreter (python3), RMK_BUILD the way to build (cuda,
+# and cpu where that fails).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
@@ -23,7 +24,7 @@ gather() {
   for minor in $(seq 39 -1 17); do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
   "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     "${platforms[@]}" --platform manylinux2014_x86_64 --dest "$wheels" "${usual[@]}" "$@"
-  git describe --always --abbrev=40 --dirty >"$wheels/commit" 2>/dev/null || rm -f "$wheels/commit"
+  git describe --always --abbrev=40 --dirty --exclude='*' >"$wheels/commit" 2>/dev/null || rm -f "$wheels/commit"
   "$python" benchmarks/gpu_campaign/wheels.py needed "$wheels"
   local size
   size=$(du -sk "$wheels" | cut -f1)
@@ -36,16 +37,15 @@ gather() {
 
 build() {
   local built newer
-  built=$("$python" -c 'import glob, sysconfig; print(*glob.glob(
-    "robust_moe_kernels/_C*" + sysconfig.get_config_var("EXT_SUFFIX")[-40:]) or [""])')
-  if [[ -n $built ]]; then
+  built=robust_moe_kernels/_C$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+  if [[ -f $built ]]; then # of this Python: another one's is not even looked at
     newer=$(find csrc setup.py -newer "$built" -print -quit)
     if [[ -z $newer ]]; then return; fi
   fi
   local gpu
   gpu=$("$python" -c 'import torch; print(*torch.cuda.get_device_capability(), sep="")' 2>/dev/null) || gpu=
   local mode
-  for mode in cuda cpu; do
+  for mode in ${RMK_BUILD:-cuda cpu}; do
     if RMK_BUILD=$mode RMK_CUDA_ARCHS=$gpu "$python" setup.py --quiet build_ext --inplace; then return; fi
     echo "the extension was not built with RMK_BUILD=$mode" >&2
   done

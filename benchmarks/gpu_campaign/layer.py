@@ -70,8 +70,7 @@ def _layer(record: Record, case: Case) -> str:
             row["gflop"] = case.gflop(mode)
             record.row(**row)
         ratios[mode] = {(row["variant"], "launches" in row["case"]): row["ratio"] for row in rows}
-        if device.type == "cuda" or record.dry:
-            record.row(case=about, gaps=_gaps(device, runs[OURS]))
+        record.row(case=about, gaps=_gaps(device, runs[OURS]))
     found = ratios["forward+backward"]
     return (
         f"layer B={case.batch}, E={case.experts}, forward + backward: all experts {found[ALL, False]:.1f}x our time, "

@@ -33,8 +33,9 @@ from benchmarks.gpu_campaign.conv_cases import (
     runner,
 )
 from benchmarks.gpu_campaign.record import Record
+from benchmarks.gpu_campaign.runner import commit
 from benchmarks.gpu_campaign.timing import compare_captured
-from robust_moe.provenance import git_revision, hardware
+from robust_moe.provenance import hardware
 from robust_moe_kernels.ops.expert_conv.tiles import TABLE, write_table
 from robust_moe_kernels.ops.expert_conv.triton_plan import gpu_of, kind_of
 
@@ -163,7 +164,7 @@ def _write_table(record: Record, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     today = datetime.datetime.now(datetime.UTC).date()
-    source = f"{hardware(record.device)}, {today}, {git_revision() or 'no commit known'}"
+    source = f"{hardware(record.device)}, {today}, {commit() or 'no commit known'}"
     path = record.folder / "tiles.json"
     shutil.copy(TABLE, path)
     write_table(table_rows(rows, f"sm_{gpu_of(record.device).capability}", source), path)

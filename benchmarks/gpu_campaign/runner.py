@@ -190,13 +190,13 @@ def source_digest() -> str:
 
 def commit() -> str | None:
     """The commit of this checkout, or the one that ``bare_machine.sh gather`` noted before it was carried away."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        pass
+    if (ROOT / ".git").exists():
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() or None
     noted = ROOT / ".wheels" / "commit"
     return noted.read_text(encoding="utf-8").strip() if noted.is_file() else None
 
