@@ -74,7 +74,8 @@ class Campaign:
             self._tell(part, result)
             if any(row.get("fatal") for row in result["rows"]):
                 print("nothing else can run", flush=True)
-                break
+                self._pack()
+                return 1
         self._pack()
         print(f"packed: {self.out}", flush=True)
         return int(any(result["status"] != "done" for result in ended))

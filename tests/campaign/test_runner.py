@@ -158,7 +158,7 @@ def test_other_sources_are_measured_anew(tmp_path, plant, monkeypatch):
 
 
 def test_without_a_gpu_nothing_else_runs(tmp_path, plant, capsys):
-    assert campaign(tmp_path, plant(0, FATAL), plant(1, GOOD)).run() == 0
+    assert campaign(tmp_path, plant(0, FATAL), plant(1, GOOD)).run() == 1
     assert list(results(tmp_path)) == ["planted0"]
     assert "nothing else can run" in capsys.readouterr().out
 
