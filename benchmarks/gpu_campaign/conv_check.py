@@ -37,7 +37,7 @@ def cases(tiny: bool) -> Iterator[ConvCase]:
     """Uneven rows throughout, one expert without any: that is where kernels go wrong."""
     rows, experts = (7, 4) if tiny else (200, 8)
     uneven = row_counts(rows, experts, "uneven")
-    for channels in (64,) if tiny else (64, 512):
+    for channels in (64,) if tiny else (512, 64):
         for kernel, stride in ((3, 1), (1, 2)) if tiny else ((3, 1), (3, 2), (1, 2)):
             size = 4 if stride == 1 or tiny else 8
             for gather in (False, True) if stride == 1 else (True,):
@@ -45,9 +45,18 @@ def cases(tiny: bool) -> Iterator[ConvCase]:
 
 
 def check(
-    mode: str, operations: Sequence[str], tiny: bool, device: torch.device, skip: int = 0
+    mode: str,
+    operations: Sequence[str],
+    tiny: bool,
+    device: torch.device,
+    skip: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, Any]]:
-    """One dict an operation, case and candidate, in an order that never changes; the first ``skip`` are left out."""
+    """One dict an operation, case and candidate, in an order that never changes; the first ``skip`` are left out.
+
+    ``share`` (i, n): every n-th candidate of a case alone, from the i-th on, always the same ones: each is compiled by
+    one process.
+    """
     number = 0
     with precision(mode) as dtype:
         for operation, case in product(operations, cases(tiny)):
@@ -55,7 +64,7 @@ def check(
                 continue  # gathers nothing: the case without is the same
             operands = Operands.of(case, dtype, device)
             truth = rival = None
-            for label, choice in choices(operands, operation):
+            for label, choice in choices(operands, operation)[share[0] :: share[1]]:
                 number += 1
                 if number <= skip:
                     continue
@@ -90,11 +99,12 @@ def main() -> None:
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("operations", help="separated by commas")
     parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     device = torch.device("cpu" if asked.tiny else "cuda")
     operations = [name for name in OPERATIONS if name in asked.operations.split(",")]
-    for row in check(asked.mode, operations, asked.tiny, device, asked.skip):
+    for row in check(asked.mode, operations, asked.tiny, device, asked.skip, tuple(asked.share)):
         print(json.dumps(row), flush=True)
 
 

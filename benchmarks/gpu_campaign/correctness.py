@@ -28,15 +28,23 @@ __all__ = ["check_group", "memcheck_command", "run"]
 BROKEN = 3  # candidates of a group that may end its process before the group is given up
 MEMCHECK_LOG = "memcheck.log"
 AFTER = 15.0  # seconds that the rest of the part wants after the candidates
-WHAT = {"cpu": [("fp16", "forward,dgrad,wgrad")]}
-WHAT["cuda"] = [(mode, operation) for mode in ("bf16", "tf32", "ieee") for operation in ("forward", "dgrad", "wgrad")]
+# (mode, operations, processes that share the candidates); compiling a kernel takes seconds, bf16 has most of them
+WHAT = {
+    "cpu": [("fp16", "forward,dgrad,wgrad", 1)],
+    "cuda": [
+        ("bf16", "forward", 4),
+        ("bf16", "dgrad", 3),
+        ("bf16", "wgrad", 3),
+        *((mode, operation, 1) for mode in ("tf32", "ieee") for operation in ("forward", "dgrad", "wgrad")),
+    ],
+}
 
 
 def run(record: Record) -> str:
     sanitizer = _start_memcheck(record)
-    groups = WHAT[record.device.type]
+    groups = [(*what, number, count) for *what, count in WHAT[record.device.type] for number in range(count)]
     with ThreadPoolExecutor(max_workers=min(len(groups), os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda group: check_group(record, conv_check_command(record.dry, *group), *group), groups)
+        found = pool.map(lambda group: check_group(record, conv_check_command(record.dry, *group), *group[:2]), groups)
         rows = [row for group in found for row in group]
     wrong = [row for row in rows if not row["ok"]]
     for row in wrong:
@@ -47,9 +55,9 @@ def run(record: Record) -> str:
     return f"{len(rows) - len(wrong)} of {len(rows)} candidates right; {graphs}; {checked}"
 
 
-def conv_check_command(tiny: bool, mode: str, operations: str) -> list[str]:
+def conv_check_command(tiny: bool, mode: str, operations: str, number: int, count: int) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.gpu_campaign.conv_check", mode, operations]
-    return [*command, *(["--tiny"] if tiny else [])]
+    return [*command, "--share", str(number), str(count), *(["--tiny"] if tiny else [])]
 
 
 def check_group(record: Record, command: list[str], mode: str, operations: str) -> list[dict[str, Any]]:

@@ -129,10 +129,12 @@ def test_a_wrong_kernel_is_seen(monkeypatch):
     def wrong(operands, operation, choice):
         return lambda: 1.01 * library(operands, operation, operands.x.dtype)
 
-    monkeypatch.setattr(conv_check, "choices", lambda operands, operation: [("wrong", None)])
+    monkeypatch.setattr(conv_check, "choices", lambda operands, operation: [("wrong", None), ("wrong too", None)])
     monkeypatch.setattr(conv_check, "runner", wrong)
     rows = list(conv_check.check("ieee", ["forward", "wgrad"], True, CPU))
-    assert len(rows) == 6 and not any(row["ok"] for row in rows)
+    assert len(rows) == 12 and not any(row["ok"] for row in rows)
+    shares = [list(conv_check.check("ieee", ["forward", "wgrad"], True, CPU, share=(i, 2))) for i in range(2)]
+    assert shares == [rows[::2], rows[1::2]]  # each candidate in one of them
     assert all(row["error"] == pytest.approx(0.01, rel=1e-3) for row in rows)
     assert list(conv_check.check("ieee", ["forward", "wgrad"], True, CPU, skip=4)) == rows[4:]
 
