@@ -184,7 +184,7 @@ setup(
         *find_packages(include=["robust_moe_kernels", "robust_moe_kernels.*"]),
         *find_packages("python", include=["robust_moe", "robust_moe.*"]),
     ],
-    package_data={"robust_moe": ["presets/*.yaml"]},
+    package_data={"robust_moe": ["presets/*.yaml"], "robust_moe_kernels.ops.expert_conv": ["tiles.json"]},
     ext_modules=[] if MODE == "none" else [extension()],
     cmdclass={"build_ext": BuildNative},
 )

@@ -48,7 +48,8 @@ def main() -> None:
         description="Benchmarks: every number is timed after its result was found correct.",
         epilog=f"benchmarks:\n{names}\n\nfigures of results:  python -m benchmarks.plots FOLDER\n"
         "the speed-run's ingredients, one by one:  python -m benchmarks.speedrun --help\n"
-        "all of it that a GPU of fifteen minutes can answer:  python -m benchmarks gpu_campaign --help",
+        "all of it that a GPU of fifteen minutes can answer:  python -m benchmarks gpu_campaign --help\n"
+        "without a GPU:  python -m benchmarks.schedule and python -m benchmarks.sass, of the grouped convolution",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")

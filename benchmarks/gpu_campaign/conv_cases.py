@@ -14,8 +14,8 @@ from torch import Tensor
 
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import triton_impl
-from robust_moe_kernels.ops.expert_conv.tiles import Case, Choice, candidates
-from robust_moe_kernels.ops.expert_conv.triton_plan import gpu_of, kind_of
+from robust_moe_kernels.ops.expert_conv.tiles import Choice
+from robust_moe_kernels.ops.expert_conv.triton_plan import gpu_of
 
 __all__ = ["MODES", "OPERATIONS", "ConvCase", "Operands", "choices", "library", "precision", "row_counts", "runner"]
 
@@ -101,10 +101,9 @@ class Operands(NamedTuple):
 def choices(operands: Operands, operation: str) -> list[tuple[str, Choice]]:
     """(label, choice) of every kernel and tile that can compute an operation on these operands, largest tiles first; on
     the CPU, where Triton's interpreter takes seconds for a large tile, of every kernel with its smallest."""
-    channels, kernel = operands.case.channels, operands.case.kernel
-    kind = kind_of(operands.x.dtype, channels, channels)
-    case = Case(kind, 0 if operation == "wgrad" else channels, channels, kernel)
-    found = candidates("filter" if operation == "wgrad" else "product", case, gpu_of(operands.x.device))
+    find = triton_impl.filter_candidates if operation == "wgrad" else triton_impl.product_candidates
+    channels, capability = operands.case.channels, gpu_of(operands.x.device).capability
+    found = find(operands.x.dtype, channels, channels, capability)
     if not operands.x.is_cuda:
         found = tuple({choice.variant: choice for choice in found}.values())  # the last of a variant is the smallest
     return [(f"{choice.variant} {'x'.join(map(str, choice.tile))}", choice) for choice in found]
@@ -115,11 +114,11 @@ def runner(operands: Operands, operation: str, choice: Choice) -> Callable[[], T
     case, x, sample, weight, offsets, d_out = operands
     geometry, size, rows = case.geometry, case.size, sum(case.counts)
     if operation == "wgrad":
-        return partial(triton_impl.wgrad, x, d_out, offsets, sample, weight, geometry, choice)
-    plan = triton_impl.plan(weight, offsets, rows, size, size, operation == "dgrad", geometry, choice)
+        return partial(triton_impl.wgrad_by, choice, x, d_out, offsets, sample, weight, geometry)
+    plan = triton_impl.plan_by(choice, weight, offsets, rows, size, size, operation == "dgrad", geometry)
     if operation == "dgrad":
-        return partial(triton_impl.dgrad, d_out, weight, offsets, plan, size, size, geometry, choice)
-    return partial(triton_impl.forward, x, weight, offsets, sample, plan, geometry, choice)
+        return partial(triton_impl.dgrad_by, choice, d_out, weight, offsets, plan, size, size, geometry)
+    return partial(triton_impl.forward_by, choice, x, weight, offsets, sample, plan, geometry)
 
 
 def library(operands: Operands, operation: str, dtype: torch.dtype) -> Tensor:

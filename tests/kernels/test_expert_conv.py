@@ -23,7 +23,7 @@ from robust_moe_kernels.ops.expert_conv import (
     expert_conv,
     plan_key,
 )
-from robust_moe_kernels.ops.expert_conv.tiles import Gpu
+from robust_moe_kernels.ops.expert_conv.tiles import Choice, Gpu, Tile
 
 OP = "expert_conv"
 triton_impl = pytest.importorskip("robust_moe_kernels.ops.expert_conv.triton_impl")
@@ -311,6 +311,29 @@ def test_sizes_beyond_the_plan_are_refused(generator):
     weight, offsets = torch.empty(1, 1, 1, 1, 1, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="x: expected maps and filters below 2\\^14 lines and columns"):
         triton_impl.forward(x, weight, offsets, None, [], Geometry(ONE, NONE, ONE))
+
+
+def test_filters_beyond_a_descriptor_are_refused():
+    """Its coordinates have 32 bits: refused in words, not computed wrongly."""
+    x = torch.empty(1, 512, 1, 1, device="meta", dtype=torch.float16)
+    weight = torch.empty(2**22, 512, 512, 1, 1, device="meta", dtype=torch.float16)
+    offsets = torch.empty(2**22 + 1, dtype=torch.int64, device="meta")
+    choice = Choice("descriptor", Tile(64, 64, 64, 4, 4))
+    with pytest.raises(
+        ValueError, match=r"^weight: expected fewer than 2\^31 lines of filters, E \* kh \* kw \* I, got"
+    ):
+        triton_impl.forward_by(choice, x, weight, offsets, None, [], Geometry(ONE, NONE, ONE))
+
+
+def test_filters_that_begin_anywhere(generator, assert_same_bits):
+    """Descriptors begin at multiples of 16 bytes; filters that do not are read without, to the same bits."""
+    x, weight, offsets, sample, _ = inputs_of(SHARED[0]._replace(channels=(64, 64)), generator, torch.float16)
+    stored = torch.empty(weight.numel() + 1, dtype=torch.float16)[1:]
+    moved = stored.view(weight.permute(0, 3, 4, 2, 1).shape).permute(0, 4, 3, 1, 2).copy_(weight)
+    assert moved.stride() == weight.stride()
+    geometry, choice = Geometry(ONE, ONE, ONE), Choice("descriptor", Tile(64, 64, 64, 4, 4))
+    results = [triton_impl.forward_by(choice, x, w, offsets, sample, [], geometry) for w in (moved, weight)]
+    assert_same_bits(*results)
 
 
 def test_is_in_the_table():

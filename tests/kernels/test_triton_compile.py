@@ -25,7 +25,7 @@ CAPABILITIES = (80, 90, 100)
 def in_fresh_process(*arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

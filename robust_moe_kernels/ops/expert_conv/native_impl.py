@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels import native
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.kept_memory import KEPT
 from robust_moe_kernels.layout import Geometry, channels_last_empty
 
-__all__ = ["PLANS", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
+__all__ = ["dgrad", "forward", "plan", "plan_key", "plan_like", "wgrad", "why_not", "why_not_case"]
 
 _ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
 
-PLANS = False  # products need nothing prepared
 
 why_not = native.why_not_cpu
 
@@ -76,15 +76,33 @@ def _run(
     )
 
 
+def plan_key(weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry) -> None:
+    """None: products need nothing prepared."""
+
+
+def plan_like(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    return []
+
+
+def plan(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    return []
+
+
 def forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry
 ) -> Tensor:
+    expect(not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
     return forward_by("auto", x, weight, offsets, sample, geometry)
 
 
 def dgrad(
     d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry
 ) -> Tensor:
+    expect(not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
     return dgrad_by("auto", d_out, weight, offsets, height, width, geometry)
 
 

@@ -142,7 +142,7 @@ def plan_key(
         A hashable value, or None where products need no plan: pass them an empty list.
     """
     module = _choose(impl, weight, weight)
-    return module.plan_key(weight, rows, height, width, backward, _geometry(geometry)) if module.PLANS else None
+    return module.plan_key(weight, rows, height, width, backward, _geometry(geometry))
 
 
 @torch.library.impl("robust_moe_kernels::expert_conv_plan", "default")
@@ -150,8 +150,7 @@ def _plan(
     weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
 ) -> list[Tensor]:
     module = _choose(impl, weight, weight)
-    case = (weight, offsets, rows, height, width, backward, _geometry(geometry))
-    return module.plan(*case) if module.PLANS else []
+    return module.plan(weight, offsets, rows, height, width, backward, _geometry(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_plan")
@@ -159,14 +158,7 @@ def _plan_fake(
     weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
 ) -> list[Tensor]:
     module = _choose(impl, weight, weight)
-    case = (weight, offsets, rows, height, width, backward, _geometry(geometry))
-    return module.plan_like(*case) if module.PLANS else []
-
-
-def _planned(module: ModuleType, plan: list[Tensor]) -> ModuleType:
-    """The module, if it can be given this plan; what a plan's tensors must be, it knows itself."""
-    expect(module.PLANS or not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
-    return module
+    return module.plan_like(weight, offsets, rows, height, width, backward, _geometry(geometry))
 
 
 @torch.library.impl("robust_moe_kernels::expert_conv_forward", "default")
@@ -174,8 +166,8 @@ def _forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
-    module = _planned(_choose(impl, x, weight), plan)
-    return module.forward(channels_last(x), weight, offsets, sample, plan, _geometry(geometry))
+    chosen = _choose(impl, x, weight)
+    return chosen.forward(channels_last(x), weight, offsets, sample, plan, _geometry(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_forward")
@@ -191,8 +183,8 @@ def _dgrad(
     d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
-    module = _planned(_choose(impl, d_out, weight), plan)
-    return module.dgrad(channels_last(d_out), weight, offsets, plan, height, width, _geometry(geometry))
+    chosen = _choose(impl, d_out, weight)
+    return chosen.dgrad(channels_last(d_out), weight, offsets, plan, height, width, _geometry(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_dgrad")

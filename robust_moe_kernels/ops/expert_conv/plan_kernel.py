@@ -129,46 +129,57 @@ def _around(pixel, places_y, places_x, low_y, inner_y, low_x, inner_x):
 
 @triton.jit
 def _corners(rows, tile, tiles, full, places_y, places_x, low_y, inner_y, low_x, inner_x, BLOCK: tl.constexpr):
-    """By expert: (tiles that lie in one corner alone, those of them before ``tile``, whether ``tile`` is one)."""
+    """Tiles of each expert that are not among their neighbours' kind: those in one corner alone, which need fewer taps,
+    and those around a whole corner into both its sides, which need all. Of either kind (number, those before ``tile``,
+    whether ``tile`` is one)."""
     corners, before, hit = rows * 0, rows * 0, rows * 0
-    begin = inner_y * inner_x
+    wide, wide_before, wide_hit, last_wide = rows * 0, rows * 0, rows * 0, rows * 0 - 1
+    begin, total = inner_y * inner_x, places_y * places_x * rows
     for segment in tl.static_range(1, 9):
         size = _band(places_y, low_y, inner_y, _BANDS_Y, segment)[1] * _band(
             places_x, low_x, inner_x, _BANDS_X, segment
         )[1]  # fmt: skip
         if segment % 2 == 0:
-            first = tl.maximum(ceil_div(begin * rows, BLOCK), full)
-            end = (begin + size) * rows
-            last = tl.where(end == places_y * places_x * rows, tiles, end // BLOCK)
+            start, end = begin * rows, (begin + size) * rows
+            first = tl.maximum(ceil_div(start, BLOCK), full)
+            last = tl.where(end == total, tiles, end // BLOCK)
             count = tl.maximum(last - first, 0)
             corners += count
             before += _clamp(tile - first, 0, count)
             hit += ((tile >= first) & (tile < last)).to(tl.int64)
+            at = start // BLOCK
+            around = (start > at * BLOCK) & (end < tl.minimum((at + 1) * BLOCK, total)) & (size > 0)
+            around = around & (at >= full) & (at != last_wide)
+            last_wide = tl.where(around, at, last_wide)
+            wide += around.to(tl.int64)
+            wide_before += (around & (at < tile)).to(tl.int64)
+            wide_hit += (around & (at == tile)).to(tl.int64)
         begin += size
-    return corners, before, hit
+    return corners, before, hit, wide, wide_before, wide_hit
 
 
 @triton.jit
 def _rank(rows, expert, tile, places_y, places_x, low_y, inner_y, low_x, inner_x, EXPERTS: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
-    """Place of an expert's tile among all of its part: tiles with pixels of the interior first, then sides, then
-    corners, which is most taps first; within those by expert, so that neighbours read the same filters."""
+    """Place of an expert's tile among all of its part: tiles with pixels of the interior first and those as long, then
+    sides, then corners, which is most taps first; within those by expert, so that neighbours read the same filters."""
     e = tl.arange(0, EXPERTS)
     tiles = ceil_div(rows * (places_y * places_x), BLOCK)
     full = ceil_div(rows * (inner_y * inner_x), BLOCK)
-    corners, corners_before, hit = _corners(
+    corners, corners_before, hit, wide, wide_before, wide_hit = _corners(
         rows, tile, tiles, full, places_y, places_x, low_y, inner_y, low_x, inner_x, BLOCK
     )
-    sides = tiles - full - corners
+    sides = tiles - full - corners - wide
     mine = e == expert
-    is_full = tl.sum(tl.where(mine & (tile < full), 1, 0), 0) > 0
+    own_full, own_wide = tl.sum(tl.where(mine, full, 0), 0), tl.sum(tl.where(mine, wide_before, 0), 0)
+    own_corners = tl.sum(tl.where(mine, corners_before, 0), 0)
+    is_long = (tile < own_full) | (tl.sum(tl.where(mine, wide_hit, 0), 0) > 0)
     is_corner = tl.sum(tl.where(mine, hit, 0), 0) > 0
-    skipped = tl.sum(tl.where(mine, corners_before, 0), 0)
-    own_full = tl.sum(tl.where(mine, full, 0), 0)
-    index = tl.where(is_full, tile, tl.where(is_corner, skipped, tile - own_full - skipped))
-    like = tl.where(is_full, full, tl.where(is_corner, corners, sides))
+    index = tl.where(is_corner, own_corners, tile - own_full - own_wide - own_corners)
+    index = tl.where(is_long, tl.minimum(tile, own_full) + own_wide, index)
+    like = tl.where(is_long, full + wide, tl.where(is_corner, corners, sides))
     before = tl.sum(tl.where(e < expert, like, 0), 0)
-    before += tl.where(is_full, 0, tl.sum(full, 0)) + tl.where(is_corner, tl.sum(sides, 0), 0)
+    before += tl.where(is_long, 0, tl.sum(full + wide, 0)) + tl.where(is_corner, tl.sum(sides, 0), 0)
     return before + index
 
 

@@ -128,7 +128,8 @@ def persistent_kernel(
     """One program: every so many-th item, a tile of the plan and BLOCK_N channels of it.
 
     Items are dealt in rounds, one to a multiprocessor, forwards and backwards in turn: the plan's tiles have fewer and
-    fewer taps, so whoever had the longest of one round has the shortest of the next.
+    fewer taps, so whoever had the longest of one round has the shortest of the next. Programs whose numbers agree
+    modulo the multiprocessors are taken to share one, as GPUs are seen to deal them; results do not depend on it.
     """
     across = ceil_div(columns, BLOCK_N)
     items = tl.load(record_ptr + tiles.to(tl.int64) * RECORD) * across

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import Geometry, channels_last_empty
 
-__all__ = ["PLANS", "dgrad", "forward", "wgrad", "why_not", "why_not_case"]
-
-PLANS = False  # products need nothing prepared
+__all__ = ["dgrad", "forward", "plan", "plan_key", "plan_like", "wgrad", "why_not", "why_not_case"]
 
 
 def why_not(device_type: str) -> str | None:
@@ -35,9 +34,26 @@ def _segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(begin, end)
 
 
+def plan_key(weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry) -> None:
+    """None: products need nothing prepared."""
+
+
+def plan_like(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    return []
+
+
+def plan(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry
+) -> list[Tensor]:
+    return []
+
+
 def forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry
 ) -> Tensor:
+    expect(not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
     rows = x if sample is None else x.index_select(0, sample)
     out = geometry.output_like(x, weight, rows.shape[0])
     for expert, part in _segments(offsets):
@@ -48,6 +64,7 @@ def forward(
 def dgrad(
     d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry
 ) -> Tensor:
+    expect(not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     for expert, part in _segments(offsets):
         d_x[part] = torch.nn.grad.conv2d_input(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -47,11 +47,6 @@ class Tile(NamedTuple):
         """Bytes of shared memory for elements of that size."""
         return self.stages * (self.m + self.n) * self.k * element
 
-    def programs(self, element: int, limit: int) -> int:
-        """Programs that a multiprocessor holds at once, by shared memory, which binds before registers do in all of
-        the candidates (a test sees to it); ``limit``: bytes a block can have, beside 1 KiB that every block takes."""
-        return max(1, min(4, (limit + 1024) // (self.shared(element) + 1024)))
-
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
@@ -69,6 +64,14 @@ class Choice(NamedTuple):
 
     variant: str
     tile: Tile
+
+    def programs(self, element: int, limit: int) -> int:
+        """Programs that a multiprocessor holds at once, by shared memory; ``limit``: bytes a block can have, to which
+        1 KiB comes that every block takes. Registers bind earlier in one case, seen in its compiled code: "persistent"
+        with 8 warps takes more than 128 a thread, so that a second program does not fit."""
+        if self.variant == "persistent" and self.tile.warps == 8:
+            return 1
+        return max(1, min(4, (limit + 1024) // (self.tile.shared(element) + 1024)))
 
 
 class Gpu(NamedTuple):
@@ -101,12 +104,14 @@ FILTER = {
 }
 _TILES = {"product": PRODUCT, "filter": FILTER}
 CAPABILITIES = (80, 90, 100)  # that are compiled for and known
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory a block can have
+SHARED_ELSEWHERE = 99 * 1024  # the least of any GPU since
 # What is tried where a variant cannot compute a case.
 _INSTEAD = {"descriptor": "persistent", "persistent": "pointer", "carry": "divide"}
 _ELEMENT = {"half": 2, "tf32": 4, "ieee": 4, "narrow": 4}
 
 
-class Case(NamedTuple):
+class Shape(NamedTuple):
     """What a variant's limits depend on."""
 
     kind: str  # of PRODUCT
@@ -126,24 +131,24 @@ def compiles(operation: str, choice: Choice, kind: str, capability: int) -> bool
     return choice.variant != "descriptor" or capability >= 90
 
 
-def _can(operation: str, choice: Choice, case: Case, gpu: Gpu) -> bool:
+def _can(operation: str, choice: Choice, shape: Shape, gpu: Gpu) -> bool:
     """Whether a choice computes a case on a GPU. A descriptor's lines are multiples of 16 bytes, and its blocks must
     not reach from one tap's filters into the next one's; a lane's mask has 16 bits for an axis."""
-    if choice.tile.shared(_ELEMENT[case.kind]) > gpu.shared:
+    if choice.tile.shared(_ELEMENT[shape.kind]) > gpu.shared:
         return False
-    if not compiles(operation, choice, case.kind, gpu.capability):
+    if not compiles(operation, choice, shape.kind, gpu.capability):
         return False
     if choice.variant == "descriptor":
-        lined = min(case.depth, case.columns) * _ELEMENT[case.kind] % 16 == 0 and case.kind != "narrow"
-        return gpu.descriptors and lined and case.depth % choice.tile.k == 0 and case.taps <= 16
-    return choice.variant != "persistent" or case.taps <= 16
+        lined = min(shape.depth, shape.columns) * _ELEMENT[shape.kind] % 16 == 0 and shape.kind != "narrow"
+        return gpu.descriptors and lined and shape.depth % choice.tile.k == 0 and shape.taps <= 16
+    return choice.variant != "persistent" or shape.taps <= 16
 
 
-def candidates(operation: str, case: Case, gpu: Gpu) -> tuple[Choice, ...]:
+def candidates(operation: str, shape: Shape, gpu: Gpu) -> tuple[Choice, ...]:
     """Every variant and tile that computes a case of a "product" or "filter" on a GPU, largest tiles first."""
     variants = ("descriptor", "persistent", "pointer") if operation == "product" else ("carry", "divide")
-    choices = [Choice(variant, tile) for tile in _TILES[operation][case.kind] for variant in variants]
-    return tuple(choice for choice in choices if _can(operation, choice, case, gpu))
+    choices = [Choice(variant, tile) for tile in _TILES[operation][shape.kind] for variant in variants]
+    return tuple(choice for choice in choices if _can(operation, choice, shape, gpu))
 
 
 @cache
@@ -151,24 +156,40 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["entries"]
 
 
-def choose(operation: str, case: Case, pairs: int, gpu: Gpu, table: Path = TABLE) -> Choice:
+def choose(operation: str, shape: Shape, pairs: int, gpu: Gpu, table: Path = TABLE) -> Choice:
     """The table's first entry for the GPU's architecture, kind and operation whose least pairs and columns are met.
 
     An architecture without entries takes those of "other". Where the entry's variant cannot compute the case, its next
-    simpler one does; a tile that needs more shared memory than the GPU has is passed over.
+    simpler one does; a tile that needs more shared memory than the GPU has is passed over, and so is one that would
+    compute a third more columns than there are, if another entry serves.
+
+    Raises:
+        ValueError: no tile fits the GPU's shared memory.
     """
-    mine = [e for e in _entries(table) if (e["operation"], e["kind"]) == (operation, case.kind)]
+    plain = all(type(number) is int for number in (pairs, *shape[1:]))  # not so while shapes are traced
+    return (_chosen if plain else _chosen.__wrapped__)(operation, shape, pairs, gpu, table)
+
+
+@lru_cache(4096)
+def _chosen(operation: str, shape: Shape, pairs: int, gpu: Gpu, table: Path) -> Choice:
+    mine = [e for e in _entries(table) if (e["operation"], e["kind"]) == (operation, shape.kind)]
     own = [e for e in mine if e["architecture"] == f"sm_{gpu.capability}"]
+    possible = []
     for entry in own or [e for e in mine if e["architecture"] == "other"]:
-        if pairs >= entry["pairs"] and case.columns >= entry["columns"]:
+        if pairs >= entry["pairs"] and shape.columns >= entry["columns"]:
             variant, tile = entry["variant"], Tile(*entry["tile"])
-            while variant is not None:
-                if _can(operation, Choice(variant, tile), case, gpu):
-                    return Choice(variant, tile)
+            while variant is not None and not _can(operation, Choice(variant, tile), shape, gpu):
                 variant = _INSTEAD.get(variant)
-    smallest = min(_TILES[operation][case.kind], key=lambda tile: tile.shared(1))
+            if variant is not None:
+                possible.append(Choice(variant, tile))
+    for choice in possible:
+        if 3 * -(-shape.columns // choice.tile.n) * choice.tile.n < 4 * shape.columns:
+            return choice
+    if possible:
+        return possible[-1]
+    smallest = min(_TILES[operation][shape.kind], key=lambda tile: tile.shared(1))
     raise ValueError(
-        f"tile: expected a GPU with {smallest.shared(_ELEMENT[case.kind])} bytes of shared memory, got {gpu.shared}"
+        f"tile: expected a GPU with {smallest.shared(_ELEMENT[shape.kind])} bytes of shared memory, got {gpu.shared}"
     )
 
 
@@ -212,6 +233,7 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
     text = ",\n".join("  " + json.dumps(entry) for entry in (*measured, *kept))
     path.write_text('{"entries": [\n' + text + "\n]}\n", encoding="utf-8")
     _entries.cache_clear()
+    _chosen.cache_clear()
 
 
 def _thresholds(sizes: set[int]) -> dict[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv.plan_kernel import GEOMETRY, RECORD, plan_kernel
-from robust_moe_kernels.ops.expert_conv.tiles import Case, Choice, Gpu, choose
+from robust_moe_kernels.ops.expert_conv.tiles import Choice, Gpu, Shape, choose
 from robust_moe_kernels.triton_support import on_device
 
 try:
@@ -108,11 +108,11 @@ class Product(NamedTuple):
         expect(max(sizes.values()) < 2**14, "x", "maps and filters below 2^14 lines and columns", max(sizes.values()))
         depth, columns = (outputs, inputs) if backward else (inputs, outputs)
         if choice is None:
-            case = Case(kind_of(weight.dtype, depth, columns), depth, columns, max(kernel))
-            choice = choose("product", case, rows * pixels * parts, gpu_of(weight.device))
+            shape = Shape(kind_of(weight.dtype, depth, columns), depth, columns, max(kernel))
+            choice = choose("product", shape, rows * pixels * parts, gpu_of(weight.device))
         if choice.variant == "descriptor":
             lines = experts * kernel[0] * kernel[1] * inputs
-            expect(lines < 2**31, "weight", "fewer than 2^31 filters' lines, E * kh * kw * I", lines)
+            expect(lines < 2**31, "weight", "fewer than 2^31 lines of filters, E * kh * kw * I", lines)
         return cls(sizes, experts, rows, depth, columns, forward, mirror, parts, pixels, choice)
 
     @property
