@@ -167,7 +167,8 @@ def _write_table(record: Record, rows: list[dict[str, Any]]) -> None:
     source = f"{hardware(record.device)}, {today}, {commit() or 'no commit known'}"
     path = record.folder / "tiles.json"
     shutil.copy(TABLE, path)
-    write_table(table_rows(rows, f"sm_{gpu_of(record.device).capability}", source), path)
+    architecture = f"sm_{gpu_of(record.device).capability}" if record.device.type == "cuda" else "dry run"
+    write_table(table_rows(rows, architecture, source), path)
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:
