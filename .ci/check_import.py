@@ -1,10 +1,14 @@
-"""Fails unless the installed package works without triton, torchvision and, for RMK_BUILD=none, its extension."""
+"""Fails unless the installed package works without triton, torchvision and, for RMK_BUILD=none, its extension: kernels,
+modules, attacks and models."""
 
 import importlib.util
 import sys
 
 import torch
 
+from robust_moe.attacks import PGD
+from robust_moe.config import ModelConfig, MoEConfig
+from robust_moe.models import build_model
 from robust_moe_kernels import FusedConvMoE, env
 from robust_moe_kernels.ops.attack_step import pgd_step
 
@@ -20,4 +24,9 @@ x = torch.rand(5, 3, 6, 6, requires_grad=True)
 layer(x).sum().backward()
 stepped = pgd_step(x, x.grad, x, 8 / 255, 2 / 255)
 assert stepped.shape == x.shape and (stepped - x).abs().max() > 0
+config = ModelConfig(name="resnet18", width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3))
+model = build_model(config, num_classes=10, channels=3, image_size=8)
+images = torch.rand(4, 3, 8, 8)
+moved = (PGD(eps=8 / 255, steps=2)(model, images, torch.arange(4)) - images).abs().max()
+assert 0 < moved <= 8 / 255 + 1e-6
 print(f"RMK_BUILD={mode}: {sum(row.available for row in rows)} implementations run, torch {torch.__version__}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
 from benchmarks.harness import check_close, peak_bytes
 from robust_moe.models.resnet import BasicBlock
+from robust_moe.precision import full_precision
 from robust_moe_kernels.modules import FusedBlockMoE
 
 __all__ = [
@@ -32,10 +33,10 @@ BASELINES: dict[str, type[nn.Module]] = {MASKED: MaskedLoop, SORTED: SortedLoop,
 MODES = {"forward": 1, "forward+dx": 2, "forward+backward": 3}  # convolutions' worth of work: forward, dgrad, wgrad
 INPUTS = 4  # used in turn: at the paper's size 4 MiB each, together more than a core's share of the cache
 
-# Relative errors allowed between two computations of one function, of (outputs, gradients). A sum of 9*512 products in
-# another order moves about one float32 value in a million across the ReLU's threshold; its gradient comes or goes, and
-# the gradient as a whole changes by a thousandth: measured 3e-7 without such a value, 1.1e-3 with one. bfloat16 keeps 8
-# bits; and two experts' scores may tie in it: the loop then chooses another one than the layer.
+# Relative errors allowed between two computations of one function, of (outputs, gradients); float32 without TF32. A sum
+# of 9*512 products in another order moves about one float32 value in a million across the ReLU's threshold; its
+# gradient comes or goes, and the gradient as a whole changes by a thousandth: measured 3e-7 without such a value,
+# 1.1e-3 with one. bfloat16 keeps 8 bits; and two experts' scores may tie in it: the loop then chooses another one.
 BOUNDS = {torch.float64: (1e-12, 1e-9), torch.float32: (1e-5, 5e-3), torch.bfloat16: (0.1, 0.3)}
 
 
@@ -171,10 +172,12 @@ def _results(module: nn.Module, x: Tensor, gradient: Tensor, weights: bool) -> d
     return found
 
 
+@full_precision()
 def check(variants: dict[str, nn.Module], x: Tensor, modes: tuple[str, ...]) -> None:
     """Every variant against the sorted loop on one input: outputs and gradients in evaluation, and in training (with
     the filters' gradients) where ``modes`` trains. The dense block, another function, is compared with the layer's
-    first expert; the all-experts variant, another function in training, in evaluation only.
+    first expert; the all-experts variant, another function in training, in evaluation only. Compared without TF32
+    (a thousandth, where convolutions have it by default); what is timed afterwards takes the precision that is set.
 
     Raises AssertionError: a result beyond ``BOUNDS``; nothing may be timed then.
     """
@@ -200,6 +203,7 @@ def check(variants: dict[str, nn.Module], x: Tensor, modes: tuple[str, ...]) -> 
                 check_close(f"{DENSE}: output {where}", variants[DENSE](x), rows, BOUNDS[x.dtype][0])
 
 
+@full_precision()
 def check_same(name: str, module: nn.Module, wanted: nn.Module, x: Tensor) -> None:
     """Output and input gradient of a module against another's, both in the mode they are in. Raises AssertionError."""
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Figures of results: ``python -m benchmarks.plots FOLDER`` draws what it finds in FOLDER, beside the JSON.
 
 expert_sweep_time.png and expert_sweep_memory.png: against the dense block of the same FLOPs, over E, B, k and map size;
-expert_sweep_rate.png: share of the fastest large matrix product; train_step.png: a whole training step.
+expert_sweep_rate.png: share of the fastest large matrix product; train_step.png: a whole training step; of a GPU
+campaign's results.json what ``gpu_campaign.figures`` says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED
 
-__all__ = ["main", "plot_sweep", "plot_train_step"]
+__all__ = ["GREY", "INK", "figure_of", "main", "plot_sweep", "plot_train_step", "tidy"]
 
 Line = Mapping[str, Any]
 INK, GREY, GRID = "#1a202c", "#4a5568", "#e2e8f0"
@@ -44,7 +45,7 @@ AXES = {"E": "experts E", "B": "batch size B", "k": "experts a sample, k", "map"
 Value = Callable[[Line, Line], float]  # of a line, and the dense block's of the same case
 
 
-def _figure(width: float, height: float, title: str, record: Line) -> Figure:
+def figure_of(width: float, height: float, title: str, record: Line) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
     git = record.get("git")
@@ -54,7 +55,7 @@ def _figure(width: float, height: float, title: str, record: Line) -> Figure:
     return figure
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -102,7 +103,7 @@ def _panel(axes: Axes, lines: Sequence[Line], mode: str, over: str, variants: Se
         )
     axes.set_xticks(range(len(places)), [str(place).replace("x", "×") for place in places])
     axes.margins(x=0.08)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _legend(figure: Figure, variants: Sequence[str]) -> None:
@@ -150,7 +151,7 @@ def plot_sweep(record: Line, path: Path, what: str) -> None:
         "rate": lambda line, _: line["extra"]["share"],
     }
     variants = [v for v in STYLES if what == "rate" or v != DENSE]
-    figure = _figure(14, 7.4, titles[what], record)
+    figure = figure_of(14, 7.4, titles[what], record)
     figure.get_layout_engine().set(rect=(0, 0, 0.995, 0.95))
     grid = figure.subplots(len(PASSES), len(AXES), sharey=True, sharex="col")
     for row, (mode, label) in zip(grid, PASSES.items(), strict=True):
@@ -179,7 +180,7 @@ def plot_train_step(record: Line, path: Path) -> None:
     cases = list(dict.fromkeys(json.dumps(row["case"]) for row in rows))
     first = json.loads(cases[0])
     title = f"One {first['step']} training step, ResNet-18 with layer4.1 as BlockMoE, batch {first['B']}"
-    figure = _figure(9, 1.6 + 1.1 * len(cases), title, record)
+    figure = figure_of(9, 1.6 + 1.1 * len(cases), title, record)
     panels = figure.subplots(len(cases), 1, squeeze=False, sharex=True)[:, 0]
     colors = ("#c2410c", "#90a4bd", "#2b6cb0")
     for axes, case in zip(panels, cases, strict=True):
@@ -194,7 +195,7 @@ def plot_train_step(record: Line, path: Path) -> None:
         axes.invert_yaxis()
         axes.set_title(f"E = {json.loads(case)['E']}", loc="left", fontsize=10, color=GREY)
         axes.margins(x=0.22)
-        _tidy(axes)
+        tidy(axes)
         axes.grid(False, axis="y")
     panels[-1].set_xlabel("seconds (median and spread); beside it, time in multiples of ours and peak memory")
     figure.savefig(path)
@@ -213,8 +214,13 @@ def main() -> None:
     if (source := folder / "train_step.json").exists():
         written.append(folder / "train_step.png")
         plot_train_step(json.loads(source.read_text(encoding="utf-8")), written[-1])
+    if (source := folder / "results.json").exists():
+        from benchmarks.gpu_campaign.figures import draw
+
+        written += draw(json.loads(source.read_text(encoding="utf-8")), folder)
     if not written:
-        parser.error(f"folder: expected expert_sweep.json or train_step.json in {folder}, found neither")
+        names = "expert_sweep.json, train_step.json or a campaign's results.json"
+        parser.error(f"folder: expected {names} in {folder}, found none of them")
     for path in written:
         print(path)
 

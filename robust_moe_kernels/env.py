@@ -12,7 +12,7 @@ import torch
 from robust_moe_kernels import native
 from robust_moe_kernels.ops import OPS
 
-__all__ = ["OpStatus", "report", "versions"]
+__all__ = ["OpStatus", "package_version", "report", "versions"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class OpStatus:
     reason: str  # why it cannot run; empty when it can
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed distribution, or "not installed": what is missing never ends a run."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -41,12 +42,12 @@ def versions() -> dict[str, str]:
         extension = f"{'C++ and CUDA' if native.has_cuda() else 'C++'}, {native.extension().cpu_isa()}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "robust-moe-kernels": _version("robust-moe-kernels"),
+        "robust-moe-kernels": package_version("robust-moe-kernels"),
         "extension": extension,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "torchvision": _version("torchvision"),
+        "triton": package_version("triton"),
+        "torchvision": package_version("torchvision"),
         "CUDA of torch": torch.version.cuda or "none",
         "GPUs": ", ".join(names) or "none",
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from robust_moe_kernels.env import package_version
 from robust_moe_kernels.env import versions as kernel_versions
 
 __all__ = ["git_revision", "hardware", "provenance", "versions"]
@@ -17,7 +17,7 @@ __all__ = ["git_revision", "hardware", "provenance", "versions"]
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides numbers, by name."""
-    found = {**kernel_versions(), "lightning-fabric": metadata.version("lightning-fabric")}
+    found = {**kernel_versions(), "lightning-fabric": package_version("lightning-fabric")}
     return {name: str(version) for name, version in found.items()}  # PyTorch's is a class that no checkpoint may hold
 
 

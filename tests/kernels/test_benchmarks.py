@@ -105,6 +105,18 @@ def test_a_wrong_gradient_in_training_stops_it_too(damaged: str):
         layer_case.check(variants, x, ("forward+backward",))
 
 
+def test_the_gate_multiplies_float32_as_float32_and_puts_back_what_was_allowed():
+    """On a GPU PyTorch's convolutions take TF32 by default, and no bound for float32 would hold."""
+    convolution = torch.backends.cudnn.conv
+    assert convolution.fp32_precision == "tf32"  # PyTorch's default
+    seen = []
+    variants = TINY.variants(TINY.layer(CPU), (SORTED,))
+    variants[SORTED].register_forward_hook(lambda module, inputs, y: seen.append(convolution.fp32_precision))
+    layer_case.check(variants, TINY.inputs(CPU)[0], ("forward+backward",))
+    layer_case.check_same("the same", variants[SORTED], variants[SORTED], TINY.inputs(CPU)[0])
+    assert seen and set(seen) == {"ieee"} and convolution.fp32_precision == "tf32"
+
+
 def _small(stride: int, top_k: int, experts: int = 4) -> tuple[FusedBlockMoE, torch.Tensor]:
     torch.manual_seed(3)
     channels = 6 if stride == 2 else 4

@@ -31,11 +31,12 @@ def in_fresh_process(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def compilations() -> dict[tuple[str, int], Future[str]]:
-    """Output of compile_builds.py for every (op, GPU)."""
+def compilations(request: pytest.FixtureRequest) -> dict[tuple[str, int], Future[str]]:
+    """Output of compile_builds.py for every (op, GPU) that a selected test asks for."""
     program = str(HERE / "compile_builds.py")
     pool = ThreadPoolExecutor(max_workers=2)
-    jobs = [(op, capability) for op in OPS for capability in CAPABILITIES]
+    asked = [item.callspec.params for item in request.session.items if "compilations" in item.fixturenames]
+    jobs = dict.fromkeys((params.get("op", "expert_conv"), params.get("capability", 90)) for params in asked)
     futures = {(op, gpu): pool.submit(in_fresh_process, program, op, str(gpu)) for op, gpu in jobs}
     pool.shutdown(wait=False)
     return futures

@@ -1,4 +1,8 @@
-"""Configurations as YAML files, presets, nested dicts and ``key=value`` overrides."""
+"""Configurations as YAML files, presets, nested dicts and ``key=value`` overrides.
+
+OmegaConf is imported where something is read or written, so that attacks, models and methods, which are configured by
+dataclasses, work without it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,6 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from robust_moe.config.checks import ConfigError
 from robust_moe.config.schema import TrainConfig
@@ -25,6 +26,8 @@ def preset_names() -> list[str]:
 
 
 def _read_yaml(source: str | Path) -> Any:
+    from omegaconf import OmegaConf
+
     path = Path(source)
     if not path.is_file():
         preset = resources.files("robust_moe") / "presets" / f"{source}.yaml"
@@ -64,6 +67,8 @@ def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _refuse_unknown(tree: Any, where: str) -> None:
+    from omegaconf import OmegaConf
+
     known = _known_keys(TrainConfig)
     for key, value in _dotted(OmegaConf.to_container(tree)):
         if key in known:
@@ -80,6 +85,9 @@ def _refuse_unknown(tree: Any, where: str) -> None:
 
 def _merge(layers: list[tuple[Any, str]], overrides: list[str] | None) -> TrainConfig:
     """Defaults, then ``layers`` (each with the name that errors use), then overrides; checked."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     together = OmegaConf.create()  # all overrides: merging one by one would copy the whole configuration each time
     for item in overrides or []:
         if "=" not in item or item.startswith("="):
@@ -114,6 +122,8 @@ def load_config(source: str | Path | None = None, overrides: list[str] | None = 
 
 def config_from_dict(tree: dict[str, Any], overrides: list[str] | None = None, where: str = "config") -> TrainConfig:
     """A configuration from the nested dict that a checkpoint keeps, with ``key=value`` overrides on top."""
+    from omegaconf import OmegaConf
+
     layer = OmegaConf.create(tree)
     return _merge([(layer, where)], overrides)
 
@@ -130,4 +140,6 @@ def flatten(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write ``config`` as YAML that :func:`load_config` reads back to an equal object."""
+    from omegaconf import OmegaConf
+
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from robust_moe.engine.checkpoint import save_checkpoint
 from robust_moe.engine.guards import state_is_finite
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.state import RunState, find_checkpoint
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["CrashGuard"]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robust_moe.data import Batch
 from robust_moe.engine.guards import GateWatch
 from robust_moe.methods import Method, Update
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["Updater"]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import Attack
 from robust_moe.data import BatchLoader, ImageSet
+from robust_moe.precision import full_precision, switches
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import moe_layers
 
@@ -68,45 +69,14 @@ def device_of(model: nn.Module, device: str | torch.device | None = None) -> tor
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _switches() -> dict[str, Any]:
-    """What decides how fp32 products are made, by name."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    ops = {"cuda.matmul": cuda.matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
-    return {**ops, "mkldnn.matmul": mkldnn.matmul, "mkldnn.conv": mkldnn.conv}
-
-
 def precision(device: torch.device) -> dict[str, Any]:
     """The caller's settings that change the rounding of attacks (scores have their own), plain values by name."""
     autocast = torch.is_autocast_enabled(device.type)
     return {
-        **{f"fp32_precision.{name}": op.fp32_precision for name, op in _switches().items()},
+        **{f"fp32_precision.{name}": op.fp32_precision for name, op in switches().items()},
         "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products in fp32: no TF32 on a GPU, no bf16 on a CPU; every setting is put back as found."""
-    backends, ops = torch.backends, _switches().values()
-    before = [op.fp32_precision for op in ops]
-    try:
-        older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch refuses to read its older switches where the caller has set the newer ones
-        older = None
-    try:
-        if older is not None:  # both, or code in the model that reads the older ones would be refused
-            backends.cudnn.allow_tf32 = False
-            torch.set_float32_matmul_precision("highest")
-        for op in ops:
-            op.fp32_precision = "ieee"
-        yield
-    finally:
-        if older is not None:
-            backends.cudnn.allow_tf32 = older[0]
-            torch.set_float32_matmul_precision(older[1])
-        for op, precision in zip(ops, before, strict=True):
-            op.fp32_precision = precision
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""Part 4: a whole step of PGD-7 adversarial training as the trainer does it, loader and augmentation included: what
+precision, determinism and compilation change, how many kernels it is and which take longest; and a plain loop trainer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.baselines import MaskedLoop
+from benchmarks.gpu_campaign.record import Record
+from benchmarks.gpu_campaign.trainer_steps import WatchedTrainer, knows, step_config
+from benchmarks.train_step import plain_attack
+from robust_moe.models import build_model
+
+__all__ = ["kernels_of", "run"]
+
+WARM, TIMED, PROFILED = 4, 12, 2  # steps
+LONGEST = 10  # kernels that are listed
+EPS = 8 / 255
+# label: settings of run.*; the first is what everything is compared with
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16-mixed"},
+    "tf32": {"precision": "32-true"},
+    "bf16, not deterministic": {"precision": "bf16-mixed", "deterministic": False},
+    "bf16, compiled": {"precision": "bf16-mixed", "compile": True},
+    "bf16, compiled, not deterministic": {"precision": "bf16-mixed", "compile": True, "deterministic": False},
+}
+SECONDS = {"compile": 60.0}  # wanted for a variant with that setting
+USUAL = 12.0  # wanted for another one
+
+
+def run(record: Record) -> str:
+    rates: dict[tuple[str, int], float] = {}
+    for batch in (4,) if record.dry else (640, 128):
+        for label, settings in VARIANTS.items():
+            if record.dry and settings.get("compile"):
+                record.say(f"{label}: left out of the dry run, on a CPU a compiler takes minutes")
+                continue
+            unknown = [name for name in settings if not knows(name)]
+            if unknown:
+                record.say(f"{label}: left out, the trainer has no setting run.{unknown[0]}")
+                continue
+            if record.out_of_time(max(SECONDS.get(name, USUAL) for name in settings), f"{label}, B={batch}"):
+                continue
+            _measure(record, label, settings, batch, rates)
+        if not record.out_of_time(USUAL, f"plain loop trainer, B={batch}"):
+            for autocast in (False, True):
+                _plain(record, batch, autocast, rates)
+    return "; ".join(f"B={batch}, {label}: {rate:,.0f} images/s" for (label, batch), rate in rates.items())
+
+
+def _measure(record: Record, label: str, settings: dict[str, Any], batch: int, rates: dict[Any, float]) -> None:
+    def measure(batch: int) -> None:
+        record.free()
+        watch = _Watch(record.device, *((1, 1) if record.dry else (WARM, TIMED)))
+        config = step_config(record, batch, watch.steps, **settings)
+        WatchedTrainer(config, watch.before_step).fit(resume=False)
+        rates[label, batch] = batch * watch.timed / watch.seconds
+        about = {"variant": label, "B": batch, "images_per_s": rates[label, batch], "settings": settings}
+        record.row(**about, step_ms=1e3 * watch.seconds / watch.timed, **kernels_of(watch.profile, PROFILED))
+
+    record.with_smaller_batches(batch, measure, label)
+
+
+class _Watch:
+    """Clock and profiler of a run of the trainer."""
+
+    def __init__(self, device: torch.device, warm: int, timed: int) -> None:
+        self.device, self.warm, self.timed = device, warm, timed
+        self.steps = warm + timed + PROFILED + 1
+        kinds = torch.profiler.ProfilerActivity
+        self.profile = torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU])
+
+    def before_step(self, number: int) -> None:
+        if number not in (self.warm, self.warm + self.timed, self.warm + self.timed + PROFILED):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if number == self.warm:
+            self._began = time.perf_counter()
+        elif number == self.warm + self.timed:
+            self.seconds = time.perf_counter() - self._began
+            self.profile.start()
+        else:
+            self.profile.stop()
+
+
+def kernels_of(profile: torch.profiler.profile, steps: int) -> dict[str, Any]:
+    """What ran on the device in ``steps`` steps: kernels, copies and fills of one step, the longest kernels by their
+    sum, and the time between kernels. Without a GPU, PyTorch's operators stand for them."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.duration_ns() > 0]
+    on_device = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+    events = on_device or events
+    sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in events:
+        sums[event.name()][0] += 1
+        sums[event.name()][1] += event.duration_ns() / 1e6
+    moved = {name: found for name, found in sums.items() if name.startswith(("Memcpy", "Memset"))}
+    kernels = {name: found for name, found in sums.items() if name not in moved}
+    ordered = sorted(kernels.items(), key=lambda item: -item[1][1])
+    busy = sum(found[1] for found in sums.values())
+    begin = min((event.start_ns() for event in events), default=0)
+    end = max((event.start_ns() + event.duration_ns() for event in events), default=0)
+    return {
+        "kernels_a_step": sum(int(found[0]) for found in kernels.values()) / steps,
+        "copies_a_step": {name: found[0] / steps for name, found in moved.items()},
+        "busy_ms_a_step": busy / steps,
+        "span_ms_a_step": (end - begin) / 1e6 / steps,
+        "longest": [
+            {"name": name[:200], "calls_a_step": calls / steps, "ms_a_step": ms / steps}
+            for name, (calls, ms) in ordered[:LONGEST]
+        ],
+    }
+
+
+def _plain(record: Record, batch: int, autocast: bool, rates: dict[Any, float]) -> None:
+    """A trainer as papers publish it: experts in a loop over masks, attacks that compute weight gradients too."""
+    label = f"plain loop trainer, {'bf16 autocast' if autocast else 'tf32'}"
+
+    def measure(batch: int) -> None:
+        record.free()
+        model, optimizer, images, labels = _plain_model(record, batch)
+        timed = 1 if record.dry else 5
+        for number in range(1 + timed):
+            if number == 1:
+                if images.is_cuda:
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+                start = (images + torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
+                loss = F.cross_entropy(model(plain_attack(model, images, labels, start)), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        rates[label, batch] = batch * timed / seconds
+        record.row(variant=label, B=batch, images_per_s=rates[label, batch], step_ms=1e3 * seconds / timed)
+
+    record.with_smaller_batches(batch, measure, label)
+
+
+def _plain_model(record: Record, batch: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor, torch.Tensor]:
+    device, config = record.device, step_config(record, batch, 1)
+    size = config.data.image_size or 32
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes=10, channels=3, image_size=size)
+    for name in config.model.moe.layers:
+        model.set_submodule(name, MaskedLoop(model.get_submodule(name)))
+    model = model.to(device, memory_format=torch.contiguous_format).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    labels = torch.randint(10, (batch,), device=device)
+    return model, optimizer, torch.rand(batch, 3, size, size, device=device), labels

@@ -1,0 +1,80 @@
+"""The trainer's own steps, watched: on images that need no files, with a call before every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_campaign.record import Record
+from robust_moe.config import DataConfig, RunConfig, TrainConfig, load_config
+from robust_moe.data import DATASETS, Batch, ImageSet
+from robust_moe.engine import Reporter, Trainer
+
+__all__ = ["GENERATED", "OUR_RUN", "WatchedTrainer", "knows", "step_config"]
+
+GENERATED = "generated"  # data.name of images of two colours a class and noise
+OUR_RUN = "blockmoe-cifar10-r18"  # the preset whose steps are measured
+CLASSES = 10
+
+
+def _generated(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """``train_limit`` and ``test_limit`` images that a network can learn to tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    size, names = config.image_size or 32, tuple(f"class {number}" for number in range(CLASSES))
+    colours = torch.randint(256, (CLASSES, 3, 2), generator=generator)
+    sets = []
+    for count in (config.train_limit or 1000, config.test_limit or 100):
+        labels = torch.arange(count) % CLASSES
+        halves = colours[labels].repeat_interleave(-(-size // 2), dim=2)[:, :, None, :size].expand(-1, -1, size, -1)
+        noise = torch.randint(-40, 41, halves.shape, generator=generator)
+        sets.append(ImageSet((halves + noise).clamp(0, 255).to(torch.uint8), labels, names, GENERATED))
+    return sets[0], sets[1]
+
+
+DATASETS[GENERATED] = _generated
+
+
+class WatchedTrainer(Trainer):
+    """Calls ``before_step(number)`` before each step; steps are counted from 0."""
+
+    def __init__(
+        self, config: TrainConfig, before_step: Callable[[int], None], reporter: Reporter | None = None
+    ) -> None:
+        super().__init__(config, reporter or Reporter(enabled=False))
+        self.before_step = before_step
+
+    def _step(self, batch: Batch) -> None:
+        self.before_step(self.state.step)
+        super()._step(batch)
+
+
+def knows(setting: str) -> bool:
+    """Whether the trainer has a setting ``run.NAME``."""
+    return setting in {field.name for field in dataclasses.fields(RunConfig)}
+
+
+def step_config(record: Record, batch: int, steps: int, **run: Any) -> TrainConfig:
+    """The preset's step on generated images, ``steps`` of them, without validation; ``run``: further run settings."""
+    folder = record.folder / "steps"
+    shutil.rmtree(folder, ignore_errors=True)
+    overrides = [
+        f"data.name={GENERATED}",
+        "data.expects=null",
+        "data.root=null",
+        "data.validation_fraction=0",
+        f"data.train_limit={batch * min(steps, 20)}",
+        f"run.out={folder}",
+        f"run.batch_size={batch}",
+        f"run.max_steps={steps}",
+        "run.epochs=1000",
+        "run.log_every=1000000",
+        "run.checkpoint_every=1000000",
+        *(f"run.{name}={str(value).lower()}" for name, value in run.items()),
+    ]
+    if record.dry:
+        overrides += ["model.width=4", "data.image_size=16", "method.attack.steps=2"]
+    return load_config(OUR_RUN, overrides)

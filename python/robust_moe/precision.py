@@ -1,0 +1,42 @@
+"""How float32 products are made: what PyTorch was told, and a way to have them in float32 for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["full_precision", "switches"]
+
+
+def switches() -> dict[str, Any]:
+    """What decides how fp32 products are made, by name."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    ops = {"cuda.matmul": cuda.matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
+    return {**ops, "mkldnn.matmul": mkldnn.matmul, "mkldnn.conv": mkldnn.conv}
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32: no TF32 on a GPU, no bf16 on a CPU; every setting is put back as found."""
+    backends, ops = torch.backends, switches().values()
+    before = [op.fp32_precision for op in ops]
+    try:
+        older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch refuses to read its older switches where the caller has set the newer ones
+        older = None
+    try:
+        if older is not None:  # both, or code in the model that reads the older ones would be refused
+            backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+        for op in ops:
+            op.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            backends.cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
+        for op, precision in zip(ops, before, strict=True):
+            op.fp32_precision = precision

@@ -1,0 +1,104 @@
+"""With PyTorch, Triton and NumPy alone: attacks, models, methods and the benchmarks import and run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from robust_moe import provenance
+from robust_moe_kernels import env
+
+ABSENT = (
+    "antlr4",
+    "jinja2",
+    "lightning",
+    "lightning_fabric",
+    "matplotlib",
+    "omegaconf",
+    "PIL",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torchvision",
+    "typer",
+    "yaml",
+)
+
+BARE = """
+import json, sys
+for name in json.loads(sys.argv[1]):
+    sys.modules[name] = None  # importing it raises ImportError
+"""
+
+ATTACK_AND_TRAIN = """
+import torch
+from robust_moe.attacks import PGD
+from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.data import Batch
+from robust_moe.methods import build_method
+from robust_moe.models import build_model
+
+attack = AttackConfig(alpha="2/255", steps=2)
+config = TrainConfig(
+    model=ModelConfig(name="resnet18", width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3)),
+    method=MethodConfig(attack=attack),
+)
+torch.manual_seed(0)
+model = build_model(config.model, num_classes=10, channels=3, image_size=8)
+images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+moved = (PGD(eps=8 / 255, steps=2)(model, images, labels) - images).abs().max()
+(update,) = build_method(config).updates(model, Batch(images, labels, torch.arange(4)), step_seed=1)
+update.loss.backward()
+print(0 < moved.item() <= 8 / 255 + 1e-6, model.conv1.weight.grad.abs().sum().item() > 0)
+"""
+
+BENCHMARKS = """
+from benchmarks.__main__ import main
+sys.argv = ["benchmarks", "--help"]
+main()
+"""
+
+PROVENANCE = """
+from robust_moe.provenance import provenance
+print(json.dumps(provenance("cpu")["versions"]))
+"""
+
+
+def bare(program: str) -> str:
+    """Output of a fresh process in which nothing of ``ABSENT`` can be imported."""
+    command = [sys.executable, "-c", BARE + program, json.dumps(ABSENT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_attacks_models_and_methods_run():
+    assert bare(ATTACK_AND_TRAIN).split() == ["True", "True"]
+
+
+def test_the_benchmarks_start():
+    assert "train_step" in bare(BENCHMARKS)
+
+
+def test_what_numbers_came_from_can_be_said():
+    assert json.loads(bare(PROVENANCE))["torch"]
+
+
+def test_a_distribution_that_is_missing_is_said_and_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name in ("lightning-fabric", "torchvision", "robust-moe-kernels"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(env.metadata, "version", version)
+    found = provenance.versions()
+    assert found["lightning-fabric"] == found["torchvision"] == found["robust-moe-kernels"] == "not installed"
+    assert found["torch"] != "not installed"
