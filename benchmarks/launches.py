@@ -108,7 +108,7 @@ def count(autocast: bool = False, case: Case | None = None, device: torch.device
     return found
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Counts and prints the launches of every case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.split("\n\n")[0])
     parser.add_argument("--experts", type=int, default=4, help="E (4)")
