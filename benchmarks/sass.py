@@ -1,4 +1,4 @@
-"""What the grouped convolution's kernels compile to: instructions of their inner loops, registers, memory, spills.
+"""What the grouped convolution's kernels compile to: instructions of their inner loops, registers, memory, stack.
 
 Usage: python -m benchmarks.sass [--out FOLDER]
 
@@ -73,7 +73,7 @@ def inspect(build: Build, capability: int) -> dict[str, Any]:
     counts = {name: int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")}
     return {
         "instructions": loop.instructions, "products": loop.products, "registers": counts["REG"],
-        "spilled_bytes": counts["STACK"] + counts["LOCAL"], "shared_bytes": compiled.metadata.shared,
+        "stack_bytes": counts["STACK"] + counts["LOCAL"], "shared_bytes": compiled.metadata.shared,
     }  # fmt: skip
 
 

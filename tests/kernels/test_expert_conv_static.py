@@ -52,7 +52,7 @@ def test_instructions_of_the_product_loop(compiled, tile, most):
     for row in of(compiled, "descriptor", tile):
         assert row["instructions"] <= most, row
         assert row["products"] == 4, row
-        assert row["spilled_bytes"] == 0, row
+        assert row["stack_bytes"] == 0, row
     for row in of(compiled, "pointer", LARGE):  # the counting sees what masks cost
         assert row["instructions"] > 190, row
 
@@ -62,7 +62,7 @@ def test_instructions_of_the_filter_loop(compiled):
     tile = FILTER["half"][1]
     for row in of(compiled, "carry", tile):
         assert row["instructions"] <= 235, row
-        assert row["spilled_bytes"] == 0, row
+        assert row["stack_bytes"] == 0, row
         assert row["shared_bytes"] == tile.shared(2), row
 
 
