@@ -225,9 +225,7 @@ class RunConfig:
     checkpoint_steps: int | None = None  # steps between further checkpoints inside an epoch; None: none
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
     devices: int = 1  # processes, one a device
-    precision: str = (
-        "auto"  # Fabric's: 32-true, bf16-mixed, 16-mixed; auto: bf16-mixed where a GPU has it
-    )
+    precision: str = "auto"  # Fabric's: 32-true, bf16-mixed, 16-mixed; auto: bf16-mixed where a GPU has it
     deterministic: bool = True  # equal runs give equal bits; False: cuDNN chooses by timing, among all its algorithms
     threads: int | None = None  # CPU threads; None: PyTorch's choice
     ema_decay: float = 0.0  # of the moving average of weights and BN buffers, a factor a step; 0: see ema_epochs
