@@ -28,6 +28,11 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     forward; the results are the same bit for bit. A norm whose parameters or running statistics are replaced or changed
     inside (but through ``.data``, which nothing can see) goes unfolded from then on; so do all in compiled graphs.
 
+    In any model, ordinary convolutions run with the batch norms that follow them folded too
+    (:mod:`~robust_moe_kernels.modules.norm_folding`). That equals the unfolded model up to rounding: a gradient next to
+    zero may have another sign. It is the same in every forward, but for those without gradients that come before the
+    model's first with gradients, from which it is learned.
+
     Flags are restored one submodule and one parameter at a time, so a partly frozen model or a batch norm held in eval
     mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last forward. May be
     nested, but not entered by two threads at once on one model, whose flags these are. Gradients are enabled inside,

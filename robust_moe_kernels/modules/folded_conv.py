@@ -16,9 +16,10 @@ from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_for
 __all__ = ["Call", "FoldedConv", "Norm", "fuses", "scales_and_shifts"]
 
 # The grouped engine with one expert takes the 3x3 convolutions of stride 1 from this many channels on. Measured on one
-# core with AVX-512, float32, 128 images, oneDNN / engine in ms, forward (the gradient to the input is alike):
-# 64 channels at 32x32 43 / 32, 128 at 16x16 37 / 24, 256 at 8x8 36 / 23, 512 at 4x4 40 / 22; below, see the tests.
-ENGINE_CHANNELS = 32
+# core with AVX-512, float32, 128 images, CPU time in ms, oneDNN / engine (the gradient to the input is alike):
+# 32 channels at 16x16 2.6 / 4.4, 48 at 16x16 5.9 / 6.2, 64 at 16x16 9.1 / 7.4, 64 at 32x32 55 / 42, 128 at 16x16
+# 37 / 24, 256 at 8x8 36 / 23, 512 at 4x4 40 / 22. With strides of 2 oneDNN is up to three times faster.
+ENGINE_CHANNELS = 64
 
 _DENSE = {True: torch.channels_last, False: torch.contiguous_format}
 

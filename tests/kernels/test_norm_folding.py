@@ -164,7 +164,7 @@ def test_whole_models_in_double_precision(name, folded):
     assert_same(step(model, x), expected)  # outside, the model as it was
 
 
-@pytest.mark.parametrize("width", [8, 32], ids=["oneDNN", "engine"])
+@pytest.mark.parametrize("width", [8, folded_conv.ENGINE_CHANNELS], ids=["oneDNN", "engine"])
 def test_single_precision_is_as_accurate_as_unfolded(width, folded):
     """Both against float64; folding rounds each filter once more, which is one more rounding of each product: at most
     twice the error."""
@@ -622,7 +622,7 @@ def test_nan_is_not_lost_in_a_relu():
 
 
 def test_second_derivatives():
-    model = network(32).double()
+    model = network(folded_conv.ENGINE_CHANNELS).double()
 
     def curvature() -> Tensor:
         x = images(dtype=torch.float64).requires_grad_()
@@ -633,7 +633,7 @@ def test_second_derivatives():
     learn(model, images(dtype=torch.float64))
     with attack_mode(model):
         assert_close((curvature(),), (expected,))
-    single = network(32)
+    single = network(folded_conv.ENGINE_CHANNELS)
     learn(single)
     with attack_mode(single):
         x = images().requires_grad_()
@@ -681,7 +681,7 @@ def test_under_autocast_filters_are_cast_once_for_an_attack(monkeypatch):
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats_stay_as_they_are(format):
-    for width in (8, 32):
+    for width in (8, folded_conv.ENGINE_CHANNELS):
         model = network(width)[:4].to(memory_format=format)
         x = images().contiguous(memory_format=format)
         expected = step(model, x)
