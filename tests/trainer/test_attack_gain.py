@@ -51,9 +51,7 @@ def test_an_attack_gains(tiny, case):
 @pytest.mark.parametrize("case", CASES)
 def test_an_attack_that_descends_loses(tiny, case, monkeypatch):
     step = pgd.pgd_step
-    monkeypatch.setattr(
-        pgd, "pgd_step", lambda x, grad, x0, eps, alpha, norm: step(x, -grad, x0, eps, alpha, norm=norm)
-    )
+    monkeypatch.setattr(pgd, "pgd_step", lambda x, grad, *args, **options: step(x, -grad, *args, **options))
     assert max(gains(tiny, case, "method.attack.alpha=0.005")) < 0
 
 
