@@ -18,7 +18,16 @@ class Recording:
         for buffer, tensor in zip(self.static, inputs, strict=True):
             assert (buffer.shape, buffer.stride(), buffer.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
             buffer.copy_(tensor)
-        return tuple(tensor.clone() for tensor in self.function(*self.static))
+        return tuple(tensor.clone() for tensor in self.run())
+
+    def run(self) -> tuple[Tensor, ...]:
+        """The function on the static buffers; without the autocast cache, whose casts a graph must not find."""
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return self.function(*self.static)
+        finally:
+            torch.set_autocast_cache_enabled(before)
 
 
 class Recorder:
@@ -38,7 +47,7 @@ class Recorder:
         recording = Recording(self, function, inputs)
         with torch.random.fork_rng(devices=[]):
             for _ in range(2):
-                function(*recording.static)
+                recording.run()
         if self.error is not None:
             raise self.error
         return recording

@@ -10,7 +10,7 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -508,18 +508,6 @@ def test_the_configuration_decides():
 
 
 # On a GPU, the real thing.
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """cuDNN's and PyTorch's own kernels give the same bits each time."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn = torch.backends.cudnn.deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.backends.cudnn.deterministic = cudnn
 
 
 @CUDA
