@@ -3,7 +3,7 @@ epochs of four steps), and a trained network to attack."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,3 +100,15 @@ def samples_of() -> Callable[..., dict[str, np.ndarray]]:
         }
 
     return make
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """cuDNN's and PyTorch's own kernels give the same bits each time."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.backends.cudnn.deterministic = cudnn

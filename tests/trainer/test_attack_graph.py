@@ -10,58 +10,24 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_recorder import Recorder, Recording
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from robust_moe.attacks import PGD, build_attack
 from robust_moe.attacks.capture import CudaCapturer
-from robust_moe.attacks.graph import CAPACITY, REMEMBERED, StepGraphs
+from robust_moe.attacks.graph import StepGraphs
 from robust_moe.config import AttackConfig, ConfigError, load_config
+from robust_moe.graphs import CAPACITY, REMEMBERED
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import replace_blocks
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class Recording:
-    def __init__(self, recorder: Recorder, function: Callable, inputs: tuple[Tensor, ...]) -> None:
-        self.recorder, self.function = recorder, function
-        self.static = tuple(tensor.clone() for tensor in inputs)
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self.recorder.replays += 1
-        for buffer, tensor in zip(self.static, inputs, strict=True):
-            assert (buffer.shape, buffer.stride(), buffer.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
-            buffer.copy_(tensor)
-        return tuple(tensor.clone() for tensor in self.function(*self.static))
-
-
-class Recorder:
-    """Keeps the contract of ``Capturer`` on any device; fails after its warm-up if it has an ``error``."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.captures = self.replays = 0
-        self.beside: list[Recording | None] = []
-        self.error = error
-
-    def why_not(self, x: Tensor) -> str | None:
-        return None
-
-    def capture(self, function: Callable, inputs: tuple[Tensor, ...], beside: Recording | None) -> Recording:
-        self.captures += 1
-        self.beside.append(beside)
-        recording = Recording(self, function, inputs)
-        with torch.random.fork_rng(devices=[]):
-            for _ in range(2):
-                function(*recording.static)
-        if self.error is not None:
-            raise self.error
-        return recording
 
 
 def network(device: str = "cpu", dropout: float = 0.0) -> nn.Sequential:
@@ -542,18 +508,6 @@ def test_the_configuration_decides():
 
 
 # On a GPU, the real thing.
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """cuDNN's and PyTorch's own kernels give the same bits each time."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn = torch.backends.cudnn.deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.backends.cudnn.deterministic = cudnn
 
 
 @CUDA

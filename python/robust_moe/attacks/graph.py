@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,77 +20,30 @@ from torch import Tensor, nn
 
 from robust_moe.attacks.capture import CudaCapturer
 from robust_moe.attacks.passes import Counts
-from robust_moe_kernels.modules import attack_mode, moe_layers
+from robust_moe.graphs import (
+    Captured,
+    Capturer,
+    Known,
+    buffers_kept,
+    expect_choice,
+    forms,
+    places,
+    precisions,
+    several_processes,
+)
+from robust_moe_kernels.modules import attack_mode
 
 if TYPE_CHECKING:
     from robust_moe.attacks.base import StepAttack
     from robust_moe.attacks.passes import Passes
 
-__all__ = ["GRAPHS", "StepGraphs"]
-
-GRAPHS = ("auto", True, False)
-CAPACITY = 4  # graphs a model: whole and last batches of training and of validation
-REMEMBERED = 64  # kinds of batches a model that were seen once
-
-
-class Captured(Protocol):
-    """A function of tensors that was recorded once."""
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the function returns for ``inputs``, which have the shapes of those it was recorded with."""
-
-
-class Capturer(Protocol):
-    """How functions are recorded; :class:`~robust_moe.attacks.capture.CudaCapturer` on a GPU."""
-
-    def why_not(self, x: Tensor) -> str | None:
-        """Reason why nothing can be recorded on this input's device now, or ``None``."""
-
-    def capture(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], beside: Captured | None
-    ) -> Captured:
-        """Record ``function(*inputs)``, which may run several times on the way; ``beside``: an earlier recording whose
-        memory may be shared. Raises if it cannot be recorded; random generators are left as found either way."""
+__all__ = ["StepGraphs"]
 
 
 class _Entry(NamedTuple):
     captured: Captured
     classes: int  # logits a sample
     counts: Counts  # passes of one replay
-
-
-class _Known:
-    """What is known of one model; least recently used first."""
-
-    def __init__(self) -> None:
-        self.graphs: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self.seen: OrderedDict[Hashable, None] = OrderedDict()  # batches that came once
-        self.refused = False  # not to be tried again
-
-    def put(self, key: Hashable, entry: _Entry) -> None:
-        self.seen.pop(key, None)
-        _put(self.graphs, key, entry, CAPACITY)
-
-    def see(self, key: Hashable) -> bool:
-        """Whether such a batch came before."""
-        before = key in self.seen
-        _put(self.seen, key, None, REMEMBERED)
-        return before
-
-    def refuse(self) -> None:
-        self.refused = True
-        self.graphs.clear()
-        self.seen.clear()
-
-    def any(self) -> Captured | None:
-        return next((entry.captured for entry in self.graphs.values()), None)
-
-
-def _put(table: OrderedDict[Hashable, Any], key: Hashable, value: Any, capacity: int) -> None:
-    table[key] = value
-    table.move_to_end(key)
-    while len(table) > capacity:
-        table.popitem(last=False)
 
 
 class StepGraphs:
@@ -115,11 +66,10 @@ class StepGraphs:
     """
 
     def __init__(self, graph: str | bool = "auto", capturer: Capturer | None = None) -> None:
-        if not any(graph is choice for choice in GRAPHS) and graph != "auto":
-            raise ValueError(f"graph: expected 'auto', True or False, got {graph!r}")
+        expect_choice(graph, "graph")
         self.graph = graph
         self._capturer: Capturer = CudaCapturer() if capturer is None else capturer
-        self._models: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+        self._models: WeakKeyDictionary[nn.Module, Known[_Entry]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.graph,)  # graphs are neither copied nor pickled
@@ -132,12 +82,12 @@ class StepGraphs:
         """
         if self.graph is False or attack.steps == 0:
             return attack.climb(passes, x, x0)
-        reason = _several_processes() or _no_key(attack) or self._capturer.why_not(x)
+        reason = several_processes() or _no_key(attack) or self._capturer.why_not(x)
         if reason is not None:
             if self.graph is True:
                 raise ValueError(f"graph: expected 'auto' or False where no CUDA graph can be had, got True: {reason}")
             return attack.climb(passes, x, x0)
-        known = self._models.setdefault(passes.model, _Known())
+        known = self._models.setdefault(passes.model, Known())
         if known.refused:
             return attack.climb(passes, x, x0)
         inputs = (x, x0, passes.y, *passes.extras)
@@ -180,16 +130,9 @@ class StepGraphs:
             classes = mine.classes
             return (mine.nonfinite, *found)
 
-        with _buffers_kept(passes.model):
+        with buffers_kept(passes.model):
             captured = self._capturer.capture(steps, inputs, beside)
         return _Entry(captured, classes, counts)
-
-
-def _several_processes() -> str | None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return "several processes train together, and may talk to each other in a forward"
-    return None
 
 
 def _settings(attack: StepAttack) -> dict[str, Any]:
@@ -206,31 +149,10 @@ def _no_key(attack: StepAttack) -> str | None:
 
 
 def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
-    """All that a graph has fixed in it: equal keys, same graph."""
-    model, device = passes.model, inputs[0].device.type
     return (
         tuple(_settings(attack).items()),
         getattr(passes.loss, "__func__", passes.loss),
-        tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs),
-        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())),
-        tuple(
-            (layer.fixed_expert, layer.reroute, layer.top_k, layer.renormalize, layer.straight_through, layer.noise_std)
-            for layer in moe_layers(model).values()
-        ),
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
-        (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        torch.are_deterministic_algorithms_enabled(),
+        forms(inputs),
+        places(passes.model),
+        precisions(inputs[0].device.type),
     )
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the buffers (running statistics) hold afterwards what they held, where they held it."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)

@@ -227,6 +227,7 @@ class RunConfig:
     devices: int = 1  # processes, one a device
     precision: str = "auto"  # Fabric's: 32-true, bf16-mixed, 16-mixed; auto: bf16-mixed where a GPU has it
     deterministic: bool = True  # equal runs give equal bits; False: cuDNN chooses by timing, among all its algorithms
+    graph: bool | str = "auto"  # on a GPU, replay training passes as one CUDA graph: true, false, or auto (if possible)
     threads: int | None = None  # CPU threads; None: PyTorch's choice
     ema_decay: float = 0.0  # of the moving average of weights and BN buffers, a factor a step; 0: see ema_epochs
     ema_epochs: float = 0.0  # the same as a time in epochs, 1/e of a weight being left after it; 0: ema_decay holds
@@ -240,6 +241,7 @@ class RunConfig:
         require(ok, f"{key}.ema_epochs", "a finite number of epochs >= 0", self.ema_epochs)
         ok = self.ema_epochs == 0 or self.ema_decay == 0
         require(ok, f"{key}.ema_epochs", f"0 where {key}.ema_decay is set ({self.ema_decay})", self.ema_epochs)
+        require(self.graph in ("auto", True, False), f"{key}.graph", "auto, true or false", self.graph)
         for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
             value = getattr(self, name)
             require(value in known, f"{key}.{name}", f"one of {', '.join(known)}", value)

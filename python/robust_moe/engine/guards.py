@@ -3,6 +3,9 @@ attack that does not attack."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -40,13 +43,21 @@ class GateWatch:
         self.seen: dict[str, Tensor] = {}  # bool scalars on the device: some gradient was not zero
         self.steps = False  # some update had a rate above 0
 
-    def look(self, rate: float) -> None:
-        """After a backward, before a step of learning rate ``rate``; never waits for the device."""
-        self.steps |= rate > 0
+    def gradients(self) -> dict[str, Tensor]:
+        """After a backward: whether some gradient of a layer's gate is not zero, as bool scalars on the device, by
+        layer; none for a layer whose gate got no gradient at all."""
+        found = {}
         for name, layer in self.layers.items():
-            found = [parameter.grad.any() for parameter in layer.gate.parameters() if parameter.grad is not None]
-            if found:
-                self.seen[name] = torch.stack([*found, *([self.seen[name]] if name in self.seen else [])]).any()
+            flags = [parameter.grad.any() for parameter in layer.gate.parameters() if parameter.grad is not None]
+            if flags:
+                found[name] = reduce(torch.logical_or, flags)
+        return found
+
+    def look(self, rate: float, gradients: Mapping[str, Tensor]) -> None:
+        """Take in the :meth:`gradients` before a step of learning rate ``rate``; never waits for the device."""
+        self.steps |= rate > 0
+        for name, flag in gradients.items():
+            self.seen[name] = flag | self.seen[name] if name in self.seen else flag
 
     def warnings(self) -> dict[str, str]:
         """What is wrong with the gates since the last call, by layer. Reads the host."""

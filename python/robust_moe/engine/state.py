@@ -24,10 +24,9 @@ from robust_moe.provenance import git_revision, versions
 __all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
-NEUTRAL = frozenset(
-    f"run.{name}"
-    for name in ("out", "threads", "accelerator", "devices", "log_every", "checkpoint_every", "checkpoint_steps")
-)
+_WHERE = ("out", "threads", "accelerator", "devices", "graph")
+_HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps")
+NEUTRAL = frozenset(f"run.{name}" for name in _WHERE + _HOW_OFTEN)
 
 # What no override changes: the order of the images, what is held out, what the optimiser's state means, where the
 # weights began.

@@ -150,7 +150,9 @@ class Trainer:
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
             for text in changed:
                 self.reporter.line(f"changed: {text}")
-        self.updater = Updater(fabric, self.model, wrapped, self.optimizer, self.method, config.optim.grad_clip)
+        self.updater = Updater(
+            fabric, self.model, wrapped, self.optimizer, self.method, config.optim.grad_clip, config.run.graph
+        )
         with self._in_run_folder():
             if checkpoint is None and fabric.is_global_zero:
                 clear_run(self.folder)

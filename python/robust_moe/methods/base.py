@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -27,10 +28,13 @@ Scored = tuple[Tensor, dict[str, Tensor]]  # a scalar loss on its graph; detache
 class Objective:
     """What one update lowers; a method yields these."""
 
-    compute: Callable[[], Scored]  # forwards in train mode; may be called twice (weight perturbation)
+    compute: Callable[..., Scored]  # of ``inputs``: forwards in train mode; may be called twice (weight perturbation)
     nonfinite: Tensor | None = None  # bool scalar: an attack met a NaN or infinite gradient; None: no attack
     trains: Collection[nn.Parameter] | None = None  # what moves; None: every parameter
     logs: dict[str, Tensor] = field(default_factory=dict)  # what was measured on the way, besides those of ``compute``
+    # All that ``compute`` depends on besides the weights and what is the same in every batch, images first: the engine
+    # may then capture it. None: it takes no arguments and depends on anything.
+    inputs: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Update:
     nonfinite: Tensor | None = None
     trains: Collection[nn.Parameter] | None = None
     after_backward: Callable[[], None] | None = None  # puts perturbed weights back; once is enough, twice is once
+    learned: bool = False  # the backward has run, and the gradients lie in the parameters; ``loss`` has no graph
 
 
 class Method(ABC):
@@ -95,7 +100,12 @@ class Method(ABC):
         """The objectives of one batch, in order; arguments as in :meth:`updates`."""
 
     def updates(
-        self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step_seed: int,
+        forward: Forward | None = None,
+        learn: Callable[[Objective], Scored | None] | None = None,
     ) -> Iterator[Update]:
         """The updates of one batch, each computed when it is asked for.
 
@@ -104,6 +114,8 @@ class Method(ABC):
             batch: images [B, C, H, W] in [0, 1], labels [B], index [B].
             step_seed: of every random choice in this step; with the index it decides an attack's random start.
             forward: the training pass, e.g. a distributed wrapper of ``model``; None: ``model`` itself.
+            learn: runs the forward and the backward of an objective in a way of its own, e.g. as a CUDA graph, and
+                returns what its ``compute`` does; or None where it leaves the objective alone.
         """
         if forward is None or self.perturbation is not None:  # the perturbation's own gradient needs the bare model
             forward = model
@@ -111,12 +123,15 @@ class Method(ABC):
             restore = None
             try:
                 with _training_only(model, objective.trains):
-                    if self.perturbation is not None and self.epoch >= self.perturbation_starts:
-                        restore = self.perturbation.apply(model, objective.compute)
-                    loss, logs = objective.compute()
+                    learned = None if learn is None else learn(objective)
+                    if learned is None:
+                        compute = partial(objective.compute, *(objective.inputs or ()))
+                        if self.perturbation is not None and self.epoch >= self.perturbation_starts:
+                            restore = self.perturbation.apply(model, compute)
+                    loss, logs = compute() if learned is None else learned
                 # left on the device: the engine reads these at its logging interval
                 logs = {**objective.logs, **logs, "loss": loss.detach()}
-                yield Update(loss, logs, objective.nonfinite, objective.trains, restore)
+                yield Update(loss, logs, objective.nonfinite, objective.trains, restore, learned is not None)
             finally:
                 if restore is not None:  # does nothing after the engine's own call
                     restore()

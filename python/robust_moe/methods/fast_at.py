@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class FastAdversarialTraining(AdversarialMethod):
         images, nonfinite = self._images(model, batch, step_seed)
         logs["on_pgd"] = batch.images.new_full((), float(self.with_pgd))
         logs |= probed_gain(self.step, model, batch, images)
-        yield Objective(lambda: self.classify(model, forward, images, batch.labels), nonfinite, logs=logs)
+        inputs = (images, batch.labels)
+        yield Objective(partial(self.classify, model, forward), nonfinite, logs=logs, inputs=inputs)
 
     def _images(self, model: nn.Module, batch: Batch, seed: int) -> Crafted:
         return self.craft(model, batch, seed, self.attack if self.with_pgd else self.fgsm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,15 @@ class Mart(AdversarialMethod):
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         images, nonfinite = self.craft(model, batch, step_seed)
         gain = probed_gain(self.step, model, batch, images)
-        yield Objective(lambda: self._loss(model, forward, batch, images), nonfinite, logs=gain)
+        inputs = (batch.images, images, batch.labels)
+        yield Objective(partial(self._loss, model, forward), nonfinite, logs=gain, inputs=inputs)
 
-    def _loss(self, model: nn.Module, forward: Forward, batch: Batch, images: Tensor) -> Scored:
-        clean, adversarial = forward(batch.images), forward(images)
-        task = boosted_cross_entropy(adversarial, batch.labels).mean()
-        right = full(clean).softmax(1).gather(1, batch.labels[:, None])[:, 0]
+    def _loss(self, model: nn.Module, forward: Forward, images: Tensor, attacked: Tensor, labels: Tensor) -> Scored:
+        clean, adversarial = forward(images), forward(attacked)
+        task = boosted_cross_entropy(adversarial, labels).mean()
+        right = full(clean).softmax(1).gather(1, labels[:, None])[:, 0]
         robust = (kl_divergence(adversarial, clean) * (1 - right)).mean()
-        logs = pair_logs(task, robust, clean, adversarial, batch.labels)
+        logs = pair_logs(task, robust, clean, adversarial, labels)
         return self.balanced(model, task + self.beta * robust, logs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
 
@@ -22,7 +23,8 @@ class PGDAdversarialTraining(AdversarialMethod):
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         images, nonfinite = self.craft(model, batch, step_seed)
         yield Objective(
-            lambda: self.classify(model, forward, images, batch.labels),
+            partial(self.classify, model, forward),
             nonfinite,
             logs=probed_gain(self.step, model, batch, images),
+            inputs=(images, batch.labels),
         )

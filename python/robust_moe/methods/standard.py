@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
 
@@ -19,4 +20,4 @@ class Standard(Method):
     distributed = True
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
-        yield Objective(lambda: self.classify(model, forward, batch.images, batch.labels))
+        yield Objective(partial(self.classify, model, forward), inputs=(batch.images, batch.labels))

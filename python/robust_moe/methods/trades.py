@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -40,11 +41,12 @@ class Trades(AdversarialMethod):
             return kl_divergence(model(x), model(batch.images))
 
         logs = self.probed_climb(model, batch, step_seed, self.attack, images, divergence)
-        yield Objective(lambda: self._loss(model, forward, batch, images), nonfinite, logs=logs)
+        inputs = (batch.images, images, batch.labels)
+        yield Objective(partial(self._loss, model, forward), nonfinite, logs=logs, inputs=inputs)
 
-    def _loss(self, model: nn.Module, forward: Forward, batch: Batch, images: Tensor) -> Scored:
-        clean, adversarial = forward(batch.images), forward(images)
-        task = self.cross_entropy(clean, batch.labels)
+    def _loss(self, model: nn.Module, forward: Forward, images: Tensor, attacked: Tensor, labels: Tensor) -> Scored:
+        clean, adversarial = forward(images), forward(attacked)
+        task = self.cross_entropy(clean, labels)
         robust = kl_divergence(adversarial, clean).mean()
-        logs = pair_logs(task, robust, clean, adversarial, batch.labels)
+        logs = pair_logs(task, robust, clean, adversarial, labels)
         return self.balanced(model, task + self.beta * robust, logs)
