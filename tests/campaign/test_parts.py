@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +19,10 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-from benchmarks.gpu_campaign import conv_check, correctness, counters, environment, products, real_run
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.gpu_campaign import conv_check, correctness, counters, environment, layer, products, real_run
 from benchmarks.gpu_campaign.conv_cases import OPERATIONS, ConvCase, Operands, library, row_counts
 from benchmarks.gpu_campaign.environment import PACKAGES, missing
 from benchmarks.gpu_campaign.pgd_step import LONGEST, kernels_of
@@ -156,6 +163,110 @@ def test_a_candidate_that_ends_its_process_costs_no_other(record, tmp_path):
     assert len(read(tmp_path / "lines")["rows"]) == 5
 
 
+ANNOUNCED = """
+import json, os, signal, sys
+skip = int(sys.argv[sys.argv.index("--skip") + 1])
+print("a library's remark", 7, flush=True)
+print("7", flush=True)
+for number in range(skip, 3):
+    about = {"mode": "bf16", "operation": "wgrad", "candidate": f"carry {number}"}
+    print(json.dumps({"next": about}), flush=True)
+    if number == 1:
+        ENDING
+    print(json.dumps(about | {"ok": True, "error": 0.0}), flush=True)
+print('{"ok": tr', flush=True)
+"""
+
+
+def test_a_candidate_that_ends_its_process_is_named(record):
+    command = [sys.executable, "-c", ANNOUNCED.replace("ENDING", "os.abort()")]
+    rows = correctness.check_group(record, command, "bf16", "forward,wgrad")
+    assert [row["candidate"] for row in rows] == ["carry 0", "carry 1", "carry 2"]
+    assert [row["ok"] for row in rows] == [True, False, True] and {row["operation"] for row in rows} == {"wgrad"}
+
+
+def test_a_lack_of_time_is_no_wrong_result(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(correctness, "AFTER", record.left() - 2)
+    command = [sys.executable, "-c", ANNOUNCED.replace("ENDING", "signal.pause()")]
+    rows = correctness.check_group(record, command, "bf16", "wgrad")
+    assert all(row["ok"] for row in rows)
+    (said,) = read(tmp_path / "lines")["said"]
+    assert said.startswith("bf16 wgrad: stopped for want of time")
+
+
+def test_memcheck_asks_about_kernels_and_not_about_the_drivers_refusals(monkeypatch):
+    monkeypatch.setattr(correctness.shutil, "which", lambda name: f"/bin/{name}")
+    command = correctness.memcheck_command(tiny=False)
+    assert command[:2] == ["/bin/compute-sanitizer", "--tool"] and command[-1] == "memcheck"
+    assert command[command.index("--report-api-errors") + 1] == "no"
+    assert correctness.memcheck_command(tiny=True)[0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OutOfResources(300000, 232448, "shared memory"), "OutOfResources: out of resource: shared memory, Required"),
+        (CompilationError(None, ast.Pass(lineno=1, col_offset=0), "no"), "CompilationError: at 1:0:"),
+        (RuntimeError("PassManager::run failed\nmore"), "RuntimeError: PassManager::run failed"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_a_candidate_that_cannot_be_compiled_costs_no_other(monkeypatch, error, said):
+    def refuse(operands, operation, choice):
+        if choice:
+            raise error
+        return lambda: library(operands, operation, operands.x.dtype)
+
+    monkeypatch.setattr(conv_check, "choices", lambda operands, operation: [("refused", True), ("right", False)])
+    monkeypatch.setattr(conv_check, "runner", refuse)
+    begun = []
+    found = conv_check.check("ieee", ["wgrad"], True, CPU, begins=begun.append)
+    if said is None:  # the device is broken: the process ends
+        with pytest.raises(RuntimeError, match="illegal"):
+            next(found)
+    else:
+        first, second = next(found), next(found)
+        assert not first["ok"] and first["error"].startswith(said) and "\n" not in first["error"]
+        assert second["ok"] and second["candidate"] == "right"
+    assert begun[0]["candidate"] == "refused" and begun[0]["operation"] == "wgrad"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_is_wrong_or_was_not_reached_is_not_timed(record, tmp_path):
+    assert products.Doubts.of(record).about("bf16", "forward", "pointer x") is None  # part 2 has not run
+    about = {"check": "candidate", "mode": "bf16", "operation": "forward"}
+    rows = [
+        about | {"candidate": "pointer x", "ok": True},
+        about | {"candidate": "pointer y", "ok": False},
+        about | {"candidate": "pointer y", "ok": True},  # right in another case
+        {"check": "graph", "ok": False},
+    ]
+    (tmp_path / "2-correctness.json").write_text(json.dumps({"rows": rows}))
+    doubts = products.Doubts.of(record)
+    for _ in range(2):
+        right = doubts.right(record, "bf16", "forward")
+        assert [right(label) for label in ("pointer x", "pointer y", "pointer z")] == [True, False, False]
+    assert doubts.right(record, "bf16", "dgrad")("pointer y")
+    assert read(tmp_path / "lines")["said"] == [
+        "bf16 forward pointer y: left out, part 2 found it wrong",
+        "bf16 forward pointer z: left out, part 2 did not come to it",
+    ]
+
+
+def test_the_attack_steps_bandwidth_is_that_of_the_largest_batch(tmp_path, monkeypatch):
+    record = Record(tmp_path / "lines", tmp_path, 600)
+    cases = [SimpleNamespace(name="pgd_step Linf", moved=0)]
+
+    def op_cases(device, batch, *sizes):
+        cases[0].moved = batch * 1e9
+        return cases
+
+    monkeypatch.setattr(layer, "op_cases", op_cases)
+    monkeypatch.setattr(layer, "_op", lambda *_: [{"variant": "triton", "median_ms": 1e4}])
+    monkeypatch.setattr(layer, "_copy_rate", lambda record: 1.0)
+    assert layer._ops(record)[-1] == "attack step at 41% of the copy bandwidth (B=4096)"
+
+
 def test_a_table_entry_is_a_mean_over_what_it_cannot_tell_apart():
     def row(operation: str, experts: int, variant: str, ms: float) -> dict:
         case = {"mode": "bf16", "E": experts, "spread": "even", "B": 128, "C": 512, "operation": operation}
@@ -216,6 +327,20 @@ def test_a_wait_for_the_device_is_counted_by_its_place():
     value.sum().item()  # nobody looks any more
     ((stack, count),) = waits.stacks.items()
     assert count == 2 and "value.sum().item()" in stack and __file__ in stack
+
+
+def test_a_warning_of_a_wait_is_placed_where_the_wait_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    waits = Waits(torch.device("cuda"))
+    waits.start()
+    try:
+        warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        line = inspect.currentframe().f_lineno - 1
+    finally:
+        waits.stop()
+    ((stack, count),) = waits.stacks.items()
+    assert count == 1 and waits.places[stack] == f"{__file__}:{line}"
 
 
 def test_the_longest_kernels_come_first():
