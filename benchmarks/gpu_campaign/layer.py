@@ -70,7 +70,12 @@ def _layer(record: Record, case: Case) -> str:
             row["gflop"] = case.gflop(mode)
             record.row(**row)
         ratios[mode] = {(row["variant"], "launches" in row["case"]): row["ratio"] for row in rows}
-        record.row(case=about, gaps=_gaps(device, runs[OURS]))
+        try:
+            record.row(case=about, gaps=_gaps(device, runs[OURS]))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a wait for the device, above all
+            record.say(f"{about}: no graph to look for gaps in, {first_line(error)}")
     found = ratios["forward+backward"]
     return (
         f"layer B={case.batch}, E={case.experts}, forward + backward: all experts {found[ALL, False]:.1f}x our time, "

@@ -45,13 +45,15 @@ COUNTED = 60.0  # seconds that a count of launches may take; it takes about ten
 def run(record: Record) -> str:
     counted = counted_launches(record)
     rates: dict[tuple[str, int], float] = {}
-    for batch in (4,) if record.dry else (640, 128):
+    batches = (4,) if record.dry else (640, 128)
+    for batch in batches:
         for label, settings in VARIANTS.items():
             if not record.out_of_time(SECONDS, f"{label}, B={batch}"):
                 _measure(record, label, settings, batch, rates, counted)
-        for deterministic, autocast in product((True, False), (False, True)):
-            if not record.out_of_time(SECONDS, f"plain loop trainer, B={batch}"):
-                _plain(record, batch, autocast, deterministic, rates)
+        for autocast in (False, True):
+            _plain(record, batch, autocast, True, rates)
+    for batch, autocast in product(batches, (False, True)):  # last: cuDNN's trials may take them long
+        _plain(record, batch, autocast, False, rates)
     return "; ".join(f"B={batch}, {label}: {rate:,.0f} images/s" for (label, batch), rate in rates.items())
 
 
@@ -165,6 +167,8 @@ def _plain(record: Record, batch: int, autocast: bool, deterministic: bool, rate
     anew for every number of rows that an expert had not had before, as it is for whoever trains so."""
     label = f"plain loop trainer, {'bf16 autocast' if autocast else 'tf32'}"
     label += "" if deterministic else ", not deterministic"
+    if record.out_of_time(SECONDS, f"{label}, B={batch}"):
+        return
 
     def measure(batch: int) -> None:
         record.free()
