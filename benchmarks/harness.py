@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from robust_moe_kernels.kept_memory import KEPT
 __all__ = ["Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
 
 Run = Callable[[int], object]  # called with the number of the repetition, to choose its input
+WAITED = 200_000  # clock cycles, about 0.1 ms: many times what the host needs to ask for a graph and two events
 FEWEST = 2  # timed rounds of a case, however slow it is
 
 
@@ -63,8 +64,12 @@ def check_close(name: str, got: Tensor, wanted: Tensor, relative: float) -> None
         raise AssertionError(f"{name}: expected a relative error of at most {relative:.1e}, got {error:.1e}; not timed")
 
 
-def _seconds(run: Run, number: int, device: torch.device) -> float:
+def _seconds(run: Run, number: int, device: torch.device, queued: bool = False) -> float:
+    """``queued``: the GPU is kept busy until the host has asked for all of it, so that of a graph of a few
+    microseconds the launch, which takes the host as long, is not timed with it."""
     if device.type == "cuda":
+        if queued:
+            torch.cuda._sleep(WAITED)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run(number)
@@ -82,11 +87,13 @@ def compare(
     options: Options,
     extra: dict[str, dict[str, Any]] | None = None,
     warmup: int = 2,
+    replays: Collection[str] = (),
 ) -> list[Row]:
     """Time variants of one case in turn, A B C A B C, so that a drift of the machine's speed hits all alike.
 
     ``ratio`` compares runs of the same round with the first variant. ``warmup`` rounds are not counted. With
     ``options.seconds`` a slow case gets fewer rounds than ``options.repeats``, two at least (or as many as asked for).
+    ``replays`` names the variants that replay a graph: on a GPU their launch is not part of their time.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -95,7 +102,7 @@ def compare(
         if options.seconds is not None and number >= FEWEST and spent > options.seconds:
             break
         for name in names:
-            elapsed = _seconds(variants[name], number, options.device)
+            elapsed = _seconds(variants[name], number, options.device, name in replays)
             spent += elapsed
             if number >= 0:
                 times[name].append(elapsed)

@@ -5,6 +5,10 @@
 #   bare_machine.sh run [ARGUMENT ...]     there: installs them beside what is there, builds the extension for its GPU,
 #                                          and runs: python -m benchmarks gpu_campaign ARGUMENT ...
 #
+# Parts that were done are kept. Where one command may run ten minutes: --budget 500, as often as something is left.
+#
+#   bare_machine.sh run --budget 500 --out results --data DATA
+#
 # gather takes further names, for what a machine lacks beside the usual (its own part 0 says so): pyarrow, tensorboard.
 # Both go quickly over what is done already. PYTHON chooses the interpreter (python3), RMK_BUILD the way to build (cuda,
 # and cpu where that fails).
@@ -36,17 +40,19 @@ gather() {
 }
 
 build() {
-  local built newer
+  local built sources
   built=robust_moe_kernels/_C$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-  if [[ -f $built ]]; then # of this Python: another one's is not even looked at
-    newer=$(find csrc setup.py -newer "$built" -print -quit)
-    if [[ -z $newer ]]; then return; fi
-  fi
+  # By content, noted beside it: files that were carried to another machine may all have the time of the transfer.
+  sources=$(find csrc setup.py -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
+  if [[ -f $built && -f $built.sources && $(<"$built.sources") == "$sources" ]]; then return; fi # of this Python
   local gpu
   gpu=$("$python" -c 'import torch; print(*torch.cuda.get_device_capability(), sep="")' 2>/dev/null) || gpu=
   local mode
   for mode in ${RMK_BUILD:-cuda cpu}; do
-    if RMK_BUILD=$mode RMK_CUDA_ARCHS=$gpu "$python" setup.py --quiet build_ext --inplace; then return; fi
+    if RMK_BUILD=$mode RMK_CUDA_ARCHS=$gpu "$python" setup.py --quiet build_ext --inplace; then
+      echo "$sources" >"$built.sources"
+      return
+    fi
     echo "the extension was not built with RMK_BUILD=$mode" >&2
   done
 }

@@ -1,20 +1,24 @@
 """Every candidate of some convolutions against float64: a process of part 2, of which several run side by side.
 
-``python -m benchmarks.gpu_campaign.conv_check MODE OPERATIONS [--skip N] [--tiny]`` prints a line of JSON a candidate.
-Running side by side also compiles all kernels at once into Triton's cache, for the parts that follow. A kernel that
-breaks the device ends the process: whoever started it goes on after that candidate with ``--skip``.
+``python -m benchmarks.gpu_campaign.conv_check MODE OPERATIONS [--skip N] [--tiny]`` prints two lines of JSON a
+candidate: {"next": which}, before anything of it runs, and the verdict. Running side by side also compiles all kernels
+at once into Triton's cache, for the parts that follow. A kernel that cannot be compiled or launched is reported as not
+ok. One that breaks the device ends the process: whoever started it goes on after that candidate with ``--skip``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from benchmarks.baselines import first_line
 from benchmarks.gpu_campaign.conv_cases import (
     MODES,
     OPERATIONS,
@@ -29,6 +33,8 @@ from benchmarks.gpu_campaign.conv_cases import (
 
 __all__ = ["cases", "check", "verdict"]
 
+REFUSED = (CompilationError, OutOfResources, PTXASError)  # of Triton: nothing of the kernel has run
+PASSES = "PassManager::run failed"  # how Triton's compiler says, in a RuntimeError, that one of its passes gave up
 # Relative errors that pass whatever the library's own is: a few units of the mode's rounding.
 FLOORS = {"bf16": 4e-3, "fp16": 1e-3, "tf32": 1e-3, "ieee": 2e-6}
 
@@ -51,11 +57,12 @@ def check(
     device: torch.device,
     skip: int = 0,
     share: tuple[int, int] = (0, 1),
+    begins: Callable[[dict[str, Any]], object] = lambda about: None,
 ) -> Iterator[dict[str, Any]]:
     """One dict an operation, case and candidate, in an order that never changes; the first ``skip`` are left out.
 
     ``share`` (i, n): every n-th candidate of a case alone, from the i-th on, always the same ones: each is compiled by
-    one process.
+    one process. ``begins`` is told which candidate is next.
     """
     number = 0
     with precision(mode) as dtype:
@@ -73,16 +80,32 @@ def check(
                     rival = _error(library(operands, operation, dtype), truth)
                 about = {"mode": mode, "operation": operation, "C": case.channels, "kernel": case.kernel}
                 about |= {"stride": case.stride, "gather": case.gather, "candidate": label}
-                yield about | verdict(mode, _error(_poisoned(operands, operation, choice), truth), rival)
+                begins(about)
+                yield about | _judged(mode, operands, operation, choice, truth, rival)
+
+
+def _judged(
+    mode: str, operands: Operands, operation: str, choice: Any, truth: torch.Tensor, rival: float
+) -> dict[str, Any]:
+    """The verdict on a candidate, or why there is no result of it to judge."""
+    try:
+        return verdict(mode, _error(_poisoned(operands, operation, choice), truth), rival)
+    except REFUSED as error:
+        return {"error": first_line(error), "library_error": rival, "ok": False}
+    except RuntimeError as error:  # an error of the device is one too, and must end the process
+        if PASSES not in str(error):
+            raise
+        return {"error": first_line(error), "library_error": rival, "ok": False}
 
 
 def _poisoned(operands: Operands, operation: str, choice: Any) -> torch.Tensor:
     """The result, in memory that held NaN: an element that nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    result = runner(operands, operation, choice)()
-    torch.use_deterministic_algorithms(False)
-    return result
+    try:
+        return runner(operands, operation, choice)()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -104,7 +127,11 @@ def main() -> None:
     asked = parser.parse_args()
     device = torch.device("cpu" if asked.tiny else "cuda")
     operations = [name for name in OPERATIONS if name in asked.operations.split(",")]
-    for row in check(asked.mode, operations, asked.tiny, device, asked.skip, tuple(asked.share)):
+
+    def begins(about: dict[str, Any]) -> None:
+        print(json.dumps({"next": about}), flush=True)
+
+    for row in check(asked.mode, operations, asked.tiny, device, asked.skip, tuple(asked.share), begins):
         print(json.dumps(row), flush=True)
 
 

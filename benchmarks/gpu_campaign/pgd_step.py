@@ -1,24 +1,33 @@
 """Part 4: a whole step of PGD-7 adversarial training as the trainer does it, loader and augmentation included: what
-precision, determinism and compilation change, how many kernels it is and which take longest; and a plain loop trainer.
+precision and determinism change, how many kernels it is and which take longest; and a plain loop trainer.
+
+A compiled model is not measured: the trainer compiles none.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.baselines import MaskedLoop
+from benchmarks.baselines import MaskedLoop, first_line
 from benchmarks.gpu_campaign.record import Record
-from benchmarks.gpu_campaign.trainer_steps import WatchedTrainer, knows, step_config
+from benchmarks.gpu_campaign.trainer_steps import WatchedTrainer, step_config
 from benchmarks.train_step import plain_attack
+from robust_moe.config import TrainConfig
+from robust_moe.engine.fabric import library_algorithms
 from robust_moe.models import build_model
 
-__all__ = ["kernels_of", "run"]
+__all__ = ["counted_launches", "kernels_of", "run"]
 
 WARM, TIMED, PROFILED = 4, 12, 2  # steps
 LONGEST = 10  # kernels that are listed
@@ -28,34 +37,66 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16-mixed"},
     "tf32": {"precision": "32-true"},
     "bf16, not deterministic": {"precision": "bf16-mixed", "deterministic": False},
-    "bf16, compiled": {"precision": "bf16-mixed", "compile": True},
-    "bf16, compiled, not deterministic": {"precision": "bf16-mixed", "compile": True, "deterministic": False},
 }
-SECONDS = {"compile": 60.0}  # wanted for a variant with that setting
-USUAL = 12.0  # wanted for another one
+SECONDS = 12.0  # wanted for a variant
+COUNTED = 60.0  # seconds that a count of launches may take; it takes about ten
 
 
 def run(record: Record) -> str:
+    counted = counted_launches(record)
     rates: dict[tuple[str, int], float] = {}
-    for batch in (4,) if record.dry else (640, 128):
+    batches = (4,) if record.dry else (640, 128)
+    for batch in batches:
         for label, settings in VARIANTS.items():
-            if record.dry and settings.get("compile"):
-                record.say(f"{label}: left out of the dry run, on a CPU a compiler takes minutes")
-                continue
-            unknown = [name for name in settings if not knows(name)]
-            if unknown:
-                record.say(f"{label}: left out, the trainer has no setting run.{unknown[0]}")
-                continue
-            if record.out_of_time(max(SECONDS.get(name, USUAL) for name in settings), f"{label}, B={batch}"):
-                continue
-            _measure(record, label, settings, batch, rates)
-        if not record.out_of_time(USUAL, f"plain loop trainer, B={batch}"):
-            for autocast in (False, True):
-                _plain(record, batch, autocast, rates)
+            if not record.out_of_time(SECONDS, f"{label}, B={batch}"):
+                _measure(record, label, settings, batch, rates, counted)
+        for autocast in (False, True):
+            _plain(record, batch, autocast, True, rates)
+    for batch, autocast in product(batches, (False, True)):  # last: cuDNN's trials may take them long
+        _plain(record, batch, autocast, False, rates)
     return "; ".join(f"B={batch}, {label}: {rate:,.0f} images/s" for (label, batch), rate in rates.items())
 
 
-def _measure(record: Record, label: str, settings: dict[str, Any], batch: int, rates: dict[Any, float]) -> None:
+def counted_launches(record: Record) -> dict[str, dict[str, int]]:
+    """What ``python -m benchmarks launches`` counts without a GPU, by run.precision: launches of a PGD step and of the
+    training pass, of the preset's network. Rows say it beside the kernels that ran, so that its rules can be judged."""
+    command = [sys.executable, "-m", "benchmarks", "launches"]
+    # as on a machine without a GPU; the interpreter of a dry run has launchers of its own, which nobody counts
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""}
+    found = {}
+    for precision, options in {"bf16-mixed": ["--autocast"], "32-true": []}.items():
+        if record.out_of_time(COUNTED + SECONDS, f"launches counted without a GPU, {precision}"):
+            continue
+        folder = record.folder / f"launches-{precision}"
+        try:
+            subprocess.run([*command, *options, "--out", str(folder)], env=env, check=True, timeout=COUNTED)
+        except subprocess.SubprocessError as error:
+            record.say(f"launches counted without a GPU, {precision}: {first_line(error)}")
+            continue
+        rows = json.loads((folder / "launches.json").read_text(encoding="utf-8"))["rows"]
+        by_name = {row["case"]["mode"]: row["launches"] for row in rows}
+        found[precision] = {name: by_name[name] for name in ("PGD step", "training pass")}
+    return found
+
+
+def _with_count(config: TrainConfig, counted: dict[str, int] | None) -> dict[str, Any]:
+    """What a row says of the count. The sum is of a step's attack and training pass; the loader's augmentation, the
+    attack's start and the balance loss, which nobody counts, come to it on a GPU."""
+    if counted is None:
+        return {}
+    steps = config.method.attack.steps
+    return {"counted": counted, "counted_a_step": steps * counted["PGD step"] + counted["training pass"]}
+
+
+def _measure(
+    record: Record,
+    label: str,
+    settings: dict[str, Any],
+    batch: int,
+    rates: dict[Any, float],
+    counted: dict[str, dict[str, int]],
+) -> None:
     def measure(batch: int) -> None:
         record.free()
         watch = _Watch(record.device, *((1, 1) if record.dry else (WARM, TIMED)))
@@ -63,6 +104,7 @@ def _measure(record: Record, label: str, settings: dict[str, Any], batch: int, r
         WatchedTrainer(config, watch.before_step).fit(resume=False)
         rates[label, batch] = batch * watch.timed / watch.seconds
         about = {"variant": label, "B": batch, "images_per_s": rates[label, batch], "settings": settings}
+        about |= _with_count(config, counted.get(settings["precision"]))
         record.row(**about, step_ms=1e3 * watch.seconds / watch.timed, **kernels_of(watch.profile, PROFILED))
 
     record.with_smaller_batches(batch, measure, label)
@@ -119,9 +161,14 @@ def kernels_of(profile: torch.profiler.profile, steps: int) -> dict[str, Any]:
     }
 
 
-def _plain(record: Record, batch: int, autocast: bool, rates: dict[Any, float]) -> None:
-    """A trainer as papers publish it: experts in a loop over masks, attacks that compute weight gradients too."""
+def _plain(record: Record, batch: int, autocast: bool, deterministic: bool, rates: dict[Any, float]) -> None:
+    """A trainer as papers publish it: experts in a loop over masks, attacks that compute weight gradients too. cuDNN
+    chooses its convolutions as in our variants, by trying them where nothing need be deterministic; there that is done
+    anew for every number of rows that an expert had not had before, as it is for whoever trains so."""
     label = f"plain loop trainer, {'bf16 autocast' if autocast else 'tf32'}"
+    label += "" if deterministic else ", not deterministic"
+    if record.out_of_time(SECONDS, f"{label}, B={batch}"):
+        return
 
     def measure(batch: int) -> None:
         record.free()
@@ -144,7 +191,8 @@ def _plain(record: Record, batch: int, autocast: bool, rates: dict[Any, float]) 
         rates[label, batch] = batch * timed / seconds
         record.row(variant=label, B=batch, images_per_s=rates[label, batch], step_ms=1e3 * seconds / timed)
 
-    record.with_smaller_batches(batch, measure, label)
+    with library_algorithms(deterministic):
+        record.with_smaller_batches(batch, measure, label)
 
 
 def _plain_model(record: Record, batch: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor, torch.Tensor]:

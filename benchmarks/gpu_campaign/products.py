@@ -9,10 +9,11 @@ filters.
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import exp, log
 from typing import Any
@@ -39,7 +40,7 @@ from robust_moe.provenance import hardware
 from robust_moe_kernels.ops.expert_conv.tiles import TABLE, write_table
 from robust_moe_kernels.ops.expert_conv.triton_plan import gpu_of, kind_of
 
-__all__ = ["run", "table_rows"]
+__all__ = ["Doubts", "run", "table_rows"]
 
 INPUTS = 4  # used in turn
 SECONDS = 3.0  # that a case may take, with compilation of what nobody compiled before
@@ -59,27 +60,69 @@ def _cases(dry: bool) -> Iterator[tuple[str, int, str, int]]:
 
 def run(record: Record) -> str:
     torch.backends.cudnn.benchmark = True  # the library at its best
+    doubts = Doubts.of(record)
     rows: list[dict[str, Any]] = []
     for mode, experts, spread, batch in _cases(record.dry):
         if record.out_of_time(SECONDS, f"{mode}, E={experts}, {spread}, B={batch} and what follows"):
             break
 
         def time(batch: int, mode: str = mode, experts: int = experts, spread: str = spread) -> None:
-            rows.extend(_time(record, mode, experts, spread, batch))
+            rows.extend(_time(record, doubts, mode, experts, spread, batch))
 
         record.with_smaller_batches(batch, time, f"{mode}, E={experts}, {spread}")
     _write_table(record, rows)
     return _summary(rows)
 
 
-def _time(record: Record, mode: str, experts: int, spread: str, batch: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Doubts:
+    """What part 2 says against candidates: those that it found wrong, and those that it did not come to."""
+
+    verdicts: dict[tuple[str, str], dict[str, bool]]  # by mode and operation: whether a label was right, everywhere
+    told: set[tuple[str, str, str]] = field(default_factory=set)  # what was said once
+
+    @classmethod
+    def of(cls, record: Record) -> Doubts:
+        """Of the rows that part 2 has left; none without that part."""
+        path = record.folder / "2-correctness.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        verdicts: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
+        for row in rows:
+            if row.get("check") == "candidate":
+                found, label = verdicts[row["mode"], row["operation"]], row["candidate"]
+                found[label] = row["ok"] and found.get(label, True)
+        return cls(dict(verdicts))
+
+    def about(self, mode: str, operation: str, label: str) -> str | None:
+        """Why a candidate is not timed; None where it was right, or where part 2 looked at no candidate of its
+        operation in that mode."""
+        verdicts = self.verdicts.get((mode, operation), {label: True})
+        if label not in verdicts:
+            return "part 2 did not come to it"
+        return None if verdicts[label] else "part 2 found it wrong"
+
+    def right(self, record: Record, mode: str, operation: str) -> Callable[[str], bool]:
+        """Whether a label may be timed; of one that may not it is said why, once."""
+
+        def of(label: str) -> bool:
+            doubt, about = self.about(mode, operation, label), (mode, operation, label)
+            if doubt is not None and about not in self.told:
+                self.told.add(about)
+                record.say(f"{' '.join(about)}: left out, {doubt}")
+            return doubt is None
+
+        return of
+
+
+def _time(record: Record, doubts: Doubts, mode: str, experts: int, spread: str, batch: int) -> list[dict[str, Any]]:
     """Rows of all three operations of a case."""
     case = ConvCase(row_counts(2 * batch, experts, spread), 64 if record.dry else 512, gather=True)
     found = []
     with precision(mode) as dtype:
         inputs = [Operands.of(case, dtype, record.device, seed) for seed in range(1 if record.dry else INPUTS)]
         for operation in OPERATIONS:
-            labelled = dict(choices(inputs[0], operation))
+            found_right = doubts.right(record, mode, operation)
+            labelled = {label: choice for label, choice in choices(inputs[0], operation) if found_right(label)}
             runs = _candidates(record, inputs, operation, labelled) | _rivals(inputs, operation)
             about = {"mode": mode, "E": experts, "spread": spread, "B": batch, "C": case.channels}
             about |= {"operation": operation}
@@ -161,7 +204,7 @@ def table_rows(rows: list[dict[str, Any]], architecture: str, source: str) -> li
 
 def _write_table(record: Record, rows: list[dict[str, Any]]) -> None:
     """tiles.json: the shipped table with this GPU's measurements in it."""
-    if not rows:
+    if not any(row["choice"] for row in rows):
         return
     today = datetime.datetime.now(datetime.UTC).date()
     source = f"{hardware(record.device)}, {today}, {commit() or 'no commit known'}"
@@ -180,7 +223,10 @@ def _summary(rows: list[dict[str, Any]]) -> str:
             return "nothing was timed"
         batch = max(row["case"]["B"] for row in mine)
         first = [row for row in mine if row["case"] == next(r["case"] for r in mine if r["case"]["B"] == batch)]
-        best = min((row for row in first if row["choice"]), key=lambda row: row["median_ms"])
+        best = min((row for row in first if row["choice"]), key=lambda row: row["median_ms"], default=None)
+        if best is None:
+            parts.append(f"{operation} by no candidate")
+            continue
         dense = next(row for row in first if row["variant"] == "dense")
         parts.append(
             f"{operation} {best['tflops']:.0f} TFLOP/s by {best['variant']}, "

@@ -33,10 +33,10 @@ def run(record: Record) -> str:
     config = step_config(record, 4 if record.dry else 128, WARM + WATCHED + 1, precision="bf16-mixed")
     WatchedTrainer(config, before_step).fit(resume=False)
     for stack, count in waits.stacks.most_common():
-        record.row(count=count, stack=stack.splitlines())
+        record.row(count=count, place=waits.places[stack], stack=stack.splitlines())
     total = sum(waits.stacks.values())
     for stack, count in waits.stacks.most_common(3):
-        record.say(f"{count} waits at {stack.splitlines()[-2].strip()}")
+        record.say(f"{count} waits at {waits.places[stack]}")
     return f"{total} waits in {WATCHED} steps, from {len(waits.stacks)} places"
 
 
@@ -47,6 +47,7 @@ class Waits:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stacks: Counter[str] = Counter()
+        self.places: dict[str, str] = {}  # by stack: file:line of its innermost frame
         self._entered: list[AbstractContextManager[Any]] = []
 
     def start(self) -> None:
@@ -69,11 +70,14 @@ class Waits:
             self._entered.pop().__exit__(None, None, None)
 
     def found(self) -> None:
-        stack = traceback.extract_stack()[:-2]
-        self.stacks["".join(traceback.format_list(stack[-FRAMES:]))] += 1
+        """A wait, in whatever calls this: without the frames of this file and of the module that tells of warnings."""
+        frames = [frame for frame in traceback.extract_stack() if frame.filename not in (__file__, warnings.__file__)]
+        stack = "".join(traceback.format_list(frames[-FRAMES:]))
+        self.stacks[stack] += 1
+        self.places[stack] = f"{frames[-1].filename}:{frames[-1].lineno}"
 
     def _warned(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):  # not PyTorch's remark that the mode is a prototype
             self.found()
 
 

@@ -18,24 +18,45 @@ CALLS = 10  # of a variant in one graph: each sees the next of its inputs
 def captured(run: Run, calls: int = CALLS) -> Callable[[], None]:
     """``calls`` calls of ``run`` as one CUDA graph: a function that replays it.
 
-    Raises whatever capturing raises, e.g. for a function that waits for the device.
+    ``run`` is called twice beforehand. The first call sets libraries up and compiles kernels. In the second a wait for
+    the device is an error: inside of the capture it would break the capture itself, and leave the process's random
+    generator as if the capture went on.
+
+    Raises whatever those calls and the capture raise, e.g. RuntimeError for a function that waits for the device. The
+    generator works on afterwards.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for number in range(2):  # libraries set themselves up, kernels are compiled
-            run(number)
+        run(0)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(1)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         torch.cuda.synchronize()
         # not torch.cuda.graph, which collects garbage and empties the allocator's cache before every capture
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
         try:
-            for number in range(calls):
-                run(number)
-        finally:
-            graph.capture_end()
+            graph.capture_begin()
+            try:
+                for number in range(calls):
+                    run(number)
+            finally:
+                graph.capture_end()
+        except Exception:
+            _renew_generator()
+            raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+def _renew_generator() -> None:
+    """Give the GPU's random generator a state of its own again: a capture that failed leaves it with one that still
+    counts as captured, which every later random number would be refused for."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def compare_captured(
@@ -60,7 +81,8 @@ def compare_captured(
         replay = _replay(run, calls) if graph else None
         timed[name] = replay or (lambda number, run=run: [run(i) for i in range(calls)])
         extra[name] = {"graph": replay is not None}
-    rows = compare(case, timed, Options(device, repeats), extra, warmup=1)
+    replays = [name for name, more in extra.items() if more["graph"]]
+    rows = compare(case, timed, Options(device, repeats), extra, warmup=1, replays=replays)
     times = ("median_ms", "low_ms", "high_ms")
     return [asdict(replace(row, **{name: getattr(row, name) / calls for name in times})) for row in rows]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_campaign.record import Record
-from robust_moe.config import DataConfig, RunConfig, TrainConfig, load_config
+from robust_moe.config import DataConfig, TrainConfig, load_config
 from robust_moe.data import DATASETS, Batch, ImageSet
 from robust_moe.engine import Reporter, Trainer
 
-__all__ = ["GENERATED", "OUR_RUN", "WatchedTrainer", "knows", "step_config"]
+__all__ = ["GENERATED", "OUR_RUN", "WatchedTrainer", "step_config"]
 
 GENERATED = "generated"  # data.name of images of two colours a class and noise
 OUR_RUN = "blockmoe-cifar10-r18"  # the preset whose steps are measured
@@ -50,11 +49,6 @@ class WatchedTrainer(Trainer):
     def _step(self, batch: Batch) -> None:
         self.before_step(self.state.step)
         super()._step(batch)
-
-
-def knows(setting: str) -> bool:
-    """Whether the trainer has a setting ``run.NAME``."""
-    return setting in {field.name for field in dataclasses.fields(RunConfig)}
 
 
 def step_config(record: Record, batch: int, steps: int, **run: Any) -> TrainConfig:

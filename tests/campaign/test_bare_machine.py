@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -42,6 +44,37 @@ def test_what_is_installed_is_left_as_it_is(tmp_path):
 def test_an_unknown_verb_is_said(arguments):
     done = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and done.stderr.count("\n") == 1
+
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *EXT_SUFFIX*) echo .planted.so ;;
+  *build_ext*) echo built >>builds; touch robust_moe_kernels/_C.planted.so ;;
+esac
+"""
+
+
+def test_the_extension_is_built_where_its_sources_are_others(tmp_path):
+    for name in ("benchmarks/gpu_campaign", "csrc", "robust_moe_kernels"):
+        (tmp_path / name).mkdir(parents=True)
+    source, python = tmp_path / "csrc" / "a.cpp", tmp_path / "python3"
+    script = shutil.copy(SCRIPT, tmp_path / "benchmarks" / "gpu_campaign")
+    (tmp_path / "setup.py").write_text("")
+    source.write_text("one")
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def builds() -> int:
+        env = os.environ | {"PYTHON": str(python)}
+        subprocess.run(["bash", script, "run"], env=env, check=True, capture_output=True, timeout=60)
+        return (tmp_path / "builds").read_text().count("built")
+
+    assert builds() == 1
+    os.utime(source, (2e9, 2e9))  # as after a transfer
+    assert builds() == 1
+    source.write_text("two")
+    os.utime(source, (1e9, 1e9))
+    assert builds() == 2 == builds()
 
 
 def test_the_commit_is_this_checkouts_or_the_one_that_was_noted(tmp_path, monkeypatch):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-import math
-import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-from benchmarks.gpu_campaign import conv_check, correctness, counters, environment, products, real_run
-from benchmarks.gpu_campaign.conv_cases import OPERATIONS, ConvCase, Operands, library, row_counts
+
+from benchmarks.gpu_campaign import counters, environment, layer, pgd_step, products, real_run
 from benchmarks.gpu_campaign.environment import PACKAGES, missing
 from benchmarks.gpu_campaign.pgd_step import LONGEST, kernels_of
-from benchmarks.gpu_campaign.record import Record, read
+from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.syncs import Waits
 from robust_moe.config import RunConfig, TrainConfig
 from robust_moe.engine import passes_of_run
@@ -86,74 +87,18 @@ def test_what_is_missing_is_one_sentence_each(changes, expected):
     assert all(part in text and "\n" not in text for part, text in zip(expected, said, strict=True))
 
 
-def test_rows_are_spread_evenly_or_not():
-    assert row_counts(10, 4, "even") == (3, 3, 2, 2)
-    assert row_counts(200, 8, "uneven")[-2:] == (1, 0)
-    for rows, experts in ((7, 4), (200, 8), (256, 16), (5, 3)):
-        for spread in ("even", "uneven"):
-            counts = row_counts(rows, experts, spread)
-            assert sum(counts) == rows and len(counts) == experts and min(counts) >= 0
+def test_the_attack_steps_bandwidth_is_that_of_the_largest_batch(tmp_path, monkeypatch):
+    record = Record(tmp_path / "lines", tmp_path, 600)
+    cases = [SimpleNamespace(name="pgd_step Linf", moved=0)]
 
+    def op_cases(device, batch, *sizes):
+        cases[0].moved = batch * 1e9
+        return cases
 
-@pytest.mark.parametrize(("size", "kernel", "stride"), [(4, 3, 1), (8, 3, 2), (4, 1, 2)])
-def test_work_counts_the_products_with_pixels(size, kernel, stride):
-    case = ConvCase((3, 0, 2), 4, size, kernel, stride)
-    x = torch.ones(5, 4, size, size)
-    touched = library(Operands.of(case, torch.float32, CPU)._replace(x=x, weight=torch.ones(3, 4, 4, kernel, kernel)),
-                      "forward", torch.float32)  # fmt: skip
-    assert case.gflop() * 1e9 == pytest.approx(2 * float(touched.sum()))
-
-
-def test_the_librarys_answers_are_autograds():
-    operands = Operands.of(ConvCase((3, 0, 2), 4, gather=True), torch.float64, CPU)
-    x = operands.x[operands.sample].requires_grad_()
-    weight = operands.weight.clone().requires_grad_()
-    out = torch.cat(
-        [
-            nn.functional.conv2d(x[:3], weight[0], padding=1),
-            nn.functional.conv2d(x[3:], weight[2], padding=1),
-        ]
-    )
-    wanted = [out, *torch.autograd.grad(out, [x, weight], operands.d_out)]
-    for operation, value in zip(OPERATIONS, wanted, strict=True):
-        torch.testing.assert_close(library(operands, operation, torch.float64), value)
-
-
-def test_twice_the_librarys_error_passes_and_nan_does_not():
-    assert conv_check.verdict("bf16", 1.9e-2, 1e-2)["ok"] and not conv_check.verdict("bf16", 2.1e-2, 1e-2)["ok"]
-    assert conv_check.verdict("ieee", 1.9e-6, 0.0)["ok"] and not conv_check.verdict("ieee", 2.1e-6, 0.0)["ok"]
-    assert not conv_check.verdict("ieee", math.nan, 1e-6)["ok"]
-
-
-def test_a_wrong_kernel_is_seen(monkeypatch):
-    def wrong(operands, operation, choice):
-        return lambda: 1.01 * library(operands, operation, operands.x.dtype)
-
-    monkeypatch.setattr(conv_check, "choices", lambda operands, operation: [("wrong", None), ("wrong too", None)])
-    monkeypatch.setattr(conv_check, "runner", wrong)
-    rows = list(conv_check.check("ieee", ["forward", "wgrad"], True, CPU))
-    assert len(rows) == 12 and not any(row["ok"] for row in rows)
-    shares = [list(conv_check.check("ieee", ["forward", "wgrad"], True, CPU, share=(i, 2))) for i in range(2)]
-    assert shares == [rows[::2], rows[1::2]]  # each candidate in one of them
-    assert all(row["error"] == pytest.approx(0.01, rel=1e-3) for row in rows)
-    assert list(conv_check.check("ieee", ["forward", "wgrad"], True, CPU, skip=4)) == rows[4:]
-
-
-WORKER = """
-import json, os, sys
-skip = int(sys.argv[sys.argv.index("--skip") + 1])
-for number in range(skip, 5):
-    if number == 2:
-        os.abort()  # as a kernel that breaks the device does
-    print(json.dumps({"candidate": number, "ok": True, "error": 0.0}), flush=True)
-"""
-
-
-def test_a_candidate_that_ends_its_process_costs_no_other(record, tmp_path):
-    rows = correctness.check_group(record, [sys.executable, "-c", WORKER], "bf16", "forward")
-    assert [row["ok"] for row in rows] == [True, True, False, True, True]
-    assert rows[2]["candidate"] == "number 2" and rows[2]["error"] == "its process ended with status -6"
-    assert len(read(tmp_path / "lines")["rows"]) == 5
+    monkeypatch.setattr(layer, "op_cases", op_cases)
+    monkeypatch.setattr(layer, "_op", lambda *_: [{"variant": "triton", "median_ms": 1e4}])
+    monkeypatch.setattr(layer, "_copy_rate", lambda record: 1.0)
+    assert layer._ops(record)[-1] == "attack step at 41% of the copy bandwidth (B=4096)"
 
 
 def test_a_table_entry_is_a_mean_over_what_it_cannot_tell_apart():
@@ -218,6 +163,20 @@ def test_a_wait_for_the_device_is_counted_by_its_place():
     assert count == 2 and "value.sum().item()" in stack and __file__ in stack
 
 
+def test_a_warning_of_a_wait_is_placed_where_the_wait_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    waits = Waits(torch.device("cuda"))
+    waits.start()
+    try:
+        warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        line = inspect.currentframe().f_lineno - 1
+    finally:
+        waits.stop()
+    ((stack, count),) = waits.stacks.items()
+    assert count == 1 and waits.places[stack] == f"{__file__}:{line}"
+
+
 def test_the_longest_kernels_come_first():
     x = torch.rand(200, 200)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -274,3 +233,11 @@ def test_an_attack_in_progress_ends_when_the_time_is_up(monkeypatch):
 
     left, whole = real_run._attacked(model, attack, images, index, index, right, end=4)
     assert left.all() and not whole and len(forwards) == 5 and not model._forward_pre_hooks
+
+
+def test_a_step_is_counted_by_its_passes():
+    config = TrainConfig()
+    config = replace(config, method=replace(config.method, attack=replace(config.method.attack, steps=7)))
+    counted = {"PGD step": 10, "training pass": 5}
+    assert pgd_step._with_count(config, counted) == {"counted": counted, "counted_a_step": 75}
+    assert pgd_step._with_count(config, None) == {}

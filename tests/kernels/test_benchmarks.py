@@ -27,7 +27,7 @@ def _timings(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -
     order: list[str] = []
     left = {name: iter(values) for name, values in seconds.items()}
 
-    def fake(run, number: int, device: torch.device) -> float:
+    def fake(run, number: int, device: torch.device, queued: bool) -> float:
         name = run(number)
         order.append(name)
         return next(left[name])

@@ -236,6 +236,11 @@ def test_measurements_become_the_table(tmp_path):
         assert choose("product", BLOCK, pairs, H100, path).variant == expected
     assert choose("filter", BLOCK, 4096, H100, path) == choose("filter", BLOCK, 4096, H100)
     assert choose("product", BLOCK, 4096, A100, path) == choose("product", BLOCK, 4096, A100)
+    for columns, pairs in product((16, 128, 256, 500), (1, 8000, 10**6)):  # fewer than were measured: as shipped
+        narrower = BLOCK._replace(columns=columns)
+        assert choose("product", narrower, pairs, H100, path) == choose("product", narrower, pairs, H100)
+    write_table([row | {"architecture": "sm_120"} for row in rows], path)  # nothing shipped that could serve those
+    assert choose("product", BLOCK._replace(columns=16), 1, CONSUMER, path) == Choice("pointer", Tile(*small))
     sources = {entry["source"] for entry in json.loads(path.read_text())["entries"]}
     assert "measured: H100, 2026-01-01, 0123456" in sources
     with pytest.raises(ValueError, match=r"^rows: expected at least one measurement, got 0$"):

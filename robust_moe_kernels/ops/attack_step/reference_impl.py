@@ -94,6 +94,7 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
     radius = (-2.0 * (u[..., 0::2] + _TWO_POW_MINUS_24).log()).sqrt()  # Box and Muller
     angle = (2.0 * math.pi) * u[..., 1::2]
     normal = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :size].view_as(x0)
-    last = _words(sample_index, torch.tensor([_RADIUS_BLOCK], device=x0.device), seed, stream)[:, 0, 0]
+    block = torch.full((1,), _RADIUS_BLOCK, dtype=torch.int64, device=x0.device)  # no copy, which the host waits for
+    last = _words(sample_index, block, seed, stream)[:, 0, 0]
     length = eps * (_uniform(last, torch.float64) + _TWO_POW_MINUS_24) ** (1.0 / max(size, 1))
     return (x0 + normal * (_per_sample(length, x0) / _l2_norm(normal)).to(x0.dtype)).clamp(0.0, 1.0)

@@ -201,7 +201,8 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
         rows: one per measurement: "architecture", "kind", "operation", "pairs", "columns" (the case's own), "variant",
             "tile" [m, n, k, warps, stages], "median_ms", "source" ("GPU, date, commit"). The fastest row of a case
             becomes an entry, which serves from the geometric mean of its pairs with the next smaller case's on, the
-            smallest case from 0 on; columns likewise. Entries of other architectures, kinds and operations stay.
+            smallest case from 0 on; columns likewise. Entries of other architectures, kinds and operations stay, and
+            so do those for fewer columns than were measured: then the fewest measured serve from themselves on.
         path: the table, read and written.
 
     Raises:
@@ -218,10 +219,18 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
         if case not in cases or row["median_ms"] < cases[case]["median_ms"]:
             cases[case] = row
     record = json.loads(path.read_text(encoding="utf-8"))
-    kept = [e for e in record["entries"] if (e["architecture"], e["kind"], e["operation"]) not in groups]
+    fewest = {group: min(columns for columns, _ in cases) for group, cases in groups.items()}
+    kept = []
+    for entry in record["entries"]:
+        group = entry["architecture"], entry["kind"], entry["operation"]
+        if group not in fewest or entry["columns"] < fewest[group]:
+            kept.append(entry)
     measured = []
     for (architecture, kind, operation), cases in groups.items():
         columns_from = _thresholds({columns for columns, _ in cases})
+        least = fewest[architecture, kind, operation]
+        if any((e["architecture"], e["kind"], e["operation"]) == (architecture, kind, operation) for e in kept):
+            columns_from[least] = least
         for columns in sorted(columns_from, reverse=True):
             pairs_from = _thresholds({pairs for c, pairs in cases if c == columns})
             for pairs in sorted(pairs_from, reverse=True):
