@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -39,6 +39,9 @@ _KIND |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tens
 # What asks a tensor for its form and not for its numbers: a promise answers these.
 _FORM = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__, Tensor.is_floating_point}
 _FORM |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")}
+# What may move running statistics.
+_NORMS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm}
+_NORMS |= {torch.cudnn_batch_norm, torch.batch_norm_gather_stats, torch.batch_norm_gather_stats_with_counts}
 _BACKWARD = {torch.autograd.grad, Tensor.backward}
 
 
@@ -49,6 +52,12 @@ class _Known:
         self.form = form
         self.chains: dict[int, Chain] | None = None  # None: not learned yet
         self.objects: list[weakref.ref[Tensor]] = []  # to be gone before the chains may be used
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the chains still are of the model's tensors: some were replaced otherwise, as ``double()`` does."""
+        chains = (self.chains or {}).values()
+        weights = {id(parameter) for parameter in model.parameters()} if chains else set()
+        return all(id(chain.weight()) in weights and chain.mean() is not None for chain in chains)
 
     def usable(self) -> bool:
         self.objects = [ref for ref in self.objects if ref() is not None]
@@ -87,9 +96,22 @@ def _form(model: nn.Module) -> list[Any]:
     form: list[Any] = []
     for module in model.modules():
         attributes = [item for item in vars(module).items() if item[0] != "training"]
-        switches = [(name, value) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
+        switches = [(name, _Same(value)) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
         form.append((id(module), type(module), type(module).forward, switches))
     return form
+
+
+class _Same:
+    """What an attribute was, by identity; callables are not kept alive: a bound method would keep its model so."""
+
+    def __init__(self, value: Any) -> None:
+        self.get = weakref.ref(value) if callable(value) else lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        mine, theirs = self.get(), other.get() if isinstance(other, _Same) else None
+        return type(mine) is type(theirs) and (mine is theirs or (isinstance(mine, str) and mine == theirs))
+
+    __hash__ = None
 
 
 _SWITCHES = (bool, str, type(None))  # attributes that a forward may decide by
@@ -130,13 +152,19 @@ class _Folding(TorchFunctionMode):
             mode.inner -= 1
         for ref, promise in list(self.promises.values()):
             tensor = ref()
-            if tensor is not None and error[0] is None and promise.value is not tensor:
-                tensor.data = promise.get().detach()  # somebody keeps it: it becomes what was promised
+            if tensor is not None and promise.value is not tensor:  # somebody keeps it: it becomes what was promised
+                with nullcontext() if error[0] is None else suppress(RuntimeError):  # not to hide the error by another
+                    tensor.data = promise.get().detach()
         self.promises.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or func in _FORM or self.inner:
+        if torch.compiler.is_compiling() or func in _FORM:
+            return func(*args, **kwargs)
+        if self.tables and func in _NORMS and (func is not F.batch_norm or _norm_of(args, kwargs) is None):
+            self._forget(_tensors((args, kwargs)))
+        if self.inner:  # an operation of theirs, which may read what was promised here
+            args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs)) if self.promises else (args, kwargs)
             return func(*args, **kwargs)
         if self.watch is not None and func in _BACKWARD:
             self._learn(args[0] if args else kwargs.get("outputs"))
@@ -197,8 +225,11 @@ class _Folding(TorchFunctionMode):
         return promise if promise.is_open() else None
 
     def _real(self, tensor: Tensor) -> Tensor:
-        promise = self._of(tensor)
-        return tensor if promise is None else promise.get()
+        for mode in (self, *self.outer):
+            promise = mode._of(tensor)
+            if promise is not None:
+                return promise.get()
+        return tensor
 
     # --- what extends them ---
 
@@ -243,8 +274,8 @@ class _Folding(TorchFunctionMode):
     def _norm(self, args: tuple, kwargs: dict, _: bool) -> Tensor | None:
         promise = self._open(args[0], folded=False) if args else None
         norm = _norm_of(args, kwargs)
-        if promise is None or norm is None:
-            return None
+        if promise is None or norm is None or (promise.value is not None and self.how != "careful"):
+            return None  # computed already, for somebody else: the norm reads that
         weight, bias = promise.arguments[:2]
         chain = self.known.chains.get(id(weight)) if self.known.chains else None
         if chain is not None and chain.mean() is not norm.mean:
@@ -273,6 +304,14 @@ class _Folding(TorchFunctionMode):
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.tables[key] = folded = None
         return folded
+
+    def _forget(self, tensors: Iterable[Tensor]) -> None:
+        """A norm that may be in training got these. Of running statistics among them nothing is folded from here on: it
+        moves them without counting that as a change in place."""
+        found = {id(tensor) for tensor in tensors}
+        for key in self.tables:
+            if key[1] in found:
+                self.tables[key] = None
 
     def _make_tables(self) -> None:
         """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
@@ -343,7 +382,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _known(model: nn.Module) -> _Known:
     form = _form(model)
     known = _KNOWN.get(model)
-    if known is None or known.form != form:
+    if known is None or known.form != form or not known.is_of(model):
         known = _KNOWN[model] = _Known(form)
     return known
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -708,3 +709,132 @@ def test_call_of_other_forms_is_refused():
     assert Call.of((1, 1), (0, 0), (1, 1), 1) == ((1, 1), (0, 0), (1, 1), 1)
     for form in (("same", (1, 1)), (1, (1, 1)), ((1,), (1, 1))):
         assert Call.of(*form, (1, 1), 1) is None
+
+
+class Pair(nn.Module):
+    """One convolution read by two norms, each in a call of its own; ``first``: it is also the model's first."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.stem = None if first else nn.Conv2d(3, 3, 3, padding=1)
+        self.conv, self.norms = nn.Conv2d(3, 8, 3), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.stem is None else self.stem(x)
+        return torch.cat([F.relu(norm(self.conv(x))) for norm in self.norms], 1).mean((2, 3))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_convolution_of_two_norms(first):
+    torch.manual_seed(0)
+    model = change(Pair(first).double())
+    expected = step(model, images(dtype=torch.float64))
+    with attack_mode(model):
+        for _ in range(3):
+            assert_close(step(model, images(dtype=torch.float64)), expected)
+
+
+def test_many_gradients_at_once_through_the_engine():
+    torch.manual_seed(0)
+    model = change(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()))
+    x = torch.rand(1, 64, 4, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weights = torch.eye(3, 64)[:, None, :, None, None].expand(3, 1, 64, 4, 4)
+    with attack_mode(model):
+        for _ in range(2):
+            out = model(x)
+            (together,) = torch.autograd.grad(out, x, weights, retain_graph=True, is_grads_batched=True)
+            each = [torch.autograd.grad(out, x, weight, retain_graph=True)[0] for weight in weights]
+            torch.testing.assert_close(together, torch.stack(each))
+
+
+@pytest.mark.parametrize("inside", ["train()", "nested"])
+def test_statistics_that_move_inside(inside):
+    model = network().double()
+    x = images(dtype=torch.float64)
+    learn(model, x)
+    with attack_mode(model):
+        before = step(model, x)
+        if inside == "nested":
+            with attack_mode(model, "train"):
+                model(3 * x + 1)
+        else:
+            model.train()
+            model(3 * x + 1)
+            model.eval()
+        after = step(model, x)
+    expected = step(model, x)
+    assert (before[0] - expected[0]).abs().max() > 1e-3
+    assert_close(after, expected)
+
+
+@pytest.mark.parametrize("replace", ["double", "assign"])
+def test_learned_anew_when_tensors_were_replaced(replace, folded):
+    model, dtype = network(), torch.float32
+    learn(model)
+    if replace == "double":
+        model, dtype = model.double(), torch.float64
+    else:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    with attack_mode(model):
+        step(model, images(dtype=dtype))
+        folded.clear()
+        step(model, images(dtype=dtype))
+    assert len(folded) == CONVOLUTIONS
+
+
+def test_a_model_that_holds_a_method_of_its_own_is_freed():
+    model = network()
+    model.method = model.forward
+    learn(model)
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None
+
+
+def test_one_convolution_where_another_function_comes_between(raw, folded):
+    def between(m, x):
+        y = m.conv(x)
+        scale = x.mean()
+        return F.relu(m.norm(y)) * scale
+
+    model = change(Odd(between).double())
+    x = images(dtype=torch.float64)
+    expected = step(model, x)
+    learn(model, x)
+    raw.clear()
+    folded.clear()
+    with attack_mode(model):
+        assert_close(step(model, x), expected)
+    assert len(raw) + len(folded) == 1
+
+
+def test_what_the_caller_keeps_of_an_attack_that_failed_or_reads_in_another():
+    model, other = change(Odd(lambda m, x: m.kept[0](m, x)).double()), network().double()
+    model.kept = [lambda m, x: F.relu(m.norm(m.conv(x)))]
+    x = images(dtype=torch.float64)
+    expected = model.conv(x).detach()
+    learn(model, x)
+    learn(other, x)
+    model.kept[0] = lambda m, x: m.conv(x)
+    with pytest.raises(KeyError), attack_mode(model):
+        first, second = model(x), model(x)
+        with attack_mode(other):
+            assert_close((first * 1,), (expected,))
+            assert_close(step(other, second[:, :3] * 1), step(other, expected[:, :3]))
+        raise KeyError
+    assert_close((first.detach(), second.detach()), (expected, expected))
+
+
+def test_every_convolution_of_a_resnet18_is_folded(folded, raw):
+    torch.manual_seed(0)
+    model = change(torchvision.models.resnet18(num_classes=5))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    learn(model, x)
+    raw.clear()
+    folded.clear()
+    with attack_mode(model):
+        step(model, x)
+    assert (len(folded), sum(folded), len(raw)) == (20, 17, 0)  # the skips' three have no ReLU
+    assert len(_KNOWN[model].chains) == 20
