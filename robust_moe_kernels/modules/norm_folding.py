@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_learning import Chain, Watch, is_plain
+from robust_moe_kernels.modules.norm_learning import Chain, Operators, Watch, is_plain
 
 __all__ = ["backbone_folded"]
 
@@ -125,6 +126,9 @@ class _Folding(TorchFunctionMode):
         self.model = model
         self.known = _known(model)
         self.watch: Watch | None = None  # of the forward that is learned from
+        self.operators: Operators | None = None
+        self.depth = len(_get_current_dispatch_mode_stack())
+        self.begun = 0  # how often the watch has met the first weight
         self.first = 0  # id of the weight that a forward begins with
         self.how = ""  # this forward runs: "promises", "careful", or as it is
         self.weights = {
@@ -148,6 +152,7 @@ class _Folding(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._stop()
         for mode in self.outer:
             mode.inner -= 1
         for ref, promise in list(self.promises.values()):
@@ -168,24 +173,31 @@ class _Folding(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.watch is not None and func in _BACKWARD:
             self._learn(args[0] if args else kwargs.get("outputs"))
+        if self.watch is None:
+            return self._answer(func, args, kwargs)
+        tensors = _tensors((args, kwargs))
+        with self.watch.function(tensors):
+            out = self._answer(func, args, kwargs)
+        if self.watch is not None:
+            kind = _KIND.get(func, "")
+            self.watch.read(kind, tensors, out, args[1] if kind == "norm" and len(args) > 1 else None)
+        return out
+
+    def _answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         kind = _KIND.get(func, "")
         out = None
         if func is torch.conv2d:
             out = self._conv(args, kwargs)
         elif self.promises and kind:
             out = {"norm": self._norm, "relu": self._relu, "add": self._add}[kind](args, kwargs, func in _IN_PLACE)
-        if out is None:
-            out = self._otherwise(func, args, kwargs)
-        if self.watch is not None:
-            mean = args[1] if kind == "norm" and len(args) > 1 else None
-            self.watch.read(kind, _tensors((args, kwargs)), out, mean)
-        return out
+        return self._otherwise(func, args, kwargs) if out is None else out
 
     def _otherwise(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The function itself, of the tensors that were promised to it."""
         if self.promises and func not in _PURE and _tensors((args, kwargs)):
             for _, promise in list(self.promises.values()):  # it might change what they are to be computed from
                 promise.get()
+                promise.closed = True
         if self.promises:
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
         return func(*args, **kwargs)
@@ -228,6 +240,7 @@ class _Folding(TorchFunctionMode):
         for mode in (self, *self.outer):
             promise = mode._of(tensor)
             if promise is not None:
+                promise.closed = True
                 return promise.get()
         return tensor
 
@@ -262,13 +275,19 @@ class _Folding(TorchFunctionMode):
         """Decides how a forward runs where it begins; whether not as it is."""
         self.first = self.first or id(weight)
         if id(weight) == self.first:
-            self.watch, self.how = None, ""
+            self.how, self.begun = "", self.begun + 1
             if _hooked(self.model):
-                pass  # somebody looks at what passes between the modules
+                self._stop()  # somebody looks at what passes between the modules
+            elif self.watch is not None:  # the same forward, perhaps, or another before the first backward
+                self.how = "careful"
+                if self.begun > _MOST_BEGUN:
+                    self._learn([], nothing=True)
             elif self.known.chains is not None:
                 self.how = "promises" if self.known.usable() else "careful"
-            elif torch.is_grad_enabled() and x.requires_grad:
-                self.how, self.watch = "careful", Watch()
+            elif torch.is_grad_enabled() and x.requires_grad and len(_get_current_dispatch_mode_stack()) == self.depth:
+                self.how, self.watch, self.begun = "careful", Watch(), 1
+                self.operators = Operators(self.watch)
+                self.operators.__enter__()  # above no mode that may be left before the attack is
         return self.how != ""
 
     def _norm(self, args: tuple, kwargs: dict, _: bool) -> Tensor | None:
@@ -367,9 +386,20 @@ class _Folding(TorchFunctionMode):
             return None
         return promise if promise.value is None or (self.how == "careful" and promise.value is tensor) else None
 
-    def _learn(self, outputs: Any) -> None:
-        self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
+    def _learn(self, outputs: Any, nothing: bool = False) -> None:
+        if nothing:
+            self.known.chains = {}
+        else:
+            self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
+        self._stop()
+
+    def _stop(self) -> None:
         self.watch = None
+        if self.operators is not None:
+            self.operators.stop()
+
+
+_MOST_BEGUN = 64  # forwards that are watched before the first backward: their graphs are kept until then
 
 
 _PURE = {torch.conv2d, F.batch_norm}  # of what promises are computed from these change nothing

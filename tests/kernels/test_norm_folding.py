@@ -17,13 +17,14 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
 from robust_moe_kernels.modules import attack_mode, folded_conv
 from robust_moe_kernels.modules.conv_promise import Promise
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_folding import _KNOWN
+from robust_moe_kernels.modules.norm_folding import _KNOWN, _MOST_BEGUN
 
 
 def change(model: nn.Module) -> nn.Module:
@@ -799,15 +800,17 @@ def test_one_convolution_where_another_function_comes_between(raw, folded):
         scale = x.mean()
         return F.relu(m.norm(y)) * scale
 
-    model = change(Odd(between).double())
+    model = change(Odd(lambda m, x: m.kept[0](m, x)).double())
+    model.kept = [lambda m, x: F.relu(m.norm(m.conv(x)))]
     x = images(dtype=torch.float64)
-    expected = step(model, x)
     learn(model, x)
     raw.clear()
     folded.clear()
+    model.kept[0] = between
     with attack_mode(model):
-        assert_close(step(model, x), expected)
-    assert len(raw) + len(folded) == 1
+        found = step(model, x)
+    assert (len(raw), len(folded)) == (1, 0)
+    assert_close(found, step(model, x))
 
 
 def test_what_the_caller_keeps_of_an_attack_that_failed_or_reads_in_another():
@@ -838,3 +841,122 @@ def test_every_convolution_of_a_resnet18_is_folded(folded, raw):
         step(model, x)
     assert (len(folded), sum(folded), len(raw)) == (20, 17, 0)  # the skips' three have no ReLU
     assert len(_KNOWN[model].chains) == 20
+
+
+@torch.jit.script
+def scripted_share(y: Tensor) -> Tensor:
+    return (y > 0).to(y.dtype).mean()
+
+
+def read_by_vmap(m, x):
+    y = m.conv(x)
+    share = torch.func.vmap(lambda row: (row > 0).to(row.dtype).mean())(y).mean()
+    return F.relu(m.norm(y)) * (1 + share)
+
+
+def read_by_a_script(m, x):
+    y = m.conv(x)
+    return F.relu(m.norm(y)) * (1 + scripted_share(y))
+
+
+def norm_read_by_a_script(m, x):
+    y = m.norm(m.conv(x))
+    return F.relu(y) * (1 + scripted_share(y))
+
+
+def sum_read_by_a_script(m, x):
+    y = m.norm(m.conv(x))
+    y = y + x[:, :1, 1:-1, 1:-1].expand_as(y)
+    share = scripted_share(y)
+    return F.relu(y) * (1 + share)
+
+
+def first_called_twice(m, x):
+    aside = Doubled.apply(m.conv(x))
+    return F.relu(m.norm(m.conv(x.flip(3)))) + aside
+
+
+def hooked_tensor(m, x):
+    y = m.conv(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y.register_hook(lambda d: 0.1 * d)
+    return F.relu(m.norm(y))
+
+
+def changed_through_data(m, x):
+    y = m.conv(x)
+    y.data.mul_(3)
+    return F.relu(m.norm(y))
+
+
+UNSEEN = [
+    read_by_vmap,
+    read_by_a_script,
+    norm_read_by_a_script,
+    sum_read_by_a_script,
+    first_called_twice,
+    hooked_tensor,
+    changed_through_data,
+]
+
+
+@pytest.mark.parametrize("between", UNSEEN, ids=lambda f: f.__name__)
+def test_readers_that_no_function_shows(between):
+    torch.manual_seed(2)
+    model = change(Odd(between).double()).requires_grad_(False)
+    x = images(dtype=torch.float64)
+    expected = step(model, x)
+    for _ in range(2):
+        with attack_mode(model):
+            for _ in range(3):
+                assert_close(step(model, x), expected)
+
+
+def test_a_retained_gradient_is_there_in_every_forward():
+    def retaining(m, x):
+        m.kept = [m.conv(x)]
+        m.kept[0].retain_grad()
+        return F.relu(m.norm(m.kept[0]))
+
+    model = change(Odd(retaining).double()).requires_grad_(False)
+    with attack_mode(model):
+        for _ in range(3):
+            model(images(dtype=torch.float64).requires_grad_()).sum().backward()
+            assert model.kept[0].grad.abs().sum() > 0
+
+
+class Passing(TorchDispatchMode):
+    """Somebody else's mode, which does nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_learning_leaves_other_modes_and_no_trace():
+    model = network()
+    with attack_mode(model):
+        with Passing():
+            step(model, images())  # not learned: this mode is left before the attack is
+        assert _KNOWN[model].chains is None
+        with pytest.raises(KeyError):
+            model(images().requires_grad_())
+            raise KeyError
+        assert len(_get_current_dispatch_mode_stack()) == 1
+        model(images().requires_grad_())  # a forward without a backward is watched too
+        step(model, images())
+        assert not _get_current_dispatch_mode_stack()
+    assert len(_KNOWN[model].chains) == CONVOLUTIONS
+    other = network()
+    with pytest.raises(KeyError), attack_mode(other):
+        other(images().requires_grad_())
+        raise KeyError
+    assert not _get_current_dispatch_mode_stack()
+
+
+def test_forwards_without_any_backward_are_not_watched_for_ever():
+    model = network()
+    x = images(1).requires_grad_()
+    with attack_mode(model):
+        for _ in range(_MOST_BEGUN + 1):
+            model(x)
+        assert _KNOWN[model].chains == {}
