@@ -3,8 +3,10 @@
 Nothing of the model is touched: a torch function mode sees its convolutions, norms, additions and ReLUs go by. A
 convolution that a batch norm reads, and nothing else, answers with a promise; the norm, an addition and a ReLU extend
 the promise, and the last of them computes it in one operation (``folded_conv``). Whatever else wants to read a promised
-tensor gets the tensor, computed as the model says: a model that decides otherwise in a later forward pays time, not
-correctness.
+tensor through a torch function gets the tensor, computed as the model says: a model that decides otherwise in a later
+forward pays time, not correctness. Readers that no torch function shows (an ``autograd.Function``, a script, ``vmap``)
+have to show in the forward that is learned from: one that only a later forward has, although the model was not
+rebuilt, meets NaN in the tensor, or makes the gradient NaN. So do the threads of others.
 
 That nothing else reads it is learned by watching one forward with gradients (``norm_learning``). That forward, and all
 of a model where somebody keeps such a tensor, is careful: it computes the convolution's output for whoever may read it

@@ -199,11 +199,11 @@ class Operators(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # skipping would import the compiler, which takes a second
+        return False  # refusing to be compiled would import the compiler, which takes a second
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self.watch is not None:
+        if self.watch is not None and not torch.compiler.is_compiling():
             self.watch.operator(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return func(*args, **kwargs)
 

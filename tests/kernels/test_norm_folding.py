@@ -889,8 +889,17 @@ def changed_through_data(m, x):
     return F.relu(m.norm(y))
 
 
+compiled_share = torch.compile(lambda y: (y > 0).to(y.dtype).mean(), backend="eager", fullgraph=True)
+
+
+def read_by_a_compiled_function(m, x):
+    y = m.conv(x)
+    return F.relu(m.norm(y)) * (1 + compiled_share(y))
+
+
 UNSEEN = [
     read_by_vmap,
+    read_by_a_compiled_function,
     read_by_a_script,
     norm_read_by_a_script,
     sum_read_by_a_script,
