@@ -61,6 +61,7 @@ class Promise:
         self.then = ""  # the chain's, once there is a norm
         self._value: Callable[[], Tensor | None] = lambda: None
         self.value_version = 0
+        self.closed = False  # somebody else has met the tensor: nothing is computed around it any more
 
     @property
     def value(self) -> Tensor | None:
@@ -99,6 +100,8 @@ class Promise:
 
     def is_open(self) -> bool:
         """Whether what was promised can still be computed otherwise: nothing that it is made of has changed since."""
+        if self.closed:
+            return False
         kept = self.value is None or _version(self.value) == self.value_version
         kept = kept and (self.other is None or _version(self.other) == self.other_version)
         return kept and _version(self.x) == self.version and self.state.key == State(self.x.device.type).key

@@ -238,7 +238,7 @@ class StackedBatchNorm2d(nn.Module):
         # keeps of the others.
         mean, variance = self.running_mean.data[expert], self.running_var.data[expert]
         if self.training:
-            self.num_batches_tracked.data[expert] += 1
+            self.num_batches_tracked[expert].add_(1)  # counted: by this a folded norm knows that its numbers moved
             if x.numel() == x.shape[1]:
                 mean.lerp_(x.detach().flatten().to(mean.dtype), self.momentum)
                 return bias.view(1, -1, 1, 1).expand_as(x).to(x.dtype)
@@ -249,10 +249,10 @@ class StackedBatchNorm2d(nn.Module):
 def keep_statistics(norms: Sequence[StackedBatchNorm2d], moved: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Give norms the running means, running variances and numbers of batches that ``routed_block`` found for them.
 
-    In two operations for all norms. ``.data`` as in ``run``; copies, so that the buffers stay the tensors that others
-    may hold.
+    In two operations for all norms. ``.data`` as in ``run``, but for the numbers of batches, whose change is counted
+    there too; copies, so that the buffers stay the tensors that others may hold.
     """
     means, variances, batches = zip(*moved, strict=True)
     buffers = [norm.running_mean.data for norm in norms] + [norm.running_var.data for norm in norms]
     torch._foreach_copy_(buffers, [*means, *variances])
-    torch._foreach_copy_([norm.num_batches_tracked.data for norm in norms], list(batches))
+    torch._foreach_copy_([norm.num_batches_tracked for norm in norms], list(batches))

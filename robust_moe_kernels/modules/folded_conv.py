@@ -230,7 +230,8 @@ class _Fused(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             filters, _ = conv.tensors(x.dtype)
-            if ctx.how == "in place" and _engine_takes(filters, call) and not torch.is_grad_enabled():
+            engine = ctx.how == "in place" and _engine_takes(filters, call)
+            if engine and not torch.is_grad_enabled() and not _is_batched(d):
                 rows = d.contiguous(memory_format=torch.channels_last)
                 d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
@@ -240,6 +241,11 @@ class _Fused(torch.autograd.Function):
                 )
             d_x = d_x.to(ctx.kind)
         return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 5
+
+
+def _is_batched(d: Tensor) -> bool:
+    """Many gradients at once, as of ``is_grads_batched``: the engine takes one."""
+    return torch._C._functorch.is_batchedtensor(d) or torch._C._functorch.is_legacy_batchedtensor(d)
 
 
 def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:

@@ -3,8 +3,10 @@
 Nothing of the model is touched: a torch function mode sees its convolutions, norms, additions and ReLUs go by. A
 convolution that a batch norm reads, and nothing else, answers with a promise; the norm, an addition and a ReLU extend
 the promise, and the last of them computes it in one operation (``folded_conv``). Whatever else wants to read a promised
-tensor gets the tensor, computed as the model says: a model that decides otherwise in a later forward pays time, not
-correctness.
+tensor through a torch function gets the tensor, computed as the model says: a model that decides otherwise in a later
+forward pays time, not correctness. Readers that no torch function shows (an ``autograd.Function``, a script, ``vmap``)
+have to show in the forward that is learned from: one that only a later forward has, although the model was not
+rebuilt, meets NaN in the tensor, or makes the gradient NaN. So do the threads of others.
 
 That nothing else reads it is learned by watching one forward with gradients (``norm_learning``). That forward, and all
 of a model where somebody keeps such a tensor, is careful: it computes the convolution's output for whoever may read it
@@ -15,8 +17,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -24,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_learning import Chain, Watch, is_plain
+from robust_moe_kernels.modules.norm_learning import Chain, Operators, Watch, is_plain
 
 __all__ = ["backbone_folded"]
 
@@ -39,6 +42,9 @@ _KIND |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tens
 # What asks a tensor for its form and not for its numbers: a promise answers these.
 _FORM = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__, Tensor.is_floating_point}
 _FORM |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")}
+# What may move running statistics.
+_NORMS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm}
+_NORMS |= {torch.cudnn_batch_norm, torch.batch_norm_gather_stats, torch.batch_norm_gather_stats_with_counts}
 _BACKWARD = {torch.autograd.grad, Tensor.backward}
 
 
@@ -49,6 +55,12 @@ class _Known:
         self.form = form
         self.chains: dict[int, Chain] | None = None  # None: not learned yet
         self.objects: list[weakref.ref[Tensor]] = []  # to be gone before the chains may be used
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the chains still are of the model's tensors: some were replaced otherwise, as ``double()`` does."""
+        chains = (self.chains or {}).values()
+        weights = {id(parameter) for parameter in model.parameters()} if chains else set()
+        return all(id(chain.weight()) in weights and chain.mean() is not None for chain in chains)
 
     def usable(self) -> bool:
         self.objects = [ref for ref in self.objects if ref() is not None]
@@ -87,9 +99,22 @@ def _form(model: nn.Module) -> list[Any]:
     form: list[Any] = []
     for module in model.modules():
         attributes = [item for item in vars(module).items() if item[0] != "training"]
-        switches = [(name, value) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
+        switches = [(name, _Same(value)) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
         form.append((id(module), type(module), type(module).forward, switches))
     return form
+
+
+class _Same:
+    """What an attribute was, by identity; callables are not kept alive: a bound method would keep its model so."""
+
+    def __init__(self, value: Any) -> None:
+        self.get = weakref.ref(value) if callable(value) else lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        mine, theirs = self.get(), other.get() if isinstance(other, _Same) else None
+        return type(mine) is type(theirs) and (mine is theirs or (isinstance(mine, str) and mine == theirs))
+
+    __hash__ = None
 
 
 _SWITCHES = (bool, str, type(None))  # attributes that a forward may decide by
@@ -103,6 +128,9 @@ class _Folding(TorchFunctionMode):
         self.model = model
         self.known = _known(model)
         self.watch: Watch | None = None  # of the forward that is learned from
+        self.operators: Operators | None = None
+        self.depth = len(_get_current_dispatch_mode_stack())
+        self.begun = 0  # how often the watch has met the first weight
         self.first = 0  # id of the weight that a forward begins with
         self.how = ""  # this forward runs: "promises", "careful", or as it is
         self.weights = {
@@ -126,38 +154,52 @@ class _Folding(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._stop()
         for mode in self.outer:
             mode.inner -= 1
         for ref, promise in list(self.promises.values()):
             tensor = ref()
-            if tensor is not None and error[0] is None and promise.value is not tensor:
-                tensor.data = promise.get().detach()  # somebody keeps it: it becomes what was promised
+            if tensor is not None and promise.value is not tensor:  # somebody keeps it: it becomes what was promised
+                with nullcontext() if error[0] is None else suppress(RuntimeError):  # not to hide the error by another
+                    tensor.data = promise.get().detach()
         self.promises.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or func in _FORM or self.inner:
+        if torch.compiler.is_compiling() or func in _FORM:
+            return func(*args, **kwargs)
+        if self.tables and func in _NORMS and (func is not F.batch_norm or _norm_of(args, kwargs) is None):
+            self._forget(_tensors((args, kwargs)))
+        if self.inner:  # an operation of theirs, which may read what was promised here
+            args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs)) if self.promises else (args, kwargs)
             return func(*args, **kwargs)
         if self.watch is not None and func in _BACKWARD:
             self._learn(args[0] if args else kwargs.get("outputs"))
+        if self.watch is None:
+            return self._answer(func, args, kwargs)
+        tensors = _tensors((args, kwargs))
+        with self.watch.function(tensors):
+            out = self._answer(func, args, kwargs)
+        if self.watch is not None:
+            kind = _KIND.get(func, "")
+            self.watch.read(kind, tensors, out, args[1] if kind == "norm" and len(args) > 1 else None)
+        return out
+
+    def _answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         kind = _KIND.get(func, "")
         out = None
         if func is torch.conv2d:
             out = self._conv(args, kwargs)
         elif self.promises and kind:
             out = {"norm": self._norm, "relu": self._relu, "add": self._add}[kind](args, kwargs, func in _IN_PLACE)
-        if out is None:
-            out = self._otherwise(func, args, kwargs)
-        if self.watch is not None:
-            mean = args[1] if kind == "norm" and len(args) > 1 else None
-            self.watch.read(kind, _tensors((args, kwargs)), out, mean)
-        return out
+        return self._otherwise(func, args, kwargs) if out is None else out
 
     def _otherwise(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The function itself, of the tensors that were promised to it."""
         if self.promises and func not in _PURE and _tensors((args, kwargs)):
             for _, promise in list(self.promises.values()):  # it might change what they are to be computed from
                 promise.get()
+                promise.closed = True
         if self.promises:
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
         return func(*args, **kwargs)
@@ -197,8 +239,12 @@ class _Folding(TorchFunctionMode):
         return promise if promise.is_open() else None
 
     def _real(self, tensor: Tensor) -> Tensor:
-        promise = self._of(tensor)
-        return tensor if promise is None else promise.get()
+        for mode in (self, *self.outer):
+            promise = mode._of(tensor)
+            if promise is not None:
+                promise.closed = True
+                return promise.get()
+        return tensor
 
     # --- what extends them ---
 
@@ -231,20 +277,26 @@ class _Folding(TorchFunctionMode):
         """Decides how a forward runs where it begins; whether not as it is."""
         self.first = self.first or id(weight)
         if id(weight) == self.first:
-            self.watch, self.how = None, ""
+            self.how, self.begun = "", self.begun + 1
             if _hooked(self.model):
-                pass  # somebody looks at what passes between the modules
+                self._stop()  # somebody looks at what passes between the modules
+            elif self.watch is not None:  # the same forward, perhaps, or another before the first backward
+                self.how = "careful"
+                if self.begun > _MOST_BEGUN:
+                    self._learn([], nothing=True)
             elif self.known.chains is not None:
                 self.how = "promises" if self.known.usable() else "careful"
-            elif torch.is_grad_enabled() and x.requires_grad:
-                self.how, self.watch = "careful", Watch()
+            elif torch.is_grad_enabled() and x.requires_grad and len(_get_current_dispatch_mode_stack()) == self.depth:
+                self.how, self.watch, self.begun = "careful", Watch(), 1
+                self.operators = Operators(self.watch)
+                self.operators.__enter__()  # above no mode that may be left before the attack is
         return self.how != ""
 
     def _norm(self, args: tuple, kwargs: dict, _: bool) -> Tensor | None:
         promise = self._open(args[0], folded=False) if args else None
         norm = _norm_of(args, kwargs)
-        if promise is None or norm is None:
-            return None
+        if promise is None or norm is None or (promise.value is not None and self.how != "careful"):
+            return None  # computed already, for somebody else: the norm reads that
         weight, bias = promise.arguments[:2]
         chain = self.known.chains.get(id(weight)) if self.known.chains else None
         if chain is not None and chain.mean() is not norm.mean:
@@ -273,6 +325,14 @@ class _Folding(TorchFunctionMode):
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.tables[key] = folded = None
         return folded
+
+    def _forget(self, tensors: Iterable[Tensor]) -> None:
+        """A norm that may be in training got these. Of running statistics among them nothing is folded from here on: it
+        moves them without counting that as a change in place."""
+        found = {id(tensor) for tensor in tensors}
+        for key in self.tables:
+            if key[1] in found:
+                self.tables[key] = None
 
     def _make_tables(self) -> None:
         """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
@@ -328,9 +388,20 @@ class _Folding(TorchFunctionMode):
             return None
         return promise if promise.value is None or (self.how == "careful" and promise.value is tensor) else None
 
-    def _learn(self, outputs: Any) -> None:
-        self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
+    def _learn(self, outputs: Any, nothing: bool = False) -> None:
+        if nothing:
+            self.known.chains = {}
+        else:
+            self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
+        self._stop()
+
+    def _stop(self) -> None:
         self.watch = None
+        if self.operators is not None:
+            self.operators.stop()
+
+
+_MOST_BEGUN = 64  # forwards that are watched before the first backward: their graphs are kept until then
 
 
 _PURE = {torch.conv2d, F.batch_norm}  # of what promises are computed from these change nothing
@@ -343,7 +414,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _known(model: nn.Module) -> _Known:
     form = _form(model)
     known = _KNOWN.get(model)
-    if known is None or known.form != form:
+    if known is None or known.form != form or not known.is_of(model):
         known = _KNOWN[model] = _Known(form)
     return known
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Chain", "Watch"]
+__all__ = ["Chain", "Operators", "Watch", "is_plain"]
 
 
 class Chain(NamedTuple):
@@ -20,6 +23,11 @@ class Chain(NamedTuple):
     mean: weakref.ref[Tensor]  # the norm's running mean
     then: str  # "relu"; "add", the sum being read by a ReLU; "": something else
 
+    def is_as(self, other: Chain) -> bool:
+        """Whether the same norm follows, and the same after it. Weak references compare what they refer to by value,
+        which tensors answer element by element: the identity is what counts."""
+        return self.mean() is other.mean() and self.then == other.then
+
 
 class _Stage:
     """One tensor on the way from a convolution."""
@@ -28,6 +36,7 @@ class _Stage:
         self.node = out.grad_fn
         self.object: weakref.ref[Tensor] | None = weakref.ref(out)
         self.readers: list[tuple[str, Any]] = []  # kind and node of each function that read it
+        self.foreign = False  # something that is no torch function read it too
 
 
 class _Call:
@@ -46,13 +55,17 @@ class Watch:
     """Follows each convolution's output through one forward with gradients, at the level of functions.
 
     A reader is a torch function that gets the tensor, whoever calls it. What bypasses those, such as an
-    ``autograd.Function``, shows in the graph as one consumer more (:meth:`chains`). What keeps the tensor without
-    reading it, a hook or a model that returns it, keeps it alive after the graph is gone (``objects``).
+    ``autograd.Function``, shows in the graph as one consumer more (:meth:`chains`); a scripted function or ``vmap``
+    shows as an operator that reads the tensor's memory although no function was given the tensor (:meth:`operator`).
+    What keeps the tensor without reading it, a hook or a model that returns it, keeps it alive after the graph is gone
+    (``objects``). Compiled code that reads memory past PyTorch's dispatcher is not seen.
     """
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._of: dict[int, tuple[weakref.ref[Tensor], list[tuple[_Call, str]]]] = {}  # by tensor
+        self._in: dict[int, list[tuple[weakref.ref[Tensor], _Stage]]] = {}  # by storage
+        self._given: set[int] = set()  # storages of the tensors that the running function was given
         self.objects: list[weakref.ref[Tensor]] = []  # tensors that nobody may keep, once the chains are known
 
     def __len__(self) -> int:
@@ -62,7 +75,33 @@ class Watch:
     def convolved(self, weight: Tensor, out: Tensor) -> None:
         """A convolution of the model has returned ``out``."""
         self._calls.append(_Call(weight, out))
-        self._of[id(out)] = (weakref.ref(out), [(self._calls[-1], "conv")])
+        self._follow(out, [(self._calls[-1], "conv")])
+
+    def _follow(self, out: Tensor, places: list[tuple[_Call, str]]) -> None:
+        ref = weakref.ref(out)
+        self._of[id(out)] = (ref, places)
+        self._in.setdefault(_storage(out), []).extend((ref, call.stages[name]) for call, name in places)
+
+    @contextmanager
+    def function(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, a function runs that was given these tensors; :meth:`read` will tell of it."""
+        before, self._given = self._given, set()
+        for tensor in tensors:
+            ref, _ = self._of.get(id(tensor), (None, None))
+            if ref is not None and ref() is tensor:
+                self._given.add(_storage(tensor))
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def operator(self, tensors: Iterable[Tensor]) -> None:
+        """An operator of ATen, or another, reads these tensors."""
+        for tensor in tensors:
+            key = _storage(tensor)
+            if key not in self._given:
+                for ref, stage in self._in.get(key, ()):
+                    stage.foreign |= ref() is not None  # otherwise the memory is somebody else's by now
 
     def read(self, kind: str, tensors: Iterable[Tensor], out: Any, mean: Tensor | None = None) -> None:
         """A function has read these tensors and returned ``out``: of kind ``"norm"``, with that running mean,
@@ -83,8 +122,9 @@ class Watch:
                     follow.append((call, kind))
             if out is tensor:
                 del self._of[id(tensor)]
+                self._in.pop(_storage(tensor), None)
         if follow:
-            self._of[id(out)] = (weakref.ref(out), follow)
+            self._follow(out, follow)
 
     def chains(self, roots: Iterable[Tensor]) -> dict[int, Chain]:
         """What was learned, by the convolution weight's id, with the graph from ``roots`` as a witness; nothing is
@@ -92,26 +132,27 @@ class Watch:
         consumers = _consumers([root.grad_fn for root in roots if root.grad_fn is not None])
         found: dict[int, Chain | None] = {}
         for call in self._calls:
-            then = _follow(call.stages, consumers)
+            then = _chained(call.stages, consumers)
             chain = None if then is None else Chain(weakref.ref(call.weight), weakref.ref(call.mean), then)
             known = found.setdefault(id(call.weight), chain)
-            if known is not None and (chain is None or chain[1:] != known[1:]):  # called twice, with other readers
+            if known is not None and (chain is None or not chain.is_as(known)):  # called twice, with other readers
                 found[id(call.weight)] = None
             if chain is not None:
                 names = {"": ("conv",), "relu": ("conv", "norm"), "add": ("conv", "norm", "add")}[then]
                 self.objects += [ref for name in names if (ref := call.stages[name].object) is not None]
-        self._calls, self._of = [], {}
+        self._calls, self._of, self._in = [], {}, {}
         return {key: chain for key, chain in found.items() if chain is not None}
 
 
-def _follow(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str | None:
+def _chained(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str | None:
     """``Chain.then``; ``None``: more than one batch norm reads the convolution's output, or something else."""
 
     def only(name: str, kind: str, nodes: int) -> bool:
         stage = stages[name]
-        if [reader for reader, _ in stage.readers] != [kind] or stage.node is None:
+        if [reader for reader, _ in stage.readers] != [kind] or stage.foreign:
             return False
-        return consumers.get(stage.node, []) == [stage.readers[0][1]][:nodes]
+        # of another forward, or of a branch without gradients, the graph knows nothing
+        return stage.node not in consumers or consumers[stage.node] == [stage.readers[0][1]][:nodes]
 
     # the watched forward gives the norm a convolution of its own: no gradient comes to the watched one from it
     if "norm" not in stages or not only("conv", "norm", 0):
@@ -136,6 +177,41 @@ def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:
                 stack.append(inner)
             consumers[inner].append(node)
     return consumers
+
+
+def _storage(tensor: Tensor) -> int:
+    """Names the memory that a tensor and its views share; 0: it has none."""
+    with torch._C.DisableTorchFunction():
+        try:
+            return tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):  # sparse, or wrapped by a function transform
+            return 0
+
+
+class Operators(TorchDispatchMode):
+    """Tells a watch of the operators that run, for as long as it is entered."""
+
+    supports_higher_order_operators = True  # they run as they would without
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch: Watch | None = watch
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # refusing to be compiled would import the compiler, which takes a second
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.watch is not None and not torch.compiler.is_compiling():
+            self.watch.operator(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **kwargs)
+
+    def stop(self) -> None:
+        """Watch no more, and leave unless another mode was entered since."""
+        self.watch = None
+        if (stack := _get_current_dispatch_mode_stack()) and stack[-1] is self:
+            self.__exit__(None, None, None)
 
 
 def is_plain(tensor: Any) -> bool:

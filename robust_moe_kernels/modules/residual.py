@@ -32,16 +32,16 @@ class FoldedNorm(NamedTuple):
 
     scale: Tensor  # [E, O]
     shift: Tensor  # [E, O]
-    numbers: tuple[Tensor, ...]  # weight, bias, running mean, running variance
-    versions: tuple[int, ...]  # how often each had been changed in place
+    numbers: tuple[Tensor, ...]  # weight, bias, running mean, running variance, and the number of batches
+    versions: tuple[int, ...]  # how often each had been changed in place; a norm in training counts the last alone
 
     @classmethod
     def of(cls, norm: StackedBatchNorm2d) -> Self:
-        numbers = _numbers(norm)
-        return cls(*fold_norm(*numbers, norm.eps), numbers, _versions(numbers))
+        numbers = (*_numbers(norm), norm.num_batches_tracked)
+        return cls(*fold_norm(*_numbers(norm), norm.eps), numbers, _versions(numbers))
 
     def is_of(self, norm: StackedBatchNorm2d) -> bool:
-        numbers = _numbers(norm)
+        numbers = (*_numbers(norm), norm.num_batches_tracked)
         same = all(a is b for a, b in zip(numbers, self.numbers, strict=True))
         return same and _versions(numbers) == self.versions
 

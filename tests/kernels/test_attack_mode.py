@@ -198,6 +198,15 @@ def test_statistics_that_moved_inside_count(backbone_unfolded):
     assert_same(found, step(model.eval(), images()))
 
 
+def test_statistics_that_moved_in_a_nested_attack_count(backbone_unfolded):
+    model = network()
+    with attack_mode(model):
+        with attack_mode(model, "train"):
+            model(images(24))
+        found = step(model, images())
+    assert_same(found, step(model.eval(), images()))
+
+
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = network()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,13 +17,14 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
 from robust_moe_kernels.modules import attack_mode, folded_conv
 from robust_moe_kernels.modules.conv_promise import Promise
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_folding import _KNOWN
+from robust_moe_kernels.modules.norm_folding import _KNOWN, _MOST_BEGUN
 
 
 def change(model: nn.Module) -> nn.Module:
@@ -708,3 +710,262 @@ def test_call_of_other_forms_is_refused():
     assert Call.of((1, 1), (0, 0), (1, 1), 1) == ((1, 1), (0, 0), (1, 1), 1)
     for form in (("same", (1, 1)), (1, (1, 1)), ((1,), (1, 1))):
         assert Call.of(*form, (1, 1), 1) is None
+
+
+class Pair(nn.Module):
+    """One convolution read by two norms, each in a call of its own; ``first``: it is also the model's first."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.stem = None if first else nn.Conv2d(3, 3, 3, padding=1)
+        self.conv, self.norms = nn.Conv2d(3, 8, 3), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.stem is None else self.stem(x)
+        return torch.cat([F.relu(norm(self.conv(x))) for norm in self.norms], 1).mean((2, 3))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_convolution_of_two_norms(first):
+    torch.manual_seed(0)
+    model = change(Pair(first).double())
+    expected = step(model, images(dtype=torch.float64))
+    with attack_mode(model):
+        for _ in range(3):
+            assert_close(step(model, images(dtype=torch.float64)), expected)
+
+
+def test_many_gradients_at_once_through_the_engine():
+    torch.manual_seed(0)
+    model = change(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()))
+    x = torch.rand(1, 64, 4, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weights = torch.eye(3, 64)[:, None, :, None, None].expand(3, 1, 64, 4, 4)
+    with attack_mode(model):
+        for _ in range(2):
+            out = model(x)
+            (together,) = torch.autograd.grad(out, x, weights, retain_graph=True, is_grads_batched=True)
+            each = [torch.autograd.grad(out, x, weight, retain_graph=True)[0] for weight in weights]
+            torch.testing.assert_close(together, torch.stack(each))
+
+
+@pytest.mark.parametrize("inside", ["train()", "nested"])
+def test_statistics_that_move_inside(inside):
+    model = network().double()
+    x = images(dtype=torch.float64)
+    learn(model, x)
+    with attack_mode(model):
+        before = step(model, x)
+        if inside == "nested":
+            with attack_mode(model, "train"):
+                model(3 * x + 1)
+        else:
+            model.train()
+            model(3 * x + 1)
+            model.eval()
+        after = step(model, x)
+    expected = step(model, x)
+    assert (before[0] - expected[0]).abs().max() > 1e-3
+    assert_close(after, expected)
+
+
+@pytest.mark.parametrize("replace", ["double", "assign"])
+def test_learned_anew_when_tensors_were_replaced(replace, folded):
+    model, dtype = network(), torch.float32
+    learn(model)
+    if replace == "double":
+        model, dtype = model.double(), torch.float64
+    else:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    with attack_mode(model):
+        step(model, images(dtype=dtype))
+        folded.clear()
+        step(model, images(dtype=dtype))
+    assert len(folded) == CONVOLUTIONS
+
+
+def test_a_model_that_holds_a_method_of_its_own_is_freed():
+    model = network()
+    model.method = model.forward
+    learn(model)
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None
+
+
+def test_one_convolution_where_another_function_comes_between(raw, folded):
+    def between(m, x):
+        y = m.conv(x)
+        scale = x.mean()
+        return F.relu(m.norm(y)) * scale
+
+    model = change(Odd(lambda m, x: m.kept[0](m, x)).double())
+    model.kept = [lambda m, x: F.relu(m.norm(m.conv(x)))]
+    x = images(dtype=torch.float64)
+    learn(model, x)
+    raw.clear()
+    folded.clear()
+    model.kept[0] = between
+    with attack_mode(model):
+        found = step(model, x)
+    assert (len(raw), len(folded)) == (1, 0)
+    assert_close(found, step(model, x))
+
+
+def test_what_the_caller_keeps_of_an_attack_that_failed_or_reads_in_another():
+    model, other = change(Odd(lambda m, x: m.kept[0](m, x)).double()), network().double()
+    model.kept = [lambda m, x: F.relu(m.norm(m.conv(x)))]
+    x = images(dtype=torch.float64)
+    expected = model.conv(x).detach()
+    learn(model, x)
+    learn(other, x)
+    model.kept[0] = lambda m, x: m.conv(x)
+    with pytest.raises(KeyError), attack_mode(model):
+        first, second = model(x), model(x)
+        with attack_mode(other):
+            assert_close((first * 1,), (expected,))
+            assert_close(step(other, second[:, :3] * 1), step(other, expected[:, :3]))
+        raise KeyError
+    assert_close((first.detach(), second.detach()), (expected, expected))
+
+
+def test_every_convolution_of_a_resnet18_is_folded(folded, raw):
+    torch.manual_seed(0)
+    model = change(torchvision.models.resnet18(num_classes=5))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    learn(model, x)
+    raw.clear()
+    folded.clear()
+    with attack_mode(model):
+        step(model, x)
+    assert (len(folded), sum(folded), len(raw)) == (20, 17, 0)  # the skips' three have no ReLU
+    assert len(_KNOWN[model].chains) == 20
+
+
+@torch.jit.script
+def scripted_share(y: Tensor) -> Tensor:
+    return (y > 0).to(y.dtype).mean()
+
+
+def read_by_vmap(m, x):
+    y = m.conv(x)
+    share = torch.func.vmap(lambda row: (row > 0).to(row.dtype).mean())(y).mean()
+    return F.relu(m.norm(y)) * (1 + share)
+
+
+def read_by_a_script(m, x):
+    y = m.conv(x)
+    return F.relu(m.norm(y)) * (1 + scripted_share(y))
+
+
+def norm_read_by_a_script(m, x):
+    y = m.norm(m.conv(x))
+    return F.relu(y) * (1 + scripted_share(y))
+
+
+def sum_read_by_a_script(m, x):
+    y = m.norm(m.conv(x))
+    y = y + x[:, :1, 1:-1, 1:-1].expand_as(y)
+    share = scripted_share(y)
+    return F.relu(y) * (1 + share)
+
+
+def first_called_twice(m, x):
+    aside = Doubled.apply(m.conv(x))
+    return F.relu(m.norm(m.conv(x.flip(3)))) + aside
+
+
+def hooked_tensor(m, x):
+    y = m.conv(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y.register_hook(lambda d: 0.1 * d)
+    return F.relu(m.norm(y))
+
+
+def changed_through_data(m, x):
+    y = m.conv(x)
+    y.data.mul_(3)
+    return F.relu(m.norm(y))
+
+
+compiled_share = torch.compile(lambda y: (y > 0).to(y.dtype).mean(), backend="eager", fullgraph=True)
+
+
+def read_by_a_compiled_function(m, x):
+    y = m.conv(x)
+    return F.relu(m.norm(y)) * (1 + compiled_share(y))
+
+
+UNSEEN = [
+    read_by_vmap,
+    read_by_a_compiled_function,
+    read_by_a_script,
+    norm_read_by_a_script,
+    sum_read_by_a_script,
+    first_called_twice,
+    hooked_tensor,
+    changed_through_data,
+]
+
+
+@pytest.mark.parametrize("between", UNSEEN, ids=lambda f: f.__name__)
+def test_readers_that_no_function_shows(between):
+    torch.manual_seed(2)
+    model = change(Odd(between).double()).requires_grad_(False)
+    x = images(dtype=torch.float64)
+    expected = step(model, x)
+    for _ in range(2):
+        with attack_mode(model):
+            for _ in range(3):
+                assert_close(step(model, x), expected)
+
+
+def test_a_retained_gradient_is_there_in_every_forward():
+    def retaining(m, x):
+        m.kept = [m.conv(x)]
+        m.kept[0].retain_grad()
+        return F.relu(m.norm(m.kept[0]))
+
+    model = change(Odd(retaining).double()).requires_grad_(False)
+    with attack_mode(model):
+        for _ in range(3):
+            model(images(dtype=torch.float64).requires_grad_()).sum().backward()
+            assert model.kept[0].grad.abs().sum() > 0
+
+
+class Passing(TorchDispatchMode):
+    """Somebody else's mode, which does nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_learning_leaves_other_modes_and_no_trace():
+    model = network()
+    with attack_mode(model):
+        with Passing():
+            step(model, images())  # not learned: this mode is left before the attack is
+        assert _KNOWN[model].chains is None
+        with pytest.raises(KeyError):
+            model(images().requires_grad_())
+            raise KeyError
+        assert len(_get_current_dispatch_mode_stack()) == 1
+        model(images().requires_grad_())  # a forward without a backward is watched too
+        step(model, images())
+        assert not _get_current_dispatch_mode_stack()
+    assert len(_KNOWN[model].chains) == CONVOLUTIONS
+    other = network()
+    with pytest.raises(KeyError), attack_mode(other):
+        other(images().requires_grad_())
+        raise KeyError
+    assert not _get_current_dispatch_mode_stack()
+
+
+def test_forwards_without_any_backward_are_not_watched_for_ever():
+    model = network()
+    x = images(1).requires_grad_()
+    with attack_mode(model):
+        for _ in range(_MOST_BEGUN + 1):
+            model(x)
+        assert _KNOWN[model].chains == {}

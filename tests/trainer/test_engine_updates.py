@@ -224,6 +224,8 @@ def test_a_decay_in_epochs_looks_back_as_far_at_any_batch_size(tiny):
     for steps in (4, 50, 400):
         decay = average_decay(tiny("run.ema_epochs=1.5").run, steps)
         assert decay ** (1.5 * steps) == pytest.approx(math.exp(-1), rel=1e-9)
+    for epochs in ("1e-300", "1e-9", "1e20", "1e300"):  # an average is kept, and moves, whatever the time
+        assert 0 < average_decay(tiny(f"run.ema_epochs={epochs}").run, 50) < 1
     trainer, _, _ = fit(tiny("run.ema_epochs=2", "run.epochs=1"))  # of four batches each
     assert trainer.state.average.decay == pytest.approx(math.exp(-1 / 8))
 

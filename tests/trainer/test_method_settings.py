@@ -78,6 +78,13 @@ def test_only_pgd_has_a_number_of_steps_to_schedule(tiny):
         build_method(tiny("method.attack.name=apgd-ce", "method.attack_steps_schedule=[[0,1]]"))
 
 
+@pytest.mark.parametrize("nothing", ["steps=0", "alpha=0"])
+def test_a_schedule_keeps_a_path_that_has_to_have_a_length(tiny, nothing):
+    with pytest.raises(ConfigError, match=r"method.attack: expected steps and alpha above 0.*got steps \d and alpha"):
+        build_method(tiny(f"method.attack.{nothing}", "method.attack_steps_schedule=[[0,1]]"))
+    build_method(tiny(f"method.attack.{nothing}"))
+
+
 @pytest.mark.parametrize(
     ("alpha", "lengths"),
     [

@@ -21,9 +21,13 @@ def average_decay(run: RunConfig, steps_per_epoch: int) -> float:
     """Decay of the average a batch; 0: none is kept.
 
     ``run.ema_decay``, or of ``run.ema_epochs`` = T epochs of s batches ``exp(-1 / (T s))``: then the average looks back
-    over the same share of the data whatever the batch size.
+    over the same share of the data whatever the batch size. Times so short or so long that this rounds to 0 or 1 still
+    average: with the number next to it.
     """
-    return run.ema_decay if run.ema_epochs == 0 else math.exp(-1.0 / (run.ema_epochs * steps_per_epoch))
+    if run.ema_epochs == 0:
+        return run.ema_decay
+    decay = math.exp(-1.0 / (run.ema_epochs * steps_per_epoch))
+    return min(max(decay, math.nextafter(0.0, 1.0)), math.nextafter(1.0, 0.0))
 
 
 class WeightAverage:

@@ -88,6 +88,11 @@ def _pieces(config: TrainConfig, attack: Attack) -> list[tuple[float, int, float
         return []
     expect_attack(config, "whose number of steps follows a schedule (method.attack_steps_schedule)", name=["pgd"])
     path, longest = attack.alpha * attack.steps, LONGEST * attack.eps
+    if path == 0 and attack.eps > 0:
+        raise ConfigError(
+            "method.attack: expected steps and alpha above 0, whose path method.attack_steps_schedule keeps, got"
+            f" steps {attack.steps} and alpha {attack.alpha:g}"
+        )
     return [(share, int(steps), min(path / steps, longest)) for share, steps in schedule]
 
 
