@@ -62,6 +62,7 @@ class Promise:
         self._value: Callable[[], Tensor | None] = lambda: None
         self.value_version = 0
         self.closed = False  # somebody else has met the tensor: nothing is computed around it any more
+        self.careful = False  # the tensor holds its numbers from the start, for whoever else may read it
 
     @property
     def value(self) -> Tensor | None:
@@ -71,6 +72,7 @@ class Promise:
     def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> Promise:
         longer = Promise(self.x, self.arguments, self.call, self.state)
         longer.folded, longer.then = self.folded if folded is None else folded, then
+        longer.careful = self.careful
         if other is not None:
             longer.add(other)
         return longer

@@ -8,9 +8,10 @@ forward pays time, not correctness. Readers that no torch function shows (an ``a
 have to show in the forward that is learned from: one that only a later forward has, although the model was not
 rebuilt, meets NaN in the tensor, or makes the gradient NaN. So do the threads of others.
 
-That nothing else reads it is learned by watching one forward with gradients (``norm_learning``). That forward, and all
-of a model where somebody keeps such a tensor, is careful: it computes the convolution's output for whoever may read it
-and the folded convolution for the norm. Its results are those of every later forward, bit for bit.
+That nothing else reads it is learned by watching one forward with gradients (``norm_learning``). That forward and those
+before it, all of a model where somebody keeps such a tensor, and always a convolution that others read as well, are
+careful: the convolution's output is computed for whoever may read it, and the folded convolution for the norm. The
+results are those of every other forward, bit for bit: a run that is resumed, and learns anew, ends in the same numbers.
 """
 
 from __future__ import annotations
@@ -255,14 +256,13 @@ class _Folding(TorchFunctionMode):
         call = Call.of(*form)
         if self.weights.get(id(weight), (None,))[0] is not weight or call is None or not self._begun(x, weight):
             return None
-        if self.watch is None and not self._is_chained(weight):
-            return None
         if x.device != weight.device or not _frozen(weight, bias) or _transformed():
             return None
         promise = Promise(self._real(x), args[1:], call, State(x.device.type))
         if not promise.is_valid():
             return None
-        if self.how == "promises":
+        promise.careful = self.how == "careful" or not self._is_chained(weight)
+        if not promise.careful:
             return self._promised(promise)
         out = self._computed(promise)
         if self.watch is not None:
@@ -284,18 +284,24 @@ class _Folding(TorchFunctionMode):
                 self.how = "careful"
                 if self.begun > _MOST_BEGUN:
                     self._learn([], nothing=True)
-            elif self.known.chains is not None:
-                self.how = "promises" if self.known.usable() else "careful"
-            elif torch.is_grad_enabled() and x.requires_grad and len(_get_current_dispatch_mode_stack()) == self.depth:
-                self.how, self.watch, self.begun = "careful", Watch(), 1
-                self.operators = Operators(self.watch)
-                self.operators.__enter__()  # above no mode that may be left before the attack is
+            elif self.known.chains is not None:  # none at all: the model runs as it is
+                self.how = ("promises" if self.known.usable() else "careful") if self.known.chains else ""
+            else:
+                self.how = "careful"
+                if (
+                    torch.is_grad_enabled()
+                    and x.requires_grad
+                    and len(_get_current_dispatch_mode_stack()) == self.depth
+                ):
+                    self.watch, self.begun = Watch(), 1
+                    self.operators = Operators(self.watch)
+                    self.operators.__enter__()  # above no mode that may be left before the attack is
         return self.how != ""
 
     def _norm(self, args: tuple, kwargs: dict, _: bool) -> Tensor | None:
         promise = self._open(args[0], folded=False) if args else None
         norm = _norm_of(args, kwargs)
-        if promise is None or norm is None or (promise.value is not None and self.how != "careful"):
+        if promise is None or norm is None or (promise.value is not None and not promise.careful):
             return None  # computed already, for somebody else: the norm reads that
         weight, bias = promise.arguments[:2]
         chain = self.known.chains.get(id(weight)) if self.known.chains else None
@@ -305,9 +311,9 @@ class _Folding(TorchFunctionMode):
         if folded is None:
             return None
         longer = promise.extended(folded=folded, then="" if chain is None else chain.then)
-        if self.how == "promises" and longer.then:
+        if not promise.careful and longer.then:
             return self._promised(longer)
-        if self.how == "careful" and (chain is None or chain.then == "add"):  # an addition, if one follows
+        if promise.careful and (chain is None or chain.then == "add"):  # an addition, if one follows
             longer.then = "add"
             return self._computed(longer)
         return longer.compute()
@@ -353,7 +359,7 @@ class _Folding(TorchFunctionMode):
         promise = self._open(args[0], folded=True) if args else None
         if promise is None or len(args) > 2 or kwargs.keys() - {"inplace"}:
             return None
-        if promise.value is not None and (self.how != "careful" or promise.other is None):
+        if promise.value is not None and (not promise.careful or promise.other is None):
             return None
         out = promise.compute(relu=True)
         if in_place or kwargs.get("inplace", False) or (len(args) == 2 and args[1]):
@@ -386,7 +392,7 @@ class _Folding(TorchFunctionMode):
         promise = self._open(tensor, folded=True)
         if promise is None or promise.other is not None or promise.then != "add":
             return None
-        return promise if promise.value is None or (self.how == "careful" and promise.value is tensor) else None
+        return promise if promise.value is None or (promise.careful and promise.value is tensor) else None
 
     def _learn(self, outputs: Any, nothing: bool = False) -> None:
         if nothing:
