@@ -1,6 +1,6 @@
 """What the grouped product's plans cost before any GPU runs them: tiles' taps and how evenly they fill a GPU.
 
-Usage: python -m benchmarks.schedule [--out FOLDER]
+Usage: python -m benchmarks schedule [--out FOLDER]
 
 The plans are the real ones (in Triton's interpreter where there is no GPU). The schedule is a model: a tile takes as
 long as it has taps, a multiprocessor's programs share its rate, nothing else takes time. It compares orders and tiles;
@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and not os.path.exists("/dev/nvidia0"):
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+if not os.path.exists("/dev/nvidia0"):  # no GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import torch
 
@@ -114,7 +114,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks schedule", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for schedule.json; without it rows are only printed")
     arguments = parser.parse_args()
     found = rows()

@@ -133,7 +133,7 @@ class _Folding(TorchFunctionMode):
         self.depth = len(_get_current_dispatch_mode_stack())
         self.begun = 0  # how often the watch has met the first weight
         self.first = 0  # id of the weight that a forward begins with
-        self.how = ""  # this forward runs: "promises", "careful", or as it is
+        self.how = ""  # this forward runs: "promises", "careful", or "" for unfolded
         self.weights = {
             id(weight): (weight, module._parameters.get("bias"))
             for module in model.modules()
@@ -274,7 +274,7 @@ class _Folding(TorchFunctionMode):
         return chain is not None and chain.weight() is weight
 
     def _begun(self, x: Tensor, weight: Tensor) -> bool:
-        """Decides how a forward runs where it begins; whether not as it is."""
+        """Decides, where a forward begins, how it runs; returns whether anything is folded in it."""
         self.first = self.first or id(weight)
         if id(weight) == self.first:
             self.how, self.begun = "", self.begun + 1
@@ -284,7 +284,7 @@ class _Folding(TorchFunctionMode):
                 self.how = "careful"
                 if self.begun > _MOST_BEGUN:
                     self._learn([], nothing=True)
-            elif self.known.chains is not None:  # none at all: the model runs as it is
+            elif self.known.chains is not None:  # no chain at all: nothing is folded
                 self.how = ("promises" if self.known.usable() else "careful") if self.known.chains else ""
             else:
                 self.how = "careful"
