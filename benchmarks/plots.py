@@ -1,4 +1,4 @@
-"""Figures of results: ``python -m benchmarks.plots FOLDER`` draws what it finds in FOLDER, beside the JSON.
+"""Figures of results: ``python -m benchmarks plots FOLDER`` draws what it finds in FOLDER, beside the JSON.
 
 expert_sweep_time.png and expert_sweep_memory.png: against the dense block of the same FLOPs, over E, B, k and map size;
 expert_sweep_rate.png: share of the fastest large matrix product; train_step.png: a whole training step; of a GPU
@@ -202,7 +202,7 @@ def plot_train_step(record: Line, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="with NAME.json as python -m benchmarks --out writes them")
     folder = parser.parse_args().folder
     written = []

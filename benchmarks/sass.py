@@ -1,6 +1,6 @@
 """What the grouped convolution's kernels compile to: instructions of their inner loops, registers, memory, stack.
 
-Usage: python -m benchmarks.sass [--out FOLDER]
+Usage: python -m benchmarks sass [--out FOLDER]
 
 No GPU is needed, and none is used. Kernels must not be interpreted: leave TRITON_INTERPRET unset.
 """
@@ -100,7 +100,7 @@ def kernels(capability: int) -> Iterator[tuple[dict[str, Any], Build]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES, help="default: 90")
     parser.add_argument("--out", type=Path, help="folder for sass.json; without it rows are only printed")
     arguments = parser.parse_args()

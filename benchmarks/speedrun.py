@@ -1,6 +1,6 @@
 """What each ingredient of the robust speed-run is worth at small scale: the recipe without it, at equal cost.
 
-    python -m benchmarks.speedrun --data FOLDER --work FOLDER --out benchmarks/results/cpu
+    python -m benchmarks speedrun --data FOLDER --work FOLDER --out benchmarks/results/cpu
 
 Trains the small twin of the preset speedrun-cifar10-r18 and its arms (speedrun_recipe.py) on CIFAR-10 as
 Parquet files, every arm for the same number of forward and backward passes, and compares robust accuracies seed by
@@ -139,7 +139,7 @@ def _show_summary(arms: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speedrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks speedrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="CIFAR-10 as train.parquet and test.parquet")
