@@ -1,31 +1,20 @@
-"""What the op tests share: which implementations run here, inputs, poisoned memory, and the error bound.
-
-Kernels run on the CPU in Triton's interpreter unless there is a GPU. Triton reads TRITON_INTERPRET when a kernel is
-decorated, so it is set here, before any test module imports an op.
-"""
+"""What the op tests share: which implementations run here, inputs, poisoned memory, and the error bound."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from cuda_emulation import emulate_cuda
+
+from robust_moe_kernels.dispatch import IMPLEMENTATIONS
+from robust_moe_kernels.ops import OPS
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("triton was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1")
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from cuda_emulation import emulate_cuda  # noqa: E402
-
-from robust_moe_kernels.dispatch import IMPLEMENTATIONS  # noqa: E402
-from robust_moe_kernels.ops import OPS  # noqa: E402
-
 DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
 EMULATED_CUDA = os.environ.get("RMK_TEST_EMULATED_CUDA")  # an extension whose CUDA kernels run on the host
 if EMULATED_CUDA:
