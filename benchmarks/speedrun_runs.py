@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 from benchmarks.speedrun_recipe import arm_config
 from robust_moe.attacks import PGD, Attack, AutoAttack
-from robust_moe.config import DataConfig, TrainConfig, parse_fraction
+from robust_moe.config import DataConfig, TrainConfig
 from robust_moe.data import DATASETS, ImageSet, Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, load_experiment
@@ -22,6 +21,7 @@ from robust_moe.engine.state import NEUTRAL
 from robust_moe.evaluation.scorer import evaluate
 from robust_moe.files import replace_file
 from robust_moe.reproduce.preparation import data_digest
+from robust_moe.settings import plain
 
 __all__ = ["AUTOATTACK", "Run", "run_once"]
 
@@ -109,7 +109,7 @@ def run_once(run: Run) -> dict[str, Any]:
 def _measure(run: Run, config: TrainConfig, splits: Splits) -> dict[str, Any]:
     """Clean accuracy, and robust accuracy under PGD-20 and AutoAttack's members, as shares of the measured images."""
     images = getattr(splits, run.split).head(run.images)
-    eps = float(parse_fraction(config.eval.attack.eps))
+    eps = float(config.eval.attack.eps)
     members = AUTOATTACK[run.autoattack]
     attacks: dict[str, Attack] = {
         "pgd20": PGD(eps, 20, alpha=eps / 4, seed=0),
@@ -123,7 +123,7 @@ def _measure(run: Run, config: TrainConfig, splits: Splits) -> dict[str, Any]:
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     """The settings, but for where things are and how they are read."""
-    tree = dataclasses.asdict(config)
+    tree = plain(config)
     del tree["data"]["name"], tree["data"]["root"], tree["run"]["out"]
     return tree
 

@@ -16,7 +16,7 @@ from torch import nn
 from robust_moe.attacks import build_attack
 from robust_moe.attacks.autoattack import VERSIONS
 from robust_moe.attacks.losses import LOSSES
-from robust_moe.config import ConfigError, TrainConfig, parse_fraction
+from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
 from robust_moe.engine.log import read_metrics
@@ -42,6 +42,7 @@ from robust_moe.evaluation import (
     write_report,
     write_results,
 )
+from robust_moe.settings import plain
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["PRESETS", "SPLITS", "assess", "draw"]
@@ -121,7 +122,7 @@ def assess(
         with Journal(path.with_suffix(".journal"), evaluation.identity, resume) as journal:
             results, samples = evaluation.run(
                 journal,
-                model={**dataclasses.asdict(config.model), **state["position"]},
+                model={**plain(config.model), **state["position"]},
                 data={"split": split, "image_size": state["data"]["image_size"]},
                 checkpoint={"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
             )
@@ -146,7 +147,7 @@ class _Evaluation:
         attack = config.eval.attack
         self.config, self.model, self.images, self.index = config.eval, model, images, index
         self.preset, self.reporter, self.seed = preset, reporter, config.eval_seed
-        self.eps = parse_fraction(attack.eps, "eval.attack.eps")
+        self.eps = attack.eps
         version = preset if preset in VERSIONS else None
         if version is not None and attack.name == "autoattack":
             raise ConfigError(
@@ -218,7 +219,7 @@ class _Evaluation:
             self.reporter.line("the model is dense: no experts, router or routing to measure")
             return suite, None
         eps, alpha = float(self.eps), self.config.attack.alpha
-        step = None if alpha is None else float(parse_fraction(alpha))
+        step = None if alpha is None else float(alpha)
         moe, stages = study_moe(self.model, eps=eps, alpha=step, **self._study(journal))
         suite = with_stages(suite, stages, eps, self.config.attack.norm)
         robust = float(suite.robust.mean())
@@ -260,8 +261,8 @@ def _result_file(
     attack = config.eval.attack
     restarts = f"x{attack.restarts}" if attack.restarts > 1 else ""
     what = f"{attack.name}{attack.steps}{restarts}" if preset == "quick" else preset
-    eps = str(parse_fraction(attack.eps)).replace("/", "_")
-    settings = [dataclasses.asdict(config), position, preset, count]
+    eps = str(attack.eps).replace("/", "_")
+    settings = [plain(config), position, preset, count]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
     return checkpoint.with_name(f"results-{checkpoint.stem}-{split}-{what}-{eps}-{digest}.json")
 

@@ -13,12 +13,10 @@ from robust_moe import provenance
 from robust_moe_kernels import env
 
 ABSENT = (
-    "antlr4",
     "jinja2",
     "lightning",
     "lightning_fabric",
     "matplotlib",
-    "omegaconf",
     "PIL",
     "pyarrow",
     "rich",

@@ -463,10 +463,12 @@ def test_the_console_script_is_installed():
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("blocked", ["typer", "lightning_fabric", "omegaconf"])
-def test_without_the_extra_one_sentence_names_it(blocked):
+@pytest.mark.parametrize(
+    ("blocked", "command"), [("typer", ["env"]), ("lightning_fabric", ["env"]), ("yaml", ["train", "digits-dense"])]
+)
+def test_without_the_extra_one_sentence_names_it(blocked, command):
     script = f"import sys; sys.modules[{blocked!r}] = None; from robust_moe.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", script, "env"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: robust-moe needs {blocked}, which is not installed: ")
     assert 'pip install "robust-moe-kernels[train]"' in done.stderr

@@ -21,6 +21,7 @@ from robust_moe.config import (
 from robust_moe.engine import CheckpointError, Reporter, Trainer, save_checkpoint
 from robust_moe.engine.experiment import load_experiment, make_model
 from robust_moe.report import assess
+from robust_moe.settings import replaced
 
 DATA = {"name": "some", "class_names": list("0123456789"), "channels": 1, "image_size": 16, "mean": [0.3], "std": [0.5]}
 MIXTURE = MixtureConfig(num_experts=2, routing="hard", router="linear")
@@ -113,17 +114,15 @@ CIFAR10 = {**DATA, "name": "cifar10", "channels": 3, "image_size": 32, "mean": [
     ],
 )
 def test_other_data_than_expected_are_refused(change: dict, got: str):
-    plain = config()
-    plain.data.expects = "cifar10"
+    plain = replaced(config(), "data.expects", "cifar10")
     for data in (CIFAR10, {**CIFAR10, "name": "parquet:cifar10"}):
         make_model(plain, data)
     with pytest.raises(
         ConfigError, match=rf"this configuration is for cifar10 \(10 .* 3x32x32\), got {got}; data\.exp"
     ):
         make_model(plain, {**CIFAR10, **change})
-    plain.data.expects = None
-    make_model(plain, {**CIFAR10, **change})
-    plain.data.expects = "cifar"
+    make_model(replaced(plain, "data.expects", None), {**CIFAR10, **change})
+    plain = replaced(plain, "data.expects", "cifar")
     with pytest.raises(ConfigError, match=r"data\.expects: expected one of cifar10, .* did you mean 'cifar10'"):
         make_model(plain, CIFAR10)
 

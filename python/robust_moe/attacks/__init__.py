@@ -17,7 +17,7 @@ from robust_moe.attacks.moe import ExpertPGD, JointPGD, RouterPGD
 from robust_moe.attacks.passes import Counts
 from robust_moe.attacks.pgd import PGD
 from robust_moe.attacks.square import Square
-from robust_moe.config import AttackConfig, ConfigError, EvalConfig, MethodConfig, choose, parse_fraction
+from robust_moe.config import AttackConfig, ConfigError, EvalConfig, MethodConfig, choose
 from robust_moe_kernels.modules import attack_mode
 
 __all__ = [
@@ -89,7 +89,5 @@ def build_attack(config: AttackConfig, seed: int = 0, mode: str = "eval", *, key
             )
     settings = {name: getattr(config, name) for name in recipe.settings}
     if settings.get("alpha") is not None:
-        settings["alpha"] = float(parse_fraction(config.alpha, f"{key}.alpha"))
-    return recipe.make(
-        float(parse_fraction(config.eps, f"{key}.eps")), norm=config.norm, seed=seed, mode=mode, **settings
-    )
+        settings["alpha"] = float(config.alpha)
+    return recipe.make(float(config.eps), norm=config.norm, seed=seed, mode=mode, **settings)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_moe.config import TrainConfig, flatten
+from robust_moe.config import TrainConfig, config_from_dict, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
@@ -20,6 +20,7 @@ from robust_moe.engine.parameter_groups import regrouped
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
 from robust_moe.provenance import git_revision, versions
+from robust_moe.settings import plain
 
 __all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
@@ -49,7 +50,7 @@ REMEASURED = ("model.*", "eval.*", "run.ema_decay", "run.ema_epochs")
 def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
     """The settings in which ``new`` differs from a checkpoint's ``old``, apart from those of :data:`NEUTRAL`; by name,
     a text with both values. A setting that ``old`` does not have, being newer, was at its default."""
-    before, after = {**flatten(TrainConfig()), **flatten(old)}, flatten(new)
+    before, after = flatten(config_from_dict(old)), flatten(new)
     absent = "(not set)"
     return {
         key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
@@ -110,7 +111,7 @@ class RunState:
     def state_dict(self, log_lines: int, gather: bool = True) -> dict[str, Any]:
         """Plain types and tensors only. ``gather``: random states of all processes, which must then all call this."""
         return {
-            "config": dataclasses.asdict(self.config),
+            "config": plain(self.config),
             "data": self.data,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

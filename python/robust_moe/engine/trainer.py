@@ -67,7 +67,6 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
-        config.check()
         choose(SCHEDULES, config.optim.schedule, "optim.schedule")
         choose(OPTIMIZERS, config.optim.name, "optim.name")
         self.config = config

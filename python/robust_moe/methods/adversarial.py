@@ -137,7 +137,7 @@ def pgd_settings(config: TrainConfig) -> dict[str, Any]:
     expect_attack(config, why, name=["pgd"], restarts=[1], loss=["ce"], random_start=[True])
     attack = config.method.attack
     return {
-        **attack.steps_in_ball("method.attack"),
+        **attack.steps_in_ball(),
         "eot_iter": attack.eot_iter,
         "mode": config.method.attack_mode,
         "graph": attack.graph,

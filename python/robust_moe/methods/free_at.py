@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_moe.config import TrainConfig, parse_fraction
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import expect_attack, probed_gain
 from robust_moe.methods.base import Forward, Method, Objective
@@ -35,7 +35,7 @@ class FreeAdversarialTraining(Method):
         attack = config.method.attack
         why = "whose perturbation comes from the training's own gradients"
         expect_attack(config, why, norm=["Linf"], name=["pgd"], loss=["ce"], restarts=[1], eot_iter=[1])
-        self.eps = float(parse_fraction(attack.eps, "method.attack.eps"))
+        self.eps = float(attack.eps)
         self.replays = config.method.replays
         self.delta: Tensor | None = None  # of the last batch
 

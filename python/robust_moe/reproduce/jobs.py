@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -12,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
 from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
+from robust_moe.settings import plain, replaced
 
 __all__ = ["Job", "expect_overrides", "make_jobs"]
 
@@ -72,8 +70,13 @@ class Job:
     def write(self) -> Path:
         """The file that a worker reads, in the job's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / JOB, dataclasses.asdict(self))
+        write_json(self.folder / JOB, self._to_dict())
         return self.folder / JOB
+
+    def _to_dict(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {key: part._to_dict() for key, part in self.parts.items()}
+        return {**own, "config": plain(self.config), "parts": parts}
 
     @classmethod
     def read(cls, file: Path) -> Job:
@@ -138,7 +141,7 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
     compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
     compared |= {key: name for name in names for key in RUNS[name].parts}
     load_config(None, overrides)  # settings that there are
-    for key, value in flatten(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))).items():
+    for key, value in (item.split("=", 1) for item in overrides):
         why = None
         if key == "data.root":
             why = "which --data-root gives"
@@ -170,18 +173,16 @@ def make_jobs(
     jobs: dict[tuple[str, int], Job] = {}
 
     @functools.cache
-    def common(name: str) -> TrainConfig:  # read once a run: a configuration takes a quarter of a second
+    def common(name: str) -> TrainConfig:  # read once a run
         return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides])
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:
             run = RUNS[name]
             parts = {key: add(part, seed) for key, part in run.parts.items()}
-            config = copy.deepcopy(common(name))
-            config.run.seed, config.run.out = seed, str(folder / name / f"seed-{seed}")
+            config = replaced(replaced(common(name), "run.seed", seed), "run.out", str(folder / name / f"seed-{seed}"))
             for key, part in parts.items():
-                *sections, field = key.split(".")
-                setattr(functools.reduce(getattr, sections, config), field, str(part.checkpoint))
+                config = replaced(config, key, str(part.checkpoint))
             jobs[name, seed] = Job(name, seed, config, data, scale.images, scale.sweep_images, run.trained, parts)
         return jobs[name, seed]
 

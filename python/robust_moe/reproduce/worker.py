@@ -80,7 +80,7 @@ def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _attack(config: TrainConfig) -> dict[str, Any]:
-    return {**config.eval.attack.steps_in_ball("eval.attack"), "seed": config.eval_seed}
+    return {**config.eval.attack.steps_in_ball(), "seed": config.eval_seed}
 
 
 def _stop_with_parent() -> None:

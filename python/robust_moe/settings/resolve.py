@@ -1,0 +1,143 @@
+"""From nested dicts, one on top of the other, to settings: names choose components, types read values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from robust_moe.settings.config import Config, field_types
+from robust_moe.settings.errors import ConfigError
+from robust_moe.settings.text import Plain, read_yaml
+
+__all__ = ["Layer", "Resolved", "resolve"]
+
+C = TypeVar("C", bound=Config)
+
+
+class Layer(NamedTuple):
+    """What one source says."""
+
+    tree: Any  # nested dicts whose leaves are typed or :class:`Plain`; of a component also its bare name
+    where: str  # the source, for errors, e.g. a file's path or "override"
+
+
+class Resolved(NamedTuple):
+    """Settings, and where each came from."""
+
+    config: Any
+    origins: dict[str, str]  # dotted key -> the ``where`` of a layer, for settings that some layer chose
+
+
+def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, key: str = "") -> Resolved:
+    """The settings of type ``kind`` that ``layers`` describe, later ones over earlier ones.
+
+    Where a layer gives a section another component's ``name``, the settings that both components inherit from one class
+    stay as they were chosen, and the others start at the new component's defaults. An unknown key is refused with the
+    nearest of that component's.
+
+    Args:
+        kind: a subclass of :class:`Config`; with a ``table`` it stands for any of the components in it.
+        default: the settings where no layer says anything; None: those of ``kind``.
+        key: dotted place of the section, for errors.
+
+    Raises:
+        ConfigError: an unknown key or name, a value of another type or out of its range.
+    """
+    cls: type[Config] = kind if default is None else type(default)
+    chosen: dict[str, list[Layer]] = {}
+    for tree, where in layers:
+        tree = _section(tree, kind, key, where)
+        if kind.table is not None and "name" in tree:
+            after = kind.table.choose(str(tree["name"]), _dotted(key, "name"))
+            if not issubclass(after, kind):
+                raise ConfigError(f"{_dotted(key, 'name')}: expected {_names(kind)}, got {after.name!r}")
+            if after is not cls:
+                default = None
+                common = _inherited(cls, after)
+                chosen = {name: said for name, said in chosen.items() if name in common}
+                cls = after
+        _refuse_unknown(cls, kind, tree, key, where)
+        for name, value in tree.items():
+            if not (name == "name" and kind.table is not None):
+                chosen.setdefault(name, []).append(Layer(value, where))
+    origins = {} if kind.table is None or not layers else {_dotted(key, "name"): layers[-1].where}
+    values: dict[str, Any] = {} if default is None else default.values()
+    for name, said in chosen.items():
+        values[name] = _value(cls, name, said, values, _dotted(key, name), origins)
+    try:
+        return Resolved(cls(**values), origins)
+    except ConfigError as error:
+        raise ConfigError(_dotted(key, str(error))) from error
+
+
+def _value(
+    cls: type[Config], name: str, said: list[Layer], values: Mapping[str, Any], key: str, origins: dict[str, str]
+) -> Any:
+    """The value of one field from what the layers say of it: a section resolved, or the last one's value as it is."""
+    kind = field_types(cls)[name]
+    if isinstance(kind, type) and issubclass(kind, Config):
+        before = values.get(name, next(field for field in dataclasses.fields(cls) if field.name == name).default)
+        below = resolve(kind, said, before, key)
+        origins |= below.origins
+        return below.config
+    tree, where = said[-1]
+    if isinstance(tree, Mapping) and tree and not isinstance(kind, types.GenericAlias):
+        raise ConfigError(f"{where}: unknown key {_dotted(key, str(next(iter(tree))))!r}: {key} is no section")
+    origins[key] = where
+    return tree
+
+
+def _section(tree: Any, kind: type[Config], key: str, where: str) -> Mapping[str, Any]:
+    if isinstance(tree, Config):
+        head = {"name": tree.name} if kind.table is not None else {}
+        return head | tree.values()
+    if isinstance(tree, Plain) and tree.startswith("{"):
+        tree = read_yaml(tree, key)
+    if isinstance(tree, Mapping):
+        return tree
+    if kind.table is not None and isinstance(tree, str) and tree.lower() not in ("", "null"):
+        return {"name": tree}
+    got = str(tree) if isinstance(tree, Plain) else tree
+    raise ConfigError(f"{where}: {key or 'config'}: expected a section with keys of its own, got {got!r}")
+
+
+def _inherited(one: type[Config], other: type[Config]) -> set[str]:
+    """Fields that two settings have from the same class."""
+    common = [cls for cls in one.__mro__ if cls in other.__mro__ and dataclasses.is_dataclass(cls)]
+    return {field.name for cls in common for field in dataclasses.fields(cls)}
+
+
+def _names(kind: type[Config]) -> str:
+    table = kind.table or {}
+    return " or ".join(repr(name) for name, settings in table.items() if issubclass(settings, kind))
+
+
+def _refuse_unknown(cls: type[Config], kind: type[Config], tree: Mapping[str, Any], key: str, where: str) -> None:
+    known = [*field_types(cls), *(["name"] if kind.table is not None else [])]
+    for name in tree:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+        near = near or [place for place in _below(cls) if place.rsplit(".", 1)[-1] == name]
+        near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {_dotted(key, near[0])!r}?" if near else ""
+        of = f" of {kind.table.what} {cls.name!r}" if kind.table is not None else ""
+        raise ConfigError(f"{where}: unknown key {_dotted(key, str(name))!r}{of}{hint}")
+
+
+def _below(cls: type[Config], prefix: str = "") -> list[str]:
+    """Dotted names of all settings in the sections of ``cls``, by its defaults."""
+    found = []
+    for field in dataclasses.fields(cls):
+        if isinstance(field.default, Config):
+            found += _below(type(field.default), f"{prefix}{field.name}.")
+        elif prefix:
+            found.append(f"{prefix}{field.name}")
+    return found
+
+
+def _dotted(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

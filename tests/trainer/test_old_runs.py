@@ -1,0 +1,58 @@
+"""A run folder of checkpoint format 1, as version 0.1.0 left it, is read, evaluated and gone on with.
+
+``old_run`` holds a TRADES run of three epochs on digits (seed 0, CPU): ``best.pt`` after the second epoch, ``ended.pt``
+after the third (its ``last.pt``), and ``results.json``, 40 test images under PGD.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust_moe.config import config_from_dict
+from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.checkpoint import load_checkpoint
+from robust_moe.evaluation import read_results
+from robust_moe.report import assess
+
+OLD = Path(__file__).parent / "old_run"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A copy of the run as it was after two epochs."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("best.pt", "config.yaml", "metrics.jsonl"):
+        shutil.copy(OLD / name, folder / name)
+    return folder
+
+
+def test_its_settings_mean_what_they_meant():
+    config = config_from_dict(load_checkpoint(OLD / "best.pt")["config"])
+    assert (config.method.name, config.method.beta, config.method.attack.steps) == ("trades", 5.0, 2)
+    assert (float(config.method.attack.eps), config.method.attack.alpha) == (0.1, None)
+    assert (config.model.width, config.model.blocks, config.model.moe.layers) == (2, (1, 2), ("layer2.1",))
+    assert (config.data.image_size, config.data.train_limit, config.run.ema_decay) == (8, 64, 0.9)
+    assert str(config.eval.attack.eps) == "8/255"
+
+
+def test_it_goes_on_to_where_it_ended(run: Path):
+    config = config_from_dict(load_checkpoint(run / "best.pt")["config"], [f"run.out={run}"])
+    assert Trainer(config, Reporter()).fit(resume=True).finished
+    now, then = load_checkpoint(run / "last.pt"), load_checkpoint(OLD / "ended.pt")
+    assert now["position"] == then["position"] == {"epoch": 3, "batch": 0, "step": 12}
+    for name, value in then["model"].items():  # equal but for the order of sums, which is the machine's
+        torch.testing.assert_close(now["model"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_its_evaluation_gives_its_results(run: Path):
+    results, _ = assess(run, run / "again.json")
+    before = json.loads((OLD / "results.json").read_text())
+    for name in ("count", "clean", "robust"):
+        assert results[name] == pytest.approx(before[name], abs=1 / before["count"])
+    assert read_results(OLD / "results.json")["robust"] == before["robust"]
