@@ -28,28 +28,7 @@ from robust_moe.settings import (
 
 TOOLS = Table("tool")
 # text of which YAML would make something else
-GUESSED = tuple(
-    [
-        "null",
-        "no",
-        "012",
-        "1_0",
-        "1e3",
-        "2026-01-01",
-        "~",
-        "0x1F",
-        "[a]",
-        "{a}",
-        "=",
-        "<<",
-        "1:30",
-        ".inf",
-        "!",
-        "&",
-        "-",
-        "?",
-    ]
-)
+GUESSED = "null no 012 1_0 1e3 2026-01-01 ~ 0x1F [a] {a} = << 1:30 .inf ! & - ?"
 
 
 class Tool:
