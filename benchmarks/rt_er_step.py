@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Options, Row, check_close, compare
 from benchmarks.train_step import INPUTS, method_step
-from robust_moe.attacks import attack_mode
-from robust_moe.config import AttackConfig, MethodConfig, MixtureConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.attacks import PGD, attack_mode
+from robust_moe.config import MethodConfig, MixtureConfig, ModelConfig, MoEConfig, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import RobustExperts
 from robust_moe.models import ExpertMixture, build_model
@@ -56,7 +56,7 @@ class PerSample(nn.Module):
 def _config(form: str, steps: int, width: int) -> TrainConfig:
     mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router="linear")
     model = ModelConfig(name="resnet_small", width=width, mixture=mixture, moe=MoEConfig(balance="none"))
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=steps)
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=steps)
     return TrainConfig(model=model, method=MethodConfig(name="rt_er", form=form, attack=attack))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import MaskedLoop
 from benchmarks.harness import Options, Row, check_close, compare, peak_bytes
-from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.attacks import PGD
+from robust_moe.config import MethodConfig, ModelConfig, MoEConfig, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import Method, PGDAdversarialTraining
 from robust_moe.models import build_model
@@ -36,7 +37,7 @@ APART = 0.05  # share of pixels that rounding may move: a gradient next to zero 
 
 def _config(experts: int, width: int) -> TrainConfig:
     moe = MoEConfig(layers=[LAYER], num_experts=experts, balance="none")
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=STEPS)
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=STEPS)
     return TrainConfig(model=ModelConfig(name="resnet18", width=width, moe=moe), method=MethodConfig(attack=attack))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robust_moe.attacks import build_attack
+from robust_moe.attacks import PGD, AutoAttack
 from robust_moe.attacks.autoattack import VERSIONS
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.config import ConfigError, TrainConfig
@@ -149,18 +149,18 @@ class _Evaluation:
         self.preset, self.reporter, self.seed = preset, reporter, config.eval_seed
         self.eps = attack.eps
         version = preset if preset in VERSIONS else None
-        if version is not None and attack.name == "autoattack":
+        if version is not None and isinstance(attack, AutoAttack.Config):
             raise ConfigError(
                 f"eval.attack.name: expected another beside preset {preset!r}, which runs 'autoattack' itself"
             )
-        if preset == "moe" and attack.name != "pgd":
+        if preset == "moe" and not isinstance(attack, PGD.Config):
             raise ConfigError(
                 f"eval.attack.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}"
             )
         if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
             losses = ", ".join(LOSSES)
             raise ConfigError(f"eval.attack.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
-        self.stages = plan(attack.name, build_attack(attack, seed=self.seed, key="eval.attack"), version, self.seed)
+        self.stages = plan(attack.name, attack.build(seed=self.seed), version, self.seed)
         self.settings = {"eps": str(self.eps), "norm": attack.norm, "preset": preset, "seed": self.seed}
         settings = {**self.settings, "batch_size": self.config.batch_size}
         self.identity = identity(model, images.images, images.labels, self.stages, settings, index)
@@ -259,8 +259,7 @@ def _result_file(
 ) -> Path:
     """E.g. ``results-best-test-pgd20-8_255-1c9d2f40.json``: what one looks for, then a digest of every setting."""
     attack = config.eval.attack
-    restarts = f"x{attack.restarts}" if attack.restarts > 1 else ""
-    what = f"{attack.name}{attack.steps}{restarts}" if preset == "quick" else preset
+    what = attack.label if preset == "quick" else preset
     eps = str(attack.eps).replace("/", "_")
     settings = [plain(config), position, preset, count]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()

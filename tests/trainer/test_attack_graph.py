@@ -19,10 +19,10 @@ from graph_recorder import Recorder, Recording
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD, build_attack
+from robust_moe.attacks import PGD
 from robust_moe.attacks.capture import CudaCapturer
 from robust_moe.attacks.graph import StepGraphs
-from robust_moe.config import AttackConfig, ConfigError, load_config
+from robust_moe.config import ConfigError, load_config
 from robust_moe.graphs import CAPACITY, REMEMBERED
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import replace_blocks
@@ -501,8 +501,8 @@ def test_another_word_is_refused(graph):
 def test_the_configuration_decides():
     for text, value in (("auto", "auto"), ("true", True), ("false", False)):
         config = load_config(None, [f"method.attack.graph={text}"]).method.attack
-        assert build_attack(config).graphs.graph is value or build_attack(config).graphs.graph == "auto" == value
-    assert build_attack(AttackConfig()).graphs.graph == "auto"
+        assert config.build().graphs.graph is value or config.build().graphs.graph == "auto" == value
+    assert PGD.Config().build().graphs.graph == "auto"
     with pytest.raises(ConfigError, match=r"attack\.graph: expected auto, true or false, got 'maybe'"):
         load_config(None, ["eval.attack.graph=maybe"])
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robust_moe.attacks import build_attack
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine.experiment import make_model
@@ -31,7 +30,7 @@ def test_pgd_at_is_cross_entropy_on_the_attacked_images_plus_balance(tiny):
     config = tiny("model.moe.balance_weight=0.25")
     model, batch = setting(config)
     output = only_update(config, model, batch, step_seed=9)
-    attack = build_attack(config.method.attack, seed=9)
+    attack = config.method.attack.build(seed=9)
     reference, _ = setting(config)
     adversarial = attack(reference, batch.images, batch.labels, batch.index)
     task = F.cross_entropy(reference(adversarial), batch.labels)

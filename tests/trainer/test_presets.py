@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def _speedrun(config: TrainConfig, gflop: float, seconds: float) -> None:
     assert passes == pytest.approx(23.1e6, rel=0.005)
     assert estimate == pytest.approx(seconds, abs=0.6) and estimate < 180
     assert (config.optim.schedule, config.optim.warmup_epochs, config.run.max_steps) == ("one_cycle", 0, None)
-    assert (config.method.attack.eps, config.method.attack_steps_schedule[-1][1]) == ("8/255", 7)
+    assert (config.method.attack.eps, config.method.attack_steps_schedule[-1][1]) == (Fraction(8, 255), 7)
     assert config.run.precision == "bf16-mixed"
 
 

@@ -11,8 +11,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from robust_moe.attacks import PGD
 from robust_moe.config import (
-    AttackConfig,
     AugmentConfig,
     MethodConfig,
     ModelConfig,
@@ -97,7 +97,7 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
     )
     monkeypatch.setitem(experts._ENGINE, "meta", experts._ENGINE["cuda"])
     monkeypatch.setattr(experts, "_runs", lambda *_: True)  # the ops answer with their fake implementations
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=2, graph=False)
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=2, graph=False)
     model = ModelConfig(name="resnet18", width=8, moe=MoEConfig(layers=["layer4.1"], balance="entropy"))
     config = TrainConfig(model=model, method=MethodConfig(attack=attack))
     network = build_model(config.model, num_classes=10, channels=3, image_size=32).to("meta").train()

@@ -9,7 +9,35 @@ __all__ = ["modernised"]
 
 Tree = dict[str, Any]
 
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {}  # of a section of format 1, the same in the present format
+# Of each attack, the settings of format 1's section that it has, by their present names.
+_CLIMB = {"eot_iter": "eot_iter", "graph": "graph", "loss": "loss"}
+_PGD = {**_CLIMB, **{name: name for name in ("steps", "alpha", "random_start", "restarts")}}
+_COMMON = {"steps": "steps", "restarts": "restarts"}
+_APGD = {**_COMMON, "eot_iter": "eot_iter"}
+ATTACKS: dict[str, dict[str, str]] = {
+    "pgd": _PGD,
+    "fgsm": _CLIMB,
+    "apgd-ce": _APGD,
+    "apgd-dlr": _APGD,
+    "apgd-t": _APGD,
+    "fab": _COMMON,
+    "fab-t": _COMMON,
+    "square": {"steps": "queries", "restarts": "restarts"},
+    "autoattack": _COMMON,
+}
+
+
+def _attack(section: Mapping[str, Any]) -> Tree:
+    names = {"name": "name", "eps": "eps", "norm": "norm", **ATTACKS.get(section["name"], {})}
+    return {names[name]: value for name, value in section.items() if name in names}
+
+
+def _with_attack(section: Mapping[str, Any]) -> Tree:
+    return {**section, "attack": _attack(section["attack"])} if "attack" in section else dict(section)
+
+
+# of a section of format 1, the same in the present format
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _with_attack, "eval": _with_attack}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
+from robust_moe.attacks import PGD, Attack
 from robust_moe.config.model import ModelConfig
 from robust_moe.settings import Config, ConfigError, setting
 
 __all__ = [
-    "AttackConfig",
     "AugmentConfig",
     "DataConfig",
     "EvalConfig",
@@ -63,44 +62,11 @@ class DataConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(Config):
-    """An attack in pixel space; images are in [0, 1]."""
-
-    name: str = setting("pgd", "a key of robust_moe.attacks.ATTACKS")
-    eps: Fraction = setting("8/255", "radius of the ball, a number or an exact fraction", at_least=0)
-    steps: int = setting(7, "gradient steps", at_least=0)
-    alpha: Fraction | None = setting(None, "step size of pgd, as eps; null: 2.5 * eps / steps", at_least=0)
-    norm: Literal["Linf", "L2"] = setting("Linf", "of the ball")
-    random_start: bool = setting(True, "of pgd: start uniformly inside the ball")
-    restarts: int = setting(1, "independent starts; each sample keeps its worst", at_least=1)
-    loss: Literal["ce", "margin", "dlr", "kl"] = setting(
-        "ce", "what pgd and fgsm raise; kl: the divergence from the clean prediction (pgd)"
-    )
-    eot_iter: int = setting(
-        1, "forwards and backwards a gradient is averaged over, for models that draw random numbers", at_least=1
-    )
-    graph: Literal["auto", True, False] = setting(
-        "auto", "on a GPU, replay PGD's steps as one CUDA graph; auto: where possible"
-    )
-
-    def check(self) -> None:
-        if self.norm == "Linf" and self.eps > 1:
-            raise ConfigError(
-                f"eps: expected a radius of Linf in [0, 1], as pixels are, or {self.eps}/255, got '{float(self.eps):g}'"
-            )
-
-    def steps_in_ball(self) -> dict[str, Any]:
-        """``eps``, ``steps``, ``alpha`` and ``norm`` as a PGD takes them, lengths as numbers."""
-        alpha = None if self.alpha is None else float(self.alpha)
-        return {"eps": float(self.eps), "steps": self.steps, "alpha": alpha, "norm": self.norm}
-
-
-@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Config):
     """How a batch becomes updates of the weights."""
 
     name: str = setting("pgd_at", "a key of robust_moe.methods.METHODS")
-    attack: AttackConfig = setting(AttackConfig(alpha="2/255"), "used by adversarial methods")
+    attack: Attack.Config = setting(PGD.Config(alpha="2/255"), "used by adversarial methods")
     attack_mode: Literal["eval", "train"] = setting("eval", "the model's mode while adversarial images are made")
     beta: float = setting(6.0, "factor of the robustness term of trades, mart, rt_er, jtdmoe and advmoe", at_least=0)
     form: Literal["paper", "released"] = setting(
@@ -180,7 +146,7 @@ class OptimConfig(Config):
 class EvalConfig(Config):
     """What is measured on validation images while training and on test images at the end."""
 
-    attack: AttackConfig = setting(AttackConfig(steps=20, alpha="2/255"), "whose images are scored")
+    attack: Attack.Config = setting(PGD.Config(steps=20, alpha="2/255"), "whose images are scored")
     every: int = setting(1, "between validations", unit="epochs", at_least=1)
     batch_size: int = setting(256, "of a forward", unit="images", at_least=1)
     limit: int | None = setting(None, "validate on the first n images only; null: all", unit="images", at_least=1)

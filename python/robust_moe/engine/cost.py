@@ -99,7 +99,7 @@ def _passes_of_batch(config: TrainConfig, attack_steps: int) -> int:
 
 def _pieces(method: MethodConfig, steps: int) -> list[tuple[int, int]]:
     """(steps of the attack, batches trained with them) of a run of ``steps`` batches."""
-    schedule = method.attack_steps_schedule or [[0.0, method.attack.steps]]
+    schedule = method.attack_steps_schedule or [[0.0, getattr(method.attack, "steps", 1)]]
     # as the method has it: batch s belongs to the last piece whose share is at most s / steps
     starts = [next(s for s in range(steps + 1) if s == steps or s / steps >= share) for share, _ in schedule]
     ends = [*starts[1:], steps]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_moe.attacks import build_attack
 from robust_moe.config import ConfigError, TrainConfig, choose, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -73,7 +72,6 @@ class Trainer:
         self.folder = Path(config.run.out)
         self.reporter = reporter or Reporter()
         build_method(config)  # refuses what it cannot train
-        build_attack(config.eval.attack, key="eval.attack")
 
     def fit(self, resume: bool = True, override: bool = False) -> TrainResult:
         """Train to the end, or until SIGINT or SIGTERM, which save and stop.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import Attack, Crafted, attack_mode, build_attack
+from robust_moe.attacks import Attack, Crafted, attack_mode
 from robust_moe.attacks.base import StepAttack
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
@@ -43,12 +42,8 @@ class AdversarialMethod(Method):
     def __init__(self, config: TrainConfig, **changes: Any) -> None:
         super().__init__(config)
         try:
-            self.attack: Attack = build_attack(
-                replace(config.method.attack, **changes), mode=config.method.attack_mode, key="method.attack"
-            )
-        except ConfigError:
-            raise
-        except ValueError as error:
+            self.attack: Attack = config.method.attack.build(mode=config.method.attack_mode, **changes)
+        except ConfigError as error:
             raise ConfigError(f"method.attack: {error}") from error
         self._pieces = _pieces(config, self.attack)
 
@@ -135,10 +130,4 @@ def pgd_settings(config: TrainConfig) -> dict[str, Any]:
     """
     why = "whose attack has a loss of its own"
     expect_attack(config, why, name=["pgd"], restarts=[1], loss=["ce"], random_start=[True])
-    attack = config.method.attack
-    return {
-        **attack.steps_in_ball(),
-        "eot_iter": attack.eot_iter,
-        "mode": config.method.attack_mode,
-        "graph": attack.graph,
-    }
+    return {**config.method.attack.arguments(), "mode": config.method.attack_mode}

@@ -55,13 +55,13 @@ class Table(Mapping[str, type[Config]]):
 
     def choose(self, name: str, key: str) -> type[Config]:
         """The settings under ``name``. Raises :class:`ConfigError`, with the nearest name, where there are none."""
-        return choose(self._entries, name, key)
+        return choose({entry: self._entries[entry] for entry in self}, name, key)
 
     def __getitem__(self, name: str) -> type[Config]:
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(sorted(self._entries))
 
     def __len__(self) -> int:
         return len(self._entries)
