@@ -75,7 +75,7 @@ def test_an_arm_puts_one_ingredient_back_and_the_baseline_all():
         assert not any(own & others for name, others in changed.items() if name != arm)
     # no label smoothing, averaging, growing attack, one-cycle, alternating flip, or exception from decay is left
     plain = load_config(None, [*RECIPE, *ARMS[BASELINE]])
-    assert (plain.method.label_smoothing, plain.run.ema_epochs, plain.method.attack_steps_schedule) == (0, 0, [])
+    assert (plain.method.label_smoothing, plain.run.ema_epochs, plain.method.attack_steps_schedule) == (0, 0, ())
     assert (plain.optim.schedule, plain.optim.weight_decay_on) == ("multistep", "all")
     assert plain.data.augment.flip_order == "random"
 
@@ -175,7 +175,7 @@ def test_the_result_says_what_was_done_and_keeps_nothing_of_the_machine(images, 
 def test_a_killed_ablation_goes_on_and_ends_in_the_same_numbers(images, whole, tmp_path, monkeypatch):
     class Killed(speedrun_runs.Trainer):
         def _step(self, batch):
-            if self.config.method.attack_steps_schedule == [] and self.state.step == 7:
+            if self.config.method.attack_steps_schedule == () and self.state.step == 7:
                 raise KeyboardInterrupt
             super()._step(batch)
 

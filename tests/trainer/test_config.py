@@ -59,9 +59,9 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("method.attack.eps=8/0", ["method.attack.eps", "fraction", "8/0"]),
         ("eval.attack.norm=L1", ["eval.attack.norm", "Linf, L2", "L1"]),
         ("method.attack_mode=evil", ["method.attack_mode", "eval, train", "evil"]),
-        ("method.beta=-1", ["method.beta", ">= 0", "-1"]),
-        ("method.form=papers", ["method.form", "paper, released", "did you mean 'paper'"]),
-        ("method.replays=0", ["method.replays", ">= 1", "0"]),
+        ("method=trades method.beta=-1", ["method.beta", ">= 0", "-1"]),
+        ("method=rt_er method.form=papers", ["method.form", "paper, released", "did you mean 'paper'"]),
+        ("method=free_at method.replays=0", ["method.replays", ">= 1", "0"]),
         ("method.awp_gamma=-0.1", ["method.awp_gamma", ">= 0", "-0.1"]),
         ("optim.lr_min=0.2", ["optim.lr_min", "[0, lr = 0.1]", "0.2"]),  # above the highest
         ("optim.cycle_epochs=0", ["optim.cycle_epochs", ">= 0.001", "0"]),
@@ -106,7 +106,7 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
 )
 def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]):
     with pytest.raises(ConfigError) as error:
-        load_config(None, [override])
+        load_config(None, override.split())
     for word in words:
         assert word in str(error.value)
 
@@ -140,7 +140,7 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
 )
 def test_numbers_that_are_not_finite_are_refused_by_name(key: str, value: str):
     with pytest.raises(ConfigError, match=rf"^{key}: expected "):
-        load_config(None, [f"{key}={value}"])
+        load_config(None, ["method=trades", f"{key}={value}"])
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,14 @@ def test_a_method_that_leaves_eval_mode_is_named(tiny):
             yield Objective(lambda: (forward(batch.images).sum(), {}))
 
     config = tiny()
-    engine, _ = updater(config, Two(), Careless(config))
+    engine, _ = updater(config, Two(), Careless(config.method, config.model))
     batch = Batch(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     with pytest.raises(RuntimeError, match="Careless: expected to leave 'right' in train mode, as it was, got eval"):
         engine.run(batch, 0)
 
 
 def test_a_nan_gradient_under_a_finite_loss_ends_the_run(tiny, monkeypatch):
-    class Rooted(METHODS["standard"]):
+    class Rooted(METHODS["standard"].owner):
         def objectives(self, model, batch, step_seed, forward):
             def compute():
                 loss, logs = self.classify(model, forward, batch.images, batch.labels)
@@ -116,7 +116,7 @@ def test_a_nan_gradient_under_a_finite_loss_ends_the_run(tiny, monkeypatch):
 
             yield Objective(compute)
 
-    monkeypatch.setitem(METHODS, "standard", Rooted)
+    monkeypatch.setattr(METHODS["standard"], "owner", Rooted)
     trainer = Trainer(tiny("method.name=standard", "run.log_every=1"), Reporter(enabled=False))
     with pytest.raises(FloatingPointError, match=r"^grad_norm: expected finite numbers.*crash.pt"):
         trainer.fit()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine.experiment import make_model
-from robust_moe.methods import build_method
+from robust_moe.engine.experiment import make_method
 from robust_moe_kernels.modules import balance_loss, moe_layers
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
@@ -22,7 +22,7 @@ def setting(config):
 
 def only_update(config, model, batch, step_seed=0, **options):
     """The single update of a method that makes one a batch."""
-    (update,) = build_method(config).updates(model, batch, step_seed, **options)
+    (update,) = make_method(config).updates(model, batch, step_seed, **options)
     return update
 
 
@@ -77,7 +77,7 @@ def test_without_balance_the_loss_is_the_task_loss(tiny, switch):
 def test_step_seed_decides_the_random_start(tiny):
     config = tiny("method.attack.steps=0")
     model, batch = setting(config)
-    method = build_method(config)
+    method = make_method(config)
     one, again, other = (method.craft(model, batch, seed).images for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -85,6 +85,6 @@ def test_step_seed_decides_the_random_start(tiny):
 
 def test_unknown_names_are_refused_with_what_is_known(tiny):
     with pytest.raises(ConfigError, match=r"model.moe.balance: expected one of none, entropy.*got 'entropie'"):
-        build_method(tiny("model.moe.balance=entropie"))
+        make_method(tiny("model.moe.balance=entropie"))
     with pytest.raises(ConfigError, match=r"method.name: .* did you mean 'pgd_at'"):
-        build_method(tiny("method.name=pgdat"))
+        make_method(tiny("method.name=pgdat"))

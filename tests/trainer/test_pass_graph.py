@@ -21,7 +21,7 @@ from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.fabric import make_fabric
 from robust_moe.engine.optimizers import build_optimizer
 from robust_moe.engine.updates import Updater
-from robust_moe.methods import build_method
+from robust_moe.engine.experiment import make_method
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import check_finite, moe_layers, replace_blocks
 
@@ -60,7 +60,7 @@ class Engine:
         self.model = network(noise)
         self.plain = build_optimizer(self.model, config.optim, fused=self.fabric.device.type == "cuda")
         wrapped, optimizer = self.fabric.setup(self.model, self.plain)
-        method = build_method(config)
+        method = make_method(config)
         self.updater = Updater(
             self.fabric, self.model, wrapped, optimizer, method, config.optim.grad_clip, graph, capturer
         )

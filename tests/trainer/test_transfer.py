@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from robust_moe.attacks import PGD
 from robust_moe.config import (
     AugmentConfig,
-    MethodConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -22,10 +21,11 @@ from robust_moe.config import (
 )
 from robust_moe.data import BatchLoader, ImageSet
 from robust_moe.data.transfer import send
+from robust_moe.methods import PGDAdversarialTraining
 from robust_moe.engine.meters import Meter
 from robust_moe.engine.optimizers import build_optimizer
 from robust_moe.engine.updates import Updater
-from robust_moe.methods import build_method
+from robust_moe.engine.experiment import make_method
 from robust_moe.models import build_model
 from robust_moe_kernels.modules import experts
 
@@ -99,12 +99,12 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
     monkeypatch.setattr(experts, "_runs", lambda *_: True)  # the ops answer with their fake implementations
     attack = PGD.Config(eps="8/255", alpha="2/255", steps=2, graph=False)
     model = ModelConfig(name="resnet18", width=8, moe=MoEConfig(layers=["layer4.1"], balance="entropy"))
-    config = TrainConfig(model=model, method=MethodConfig(attack=attack))
+    config = TrainConfig(model=model, method=PGDAdversarialTraining.Config(attack=attack))
     network = build_model(config.model, num_classes=10, channels=3, image_size=32).to("meta").train()
     loader = BatchLoader(image_set(32), 8, device="meta", shuffle=True, augment=AUGMENT)
     fabric, meter = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), Meter()
     optimizer = build_optimizer(network, OptimConfig())
-    updater = Updater(fabric, network, network, optimizer, build_method(config), None)
+    updater = Updater(fabric, network, network, optimizer, make_method(config), None)
     batches = loader.epoch(0)
 
     def step(number: int) -> None:

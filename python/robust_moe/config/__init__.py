@@ -4,16 +4,15 @@ Every field says its meaning, unit and range. An unknown key is refused with the
 """
 
 from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, resolve_config, save_config
-from robust_moe.config.model import DualConfig, MixtureConfig, ModelConfig, MoEConfig, StandardConfig
 from robust_moe.config.schema import (
     AugmentConfig,
     DataConfig,
     EvalConfig,
-    MethodConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
 )
+from robust_moe.models.config import DualConfig, MixtureConfig, ModelConfig, MoEConfig, StandardConfig
 from robust_moe.settings import ConfigError, choose, parse_fraction
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "DataConfig",
     "DualConfig",
     "EvalConfig",
-    "MethodConfig",
     "MixtureConfig",
     "MoEConfig",
     "ModelConfig",

@@ -36,8 +36,29 @@ def _with_attack(section: Mapping[str, Any]) -> Tree:
     return {**section, "attack": _attack(section["attack"])} if "attack" in section else dict(section)
 
 
+# Of each method, the settings of format 1's section that it has.
+_METHOD = ("name", "awp_gamma", "awp_warmup_epochs")
+_ATTACKED = (*_METHOD, "attack", "attack_mode")
+METHODS: dict[str, tuple[str, ...]] = {
+    "standard": (*_METHOD, "label_smoothing"),
+    "pgd_at": (*_ATTACKED, "label_smoothing", "attack_steps_schedule"),
+    "trades": (*_ATTACKED, "label_smoothing", "attack_steps_schedule", "beta"),
+    "mart": (*_ATTACKED, "attack_steps_schedule", "beta"),
+    "free_at": (*_ATTACKED, "label_smoothing", "replays"),
+    "fast_at": (*_ATTACKED, "label_smoothing", "overfit_guard"),
+    "rt_er": (*_ATTACKED, "beta", "form"),
+    "jtdmoe": (*_ATTACKED, "beta", "form"),
+    "advmoe": (*_ATTACKED, "beta"),
+}
+
+
+def _method(section: Mapping[str, Any]) -> Tree:
+    known = METHODS.get(section["name"], tuple(section))
+    return _with_attack({name: value for name, value in section.items() if name in known})
+
+
 # of a section of format 1, the same in the present format
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _with_attack, "eval": _with_attack}
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _method, "eval": _with_attack}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:

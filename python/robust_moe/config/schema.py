@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from robust_moe.attacks import PGD, Attack
-from robust_moe.config.model import ModelConfig
+from robust_moe.methods import Method, PGDAdversarialTraining
+from robust_moe.models.config import ModelConfig
 from robust_moe.settings import Config, ConfigError, setting
 
 __all__ = [
     "AugmentConfig",
     "DataConfig",
     "EvalConfig",
-    "MethodConfig",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
@@ -59,48 +59,6 @@ class DataConfig(Config):
         None, "refuse images other than those of, e.g., cifar10 (engine.experiment.EXPECTED); null: any"
     )
     augment: AugmentConfig = setting(AugmentConfig(), "random changes of training images")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig(Config):
-    """How a batch becomes updates of the weights."""
-
-    name: str = setting("pgd_at", "a key of robust_moe.methods.METHODS")
-    attack: Attack.Config = setting(PGD.Config(alpha="2/255"), "used by adversarial methods")
-    attack_mode: Literal["eval", "train"] = setting("eval", "the model's mode while adversarial images are made")
-    beta: float = setting(6.0, "factor of the robustness term of trades, mart, rt_er, jtdmoe and advmoe", at_least=0)
-    form: Literal["paper", "released"] = setting(
-        "paper", "of rt_er and jtdmoe; released: what the authors' code computes"
-    )
-    replays: int = setting(4, "m of free_at: updates a batch, each of weights and perturbation", at_least=1)
-    overfit_guard: bool = setting(True, "of fast_at: stop raising single-step overfitting when PGD sees it")
-    awp_gamma: float = setting(
-        0.0, "adversarial weight perturbation: its size relative to each weight tensor; 0: off", at_least=0
-    )
-    awp_warmup_epochs: int = setting(0, "epochs before the weights are perturbed", unit="epochs", at_least=0)
-    label_smoothing: float = setting(
-        0.0,
-        "share of a label that all classes get alike in the cross-entropy trained on; 0: off",
-        at_least=0,
-        below=1,
-    )
-    attack_steps_schedule: tuple[tuple[float, ...], ...] = setting(
-        (),
-        "[share of the run, steps] pairs, e.g. [[0, 2], [0.4, 5]]: the attack's steps from that share on; "
-        "[]: attack.steps",
-    )
-
-    def check(self) -> None:
-        schedule = self.attack_steps_schedule
-        shares = [piece[0] for piece in schedule if piece]
-        steps = [piece[1] for piece in schedule if len(piece) == 2]
-        ok = len(steps) == len(schedule) and shares[:1] in ([], [0]) and sorted(set(shares)) == shares
-        ok = ok and all(share < 1 for share in shares)
-        if not (ok and all(count >= 1 and count.is_integer() for count in steps)):
-            raise ConfigError(
-                "attack_steps_schedule: expected [share of the run, steps] pairs: shares rising strictly from 0 and "
-                f"below 1, whole steps >= 1, got {[list(piece) for piece in schedule]}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +163,7 @@ class TrainConfig(Config):
 
     data: DataConfig = setting(DataConfig(), "images")
     model: ModelConfig = setting(ModelConfig(), "what is trained")
-    method: MethodConfig = setting(MethodConfig(), "how a batch becomes updates of the weights")
+    method: Method.Config = setting(PGDAdversarialTraining.Config(), "how a batch becomes updates of the weights")
     optim: OptimConfig = setting(OptimConfig(), "the optimiser and its schedule")
     eval: EvalConfig = setting(EvalConfig(), "what is measured")
     run: RunConfig = setting(RunConfig(), "where and how long")

@@ -14,6 +14,7 @@ from torch import nn
 from robust_moe.config import ConfigError, DataConfig, TrainConfig, choose, config_from_dict, flatten
 from robust_moe.data import DataError, ImageSet, Splits, channel_statistics, load_splits
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state, measured_weights
+from robust_moe.methods import Method
 from robust_moe.models import DualModel, build_model
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "cpu_threads",
     "describe_data",
     "load_experiment",
+    "make_method",
     "make_model",
     "resolve_device",
 ]
@@ -94,6 +96,12 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     else:
         _start_from(model, None, config.model.init_from, "model.init_from", size)
     return model
+
+
+def make_method(config: TrainConfig) -> Method:
+    """The training method of ``config``, for its model and devices. Raises :class:`ConfigError` where it cannot train
+    that model."""
+    return config.method.build(config.model, config.run.devices)
 
 
 def _start_from(model: nn.Module, half: str | None, source: str | None, key: str, size: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
-from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
+from robust_moe.engine.experiment import cpu_threads, describe_data, make_method, make_model
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
@@ -26,7 +26,6 @@ from robust_moe.engine.schedules import SCHEDULES, expect_warmup_within, learnin
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
-from robust_moe.methods import build_method
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.modules import check_finite
 
@@ -71,7 +70,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.run.out)
         self.reporter = reporter or Reporter()
-        build_method(config)  # refuses what it cannot train
+        make_method(config)  # refuses what it cannot train
 
     def fit(self, resume: bool = True, override: bool = False) -> TrainResult:
         """Train to the end, or until SIGINT or SIGTERM, which save and stop.
@@ -128,7 +127,7 @@ class Trainer:
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
-        self.method = build_method(config)  # fresh: it may carry a perturbation from an earlier call
+        self.method = make_method(config)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
         optimizer = build_optimizer(self.model, config.optim, fused)
