@@ -18,9 +18,8 @@ from benchmarks.launch_counter import Counted, Launches, Profiled
 from benchmarks.layer_case import Case
 from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.passes import Passes
-from robust_moe.config import MethodConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from robust_moe.config import MethodConfig, ModelConfig, MoEConfig, TrainConfig
 from robust_moe.data import Batch
-from robust_moe.engine.optimizers import build_optimizer
 from robust_moe.methods import PGDAdversarialTraining
 from robust_moe.models import build_model
 from robust_moe.provenance import provenance
@@ -78,7 +77,7 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
                 launches.take()
                 x = method.attack.step(x, passes.examine(x).grad, images)
             step = launches.take()
-    optimizer = build_optimizer(model, OptimConfig(), fused=True)  # as the trainer has it on a GPU
+    optimizer = config.optim.build(model, fused=True)  # as the trainer has it on a GPU
     for _ in range(2):  # the first allocates the momentum
         launches.take()
         with autocast():

@@ -10,7 +10,6 @@ from robust_moe.config.schema import (
     DataConfig,
     EvalConfig,
     MethodConfig,
-    OptimConfig,
     RunConfig,
     TrainConfig,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "MixtureConfig",
     "MoEConfig",
     "ModelConfig",
-    "OptimConfig",
     "RunConfig",
     "StandardConfig",
     "TrainConfig",

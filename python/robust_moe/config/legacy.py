@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from robust_moe.optim import OPTIMIZERS, SCHEDULES
+from robust_moe.settings import Table, field_types
+
 __all__ = ["modernised"]
 
 Tree = dict[str, Any]
@@ -36,8 +39,24 @@ def _with_attack(section: Mapping[str, Any]) -> Tree:
     return {**section, "attack": _attack(section["attack"])} if "attack" in section else dict(section)
 
 
+def _of(table: Table, name: object, tree: Tree, shared: tuple[str, ...]) -> Tree:
+    """Those of the ``shared`` settings, which a union of components had, that the component ``name`` has."""
+    known = field_types(table[name]) if name in table else ()
+    return {key: tree[key] for key in shared if key in tree and key in known}
+
+
+def _optim(tree: Tree) -> Tree:
+    """One section for all optimisers, and in it all schedules' settings."""
+    optimizer, schedule = tree.get("name", "sgd"), tree.get("schedule", "polynomial")
+    of_schedules = ("power", "milestones", "lr_min", "cycle_epochs", "rise", "fall")
+    of_sgd = ("momentum", "nesterov")
+    kept = {key: value for key, value in tree.items() if key not in (*of_schedules, *of_sgd)}
+    kept |= _of(OPTIMIZERS, optimizer, tree, of_sgd)
+    return {**kept, "schedule": {"name": schedule, **_of(SCHEDULES, schedule, tree, of_schedules)}}
+
+
 # of a section of format 1, the same in the present format
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _with_attack, "eval": _with_attack}
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _with_attack, "eval": _with_attack, "optim": _optim}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:
