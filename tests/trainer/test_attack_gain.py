@@ -9,8 +9,7 @@ from rich.console import Console
 from robust_moe.attacks import pgd
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import make_model
-from robust_moe.engine.experiment import make_method
+from robust_moe.engine.experiment import make_method, make_model
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
 NETWORKS = ("model.moe.layers=[]", "model.mixture.num_experts=3", "model.mixture.routing=hard")

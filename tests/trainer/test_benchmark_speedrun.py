@@ -76,14 +76,14 @@ def test_an_arm_puts_one_ingredient_back_and_the_baseline_all():
     # no label smoothing, averaging, growing attack, one-cycle, alternating flip, or exception from decay is left
     plain = load_config(None, [*RECIPE, *ARMS[BASELINE]])
     assert (plain.method.label_smoothing, plain.run.ema_epochs, plain.method.attack_steps_schedule) == (0, 0, ())
-    assert (plain.optim.schedule, plain.optim.weight_decay_on) == ("multistep", "all")
+    assert (plain.optim.schedule.name, plain.optim.weight_decay_on) == ("multistep", "all")
     assert plain.data.augment.flip_order == "random"
 
 
 def test_the_recipe_has_the_ingredients_of_the_preset():
     small, preset = load_config(None, list(RECIPE)), load_config("speedrun-cifar10-r18")
     for section, names in {
-        "optim": ("name", "lr", "schedule", "rise", "fall", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
+        "optim": ("name", "lr", "schedule", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
         "method": ("name", "attack_steps_schedule", "label_smoothing", "attack_mode"),
     }.items():
         for name in names:

@@ -15,6 +15,8 @@ from robust_moe.config import (
     save_config,
 )
 
+CYCLIC, ONE_CYCLE, MULTISTEP = (f"optim.schedule={{name: {name}, " for name in ("cyclic", "one_cycle", "multistep"))
+
 
 def test_overrides_beat_the_file_which_beats_the_defaults(tmp_path: Path):
     path = tmp_path / "run.yaml"
@@ -23,6 +25,9 @@ def test_overrides_beat_the_file_which_beats_the_defaults(tmp_path: Path):
     assert (config.optim.lr, config.optim.momentum) == (0.4, 0.5)
     assert config.optim.weight_decay == TrainConfig().optim.weight_decay
     assert config.model.moe.layers == ("layer4.1",)
+    assert load_config(path, ["optim={name: adam, lr: 0.3}", "optim.lr=0.4", "optim.eps=1e-4"]).optim.values() == {
+        **load_config(None, ["optim=adam"]).optim.values(), "lr": 0.4, "eps": 1e-4
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -63,20 +68,25 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("method=rt_er method.form=papers", ["method.form", "paper, released", "did you mean 'paper'"]),
         ("method=free_at method.replays=0", ["method.replays", ">= 1", "0"]),
         ("method.awp_gamma=-0.1", ["method.awp_gamma", ">= 0", "-0.1"]),
-        ("optim.lr_min=0.2", ["optim.lr_min", "[0, lr = 0.1]", "0.2"]),  # above the highest
-        ("optim.cycle_epochs=0", ["optim.cycle_epochs", ">= 0.001", "0"]),
-        ("optim.cycle_epochs=1e-320", ["optim.cycle_epochs", ">= 0.001"]),  # NaN for a rate
+        (CYCLIC + "lr_min: 0.2}", ["optim.schedule.lr_min", "[0, lr = 0.1]", "0.2"]),  # above the highest
+        (CYCLIC + "cycle_epochs: 0}", ["optim.schedule.cycle_epochs", ">= 0.001", "0"]),
+        (CYCLIC + "cycle_epochs: 1e-320}", ["optim.schedule.cycle_epochs", ">= 0.001"]),  # NaN for a rate
         ("method.awp_warmup_epochs=0.5", ["method.awp_warmup_epochs", "0.5", "whole number"]),
         ("method.awp_warmup_epochs=-1", ["method.awp_warmup_epochs", ">= 0", "-1"]),
         ("method.awp_warmup_epochs=nan", ["method.awp_warmup_epochs", "nan", "whole number"]),
         ("method.attack.eps=8", ["method.attack.eps", "[0, 1]", "8/255", "got '8'"]),  # in 255ths
         ("eval.attack.eps=1.5", ["eval.attack.eps", "[0, 1]", "1.5"]),
-        ("optim.milestones=[0.5,0.5]", ["optim.milestones", "strictly rising", "[0.5, 0.5]"]),
-        ("optim.milestones=[]", ["optim.milestones", "strictly rising", "[]"]),
-        ("optim.milestones=[0.7,0.5]", ["optim.milestones", "rising", "0.7"]),
-        ("optim.milestones=[1.5]", ["optim.milestones", "(0, 1)", "1.5"]),  # epochs for shares
-        ("optim.rise=1", ["optim.rise", "[0, 1)", "1"]),
-        ("optim.fall=cosin", ["optim.fall", "linear, cosine", "did you mean 'cosine'"]),
+        (MULTISTEP + "milestones: [0.5,0.5]}", ["optim.schedule.milestones", "strictly rising", "[0.5, 0.5]"]),
+        (MULTISTEP + "milestones: []}", ["optim.schedule.milestones", "strictly rising", "[]"]),
+        (MULTISTEP + "milestones: [0.7,0.5]}", ["optim.schedule.milestones", "rising", "0.7"]),
+        (MULTISTEP + "milestones: [1.5]}", ["optim.schedule.milestones", "(0, 1)", "1.5"]),  # epochs for shares
+        (ONE_CYCLE + "rise: 1}", ["optim.schedule.rise", "[0, 1)", "1"]),
+        (ONE_CYCLE + "fall: cosin}", ["optim.schedule.fall", "linear, cosine", "did you mean 'cosine'"]),
+        ("optim.rise=0.5", ["unknown key 'optim.rise' of optimiser 'sgd'", "did you mean 'optim.schedule.rise'"]),
+        ("optim.schedule.rise=0.5", ["unknown key 'optim.schedule.rise' of schedule 'polynomial'"]),
+        ("optim={name: adam, momentum: 0.5}", ["unknown key 'optim.momentum' of optimiser 'adam'"]),
+        ("optim={name: adam, betas: [0.9]}", ["optim.betas", "two", "[0.9]"]),
+        ("optim={name: adam, betas: [0.9, 1]}", ["optim.betas[1]", "[0, 1)", "1"]),
         ("optim.weight_decay_on=weight", ["optim.weight_decay_on", "all, weights", "did you mean 'weights'"]),
         ("method.label_smoothing=1", ["method.label_smoothing", "[0, 1)", "1"]),
         ("method.attack_steps_schedule=[[0,2],[0.5]]", ["method.attack_steps_schedule", "pairs", "[0.5]"]),
@@ -101,7 +111,7 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("optim.momentum=0", ["optim.nesterov", "false", "momentum is 0"]),  # nesterov needs momentum
         ("optim.lr", ["key=value", "optim.lr"]),  # no value
         ("=1", ["key=value"]),
-        ("optim.milestones=[1", ["optim.milestones", "[1", "not readable"]),  # broken YAML
+        (MULTISTEP + "milestones: [1", ["optim.schedule", "milestones", "[1", "not readable"]),  # broken YAML
     ],
 )
 def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]):
@@ -119,18 +129,20 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
         "model.moe.balance_weight",
         "model.mixture.noise_std",
         "model.dual.alpha",
-        "method.beta",
+        "method=trades method.beta",
         "method.awp_gamma",
         "run.ema_decay",
         "run.ema_epochs",
         "method.label_smoothing",
-        "optim.rise",
-        "optim.lr_min",
-        "optim.cycle_epochs",
+        "optim.schedule=one_cycle optim.schedule.rise",
+        "optim.schedule=cyclic optim.schedule.lr_min",
+        "optim.schedule=cyclic optim.schedule.cycle_epochs",
         "optim.lr",
         "optim.momentum",
         "optim.weight_decay",
-        "optim.power",
+        "optim.schedule.power",
+        "optim.schedule=multistep optim.schedule.factor",
+        "optim=adam optim.eps",
         "optim.warmup_epochs",
         "optim.grad_clip",
         "data.validation_fraction",
@@ -139,8 +151,9 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
     ],
 )
 def test_numbers_that_are_not_finite_are_refused_by_name(key: str, value: str):
+    *names, key = key.split()
     with pytest.raises(ConfigError, match=rf"^{key}: expected "):
-        load_config(None, ["method=trades", f"{key}={value}"])
+        load_config(None, [*names, f"{key}={value}"])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from robust_moe.attacks.graph import StepGraphs
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import make_model
-from robust_moe.engine.experiment import make_method
+from robust_moe.engine.experiment import make_method, make_model
 from robust_moe.methods import METHODS
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
@@ -70,7 +69,12 @@ def test_a_method_has_a_setting_or_refuses_it(tiny, name, option):
         shape = DUAL
     else:
         shape = () if name in ("rt_er", "advmoe") else DENSE[:1]
-    chosen = (f"method.name={name}", f"method.{option}={SETTINGS[option]}", *(DENSE[:1] if shape == DUAL else ()), *shape)
+    chosen = (
+        f"method.name={name}",
+        f"method.{option}={SETTINGS[option]}",
+        *(DENSE[:1] if shape == DUAL else ()),
+        *shape,
+    )
     if name in HEEDED[option]:
         make_method(tiny(*chosen))
         return

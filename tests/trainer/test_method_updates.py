@@ -8,8 +8,7 @@ from torch import nn
 
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
-from robust_moe.engine.experiment import make_model
-from robust_moe.engine.experiment import make_method
+from robust_moe.engine.experiment import make_method, make_model
 from robust_moe.methods import METHODS
 from robust_moe.methods import fast_at as fast
 from robust_moe_kernels.modules import moe_layers
@@ -202,7 +201,10 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         (["method.name=free_at", "method.attack.norm=L2"], "method.attack.norm: expected 'Linf'"),
         (["method.name=trades", "run.devices=2"], "run.devices: expected 1 for trades"),
         (["method.awp_gamma=0.01", "run.devices=2"], "run.devices: expected 1 for adversarial weight perturbation"),
-        (["method.attack.name=apgd-ce", "method.attack.loss=dlr"], "unknown key 'method.attack.loss' of attack 'apgd-ce'"),
+        (
+            ["method.attack.name=apgd-ce", "method.attack.loss=dlr"],
+            "unknown key 'method.attack.loss' of attack 'apgd-ce'",
+        ),
         (["method.name=tradess"], "method.name: .* did you mean 'trades'"),
     ],
 )

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
-from robust_moe.engine.experiment import make_model
-from robust_moe.engine.experiment import make_method
+from robust_moe.engine.experiment import make_method, make_model
 from robust_moe_kernels.modules import balance_loss, moe_layers
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_moe.config import config_from_dict
+from robust_moe.config import ConfigError, config_from_dict
+from robust_moe.config.legacy import modernised
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.checkpoint import load_checkpoint
 from robust_moe.evaluation import read_results
+from robust_moe.optim import SGD, AdamW, Cyclic, MultiStep, OneCycle
 from robust_moe.report import assess
 
 OLD = Path(__file__).parent / "old_run"
@@ -39,6 +41,22 @@ def test_its_settings_mean_what_they_meant():
     assert (config.model.width, config.model.blocks, config.model.moe.layers) == (2, (1, 2), ("layer2.1",))
     assert (config.data.image_size, config.data.train_limit, config.run.ema_decay) == (8, 64, 0.9)
     assert str(config.eval.attack.eps) == "8/255"
+    assert config.optim == SGD.Config(lr=0.1, schedule=OneCycle.Config(lr_min=0.01))
+
+
+def test_an_old_optimiser_had_the_settings_of_all():
+    union = {"name": "adamw", "lr": 0.2, "momentum": 0.9, "nesterov": True, "grad_clip": 1.0, "schedule": "cyclic"}
+    union |= {"power": 2.0, "milestones": [0.5], "lr_min": 0.1, "cycle_epochs": 3.0, "rise": 0.3, "fall": "linear"}
+    adamw = AdamW.Config(lr=0.2, grad_clip=1, schedule=Cyclic.Config(lr_min=0.1, cycle_epochs=3))
+    assert config_from_dict(modernised({"optim": union})).optim == adamw
+    steps = modernised({"optim": {**union, "name": "sgd", "schedule": "multistep", "momentum": 0.5}})
+    sgd = SGD.Config(lr=0.2, momentum=0.5, grad_clip=1, schedule=MultiStep.Config(milestones=[0.5]))
+    assert config_from_dict(steps).optim == sgd
+    assert config_from_dict(modernised({"optim": {}})).optim == SGD.Config()  # older than every setting
+    with pytest.raises(ConfigError, match=r"unknown key 'optim.momentun' of optimiser 'sgd'"):
+        config_from_dict(modernised({"optim": {"momentun": 0.5}}))
+    with pytest.raises(ConfigError, match=r"optim.name: expected one of .* got 'lion'"):
+        config_from_dict(modernised({"optim": {**union, "name": "lion"}}))
 
 
 def test_it_goes_on_to_where_it_ended(run: Path):

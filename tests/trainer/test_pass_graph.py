@@ -18,10 +18,9 @@ from torch import nn
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.fabric import make_fabric
-from robust_moe.engine.optimizers import build_optimizer
-from robust_moe.engine.updates import Updater
 from robust_moe.engine.experiment import make_method
+from robust_moe.engine.fabric import make_fabric
+from robust_moe.engine.updates import Updater
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import check_finite, moe_layers, replace_blocks
 
@@ -58,7 +57,7 @@ class Engine:
     def __init__(self, config, graph="auto", capturer=None, noise=0.0) -> None:
         self.fabric = make_fabric(config)
         self.model = network(noise)
-        self.plain = build_optimizer(self.model, config.optim, fused=self.fabric.device.type == "cuda")
+        self.plain = config.optim.build(self.model, fused=self.fabric.device.type == "cuda")
         wrapped, optimizer = self.fabric.setup(self.model, self.plain)
         method = make_method(config)
         self.updater = Updater(

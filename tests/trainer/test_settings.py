@@ -107,6 +107,7 @@ def test_another_name_keeps_what_both_inherit():
         ({"tool": {"teeth": "3"}}, ["unknown key 'tool.teeth' of tool 'hammer'"]),  # of another member
         ({"tool": {"name": "saw", "tooth": "3"}}, ["'tool.tooth' of tool 'saw'", "did you mean 'tool.teeth'"]),
         ({"weight": Plain("3")}, ["unknown key 'weight'", "did you mean 'tool.weight'"]),  # the section forgotten
+        ({"teeth": Plain("3")}, ["unknown key 'teeth'", "did you mean 'tool.teeth'"]),  # of another than the default
         ({"tool": {"name": "saw", "kind": Plain("rib")}}, ["tool.kind", "rip, cross", "'rib'", "did you mean 'rip'"]),
         ({"tool": None}, ["tool", "section", "None"]),
         ({"limit": Plain("1.0")}, ["limit", "whole number", "'1.0'"]),

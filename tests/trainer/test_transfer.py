@@ -16,16 +16,14 @@ from robust_moe.config import (
     AugmentConfig,
     ModelConfig,
     MoEConfig,
-    OptimConfig,
     TrainConfig,
 )
 from robust_moe.data import BatchLoader, ImageSet
 from robust_moe.data.transfer import send
-from robust_moe.methods import PGDAdversarialTraining
-from robust_moe.engine.meters import Meter
-from robust_moe.engine.optimizers import build_optimizer
-from robust_moe.engine.updates import Updater
 from robust_moe.engine.experiment import make_method
+from robust_moe.engine.meters import Meter
+from robust_moe.engine.updates import Updater
+from robust_moe.methods import PGDAdversarialTraining
 from robust_moe.models import build_model
 from robust_moe_kernels.modules import experts
 
@@ -103,7 +101,7 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
     network = build_model(config.model, num_classes=10, channels=3, image_size=32).to("meta").train()
     loader = BatchLoader(image_set(32), 8, device="meta", shuffle=True, augment=AUGMENT)
     fabric, meter = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), Meter()
-    optimizer = build_optimizer(network, OptimConfig())
+    optimizer = config.optim.build(network)
     updater = Updater(fabric, network, network, optimizer, make_method(config), None)
     batches = loader.epoch(0)
 

@@ -9,8 +9,7 @@ from torch import nn
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import make_model
-from robust_moe.engine.experiment import make_method
+from robust_moe.engine.experiment import make_method, make_model
 from robust_moe.methods import WeightPerturbation
 from robust_moe_kernels.modules import FusedConvMoE
 

@@ -8,7 +8,6 @@ from robust_moe.config.schema import (
     AugmentConfig,
     DataConfig,
     EvalConfig,
-    OptimConfig,
     RunConfig,
     TrainConfig,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "MixtureConfig",
     "MoEConfig",
     "ModelConfig",
-    "OptimConfig",
     "RunConfig",
     "StandardConfig",
     "TrainConfig",

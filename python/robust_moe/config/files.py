@@ -64,6 +64,8 @@ def _read_overrides(overrides: list[str] | None) -> Layer:
         node = tree
         for section in sections:
             below = node.get(section)
+            if isinstance(below, Plain) and below.startswith("{"):  # a section in one piece
+                below = read_yaml(below, key)
             if isinstance(below, Plain):  # a component by its bare name, e.g. method=trades method.beta=5
                 below = {"name": below}
             node[section] = below if isinstance(below, dict) else {}

@@ -5,60 +5,55 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from robust_moe.attacks import ATTACKS
+from robust_moe.methods import METHODS
+from robust_moe.optim import OPTIMIZERS, SCHEDULES
+from robust_moe.settings import Table, field_types
+
 __all__ = ["modernised"]
 
 Tree = dict[str, Any]
 
-# Of each attack, the settings of format 1's section that it has, by their present names.
-_CLIMB = {"eot_iter": "eot_iter", "graph": "graph", "loss": "loss"}
-_PGD = {**_CLIMB, **{name: name for name in ("steps", "alpha", "random_start", "restarts")}}
-_COMMON = {"steps": "steps", "restarts": "restarts"}
-_APGD = {**_COMMON, "eot_iter": "eot_iter"}
-ATTACKS: dict[str, dict[str, str]] = {
-    "pgd": _PGD,
-    "fgsm": _CLIMB,
-    "apgd-ce": _APGD,
-    "apgd-dlr": _APGD,
-    "apgd-t": _APGD,
-    "fab": _COMMON,
-    "fab-t": _COMMON,
-    "square": {"steps": "queries", "restarts": "restarts"},
-    "autoattack": _COMMON,
-}
+
+def _of(table: Table, name: object, tree: Tree, shared: tuple[str, ...]) -> Tree:
+    """Those of the ``shared`` settings, which a union of components had, that the component ``name`` has."""
+    known = field_types(table[name]) if name in table else ()
+    return {key: tree[key] for key in shared if key in tree and key in known}
 
 
-def _attack(section: Mapping[str, Any]) -> Tree:
-    names = {"name": "name", "eps": "eps", "norm": "norm", **ATTACKS.get(section["name"], {})}
-    return {names[name]: value for name, value in section.items() if name in names}
+def _attack(tree: Tree) -> Tree:
+    """One section for all attacks."""
+    name = tree.get("name", "pgd")
+    of_attacks = ("steps", "alpha", "random_start", "restarts", "loss", "eot_iter", "graph")
+    kept = {key: value for key, value in tree.items() if key not in of_attacks}
+    if name == "square":  # its steps were its queries, and its loss the margin
+        return kept | {new: tree[old] for old, new in (("steps", "queries"), ("restarts", "restarts")) if old in tree}
+    return kept | _of(ATTACKS, name, tree, of_attacks)
 
 
-def _with_attack(section: Mapping[str, Any]) -> Tree:
-    return {**section, "attack": _attack(section["attack"])} if "attack" in section else dict(section)
+def _with_attack(tree: Tree) -> Tree:
+    return {**tree, "attack": _attack(tree["attack"])} if "attack" in tree else dict(tree)
 
 
-# Of each method, the settings of format 1's section that it has.
-_METHOD = ("name", "awp_gamma", "awp_warmup_epochs")
-_ATTACKED = (*_METHOD, "attack", "attack_mode")
-METHODS: dict[str, tuple[str, ...]] = {
-    "standard": (*_METHOD, "label_smoothing"),
-    "pgd_at": (*_ATTACKED, "label_smoothing", "attack_steps_schedule"),
-    "trades": (*_ATTACKED, "label_smoothing", "attack_steps_schedule", "beta"),
-    "mart": (*_ATTACKED, "attack_steps_schedule", "beta"),
-    "free_at": (*_ATTACKED, "label_smoothing", "replays"),
-    "fast_at": (*_ATTACKED, "label_smoothing", "overfit_guard"),
-    "rt_er": (*_ATTACKED, "beta", "form"),
-    "jtdmoe": (*_ATTACKED, "beta", "form"),
-    "advmoe": (*_ATTACKED, "beta"),
-}
+def _method(tree: Tree) -> Tree:
+    """One section for all methods."""
+    common = ("name", "awp_gamma", "awp_warmup_epochs")
+    kept = {key: tree[key] for key in common if key in tree}
+    return _with_attack(kept | _of(METHODS, tree.get("name", "pgd_at"), tree, tuple(tree)))
 
 
-def _method(section: Mapping[str, Any]) -> Tree:
-    known = METHODS.get(section["name"], tuple(section))
-    return _with_attack({name: value for name, value in section.items() if name in known})
+def _optim(tree: Tree) -> Tree:
+    """One section for all optimisers, and in it all schedules' settings."""
+    optimizer, schedule = tree.get("name", "sgd"), tree.get("schedule", "polynomial")
+    of_schedules = ("power", "milestones", "lr_min", "cycle_epochs", "rise", "fall")
+    of_sgd = ("momentum", "nesterov")
+    kept = {key: value for key, value in tree.items() if key not in (*of_schedules, *of_sgd)}
+    kept |= _of(OPTIMIZERS, optimizer, tree, of_sgd)
+    return {**kept, "schedule": {"name": schedule, **_of(SCHEDULES, schedule, tree, of_schedules)}}
 
 
 # of a section of format 1, the same in the present format
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _method, "eval": _with_attack}
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _method, "eval": _with_attack, "optim": _optim}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from robust_moe.attacks import PGD, Attack
-from robust_moe.methods import Method, PGDAdversarialTraining
 from robust_moe.models.config import ModelConfig
 from robust_moe.settings import Config, ConfigError, setting
 
@@ -14,12 +13,9 @@ __all__ = [
     "AugmentConfig",
     "DataConfig",
     "EvalConfig",
-    "OptimConfig",
     "RunConfig",
     "TrainConfig",
 ]
-
-SHORTEST_CYCLE = 1e-3  # epochs; far below a step a rate is noise, and in the end NaN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,45 +55,6 @@ class DataConfig(Config):
         None, "refuse images other than those of, e.g., cifar10 (engine.experiment.EXPECTED); null: any"
     )
     augment: AugmentConfig = setting(AugmentConfig(), "random changes of training images")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig(Config):
-    """The optimiser and its schedule, stepped once an update."""
-
-    name: str = setting("sgd", "a key of robust_moe.engine.OPTIMIZERS: sgd, adam or adamw")
-    lr: float = setting(0.1, "peak learning rate", above=0)
-    momentum: float = setting(0.9, "of sgd", at_least=0, below=1)
-    nesterov: bool = setting(True, "of sgd: Nesterov's form of momentum")
-    weight_decay: float = setting(5e-4, "an L2 penalty, of adamw decoupled from the gradient", at_least=0)
-    weight_decay_on: Literal["all", "weights"] = setting(
-        "all", "all parameters; or weights: filters and matrices, no norm, bias, gate or router"
-    )
-    schedule: str = setting("polynomial", "a key of robust_moe.engine.SCHEDULES")
-    power: float = setting(1.0, "exponent of the polynomial decay to zero", above=0)
-    milestones: tuple[float, ...] = setting((0.5, 0.75), "shares of the run after which multistep divides by ten")
-    lr_min: float = setting(
-        0.0, "lowest rate of cyclic, and of one_cycle at both ends; lr is their highest", at_least=0
-    )
-    cycle_epochs: float = setting(
-        10.0, "from one lowest rate of cyclic to the next", unit="epochs", at_least=SHORTEST_CYCLE
-    )
-    rise: float = setting(0.3, "of one_cycle: share of the run in which the rate climbs to lr", at_least=0, below=1)
-    fall: Literal["linear", "cosine"] = setting(
-        "linear", "of one_cycle: how the rate comes down in the rest of the run"
-    )
-    warmup_epochs: float = setting(0.0, "of linear rise from zero", unit="epochs", at_least=0)
-    grad_clip: float | None = setting(None, "largest global gradient norm; null: no clipping", above=0)
-
-    def check(self) -> None:
-        milestones = self.milestones
-        ok = all(0 < share < 1 for share in milestones) and sorted(set(milestones)) == list(milestones)
-        if not (ok and milestones):
-            raise ConfigError(f"milestones: expected strictly rising shares in (0, 1), got {list(milestones)}")
-        if self.lr_min > self.lr:
-            raise ConfigError(f"lr_min: expected a rate in [0, lr = {self.lr}], got {self.lr_min}")
-        if self.name == "sgd" and self.momentum == 0 and self.nesterov:
-            raise ConfigError("nesterov: expected false when momentum is 0, got true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +120,6 @@ class TrainConfig(Config):
 
     data: DataConfig = setting(DataConfig(), "images")
     model: ModelConfig = setting(ModelConfig(), "what is trained")
-    method: Method.Config = setting(PGDAdversarialTraining.Config(), "how a batch becomes updates of the weights")
-    optim: OptimConfig = setting(OptimConfig(), "the optimiser and its schedule")
     eval: EvalConfig = setting(EvalConfig(), "what is measured")
     run: RunConfig = setting(RunConfig(), "where and how long")
 

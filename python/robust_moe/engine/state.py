@@ -15,10 +15,9 @@ from robust_moe.config import TrainConfig, config_from_dict, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
-from robust_moe.engine.optimizers import keep_with_parameters
-from robust_moe.engine.parameter_groups import regrouped
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
+from robust_moe.optim import keep_with_parameters, regrouped
 from robust_moe.provenance import git_revision, versions
 from robust_moe.settings import plain
 
@@ -115,7 +114,7 @@ class RunState:
             "data": self.data,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"name": self.config.optim.schedule, "step": self.step},  # a pure function of these
+            "schedule": {"name": self.config.optim.schedule.name, "step": self.step},  # a pure function of these
             "precision": self.precision.state_dict(),
             "run_precision": self.precision.precision,  # what run.precision stood for
             "method": self.method.state_dict(),

@@ -120,20 +120,25 @@ def _refuse_unknown(cls: type[Config], kind: type[Config], tree: Mapping[str, An
     for name in tree:
         if name in known:
             continue
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-        near = near or [place for place in _below(cls) if place.rsplit(".", 1)[-1] == name]
+        near = [place for place in _below(cls) if place.rsplit(".", 1)[-1] == name]
         near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f"; did you mean {_dotted(key, near[0])!r}?" if near else ""
         of = f" of {kind.table.what} {cls.name!r}" if kind.table is not None else ""
         raise ConfigError(f"{where}: unknown key {_dotted(key, str(name))!r}{of}{hint}")
 
 
-def _below(cls: type[Config], prefix: str = "") -> list[str]:
-    """Dotted names of all settings in the sections of ``cls``, by its defaults."""
+def _below(cls: type[Config], prefix: str = "", tables: tuple[Any, ...] = ()) -> list[str]:
+    """Dotted names of all settings in the sections of ``cls``, of every component that a section may be, those of
+    ``tables`` apart: a component may have a section of its own kind."""
     found = []
     for field in dataclasses.fields(cls):
         if isinstance(field.default, Config):
-            found += _below(type(field.default), f"{prefix}{field.name}.")
+            below = type(field.default)
+            if below.table is None:
+                found += _below(below, f"{prefix}{field.name}.", tables)
+            elif not any(below.table is table for table in tables):
+                for member in [below, *below.table.values()]:
+                    found += _below(member, f"{prefix}{field.name}.", (*tables, below.table))
         elif prefix:
             found.append(f"{prefix}{field.name}")
     return found
