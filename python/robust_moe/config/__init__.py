@@ -6,8 +6,6 @@ Every field says its meaning, unit and range. An unknown key is refused with the
 from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, resolve_config, save_config
 from robust_moe.config.model import DualConfig, MixtureConfig, ModelConfig, MoEConfig, StandardConfig
 from robust_moe.config.schema import (
-    AugmentConfig,
-    DataConfig,
     EvalConfig,
     MethodConfig,
     OptimConfig,
@@ -17,9 +15,7 @@ from robust_moe.config.schema import (
 from robust_moe.settings import ConfigError, choose, parse_fraction
 
 __all__ = [
-    "AugmentConfig",
     "ConfigError",
-    "DataConfig",
     "DualConfig",
     "EvalConfig",
     "MethodConfig",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from robust_moe.data import DATASETS
+from robust_moe.settings import field_types
+
 __all__ = ["modernised"]
 
 Tree = dict[str, Any]
@@ -36,8 +39,14 @@ def _with_attack(section: Mapping[str, Any]) -> Tree:
     return {**section, "attack": _attack(section["attack"])} if "attack" in section else dict(section)
 
 
+def _data(section: Mapping[str, Any]) -> Tree:
+    """Without the settings of other data sets, such as a null ``root`` of the digits."""
+    own = {"name", *field_types(DATASETS.choose(section["name"], "data.name"))}
+    return {name: value for name, value in section.items() if name in own}
+
+
 # of a section of format 1, the same in the present format
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _with_attack, "eval": _with_attack}
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {"data": _data, "method": _with_attack, "eval": _with_attack}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:
