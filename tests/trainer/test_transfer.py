@@ -13,14 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe.attacks import PGD
 from robust_moe.config import (
-    AugmentConfig,
     MethodConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
     TrainConfig,
 )
-from robust_moe.data import BatchLoader, ImageSet
+from robust_moe.data import AugmentConfig, BatchLoader, ImageSet
 from robust_moe.data.transfer import send
 from robust_moe.engine.meters import Meter
 from robust_moe.engine.optimizers import build_optimizer

@@ -40,9 +40,9 @@ def _with_attack(section: Mapping[str, Any]) -> Tree:
 
 
 def _data(section: Mapping[str, Any]) -> Tree:
-    """Without the settings of other data sets, such as a null ``root`` of the digits."""
-    own = {"name", *field_types(DATASETS.choose(section["name"], "data.name"))}
-    return {name: value for name, value in section.items() if name in own}
+    """Without the root of a data set that has no files."""
+    own = field_types(DATASETS.choose(section["name"], "data.name"))
+    return {name: value for name, value in section.items() if name != "root" or name in own}
 
 
 # of a section of format 1, the same in the present format

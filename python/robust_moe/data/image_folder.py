@@ -24,6 +24,7 @@ class ImageFolder(FolderDataSet):
     Classes are the folders of ROOT/train in alphabetical order; images lie in them at any depth and come in the order
     of their paths. Files whose names do not end as an image's are passed over.
     """
+
     @dataclass(frozen=True, kw_only=True)
     class Config(FolderDataSet.Config):
         """Settings of a folder of images."""

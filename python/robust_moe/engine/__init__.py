@@ -3,7 +3,6 @@
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from robust_moe.engine.cost import epochs_within, passes_of_run
 from robust_moe.engine.ema import WeightAverage
-from robust_moe.engine.experiment import EXPECTED
 from robust_moe.engine.log import MetricLog, read_metrics
 from robust_moe.engine.optimizers import OPTIMIZERS
 from robust_moe.engine.progress import Reporter
@@ -11,7 +10,6 @@ from robust_moe.engine.schedules import SCHEDULES, learning_rate
 from robust_moe.engine.trainer import Trainer, TrainResult
 
 __all__ = [
-    "EXPECTED",
     "OPTIMIZERS",
     "SCHEDULES",
     "CheckpointError",
