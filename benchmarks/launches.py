@@ -69,7 +69,7 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
         model=ModelConfig(name="resnet18", moe=moe), method=PGDAdversarialTraining.Config(attack=attack)
     )
     model = launches.module(lambda _: build_model(config.model, num_classes=10, channels=3, image_size=32)).train()
-    method = PGDAdversarialTraining(config)
+    method = config.method.build(config.model)
     images, labels = _maps(launches, case.batch, 3, 32, 32), launches.tensor(case.batch, dtype=torch.int64)
     batch = Batch(images, labels, labels)
     for _ in range(2):  # an attack is needed to learn which norms may be folded

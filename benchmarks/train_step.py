@@ -128,7 +128,7 @@ def run(options: Options) -> list[Row]:
         plain, mixed = copy.deepcopy(ours), copy.deepcopy(ours)
         for model in (plain, mixed):
             model.set_submodule(LAYER, MaskedLoop(model.get_submodule(LAYER)).train())
-        method = PGDAdversarialTraining(config)
+        method = config.method.build(config.model)
         with full_precision():  # TF32 would move more pixels than rounding may
             _check(ours, plain, method, batches[0])
         plain = plain.to(memory_format=torch.contiguous_format)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from robust_moe.config import (
@@ -17,11 +18,13 @@ from robust_moe.config import (
     MoEConfig,
     StandardConfig,
     TrainConfig,
+    load_config,
 )
+from robust_moe.data import DataError, load_splits
 from robust_moe.engine import CheckpointError, Reporter, Trainer, save_checkpoint
-from robust_moe.engine.experiment import load_experiment, make_model
+from robust_moe.engine.experiment import describe_data, load_experiment, make_model
 from robust_moe.report import assess
-from robust_moe.settings import replaced
+from robust_moe.settings import plain, replaced
 
 DATA = {"name": "some", "class_names": list("0123456789"), "channels": 1, "image_size": 16, "mean": [0.3], "std": [0.5]}
 MIXTURE = MixtureConfig(num_experts=2, routing="hard", router="linear")
@@ -114,17 +117,37 @@ CIFAR10 = {**DATA, "name": "cifar10", "channels": 3, "image_size": 32, "mean": [
     ],
 )
 def test_other_data_than_expected_are_refused(change: dict, got: str):
-    plain = replaced(config(), "data.expects", "cifar10")
+    wanted = replaced(config(), "data.expects", "cifar10")
     for data in (CIFAR10, {**CIFAR10, "name": "parquet:cifar10"}):
-        make_model(plain, data)
+        make_model(wanted, data)
     with pytest.raises(
         ConfigError, match=rf"this configuration is for cifar10 \(10 .* 3x32x32\), got {got}; data\.exp"
     ):
-        make_model(plain, {**CIFAR10, **change})
-    make_model(replaced(plain, "data.expects", None), {**CIFAR10, **change})
-    plain = replaced(plain, "data.expects", "cifar")
+        make_model(wanted, {**CIFAR10, **change})
+    make_model(replaced(wanted, "data.expects", None), {**CIFAR10, **change})
     with pytest.raises(ConfigError, match=r"data\.expects: expected one of cifar10, .* did you mean 'cifar10'"):
-        make_model(plain, CIFAR10)
+        load_config(None, ["data.expects=cifar"])
+
+
+def test_an_evaluation_may_find_the_images_elsewhere(tmp_path: Path):
+    images = tmp_path / "here"
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (images / place).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), 40 * number).save(images / place / f"{number}.png")
+    settings = ["data.name=image_folder", f"data.root={images}", "data.image_size=8", "data.validation_fraction=0.5"]
+    trained = load_config(None, [*settings, "model.width=2", "model.blocks=[1,1]"])
+    splits = load_splits(trained.data, 0)
+    model = make_model(trained, describe_data(splits.train))
+    content = {"config": plain(trained), "data": describe_data(splits.train), "position": {}}
+    save_checkpoint({**content, "model": model.state_dict(), "ema": None}, tmp_path / "last.pt")
+    images.rename(tmp_path / "there")
+    with pytest.raises(DataError, match="here/train: expected a folder"):
+        load_experiment(tmp_path)
+    _, _, again, _ = load_experiment(tmp_path, [f"data.root={tmp_path / 'there'}"])
+    assert torch.equal(again.val.images, splits.val.images)
+    with pytest.raises(ConfigError, match=r"got data\.name=digits \(the checkpoint has image_folder\)$"):
+        load_experiment(tmp_path, ["data.name=digits"])
 
 
 def test_the_share_of_a_dual_model_is_swept_at_evaluation(tiny, tmp_path: Path):

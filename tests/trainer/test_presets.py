@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from robust_moe.config import TrainConfig, load_config, preset_names
-from robust_moe.data import DATASETS
+from robust_moe.data import DATASETS, IMAGE_KINDS
 from robust_moe.engine import Reporter, Trainer, passes_of_run
-from robust_moe.engine.experiment import EXPECTED, make_model
+from robust_moe.engine.experiment import make_model
 from robust_moe.models import DualModel, ExpertMixture
 from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, moe_layers
 
@@ -21,7 +21,7 @@ SMALL = [name for name in preset_names() if f"{name}-small" in preset_names()]
 
 def model_of(config: TrainConfig) -> nn.Module:
     """Without memory for its weights, for the images that the preset is for."""
-    classes, channels, size = EXPECTED.get(config.data.expects, (10, 1, config.data.image_size))
+    classes, channels, size = IMAGE_KINDS.get(config.data.expects, (10, 1, config.data.image_size))
     name = config.data.expects or config.data.name
     data = {"name": name, "class_names": list(map(str, range(classes))), "channels": channels, "image_size": size}
     with torch.device("meta"):

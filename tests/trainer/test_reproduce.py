@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, flatten
+from robust_moe.data import Parquet
 from robust_moe.engine import CheckpointError, Reporter, load_checkpoint
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
@@ -28,6 +29,7 @@ from robust_moe.reproduce.preparation import alone_in, data_digest, load_data, r
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS
 from robust_moe.reproduce.worker import work
+from robust_moe.settings import replaced
 
 TINY = (
     "data.name=digits",
@@ -159,8 +161,12 @@ def test_a_finished_job_is_known_by_what_decides_its_numbers(finished, tmp_path)
     job = jobs["dual-separate", 0]
     before = job.identity()
     assert Job.read(job.write()) == job
-    (elsewhere,) = jobs_of(job, tmp_path / "other", "run.threads=2", "data.root=/moved")
+    (elsewhere,) = jobs_of(job, tmp_path / "other", "run.threads=2", "eval.batch_size=7")
     assert elsewhere.identity() == before
+    files = dataclasses.replace(job.config, data=Parquet.Config(root="/here"))
+    moved = replaced(files, "data.root", "/moved")
+    here, there = (dataclasses.replace(job, config=config).identity() for config in (files, moved))
+    assert here == there != before
     for change in ("method.attack.steps=3", "eval.attack.steps=3", "data.test_limit=20"):
         (changed,) = jobs_of(job, folder, change)
         assert changed.identity() != before, change

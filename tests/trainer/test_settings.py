@@ -236,6 +236,16 @@ def test_one_component_may_have_several_names():
     assert table["b"].owner is Hammer
 
 
+def test_a_component_without_settings_of_its_own_has_those_it_inherits():
+    table = Table("tool")
+    table.register("plane")(type("Plane", (Tool,), {}))
+    table.register("heavy plane")(type("HeavyPlane", (table["plane"].owner,), {}))
+    for name in table:
+        made = table[name](length="1/2")
+        assert (made.name, made.owner.Config, made.values()) == (name, table[name], {"length": Fraction(1, 2)})
+    assert (Tool.Config.name, Tool.Config.owner) == ("", None)
+
+
 def test_a_key_that_stands_twice_is_refused():
     with pytest.raises(ConfigError, match="the key 'a' stands twice"):
         read_yaml("a: 1\na: 2", "file")

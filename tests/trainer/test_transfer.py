@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe.attacks import PGD
 from robust_moe.config import (
-    AugmentConfig,
     ModelConfig,
     MoEConfig,
     TrainConfig,
 )
-from robust_moe.data import BatchLoader, ImageSet
+from robust_moe.data import AugmentConfig, BatchLoader, ImageSet
 from robust_moe.data.transfer import send
 from robust_moe.engine.experiment import make_method
 from robust_moe.engine.meters import Meter

@@ -5,8 +5,6 @@ Every field says its meaning, unit and range. An unknown key is refused with the
 
 from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, resolve_config, save_config
 from robust_moe.config.schema import (
-    AugmentConfig,
-    DataConfig,
     EvalConfig,
     RunConfig,
     TrainConfig,
@@ -15,9 +13,7 @@ from robust_moe.models.config import DualConfig, MixtureConfig, ModelConfig, MoE
 from robust_moe.settings import ConfigError, choose, parse_fraction
 
 __all__ = [
-    "AugmentConfig",
     "ConfigError",
-    "DataConfig",
     "DualConfig",
     "EvalConfig",
     "MixtureConfig",

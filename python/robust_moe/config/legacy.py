@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from robust_moe.attacks import ATTACKS
+from robust_moe.data import DATASETS
 from robust_moe.methods import METHODS
 from robust_moe.optim import OPTIMIZERS, SCHEDULES
 from robust_moe.settings import Table, field_types
@@ -52,8 +53,19 @@ def _optim(tree: Tree) -> Tree:
     return {**kept, "schedule": {"name": schedule, **_of(SCHEDULES, schedule, tree, of_schedules)}}
 
 
+def _data(section: Mapping[str, Any]) -> Tree:
+    """Without the root of a data set that has no files."""
+    own = field_types(DATASETS.choose(section["name"], "data.name"))
+    return {name: value for name, value in section.items() if name != "root" or name in own}
+
+
 # of a section of format 1, the same in the present format
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _method, "eval": _with_attack, "optim": _optim}
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {
+    "data": _data,
+    "method": _method,
+    "optim": _optim,
+    "eval": _with_attack,
+}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:

@@ -6,55 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from robust_moe.attacks import PGD, Attack
+from robust_moe.data import DataSet, Digits
+from robust_moe.methods import Method, PGDAdversarialTraining
 from robust_moe.models.config import ModelConfig
+from robust_moe.optim import SGD, OptimizerConfig
 from robust_moe.settings import Config, ConfigError, setting
 
 __all__ = [
-    "AugmentConfig",
-    "DataConfig",
     "EvalConfig",
     "RunConfig",
     "TrainConfig",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig(Config):
-    """Random changes of training images, drawn on the device for a whole batch."""
-
-    flip: bool = setting(False, "mirror an image left-right half of the time")
-    flip_order: Literal["random", "alternating"] = setting(
-        "random", "of flip: with probability 1/2, or alternating, in every second epoch"
-    )
-    crop_padding: int = setting(
-        0, "zero padding on each side before a random crop of the original size; 0: off", unit="pixels", at_least=0
-    )
-    color_jitter: float = setting(
-        0.0, "j: brightness, contrast and saturation are each scaled by U(1-j, 1+j); 0: off", at_least=0, below=1
-    )
-    cutout: int = setting(0, "side of one square set to zero; 0: off", unit="pixels", at_least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Config):
-    """Which images, and how they are split."""
-
-    name: str = setting("digits", "a key of robust_moe.data.DATASETS")
-    root: str | None = setting(None, "folder of the files; unused by the embedded digits", path=True)
-    image_size: int | None = setting(
-        None, "side that images are resized to; null: the data set's own (digits: 16)", unit="pixels", at_least=1
-    )
-    validation_fraction: float = setting(
-        0.1, "share of the training images held out to choose the checkpoint", at_least=0, below=1
-    )
-    train_limit: int | None = setting(
-        None, "only so many training images, after the split, the first of every class", unit="images", at_least=1
-    )
-    test_limit: int | None = setting(None, "likewise for the test images", unit="images", at_least=1)
-    expects: str | None = setting(
-        None, "refuse images other than those of, e.g., cifar10 (engine.experiment.EXPECTED); null: any"
-    )
-    augment: AugmentConfig = setting(AugmentConfig(), "random changes of training images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +80,10 @@ class RunConfig(Config):
 class TrainConfig(Config):
     """Everything that decides the numbers of a training run."""
 
-    data: DataConfig = setting(DataConfig(), "images")
+    data: DataSet.Config = setting(Digits.Config(), "images")
     model: ModelConfig = setting(ModelConfig(), "what is trained")
+    method: Method.Config = setting(PGDAdversarialTraining.Config(), "how a batch becomes updates of the weights")
+    optim: OptimizerConfig = setting(SGD.Config(), "the optimiser and its schedule")
     eval: EvalConfig = setting(EvalConfig(), "what is measured")
     run: RunConfig = setting(RunConfig(), "where and how long")
 

@@ -3,13 +3,11 @@
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from robust_moe.engine.cost import epochs_within, passes_of_run
 from robust_moe.engine.ema import WeightAverage
-from robust_moe.engine.experiment import EXPECTED
 from robust_moe.engine.log import MetricLog, read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.trainer import Trainer, TrainResult
 
 __all__ = [
-    "EXPECTED",
     "CheckpointError",
     "MetricLog",
     "Reporter",

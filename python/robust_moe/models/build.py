@@ -11,7 +11,8 @@ from torch import nn
 
 from robust_moe_kernels.modules import replace_blocks
 
-from ..config import MixtureConfig, ModelConfig, choose
+from ..settings import choose
+from .config import MixtureConfig, ModelConfig
 from .dual import DualModel
 from .mixture import ExpertMixture
 from .resnet import BasicBlock, Bottleneck, ResNet

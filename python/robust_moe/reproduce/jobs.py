@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
-from robust_moe.settings import plain, replaced
+from robust_moe.settings import plain, read_yaml, replaced
 
 __all__ = ["Job", "expect_overrides", "make_jobs"]
 
@@ -140,8 +140,7 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
     """
     compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
     compared |= {key: name for name in names for key in RUNS[name].parts}
-    load_config(None, overrides)  # settings that there are
-    for key, value in (item.split("=", 1) for item in overrides):
+    for key, value in _chosen(overrides):
         why = None
         if key == "data.root":
             why = "which --data-root gives"
@@ -154,7 +153,18 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
         elif key in compared and not key.startswith("eval.attack."):
             why = f"which makes the run {compared[key]} what it is"
         if why is not None:
-            raise ConfigError(f"{key}: expected no such override, {why}, got {value!r}")
+            raise ConfigError(f"{key}: expected no such override, {why}, got {str(value)!r}")
+
+
+def _chosen(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name, those of a section such as ``method={name: trades}`` or ``method=trades`` too."""
+    sections = {key.removesuffix(".name") for key in flatten(TrainConfig()) if key.endswith(".name")}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if value.startswith("{"):
+            yield from flatten({key: read_yaml(value, key)}).items()
+        else:
+            yield f"{key}.name" if key in sections else key, value
 
 
 def make_jobs(

@@ -28,8 +28,9 @@ class Table(Mapping[str, type[Config]]):
         """A decorator that enters a component under ``name``.
 
         Args:
-            config: its settings; None: the ``Config`` of the decorated class. Settings that are registered already, or
-                are another component's, are subclassed: each name has settings of its own.
+            config: its settings; None: the ``Config`` of the decorated class, and where it has none of its own, a
+                ``Config`` like the one that it inherits. Settings that are registered already are subclassed: each
+                name has settings of its own.
 
         Raises:
             ConfigError: the name is taken.
@@ -45,7 +46,10 @@ class Table(Mapping[str, type[Config]]):
                     f"{self.what} {name!r}: expected a name that is free, got one that {taken.__module__}."
                     f"{taken.__qualname__} has"
                 )
-            if settings.__dict__.get("name"):
+            if config is None and "Config" not in vars(component):
+                settings = component.Config = _named_again(settings)
+                settings.__module__, settings.__qualname__ = component.__module__, f"{component.__qualname__}.Config"
+            elif vars(settings).get("name"):
                 settings = _named_again(settings)
             settings.name, settings.owner = name, component
             self._entries[name] = settings
