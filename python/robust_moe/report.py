@@ -23,6 +23,7 @@ from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import (
     Journal,
+    Stage,
     SuiteResult,
     curve_flag,
     curve_radii,
@@ -45,7 +46,7 @@ from robust_moe.evaluation import (
 from robust_moe.settings import plain
 from robust_moe_kernels.modules import moe_layers
 
-__all__ = ["PRESETS", "SPLITS", "assess", "draw"]
+__all__ = ["PRESETS", "SPLITS", "assess", "draw", "evaluation_stages"]
 
 SPLITS = ("train", "val", "test")
 PRESETS = {
@@ -94,8 +95,6 @@ def assess(
     """
     if split not in SPLITS:
         raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     if count is not None and count < 1:
         raise ConfigError(f"n: expected a count >= 1, got {count}")
     others = _named_results([Path(other) for other in beside])
@@ -144,24 +143,12 @@ class _Evaluation:
         preset: str,
         reporter: Reporter,
     ) -> None:
-        attack = config.eval.attack
         self.config, self.model, self.images, self.index = config.eval, model, images, index
         self.preset, self.reporter, self.seed = preset, reporter, config.eval_seed
-        self.eps = attack.eps
-        version = preset if preset in VERSIONS else None
-        if version is not None and isinstance(attack, AutoAttack.Config):
-            raise ConfigError(
-                f"eval.attack.name: expected another beside preset {preset!r}, which runs 'autoattack' itself"
-            )
-        if preset == "moe" and not isinstance(attack, PGD.Config):
-            raise ConfigError(
-                f"eval.attack.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}"
-            )
-        if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
-            losses = ", ".join(LOSSES)
-            raise ConfigError(f"eval.attack.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
-        self.stages = plan(attack.name, attack.build(seed=self.seed), version, self.seed)
-        self.settings = {"eps": str(self.eps), "norm": attack.norm, "preset": preset, "seed": self.seed}
+        self.eps = config.eval.attack.eps
+        self.stages = evaluation_stages(config, model, preset)
+        norm = config.eval.attack.norm
+        self.settings = {"eps": str(self.eps), "norm": norm, "preset": preset, "seed": self.seed}
         settings = {**self.settings, "batch_size": self.config.batch_size}
         self.identity = identity(model, images.images, images.labels, self.stages, settings, index)
 
@@ -242,6 +229,28 @@ class _Evaluation:
             "journal": journal,
             "task": self.reporter.task,
         }
+
+
+def evaluation_stages(config: TrainConfig, model: nn.Module, preset: str) -> list[Stage]:
+    """The attacks of an evaluation of ``model``, but for those of experts and router, in order.
+
+    Raises:
+        ConfigError: a preset that there is not, or that the attack of ``config.eval`` does not go with.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    attack = config.eval.attack
+    version = preset if preset in VERSIONS else None
+    if version is not None and isinstance(attack, AutoAttack.Config):
+        raise ConfigError(
+            f"eval.attack.name: expected another beside preset {preset!r}, which runs 'autoattack' itself"
+        )
+    if preset == "moe" and not isinstance(attack, PGD.Config):
+        raise ConfigError(f"eval.attack.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}")
+    if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
+        losses = ", ".join(LOSSES)
+        raise ConfigError(f"eval.attack.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
+    return plan(attack.name, attack.build(seed=config.eval_seed), version, config.eval_seed)
 
 
 def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:

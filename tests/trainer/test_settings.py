@@ -219,6 +219,8 @@ def test_where_a_setting_comes_from():
     assert found.config.tool.weight == 4
     assert found.origins["tool.weight"] == "override"
     assert found.origins["label"] == "file"
+    named = resolve(Box, [Layer({"tool": Plain("saw")}, "file"), Layer({"tool": {"teeth": 30}}, "override")]).origins
+    assert named == {"tool.name": "file", "tool.teeth": "override"}
     assert "tool.length" not in found.origins
 
 

@@ -3,7 +3,15 @@
 Every field says its meaning, unit and range. An unknown key is refused with the nearest valid name.
 """
 
-from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, resolve_config, save_config
+from robust_moe.config.files import (
+    config_from_dict,
+    flatten,
+    load_config,
+    preset_names,
+    resolve_config,
+    save_config,
+    yaml_text,
+)
 from robust_moe.config.schema import (
     EvalConfig,
     RunConfig,
@@ -30,4 +38,5 @@ __all__ = [
     "preset_names",
     "resolve_config",
     "save_config",
+    "yaml_text",
 ]

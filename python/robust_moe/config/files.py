@@ -22,7 +22,7 @@ from robust_moe.settings import (
     resolve,
 )
 
-__all__ = ["config_from_dict", "flatten", "load_config", "preset_names", "resolve_config", "save_config"]
+__all__ = ["config_from_dict", "flatten", "load_config", "preset_names", "resolve_config", "save_config", "yaml_text"]
 
 
 def preset_names() -> list[str]:
@@ -121,7 +121,11 @@ def flatten(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write ``config`` as YAML that :func:`load_config` reads back to an equal object."""
+    Path(path).write_text(yaml_text(config), encoding="utf-8")
+
+
+def yaml_text(config: TrainConfig) -> str:
+    """``config`` as the text of a YAML file."""
     import yaml
 
-    text = yaml.safe_dump(plain(config), sort_keys=False, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)

@@ -24,7 +24,7 @@ from robust_moe.settings import plain
 __all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
-_WHERE = ("out", "threads", "accelerator", "devices", "graph")
+_WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
 _HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps")
 NEUTRAL = frozenset(f"run.{name}" for name in _WHERE + _HOW_OFTEN)
 

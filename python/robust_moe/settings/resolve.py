@@ -48,9 +48,11 @@ def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, ke
     """
     cls: type[Config] = kind if default is None else type(default)
     chosen: dict[str, list[Layer]] = {}
+    origins: dict[str, str] = {}
     for tree, where in layers:
         tree = _section(tree, kind, key, where)
         if kind.table is not None and "name" in tree:
+            origins[_dotted(key, "name")] = where
             after = kind.table.choose(str(tree["name"]), _dotted(key, "name"))
             if not issubclass(after, kind):
                 raise ConfigError(f"{_dotted(key, 'name')}: expected {_names(kind)}, got {after.name!r}")
@@ -63,7 +65,6 @@ def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, ke
         for name, value in tree.items():
             if not (name == "name" and kind.table is not None):
                 chosen.setdefault(name, []).append(Layer(value, where))
-    origins = {} if kind.table is None or not layers else {_dotted(key, "name"): layers[-1].where}
     values: dict[str, Any] = {} if default is None else default.values()
     for name, said in chosen.items():
         values[name] = _value(cls, name, said, values, _dotted(key, name), origins)

@@ -1,0 +1,38 @@
+"""Floating-point operations of the expert convolution, for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+Each of the three products multiplies and adds once for every element of the map on the output's side and every weight
+of a filter that reaches it; padding is counted as if it were multiplied, as PyTorch does for its own convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.flop_counter import register_flop_formula
+
+from robust_moe_kernels.ops.expert_conv.op import conv_dgrad, conv_forward, conv_wgrad
+
+__all__: list[str] = []
+
+Shape = Sequence[int]
+
+
+def _product(out: Shape, weight: Shape) -> int:
+    return 2 * math.prod(out) * math.prod(weight[2:])
+
+
+@register_flop_formula(conv_forward)
+def _forward(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return _product(out_shape, weight)
+
+
+@register_flop_formula(conv_dgrad)
+def _dgrad(d_out: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _product(d_out, weight)
+
+
+@register_flop_formula(conv_wgrad)
+def _wgrad(x: Shape, d_out: Shape, offsets: Shape, sample: Shape | None, weight: Shape, *_: Any, **__: Any) -> int:
+    return _product(d_out, weight)
