@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
 )
 def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]):
     with pytest.raises(ConfigError) as error:
-        load_config(None, override.split())
+        load_config(None, re.split(r" (?=method\.)", override))
     for word in words:
         assert word in str(error.value)
 

@@ -75,7 +75,7 @@ def test_two_updates_are_two_optimisers_on_a_half_each(tiny, name):
     model, reference = Two(), Two()
     reference.load_state_dict(model.state_dict())
     batch = Batch(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    engine, _ = updater(config, model, Halves(config))
+    engine, _ = updater(config, model, Halves(config.method, config.model))
     alone = {half: config.optim.build(getattr(reference, half)) for half in ("left", "right")}
     for _ in range(3):
         logs, nonfinite = engine.run(batch, 0)

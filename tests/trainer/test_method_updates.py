@@ -84,7 +84,8 @@ def test_every_method_leaves_modes_and_gradients_alone_and_attacks_for_real(tiny
     ],
 )
 def test_who_moves_at_each_level(tiny, name, form, levels):
-    config = tiny(f"method.name={name}", f"method.form={form}", *(DUAL if name == "jtdmoe" else NETWORKS))
+    chosen = (*DUAL, f"method.form={form}") if name == "jtdmoe" else NETWORKS
+    config = tiny(f"method.name={name}", *chosen)
     model, batch = setting(config)
     found = [{name.split(".")[0] for name in moved} for _, moved in run(make_method(config), model, batch)]
     assert found == levels
@@ -108,7 +109,7 @@ def test_the_router_gets_a_gradient(tiny, case):
     [("standard", 1), ("pgd_at", 1), ("fast_at", 1), ("trades", 2), ("mart", 2), ("free_at", 4), ("rt_er", 2)],
 )
 def test_only_what_is_trained_on_moves_batch_norm_statistics(tiny, name, forwards):
-    config = tiny(f"method.name={name}", "method.attack.steps=5")
+    config = tiny(f"method.name={name}", *(() if name == "standard" else ("method.attack.steps=5",)))
     model, batch = setting(config)
     for _ in run(make_method(config), model, batch):
         pass

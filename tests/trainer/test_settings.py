@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from robust_moe.settings import (
@@ -147,6 +148,7 @@ def test_a_literal_may_mix_text_and_truth_values():
         box({"mode": 1})
 
 
+@hypothesis_settings(deadline=None)
 @given(st.text())
 def test_text_arrives_as_it_was_typed(text: str):
     assert box({"label": Plain(text)}).label == text
@@ -190,6 +192,7 @@ def test_a_path_begins_at_the_home_folder(monkeypatch: pytest.MonkeyPatch):
     assert box({"place": "null"}).place == "null"  # quoted
 
 
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.builds(
         Box,
