@@ -21,6 +21,9 @@ from torch import Tensor
 __all__ = ["KEPT", "KeptMemory"]
 
 _MAPPED_ANEW = 32 * 2**20  # bytes; smaller blocks the C library keeps by itself
+_PRIVATE = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)  # no choice: Windows
 
 
 class KeptMemory:
@@ -75,7 +78,7 @@ class KeptMemory:
             else:
                 self._give_up(max(self._peak, self._used + size) - size)
                 try:
-                    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                    block = mmap.mmap(-1, size, **_PRIVATE)
                 except OSError:
                     return None
                 if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -57,7 +57,10 @@ print(0 < moved.item() <= 8 / 255 + 1e-6, model.conv1.weight.grad.abs().sum().it
 """
 
 BENCHMARKS = """
-from benchmarks.__main__ import main
+import importlib
+from benchmarks.__main__ import BENCHMARKS, main
+assert "torch" not in sys.modules  # nor is it in each worker process of a program, before the program asks for it
+assert all(callable(importlib.import_module(f"benchmarks.{name}").run) for name in BENCHMARKS)
 sys.argv = ["benchmarks", "--help"]
 main()
 """
