@@ -64,8 +64,8 @@ def _read_overrides(overrides: list[str] | None) -> Layer:
         node = tree
         for section in sections:
             below = node.get(section)
-            if isinstance(below, Plain):  # a component by its bare name, e.g. method=trades method.beta=5
-                below = {"name": below}
+            if isinstance(below, Plain):  # of a component the bare name will do: method=trades method.beta=5
+                below = read_yaml(below, key) if below.startswith("{") else {"name": below}
             node[section] = below if isinstance(below, dict) else {}
             node = node[section]
         if isinstance(node.get(last), dict) and re.fullmatch(r"[\w-]+", value):
