@@ -4,7 +4,6 @@ Every field says its meaning, unit and range. An unknown key is refused with the
 """
 
 from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, resolve_config, save_config
-from robust_moe.config.model import DualConfig, MixtureConfig, ModelConfig, MoEConfig, StandardConfig
 from robust_moe.config.schema import (
     AugmentConfig,
     DataConfig,
@@ -20,15 +19,10 @@ __all__ = [
     "AugmentConfig",
     "ConfigError",
     "DataConfig",
-    "DualConfig",
     "EvalConfig",
     "MethodConfig",
-    "MixtureConfig",
-    "MoEConfig",
-    "ModelConfig",
     "OptimConfig",
     "RunConfig",
-    "StandardConfig",
     "TrainConfig",
     "choose",
     "config_from_dict",

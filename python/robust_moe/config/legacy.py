@@ -36,8 +36,23 @@ def _with_attack(section: Mapping[str, Any]) -> Tree:
     return {**section, "attack": _attack(section["attack"])} if "attack" in section else dict(section)
 
 
-# of a section of format 1, the same in the present format
-SECTIONS: dict[str, Callable[[Tree], Tree]] = {"method": _with_attack, "eval": _with_attack}
+def _model(tree: Tree) -> Tree:
+    """A width or depth of null was the network's own; the balance loss is a component now, with its weight."""
+    moe, dual = dict(tree.get("moe", {})), dict(tree.get("dual", {}))
+    weight = moe.pop("balance_weight", None)
+    if weight is not None and moe.get("balance", "entropy") != "none":
+        moe["balance"] = {"name": moe.get("balance", "entropy"), "weight": weight}
+    standard = {key: value for key, value in dual.pop("standard", {}).items() if value is not None}
+    if "experts" in standard:
+        dual["experts"] = standard.pop("experts")
+    if standard:
+        dual["standard"] = standard
+    own = {key: value for key, value in tree.items() if not (key in ("width", "blocks") and value is None)}
+    return own | {"moe": moe, "dual": dual}
+
+
+# Of a section of format 1, the same in the present format.
+SECTIONS: dict[str, Callable[[Tree], Tree]] = {"model": _model, "method": _with_attack, "eval": _with_attack}
 
 
 def modernised(tree: Mapping[str, Any]) -> Tree:

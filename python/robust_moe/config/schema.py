@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from robust_moe.attacks import PGD, Attack
-from robust_moe.config.model import ModelConfig
+from robust_moe.models import ModelConfig, ResNetSmallConfig
 from robust_moe.settings import Config, ConfigError, setting
 
 __all__ = [
@@ -204,7 +204,7 @@ class TrainConfig(Config):
     """Everything that decides the numbers of a training run."""
 
     data: DataConfig = setting(DataConfig(), "images")
-    model: ModelConfig = setting(ModelConfig(), "what is trained")
+    model: ModelConfig = setting(ResNetSmallConfig(), "what is trained")
     method: MethodConfig = setting(MethodConfig(), "how a batch becomes updates of the weights")
     optim: OptimConfig = setting(OptimConfig(), "the optimiser and its schedule")
     eval: EvalConfig = setting(EvalConfig(), "what is measured")

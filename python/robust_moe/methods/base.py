@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.config import ConfigError, MethodConfig, ModelConfig, TrainConfig
+from robust_moe.config import ConfigError, MethodConfig, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.weight_perturbation import WeightPerturbation
-from robust_moe_kernels.modules import BALANCE_LOSSES, balance_loss, moe_layers
+from robust_moe_kernels.modules import balance_loss, moe_layers
 
 __all__ = ["Forward", "Method", "Objective", "Scored", "Update"]
 
@@ -72,14 +72,7 @@ class Method(ABC):
     distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
     def __init__(self, config: TrainConfig) -> None:
-        moe = config.model.moe
-        known = ["none", *BALANCE_LOSSES]
-        if moe.balance not in known:
-            raise ConfigError(f"model.moe.balance: expected one of {', '.join(known)}, got {moe.balance!r}")
-        self.balance = moe.balance if moe.balance_weight > 0 else "none"
-        if self.balance == "load":
-            _expect_noise(config.model)
-        self.balance_weight = moe.balance_weight
+        self.balance = config.model.moe.balance.build()
         _expect_heeded(config, self.heeds)
         self.label_smoothing = config.method.label_smoothing
         self.epoch = 0  # epochs finished; the engine sets these three before each batch
@@ -154,10 +147,10 @@ class Method(ABC):
 
     def balanced(self, model: nn.Module, loss: Tensor, logs: dict[str, Tensor]) -> Scored:
         """``loss`` plus the weighted balance loss of the last forward, where the model has MoE layers."""
-        if self.balance == "none" or not moe_layers(model):
+        if self.balance is None or not moe_layers(model):
             return loss, logs
-        balance = balance_loss(model, self.balance)
-        return loss + self.balance_weight * balance, {**logs, "balance_loss": balance.detach()}
+        balance = balance_loss(model, self.balance.loss)
+        return loss + self.balance.weight * balance, {**logs, "balance_loss": balance.detach()}
 
     def warnings(self) -> list[str]:
         """What the run should say, once each; asked for at the engine's logging interval."""
@@ -182,17 +175,6 @@ def _expect_heeded(config: TrainConfig, heeds: Collection[str]) -> None:
             raise ConfigError(
                 f"method.{name}: expected {unset} for method.name={config.method.name}, which has no such setting, got "
                 f"{value!r}"
-            )
-
-
-def _expect_noise(model: ModelConfig) -> None:
-    """Raise :class:`ConfigError` where the load loss would have no score noise to go by."""
-    routed = {"moe": bool(model.moe.layers), "mixture": model.mixture.num_experts > 0}
-    for section, used in routed.items():
-        if used and not getattr(model, section).noise_std > 0:
-            raise ConfigError(
-                f"model.{section}.noise_std: expected > 0 for model.moe.balance=load, which is about the score noise, "
-                f"got {getattr(model, section).noise_std!r}"
             )
 
 

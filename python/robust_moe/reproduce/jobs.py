@@ -17,7 +17,7 @@ from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
-from robust_moe.settings import plain, replaced
+from robust_moe.settings import plain, read_yaml, replaced
 
 __all__ = ["Job", "expect_overrides", "make_jobs"]
 
@@ -132,27 +132,35 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def _chosen(settings: Sequence[str]) -> dict[str, Any]:
+    """What ``key=value`` settings say, by dotted name, also of those whose value is a whole section."""
+    pairs = (item.split("=", 1) for item in settings)
+    return flatten({key: read_yaml(value, key) if value.startswith("{") else value for key, value in pairs})
+
+
 def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
     """Refuse overrides that would remove what is compared, or that a study does not heed.
 
     Raises:
         ConfigError: a setting by which the runs ``names`` differ, or which the study decides itself.
     """
-    compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
+    compared = {key: name for name in reversed(names) for key in _chosen(RUNS[name].settings)}
     compared |= {key: name for name in names for key in RUNS[name].parts}
+    compared = {key.removesuffix(".name"): name for key, name in compared.items()}  # a component goes by its bare name
     load_config(None, overrides)  # settings that there are
-    for key, value in (item.split("=", 1) for item in overrides):
+    for key, value in _chosen(overrides).items():
+        component = key.removesuffix(".name")
         why = None
         if key == "data.root":
             why = "which --data-root gives"
         elif key in ("run.seed", "run.out"):
             why = "which differs from run to run (--seeds, --runs)"
-        elif key in ("model.moe.balance_weight", "model.dual.alpha"):
+        elif key in ("model.moe.balance.weight", "model.dual.alpha"):
             why = "which the claims are about"
-        elif key.startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
+        elif f"{key}.".startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
             why = f"as all is measured by PGD from one random start ({', '.join(MEASURED)} can be set)"
-        elif key in compared and not key.startswith("eval.attack."):
-            why = f"which makes the run {compared[key]} what it is"
+        elif component in compared and not key.startswith("eval.attack."):
+            why = f"which makes the run {compared[component]} what it is"
         if why is not None:
             raise ConfigError(f"{key}: expected no such override, {why}, got {value!r}")
 
@@ -173,16 +181,16 @@ def make_jobs(
     jobs: dict[tuple[str, int], Job] = {}
 
     @functools.cache
-    def common(name: str) -> TrainConfig:  # read once a run
-        return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides])
+    def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
+        return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides, *parts])
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:
             run = RUNS[name]
             parts = {key: add(part, seed) for key, part in run.parts.items()}
-            config = replaced(replaced(common(name), "run.seed", seed), "run.out", str(folder / name / f"seed-{seed}"))
-            for key, part in parts.items():
-                config = replaced(config, key, str(part.checkpoint))
+            weights = [f"{key}={part.checkpoint}" for key, part in parts.items()]
+            config = replaced(common(name, *weights), "run.seed", seed)
+            config = replaced(config, "run.out", str(folder / name / f"seed-{seed}"))
             jobs[name, seed] = Job(name, seed, config, data, scale.images, scale.sweep_images, run.trained, parts)
         return jobs[name, seed]
 
