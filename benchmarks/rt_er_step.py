@@ -19,10 +19,18 @@ from torch import Tensor, nn
 from benchmarks.harness import Options, Row, check_close, compare
 from benchmarks.train_step import INPUTS, method_step
 from robust_moe.attacks import PGD, attack_mode
-from robust_moe.config import MixtureConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import RTER
-from robust_moe.models import ExpertMixture, build_model
+from robust_moe.models import (
+    BALANCE_LOSSES,
+    ROUTERS,
+    ExpertMixture,
+    MixtureConfig,
+    MoEConfig,
+    ResNetSmallConfig,
+    build_model,
+)
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["PerSample", "run"]
@@ -54,8 +62,8 @@ class PerSample(nn.Module):
 
 
 def _config(form: str, steps: int, width: int) -> TrainConfig:
-    mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router="linear")
-    model = ModelConfig(name="resnet_small", width=width, mixture=mixture, moe=MoEConfig(balance="none"))
+    mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router=ROUTERS["linear"]())
+    model = ResNetSmallConfig(width=width, mixture=mixture, moe=MoEConfig(balance=BALANCE_LOSSES["none"]()))
     attack = PGD.Config(eps="8/255", alpha="2/255", steps=steps)
     return TrainConfig(model=model, method=RTER.Config(form=form, attack=attack))
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from benchmarks.baselines import MaskedLoop
 from benchmarks.harness import Options, Row, check_close, compare, peak_bytes
 from robust_moe.attacks import PGD
-from robust_moe.config import ModelConfig, MoEConfig, TrainConfig
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import Method, PGDAdversarialTraining
-from robust_moe.models import build_model
+from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe.precision import full_precision
 from robust_moe_kernels.ops.attack_step import random_start
 
@@ -36,11 +36,9 @@ APART = 0.05  # share of pixels that rounding may move: a gradient next to zero 
 
 
 def _config(experts: int, width: int) -> TrainConfig:
-    moe = MoEConfig(layers=[LAYER], num_experts=experts, balance="none")
+    moe = MoEConfig(layers=[LAYER], num_experts=experts, balance=BALANCE_LOSSES["none"]())
     attack = PGD.Config(eps="8/255", alpha="2/255", steps=STEPS)
-    return TrainConfig(
-        model=ModelConfig(name="resnet18", width=width, moe=moe), method=PGDAdversarialTraining.Config(attack=attack)
-    )
+    return TrainConfig(model=ResNet18Config(width=width, moe=moe), method=PGDAdversarialTraining.Config(attack=attack))
 
 
 def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,12 +68,13 @@ def _records(model: nn.Module) -> dict[str, RoutingRecord]:
     return records
 
 
-def balance_loss(model: nn.Module, kind: str = "entropy") -> Tensor:
+def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor] = "entropy") -> Tensor:
     """Sum of a balance loss over all mixture-of-experts layers, from their last forward.
 
     Args:
         model: after a forward.
-        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load or z.
+        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load or z; or a function
+            of one layer's record.
 
     Returns:
         A scalar on the graph of that forward; 0 for a model without such layers.
@@ -81,11 +82,12 @@ def balance_loss(model: nn.Module, kind: str = "entropy") -> Tensor:
     Raises:
         ValueError: an unknown kind. RuntimeError: a layer that no forward has reached.
     """
-    if kind not in BALANCE_LOSSES:
+    if not (callable(kind) or kind in BALANCE_LOSSES):
         near = difflib.get_close_matches(str(kind), BALANCE_LOSSES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"kind: expected one of {', '.join(BALANCE_LOSSES)}, got {kind!r}{hint}")
-    losses = [BALANCE_LOSSES[kind](record) for record in _records(model).values()]
+    loss = kind if callable(kind) else BALANCE_LOSSES[kind]
+    losses = [loss(record) for record in _records(model).values()]
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.experts import Experts, StackedConv2d
-from robust_moe_kernels.modules.gates import build_gate, score_noise_scale
+from robust_moe_kernels.modules.gates import Gate, build_gate, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.gate import top_k_route
@@ -157,7 +157,7 @@ class MoELayer(nn.Module):
         )
 
     @classmethod
-    def _build(cls, experts: Experts, gate: str | nn.Module, like: Tensor, init: str, **options: Any) -> Self:
+    def _build(cls, experts: Experts, gate: Gate, like: Tensor, init: str, **options: Any) -> Self:
         expect(init in INITS, "init", f"one of {', '.join(INITS)}", repr(init))
         built = build_gate(gate, experts.in_channels, experts.num_experts)
         if init == "fresh":
@@ -181,7 +181,7 @@ class FusedBlockMoE(MoELayer):
         block: nn.Module,
         num_experts: int = 4,
         top_k: int = 2,
-        gate: str | nn.Module = "gap_fc",
+        gate: Gate = "gap_fc",
         renormalize: bool = True,
         straight_through: bool = True,
         noise_std: float = 0.0,
@@ -198,7 +198,8 @@ class FusedBlockMoE(MoELayer):
                 (its first convolution's ``requires_grad``); the gate is always trained.
             num_experts: E >= 1.
             top_k, renormalize, straight_through, noise_std: see :class:`MoELayer`.
-            gate: a name in ``GATES`` ("gap_fc", "conv_gap") or a module, [B, C, H, W] -> logits [B, E].
+            gate: a name in ``GATES`` ("gap_fc", "conv_gap"), a module, [B, C, H, W] -> logits [B, E], or a function
+                that makes one from (C, E).
             init: "copy" or "fresh".
 
         Raises:
@@ -227,7 +228,7 @@ class FusedConvMoE(MoELayer):
         conv: nn.Conv2d,
         num_experts: int = 4,
         top_k: int = 2,
-        gate: str | nn.Module = "gap_fc",
+        gate: Gate = "gap_fc",
         renormalize: bool = True,
         straight_through: bool = True,
         noise_std: float = 0.0,

@@ -292,6 +292,21 @@ def test_a_gate_of_one_s_own():
     assert moe.routing.indices.tolist() == [[1, 2]] * 6
 
 
+def test_a_function_makes_the_gate():
+    """For the channels and experts of each layer, so that one function serves several."""
+    made = []
+
+    def make(in_channels: int, num_experts: int) -> nn.Module:
+        made.append((in_channels, num_experts))
+        return GATES["conv_gap"](in_channels, num_experts)
+
+    moe = conv_layer(5, gate=make)
+    assert made == [(moe.experts.in_channels, 5)]
+    assert isinstance(moe.gate, GATES["conv_gap"])
+    with raises(ValueError, match="gate: expected one of gap_fc, conv_gap or a module, got None"):
+        conv_layer(gate=None)
+
+
 @mark.parametrize(
     "conv",
     [nn.Linear(4, 4), nn.ConvTranspose2d(4, 4, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))],

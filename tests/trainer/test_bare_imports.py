@@ -37,14 +37,14 @@ for name in json.loads(sys.argv[1]):
 ATTACK_AND_TRAIN = """
 import torch
 from robust_moe.attacks import PGD
-from robust_moe.config import ModelConfig, MoEConfig, TrainConfig
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import PGDAdversarialTraining
-from robust_moe.models import build_model
+from robust_moe.models import MoEConfig, ResNet18Config, build_model
 
 attack = PGD.Config(alpha="2/255", steps=2)
 config = TrainConfig(
-    model=ModelConfig(name="resnet18", width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3)),
+    model=ResNet18Config(width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3)),
     method=PGDAdversarialTraining.Config(attack=attack),
 )
 torch.manual_seed(0)

@@ -53,7 +53,7 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("optim.lrr=1", ["unknown key 'optim.lrr'", "did you mean 'optim.lr'"]),  # a slip of the finger
         ("lr=1", ["unknown key 'lr'", "optim.lr"]),  # the section forgotten
         ("optim.lr.x=1", ["unknown key 'optim.lr.x'"]),  # below a leaf
-        ("model=3", ["model", "section", "3"]),  # a value for a section
+        ("model=3", ["model.name", "resnet_small", "3"]),  # a value for a section
         ("model.moe=null", ["model.moe", "section", "null"]),
         ("optim.lr=fast", ["optim.lr", "fast"]),  # wrong type
         ("run.epochs=1.5", ["run.epochs", "1.5"]),
@@ -104,7 +104,7 @@ def test_every_preset_survives_yaml_and_dict(preset: str, tmp_path: Path):
         ("model.mixture.mix=logit", ["model.mixture.mix", "did you mean 'logits'"]),
         ("model.dual.alpha=1.5", ["model.dual.alpha", "[0, 1]", "1.5"]),
         ("model.dual.mix=probs", ["model.dual.mix", "logits, probabilities", "probs"]),
-        ("model.dual.standard=run/best.pt", ["model.dual.standard", "section", "run/best.pt"]),
+        ("model.dual.standard=run/best.pt", ["model.dual.standard.name", "resnet_small", "run/best.pt"]),
         ("model.dual.standard.width=0", ["model.dual.standard.width", ">= 1", "0"]),
         ("model.dual.standard.blocks=[0]", ["model.dual.standard.blocks", ">= 1", "[0]"]),
         ("eval.seed=-1", ["eval.seed", ">= 0", "-1"]),
@@ -127,7 +127,7 @@ def test_bad_overrides_name_key_expected_and_got(override: str, words: list[str]
     "key",
     [
         "model.moe.noise_std",
-        "model.moe.balance_weight",
+        "model.moe.balance.weight",
         "model.mixture.noise_std",
         "model.dual.alpha",
         "method=trades method.beta",

@@ -49,7 +49,7 @@ def test_demo_leaves_two_runs_a_table_and_figures(tmp_path):
 def test_the_twins_differ_in_their_experts_only():
     routed, dense = (load_config(preset) for preset in PRESETS)
     assert routed.model.moe.layers == ("layer4.1",)
-    assert (routed.model.moe.num_experts, routed.model.moe.top_k, routed.model.moe.gate) == (4, 2, "gap_fc")
+    assert (routed.model.moe.num_experts, routed.model.moe.top_k, routed.model.moe.gate.name) == (4, 2, "gap_fc")
     assert routed.method.attack.steps == 7
     assert routed.eval.attack.steps == 20
     assert replaced(replaced(routed, "model.moe.layers", ()), "run.out", dense.run.out) == dense

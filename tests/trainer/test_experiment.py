@@ -12,26 +12,26 @@ from torch import nn
 
 from robust_moe.config import (
     ConfigError,
-    DualConfig,
-    MixtureConfig,
-    ModelConfig,
-    MoEConfig,
-    StandardConfig,
     TrainConfig,
     load_config,
 )
 from robust_moe.data import DataError, load_splits
 from robust_moe.engine import CheckpointError, Reporter, Trainer, save_checkpoint
 from robust_moe.engine.experiment import describe_data, load_experiment, make_model
+from robust_moe.models import ROUTERS, DualConfig, MixtureConfig, MoEConfig, ResNetSmallConfig
 from robust_moe.report import assess
 from robust_moe.settings import plain, replaced
 
 DATA = {"name": "some", "class_names": list("0123456789"), "channels": 1, "image_size": 16, "mean": [0.3], "std": [0.5]}
-MIXTURE = MixtureConfig(num_experts=2, routing="hard", router="linear")
+MIXTURE = MixtureConfig(num_experts=2, routing="hard", router=ROUTERS["linear"]())
+
+
+def small(**model) -> ResNetSmallConfig:
+    return ResNetSmallConfig(**{"width": 2, "blocks": [1, 1], **model})
 
 
 def config(**model) -> TrainConfig:
-    return TrainConfig(model=ModelConfig(**{"width": 2, "blocks": [1, 1], **model}))
+    return TrainConfig(model=small(**model))
 
 
 # --- weights from earlier runs ------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_warm_start_of_a_plain_model(tmp_path: Path):
 def test_warm_start_of_both_halves(tmp_path: Path):
     robust, standard = config(mixture=MIXTURE), config()
     halves = saved(tmp_path / "robust.pt", robust), saved(tmp_path / "standard.pt", standard)
-    source = DualConfig(True, standard=StandardConfig(init_from=str(tmp_path / "standard.pt")))
+    source = DualConfig(enabled=True, standard=small(init_from=str(tmp_path / "standard.pt")))
     both = config(mixture=MIXTURE, init_from=str(tmp_path / "robust.pt"), dual=source)
     model = make_model(both, DATA)
     assert same(model.robust, halves[0]) and same(model.standard, halves[1])
@@ -75,9 +75,9 @@ def test_warm_start_of_both_halves(tmp_path: Path):
 def test_warm_start_from_another_dual_model(tmp_path: Path):
     """Each half takes its own."""
     path = str(tmp_path / "dual.pt")
-    both = config(mixture=MIXTURE, dual=DualConfig(True))
+    both = config(mixture=MIXTURE, dual=DualConfig(enabled=True))
     trained = saved(tmp_path / "dual.pt", both)
-    again = config(mixture=MIXTURE, init_from=path, dual=DualConfig(True, standard=StandardConfig(init_from=path)))
+    again = config(mixture=MIXTURE, init_from=path, dual=DualConfig(enabled=True, standard=small(init_from=path)))
     assert same(make_model(again, DATA), trained)
 
 
@@ -93,7 +93,7 @@ def test_a_warm_start_that_does_not_fit_is_named(tmp_path: Path):
     saved(path, config())
     with pytest.raises(CheckpointError, match=r"model\.init_from: .*other\.pt: a checkpoint of another architecture"):
         make_model(config(width=4, init_from=str(path)), DATA)
-    source = DualConfig(True, standard=StandardConfig(width=4, init_from=str(path)))
+    source = DualConfig(enabled=True, standard=small(width=4, init_from=str(path)))
     with pytest.raises(CheckpointError, match=r"model\.dual\.standard\.init_from: .* another architecture"):
         make_model(config(dual=source), DATA)
     few = {**DATA, "class_names": ["a", "b"]}

@@ -218,7 +218,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tiny, overrides, words):
     "overrides",
     [
         ["model.moe.balance=load", "model.moe.noise_std=0.1"],
-        ["model.moe.balance=load", "model.moe.balance_weight=0"],
+        ["model.moe.balance=load", "model.moe.balance.weight=0"],
         ["model.moe.balance=load", "model.moe.layers=[]"],  # a dense model has no balance
         ["method.name=trades", "method.attack.loss=kl"],
     ],

@@ -26,7 +26,7 @@ def only_update(config, model, batch, step_seed=0, **options):
 
 
 def test_pgd_at_is_cross_entropy_on_the_attacked_images_plus_balance(tiny):
-    config = tiny("model.moe.balance_weight=0.25")
+    config = tiny("model.moe.balance.weight=0.25")
     model, batch = setting(config)
     output = only_update(config, model, batch, step_seed=9)
     attack = config.method.attack.build(seed=9)
@@ -64,7 +64,7 @@ def test_standard_trains_on_the_images_themselves(tiny):
     assert output.nonfinite is None
 
 
-@pytest.mark.parametrize("switch", ["model.moe.balance=none", "model.moe.balance_weight=0"])
+@pytest.mark.parametrize("switch", ["model.moe.balance=none", "model.moe.balance.weight=0"])
 def test_without_balance_the_loss_is_the_task_loss(tiny, switch):
     config = tiny(switch)
     model, batch = setting(config)
@@ -83,7 +83,7 @@ def test_step_seed_decides_the_random_start(tiny):
 
 
 def test_unknown_names_are_refused_with_what_is_known(tiny):
-    with pytest.raises(ConfigError, match=r"model.moe.balance: expected one of none, entropy.*got 'entropie'"):
+    with pytest.raises(ConfigError, match=r"model.moe.balance.name: expected one of none, entropy.*got 'entropie'"):
         make_method(tiny("model.moe.balance=entropie"))
     with pytest.raises(ConfigError, match=r"method.name: .* did you mean 'pgd_at'"):
         make_method(tiny("method.name=pgdat"))

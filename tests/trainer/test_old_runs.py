@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from robust_moe.config.legacy import modernised
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.checkpoint import load_checkpoint
 from robust_moe.evaluation import read_results
+from robust_moe.models import ROUTERS, MixtureConfig, ModelConfig, ResNet50Config, ResNetSmallConfig
 from robust_moe.optim import SGD, AdamW, Cyclic, MultiStep, OneCycle
 from robust_moe.report import assess
+from robust_moe.settings import plain
 
 OLD = Path(__file__).parent / "old_run"
 
@@ -57,6 +60,45 @@ def test_an_old_optimiser_had_the_settings_of_all():
         config_from_dict(modernised({"optim": {"momentun": 0.5}}))
     with pytest.raises(ConfigError, match=r"optim.name: expected one of .* got 'lion'"):
         config_from_dict(modernised({"optim": {**union, "name": "lion"}}))
+
+
+@pytest.mark.parametrize(
+    ("balance", "weight", "expected"),
+    [
+        ("kl", 0.25, {"name": "kl", "weight": 0.25}),
+        ("none", 0.5, {"name": "none"}),
+        ("z", 0.0, {"name": "z", "weight": 0}),
+    ],
+)
+def test_the_balance_loss_of_an_old_model(balance: str, weight: float, expected: dict[str, Any]):
+    tree = torch.load(OLD / "best.pt", weights_only=True)["config"]
+    tree["model"]["moe"] |= {"balance": balance, "balance_weight": weight}
+    assert plain(config_from_dict(modernised(tree)).model.moe.balance) == expected
+
+
+@pytest.mark.parametrize(
+    ("standard", "expected"),
+    [
+        ({}, ResNetSmallConfig(width=4, blocks=[1, 2])),
+        ({"width": 6}, ResNetSmallConfig(width=6, blocks=[1, 2])),
+        ({"init_from": "a.pt"}, ResNetSmallConfig(width=4, blocks=[1, 2], init_from="a.pt")),
+        ({"name": "resnet50"}, ResNet50Config()),
+        ({"name": "resnet_small", "blocks": [3]}, ResNetSmallConfig(blocks=[3])),
+        (
+            {"experts": True, "width": 6},
+            ResNetSmallConfig(width=6, blocks=[1, 2], mixture=MixtureConfig(num_experts=3, router=ROUTERS["linear"]())),
+        ),
+    ],
+)
+def test_the_standard_half_of_an_old_dual_model(standard: dict[str, Any], expected: ModelConfig):
+    """What it did not say was as in ``model``; with a name of its own width and depth were that network's."""
+    fresh = {"name": None, "width": None, "blocks": None, "experts": False, "init_from": None}
+    tree = torch.load(OLD / "best.pt", weights_only=True)["config"]
+    tree["model"] |= {"width": 4, "init_from": "robust.pt"}
+    tree["model"]["moe"] |= {"layers": []}
+    tree["model"]["mixture"] |= {"num_experts": 3, "router": "linear"}
+    tree["model"]["dual"] |= {"enabled": True, "standard": fresh | standard}
+    assert config_from_dict(modernised(tree)).model.standard() == expected
 
 
 def test_it_goes_on_to_where_it_ended(run: Path):

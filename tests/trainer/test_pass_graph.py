@@ -25,7 +25,7 @@ from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import check_finite, moe_layers, replace_blocks
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BALANCED = ("model.moe.balance=switch", "model.moe.balance_weight=0.1")
+BALANCED = ("model.moe.balance=switch", "model.moe.balance.weight=0.1")
 
 
 def network(noise: float = 0.0) -> nn.Sequential:

@@ -110,7 +110,7 @@ def _speedrun_blockmoe(config: TrainConfig, model: nn.Module) -> None:
     _speedrun(config, 1.17, 85)
     layer = one(model)
     assert isinstance(layer, FusedBlockMoE) and (layer.num_experts, layer.top_k) == (4, 2)
-    assert (config.model.moe.balance, config.model.moe.balance_weight) == ("entropy", 0.5)
+    assert (config.model.moe.balance.name, config.model.moe.balance.weight) == ("entropy", 0.5)
     dense = load_config("speedrun-cifar10-r18")
     for section in ("data", "method", "optim", "eval"):
         assert getattr(config, section) == getattr(dense, section)

@@ -215,6 +215,79 @@ def test_what_is_written_is_read_back_equal(made: Box):
     assert box(plain(made)) == made
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair(Config):
+    other: Tool.Config | None = setting(None, "a second tool; without a name one like the first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blade(Tool.Config):
+    pair: Pair = setting(Pair(), "what it comes with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxeConfig(Blade):
+    edge: float = setting(3.0, "of the blade", unit="mm", above=0)
+
+
+@TOOLS.register("axe", AxeConfig)
+def axe() -> None:
+    """A component that is a function."""
+
+
+def pair(*trees: Any) -> AxeConfig:
+    layers = [Layer(tree, f"layer {place}") for place, tree in enumerate(trees)]
+    return resolve(Box, [Layer({"tool": tree}, where) for tree, where in layers]).config.tool
+
+
+def test_an_optional_section_without_a_name_is_like_the_one_around_it():
+    assert pair("axe").pair.other is None
+    wide = {"name": "axe", "edge": Plain("7"), "length": Plain("2")}
+    like = pair({"pair": {"other": {"length": "5"}}, **wide}).pair.other
+    assert like == AxeConfig(edge=7, length=5)
+    assert pair(wide, {"pair": {"other": {}}}).pair.other == AxeConfig(edge=7)  # but not what every tool has
+    assert pair(wide, {"pair": {"other": {"edge": 1.0}}}).pair.other == AxeConfig(edge=1)
+    assert pair(wide, {"pair": {"other": "saw"}}).pair.other == Saw.Config()
+    assert pair(wide, {"pair": {"other": "axe"}}).pair.other == AxeConfig()  # named: with defaults of its own
+    renamed = pair(wide, {"pair": {"other": {"edge": 1, "length": 5}}}, {"pair": {"other": "saw"}})
+    assert renamed.pair.other == Saw.Config(length=5)
+    made = pair(wide, {"pair": {"other": {"name": "saw", "teeth": 30}}})
+    assert pair(plain(made)) == made
+    assert pair(plain(made), {"pair": {"other": {"teeth": Plain("40")}}}).pair.other == Saw.Config(teeth=40)
+    assert pair(plain(made), {"pair": {"other": Plain("null")}}).pair.other is None
+    assert pair(plain(made), {"pair": {"other": None}}, {"pair": {"other": {}}}).pair.other == AxeConfig(edge=7)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"name": "axe", "pair": {"other": {"tooth": 3}}}, "'tool.pair.other.tooth' of tool 'axe'"),
+        ({"name": "axe", "pair": {"other": {"teeth": 3}}}, "'tool.pair.other.teeth' of tool 'axe'"),
+        ({"name": "axe", "pair": {"other": {"edge": 0}}}, "tool.pair.other.edge: expected a number of mm > 0"),
+        ({"name": "axe", "edge": 0, "pair": {"other": {}}}, "^tool.edge: expected a number of mm > 0"),
+        ({"name": "axe", "pair": {"other": "sow"}}, "tool.pair.other.name: .* did you mean 'saw'"),
+        ({"name": "axe", "pair": {"other": 3}}, "tool.pair.other: expected a section"),
+    ],
+)
+def test_bad_optional_sections_name_key_expected_and_got(tree: Any, words: str):
+    with pytest.raises(ConfigError, match=words):
+        pair(tree)
+
+
+def test_an_optional_section_with_nothing_around_it_needs_a_name():
+    assert resolve(Pair, [Layer({"other": {"name": "saw"}}, "test")]).config.other == Saw.Config()
+    with pytest.raises(ConfigError, match=r"^other\.name: expected 'hammer' or 'saw' or 'axe', got none"):
+        resolve(Pair, [Layer({"other": {"length": "2"}}, "test")])
+    with pytest.raises(ConfigError, match=r"other: expected a .*Config"):
+        Pair(other=Box())
+
+
+def test_what_a_component_is_called_with():
+    assert Saw.Config(teeth=9).arguments(Tool.Config) == {"teeth": 9, "kind": "rip"}
+    named = fixed(Saw.Config, handle="long")(length=3)
+    assert named.arguments(Tool.Config) == {"handle": "long", "teeth": 20, "kind": "rip"}
+
+
 def test_where_a_setting_comes_from():
     found = resolve(
         Box, [Layer({"tool": {"weight": 3.0}, "label": "a"}, "file"), Layer({"tool": {"weight": 4.0}}, "override")]

@@ -17,18 +17,12 @@ from robust_moe.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from robust_moe.models.config import DualConfig, MixtureConfig, ModelConfig, MoEConfig, StandardConfig
 from robust_moe.settings import ConfigError, choose, parse_fraction
 
 __all__ = [
     "ConfigError",
-    "DualConfig",
     "EvalConfig",
-    "MixtureConfig",
-    "MoEConfig",
-    "ModelConfig",
     "RunConfig",
-    "StandardConfig",
     "TrainConfig",
     "choose",
     "config_from_dict",

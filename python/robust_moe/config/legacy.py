@@ -59,9 +59,25 @@ def _data(section: Mapping[str, Any]) -> Tree:
     return {name: value for name, value in section.items() if name != "root" or name in own}
 
 
-# of a section of format 1, the same in the present format
+def _model(tree: Tree) -> Tree:
+    """A width or depth of null was the network's own; the balance loss is a component now, with its weight."""
+    moe, dual = dict(tree.get("moe", {})), dict(tree.get("dual", {}))
+    weight = moe.pop("balance_weight", None)
+    if weight is not None and moe.get("balance", "entropy") != "none":
+        moe["balance"] = {"name": moe.get("balance", "entropy"), "weight": weight}
+    standard = {key: value for key, value in dual.pop("standard", {}).items() if value is not None}
+    if "experts" in standard:
+        dual["experts"] = standard.pop("experts")
+    if standard:
+        dual["standard"] = standard
+    own = {key: value for key, value in tree.items() if not (key in ("width", "blocks") and value is None)}
+    return own | {"moe": moe, "dual": dual}
+
+
+# Of a section of format 1, the same in the present format.
 SECTIONS: dict[str, Callable[[Tree], Tree]] = {
     "data": _data,
+    "model": _model,
     "method": _method,
     "optim": _optim,
     "eval": _with_attack,

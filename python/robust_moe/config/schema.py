@@ -8,7 +8,7 @@ from typing import Literal
 from robust_moe.attacks import PGD, Attack
 from robust_moe.data import DataSet, Digits
 from robust_moe.methods import Method, PGDAdversarialTraining
-from robust_moe.models.config import ModelConfig
+from robust_moe.models import ModelConfig, ResNetSmallConfig
 from robust_moe.optim import SGD, OptimizerConfig
 from robust_moe.settings import Config, ConfigError, setting
 
@@ -81,7 +81,7 @@ class TrainConfig(Config):
     """Everything that decides the numbers of a training run."""
 
     data: DataSet.Config = setting(Digits.Config(), "images")
-    model: ModelConfig = setting(ModelConfig(), "what is trained")
+    model: ModelConfig = setting(ResNetSmallConfig(), "what is trained")
     method: Method.Config = setting(PGDAdversarialTraining.Config(), "how a batch becomes updates of the weights")
     optim: OptimizerConfig = setting(SGD.Config(), "the optimiser and its schedule")
     eval: EvalConfig = setting(EvalConfig(), "what is measured")

@@ -77,10 +77,10 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
         raise ConfigError(str(error)) from error
     if not warm_start:
         return model
-    dual = config.model.dual
     if isinstance(model, DualModel):
         _start_from(model.robust, "robust", config.model.init_from, "model.init_from", size)
-        _start_from(model.standard, "standard", dual.standard.init_from, "model.dual.standard.init_from", size)
+        source = config.model.standard().init_from
+        _start_from(model.standard, "standard", source, "model.dual.standard.init_from", size)
     else:
         _start_from(model, None, config.model.init_from, "model.init_from", size)
     return model
@@ -192,12 +192,12 @@ def load_experiment(
 def _refuse_retraining(trained: TrainConfig, asked: TrainConfig) -> None:
     """Raise ConfigError if ``asked`` differs from ``trained`` in more than :data:`EVALUATION`."""
     before, after = flatten(trained), flatten(asked)
-    unset = object()  # of a setting that the other component does not have
-    changed = [
-        f"{key}={after[key]} (the checkpoint has {before.get(key, 'none')})"
-        for key in after
-        if before.get(key, unset) != after[key] and not any(fnmatchcase(key, pattern) for pattern in EVALUATION)
-    ]
+    absent = "(not set)"
+    changed = []
+    for key in before | after:
+        was, now = before.get(key, absent), after.get(key, absent)
+        if was != now and not any(fnmatchcase(key, pattern) for pattern in EVALUATION):
+            changed.append(f"{key}={now} (the checkpoint has {was})")
     if changed:
         hint = "; eval.seed is the attack's" if before["run.seed"] != after["run.seed"] else ""
         raise ConfigError(

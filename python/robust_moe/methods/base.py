@@ -18,7 +18,7 @@ from robust_moe.methods.table import METHODS
 from robust_moe.methods.weight_perturbation import WeightPerturbation
 from robust_moe.models.config import ModelConfig
 from robust_moe.settings import Config, ConfigError, Table, setting
-from robust_moe_kernels.modules import BALANCE_LOSSES, balance_loss, moe_layers
+from robust_moe_kernels.modules import balance_loss, moe_layers
 
 __all__ = ["TRAINING", "Forward", "Method", "Objective", "Scored", "Update"]
 
@@ -106,14 +106,7 @@ class Method(ABC):
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
         self.config = config
-        moe = model.moe
-        known = ["none", *BALANCE_LOSSES]
-        if moe.balance not in known:
-            raise ConfigError(f"model.moe.balance: expected one of {', '.join(known)}, got {moe.balance!r}")
-        self.balance = moe.balance if moe.balance_weight > 0 else "none"
-        if self.balance == "load":
-            _expect_noise(model)
-        self.balance_weight = moe.balance_weight
+        self.balance = model.moe.balance.build()
         self.label_smoothing = config.label_smoothing if isinstance(config, LabelSmoothing) else 0.0
         self.epoch = 0  # epochs finished; the engine sets these three before each batch
         self.step = 0  # batches finished
@@ -186,10 +179,10 @@ class Method(ABC):
 
     def balanced(self, model: nn.Module, loss: Tensor, logs: dict[str, Tensor]) -> Scored:
         """``loss`` plus the weighted balance loss of the last forward, where the model has MoE layers."""
-        if self.balance == "none" or not moe_layers(model):
+        if self.balance is None or not moe_layers(model):
             return loss, logs
-        balance = balance_loss(model, self.balance)
-        return loss + self.balance_weight * balance, {**logs, "balance_loss": balance.detach()}
+        balance = balance_loss(model, self.balance.loss)
+        return loss + self.balance.weight * balance, {**logs, "balance_loss": balance.detach()}
 
     def warnings(self) -> list[str]:
         """What the run should say, once each; asked for at the engine's logging interval."""
@@ -203,17 +196,6 @@ class Method(ABC):
         """Continue from :meth:`state_dict`. Raises KeyError for one of another method."""
         if state:
             raise KeyError(f"method: expected no state for {type(self).__name__}, got {', '.join(state)}")
-
-
-def _expect_noise(model: ModelConfig) -> None:
-    """Raise :class:`ConfigError` where the load loss would have no score noise to go by."""
-    routed = {"moe": bool(model.moe.layers), "mixture": model.mixture.num_experts > 0}
-    for section, used in routed.items():
-        if used and not getattr(model, section).noise_std > 0:
-            raise ConfigError(
-                f"model.{section}.noise_std: expected > 0 for model.moe.balance=load, which is about the score noise, "
-                f"got {getattr(model, section).noise_std!r}"
-            )
 
 
 def full(logits: Tensor) -> Tensor:

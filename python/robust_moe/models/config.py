@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-from robust_moe.settings import Config, ConfigError, setting
+from torch import nn
 
-__all__ = ["DualConfig", "MixtureConfig", "MoEConfig", "ModelConfig", "StandardConfig"]
+from robust_moe.models.balance import BALANCE_LOSSES, BalanceConfig
+from robust_moe.models.gates import GATES, GateConfig
+from robust_moe.models.images import ImageSpec
+from robust_moe.models.routers import ROUTERS, RouterConfig
+from robust_moe.settings import Config, ConfigError, Table, setting
 
+__all__ = ["MODELS", "DualConfig", "MixtureConfig", "MoEConfig", "ModelConfig", "NetworkConfig"]
 
-def expect_blocks(blocks: tuple[int, ...] | None) -> None:
-    """Raise :class:`ConfigError` for an empty list of stages."""
-    if blocks == ():
-        raise ConfigError("blocks: expected null or a list of counts >= 1, got []")
+MODELS = Table("model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +26,16 @@ class MoEConfig(Config):
     layers: tuple[str, ...] = setting((), "module names, e.g. [layer4.1]; empty: a dense model")
     num_experts: int = setting(4, "E, experts of a layer", at_least=1)
     top_k: int = setting(2, "k, experts a sample is sent to", at_least=1)
-    gate: str = setting("gap_fc", "a key of robust_moe_kernels.modules.GATES")
+    gate: GateConfig = setting(GATES["gap_fc"](), "what scores the experts")
     renormalize: bool = setting(True, "divide the kept scores by their sum (k >= 2)")
     straight_through: bool = setting(True, "k = 1: forward weight exactly 1, gradient through the score")
     noise_std: float = setting(0.0, "standard deviation of the score noise in units of a row's own; 0: off", at_least=0)
-    init: str = setting("fresh", "fresh: experts initialised independently; copy: each starts as the replaced block")
-    balance: str = setting(
-        "entropy", "a key of robust_moe_kernels.modules.BALANCE_LOSSES, or none; of model.mixture too"
+    init: Literal["fresh", "copy"] = setting(
+        "fresh", "fresh: experts initialised independently; copy: each starts as the replaced block"
     )
-    balance_weight: float = setting(0.5, "factor of the balance loss in the training loss", at_least=0)
+    balance: BalanceConfig = setting(
+        BALANCE_LOSSES["entropy"](), "balance loss of all routed layers, of model.mixture and of a dual model too"
+    )
 
     def check(self) -> None:
         if self.top_k > self.num_experts:
@@ -42,11 +46,11 @@ class MoEConfig(Config):
 class MixtureConfig(Config):
     """E copies of the network, each with its own weights, behind a router on the image (docs: ExpertMixture).
 
-    Its balance loss is ``model.moe.balance`` with ``model.moe.balance_weight``.
+    Its balance loss is ``model.moe.balance``.
     """
 
     num_experts: int = setting(0, "E whole networks; 0: no mixture of networks", at_least=0)
-    router: str = setting("cnn", "a key of robust_moe.models.ROUTERS: linear, cnn or gap_fc")
+    router: RouterConfig = setting(ROUTERS["cnn"](), "what scores the networks")
     routing: Literal["soft", "top_k", "hard"] = setting(
         "soft", "soft: all E by their scores; top_k: the best k; hard: the best one"
     )
@@ -66,24 +70,37 @@ class MixtureConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandardConfig(Config):
-    """The standard half F_S of a dual model: what is not set here is as in ``model``.
+class NetworkConfig(Config):
+    """One network, with experts inside it or as the expert of a mixture of networks."""
 
-    By default a single dense network; with ``experts`` it has the experts of ``model`` too.
-    """
+    table: ClassVar[Table] = MODELS
+    normalizes: ClassVar[bool] = False  # whether the network subtracts mean and divides by std itself
 
-    name: str | None = setting(None, "a key of robust_moe.models.MODELS; null: model.name")
-    width: int | None = setting(
-        None, "channels of the first stage; null: model.width, or the architecture's own if name is set", at_least=1
-    )
-    blocks: tuple[int, ...] | None = setting(None, "residual blocks of each stage; null: likewise", at_least=1)
-    experts: bool = setting(False, "as a mixture of experts as well: model.moe.layers and model.mixture apply to it")
     init_from: str | None = setting(
-        None, "checkpoint or run folder that its weights are taken from; null: fresh ones", path=True
+        None, "checkpoint or run folder that weights are taken from; in a dual model those of this half", path=True
     )
+    moe: MoEConfig = setting(MoEConfig(), "experts inside the network")
+    mixture: MixtureConfig = setting(MixtureConfig(), "the network as the expert of a mixture of networks")
 
     def check(self) -> None:
-        expect_blocks(self.blocks)
+        if self.mixture.num_experts > 0 and self.moe.layers:
+            # a routed layer inside a routed network would see, and record, a part of the batch only
+            raise ConfigError(f"moe.layers: expected none, as mixture.num_experts > 0, got {list(self.moe.layers)}")
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        """The network alone, without experts: images -> logits [B, classes].
+
+        By default the registered class or function, called with ``images`` and the network's own settings. Where
+        ``normalizes`` is False the images that it gets are normalised already.
+        """
+        return type(self).owner(images, **self.arguments(ModelConfig))
+
+    def check_images(self, images: ImageSpec, alone: bool) -> None:
+        """Raise ValueError for images that the network cannot take.
+
+        alone: in training it may be sent a single image, as the expert of a mixture; a batch norm over maps of one
+        pixel cannot do with that.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,29 +112,69 @@ class DualConfig(Config):
     mix: Literal["logits", "probabilities"] = setting(
         "probabilities", "what is summed; with probabilities the model returns the logarithm of their sum"
     )
-    standard: StandardConfig = setting(StandardConfig(), "the standard model")
+    experts: bool = setting(
+        False, "the standard model has experts as the robust one: model.moe and model.mixture apply to it"
+    )
+    standard: NetworkConfig | None = setting(
+        None, "the standard model; without a name as model, but for what is set; null: as model, one dense network"
+    )
+
+    def check(self) -> None:
+        half = self.standard
+        if half is None:
+            return
+        if isinstance(half, ModelConfig) and half.dual != DualConfig():
+            raise ConfigError("standard.dual: expected nothing in a half of a dual model, got settings")
+        if half.moe.balance != MoEConfig().balance:
+            raise ConfigError(f"standard.moe.balance: expected none, as it is model.moe's, got {half.moe.balance.name}")
+        if self.experts and (half.moe.layers or half.mixture.num_experts > 0):
+            raise ConfigError("experts: expected false where the standard model has experts of its own, got true")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """A CIFAR-style residual network (3x3 stem, no max-pool), input normalisation inside; or several of them."""
+class ModelConfig(NetworkConfig):
+    """The section ``model``, and the base of the settings of each model in :data:`MODELS`.
 
-    name: str = setting("resnet_small", "a key of robust_moe.models.MODELS")
-    width: int | None = setting(
-        None, "channels of the first stage; null: the architecture's own (64; small: 16)", at_least=1
-    )
-    blocks: tuple[int, ...] | None = setting(
-        None, "residual blocks of each stage; null: the architecture's own", at_least=1
-    )
-    init_from: str | None = setting(
-        None, "checkpoint or run folder that weights are taken from; in a dual model those of F_R", path=True
-    )
-    moe: MoEConfig = setting(MoEConfig(), "experts inside the network")
-    mixture: MixtureConfig = setting(MixtureConfig(), "the network as the expert of a mixture of networks")
+    A model from outside is a class or function that makes a module from ``(images, **its own settings)``, registered
+    with a subclass of this::
+
+        @dataclass(frozen=True, kw_only=True)
+        class MobileConfig(ModelConfig):
+            dropout: float = setting(0.2, "share of features set to zero", at_least=0, below=1)
+
+        @MODELS.register("mobile", MobileConfig)
+        def mobile(images: ImageSpec, dropout: float) -> nn.Module:
+            return torchvision.models.mobilenet_v3_small(num_classes=images.num_classes, dropout=dropout)
+
+    The module maps normalised images to logits: a :class:`~robust_moe.models.Normalize` is put in front of it, unless
+    the settings say ``normalizes: ClassVar[bool] = True``; then it gets images in [0, 1]. ``moe.layers`` are names of
+    submodules of that module.
+    """
+
     dual: DualConfig = setting(DualConfig(), "a standard model beside the one described")
 
     def check(self) -> None:
-        expect_blocks(self.blocks)
-        if self.mixture.num_experts > 0 and self.moe.layers:
-            # a routed layer inside a routed network would see, and record, a part of the batch only
-            raise ConfigError(f"moe.layers: expected none, as mixture.num_experts > 0, got {list(self.moe.layers)}")
+        super().check()
+        if not (self.moe.balance.needs_noise and self.moe.balance.build()):
+            return
+        for key, half in self.halves():
+            used = {"moe": half.moe.layers, "mixture": half.mixture.num_experts > 0}
+            for section in (name for name, on in used.items() if on):
+                noise = getattr(half, section).noise_std
+                if noise == 0:
+                    raise ConfigError(
+                        f"{key}{section}.noise_std: expected > 0 for model.moe.balance={self.moe.balance.name}, which "
+                        f"is about the score noise, got {noise}"
+                    )
+
+    def standard(self) -> NetworkConfig:
+        """F_S of a dual model, described as a model of its own."""
+        dense = {"moe": MoEConfig(), "mixture": MixtureConfig()}
+        half = self.dual.standard or replace(self, **dense, dual=DualConfig(), init_from=None)
+        return replace(half, moe=self.moe, mixture=self.mixture) if self.dual.experts else half
+
+    def halves(self) -> Iterator[tuple[str, NetworkConfig]]:
+        """F_R, and F_S where there is one, with their places below ``model``."""
+        yield "", self
+        if self.dual.enabled:
+            yield "dual.standard.", self.standard()

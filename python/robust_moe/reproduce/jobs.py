@@ -138,7 +138,7 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: a setting by which the runs ``names`` differ, or which the study decides itself.
     """
-    compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
+    compared = {key: name for name in reversed(names) for key, _ in _chosen(RUNS[name].settings)}
     compared |= {key: name for name in names for key in RUNS[name].parts}
     for key, value in _chosen(overrides):
         why = None
@@ -146,9 +146,9 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
             why = "which --data-root gives"
         elif key in ("run.seed", "run.out"):
             why = "which differs from run to run (--seeds, --runs)"
-        elif key in ("model.moe.balance_weight", "model.dual.alpha"):
+        elif key in ("model.moe.balance.weight", "model.dual.alpha"):
             why = "which the claims are about"
-        elif key.startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
+        elif f"{key}.".startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
             why = f"as all is measured by PGD from one random start ({', '.join(MEASURED)} can be set)"
         elif key in compared and not key.startswith("eval.attack."):
             why = f"which makes the run {compared[key]} what it is"
@@ -183,16 +183,16 @@ def make_jobs(
     jobs: dict[tuple[str, int], Job] = {}
 
     @functools.cache
-    def common(name: str) -> TrainConfig:  # read once a run
-        return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides])
+    def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
+        return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides, *parts])
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:
             run = RUNS[name]
             parts = {key: add(part, seed) for key, part in run.parts.items()}
-            config = replaced(replaced(common(name), "run.seed", seed), "run.out", str(folder / name / f"seed-{seed}"))
-            for key, part in parts.items():
-                config = replaced(config, key, str(part.checkpoint))
+            weights = [f"{key}={part.checkpoint}" for key, part in parts.items()]
+            config = replaced(common(name, *weights), "run.seed", seed)
+            config = replaced(config, "run.out", str(folder / name / f"seed-{seed}"))
             jobs[name, seed] = Job(name, seed, config, data, scale.images, scale.sweep_images, run.trained, parts)
         return jobs[name, seed]
 

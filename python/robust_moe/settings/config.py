@@ -41,7 +41,7 @@ class Config:
             value = getattr(self, field.name)
             if isinstance(value, Config):
                 if not isinstance(value, kinds[field.name]):
-                    expected = kinds[field.name].__qualname__
+                    expected = getattr(kinds[field.name], "__qualname__", kinds[field.name])
                     raise ConfigError(f"{field.name}: expected a {expected}, got a {type(value).__qualname__}")
                 continue
             value = finish(field, convert(kinds[field.name], value, field.name))
@@ -55,6 +55,12 @@ class Config:
     def values(self) -> dict[str, Any]:
         """The settings by name, sections as they are."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def arguments(self, base: type[Config]) -> dict[str, Any]:
+        """What the owner is called with, by name: the arguments that the component's name decides, and the settings
+        that ``base``, which every component of the kind has, does not have."""
+        common = field_types(base)
+        return dict(self.fixed) | {name: value for name, value in self.values().items() if name not in common}
 
 
 def replaced(config: C, key: str, value: Any) -> C:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from robust_moe.settings.errors import ConfigError, hint, parse_fraction
 from robust_moe.settings.text import Plain, read_yaml
 
-__all__ = ["convert", "expect_in_range", "finish", "setting"]
+__all__ = ["convert", "expect_in_range", "finish", "is_null", "is_union", "setting"]
 
 INTEGER = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -56,7 +56,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind)
 
 
-def _is_union(kind: Any) -> bool:
+def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType)
 
 
@@ -118,7 +118,7 @@ def _text(value: object, key: str) -> str:
 SIMPLE = {int: _integer, float: _float, Fraction: _fraction, bool: _boolean, str: _text}
 
 
-def _is_null(value: object, kind: Any) -> bool:
+def is_null(value: object, kind: Any) -> bool:
     """``null`` without quotes; also ``~`` where no text, and so no home folder, can be meant."""
     if value is None:
         return True
@@ -147,9 +147,9 @@ def convert(kind: Any, value: object, key: str) -> Any:
     """
     if kind is Any:
         return value
-    if _is_union(kind):
+    if is_union(kind):
         members = _choices(kind)
-        if type(None) in members and _is_null(value, kind):
+        if type(None) in members and is_null(value, kind):
             return None
         rest = [member for member in members if member is not type(None)]
         for member in rest[:-1]:
