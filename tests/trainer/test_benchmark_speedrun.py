@@ -66,7 +66,7 @@ def test_an_arm_puts_one_ingredient_back_and_the_baseline_all():
     changed = {}
     for arm, settings in ARMS.items():
         found = flatten(load_config(None, [*RECIPE, *settings]))
-        changed[arm] = {(key, str(found[key])) for key in found if found[key] != full[key]}
+        changed[arm] = {(key, str(found[key])) for key in found if found[key] != full.get(key)}
     baseline = changed.pop(BASELINE)
     assert changed.pop(FULL) == set()
     assert baseline == set().union(*changed.values())
@@ -218,7 +218,7 @@ def test_two_workers_find_the_same(images, whole, tmp_path):
     ("more", "words"),
     [
         (("--data", "nowhere"), "train.parquet: expected a file, got none"),
-        (("--set", "optim.lrr=1"), "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (("--set", "optim.lrr=1"), "unknown key 'optim.lrr' of optimiser 'sgd'; did you mean 'optim.lr'?"),
         (("--arms", "no averages"), "invalid choice: 'no averages'"),
         (("--images", "0"), "--images: expected a count >= 1, got 0"),
     ],

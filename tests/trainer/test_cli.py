@@ -72,7 +72,7 @@ def test_train_then_eval(config, tmp_path):
     ("arguments", "words"),
     [
         (["train", "digits-blokmoe"], "did you mean 'digits-blockmoe'"),
-        (["train", "CONFIG", "optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
+        (["train", "CONFIG", "optim.lrr=1"], "unknown key 'optim.lrr' of optimiser 'sgd'; did you mean 'optim.lr'"),
         (["train", "CONFIG", "method.name=pgdat"], "did you mean 'pgd_at'"),
         (["train", "CONFIG", "data.name=digit"], "did you mean 'digits'"),
         (["train", "CONFIG", "data.name=parquet", "data.root=/nowhere"], "/nowhere/train.parquet"),
