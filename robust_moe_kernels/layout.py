@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -35,15 +36,25 @@ class Geometry(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def output_size(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the output map."""
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> Self:
+        """The inverse of ``numbers``."""
+        down, across, top, left, step_down, step_across = numbers
+        return cls((down, across), (top, left), (step_down, step_across))
+
+    def numbers(self) -> list[int]:
+        """The six integers in order, for a registered operation, whose schema knows no other type."""
+        return [*self.stride, *self.padding, *self.dilation]
+
+    def output_size(self, height: int, width: int, kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the output map; ``kernel``: those of the filters."""
         sizes = zip((height, width), kernel, self.stride, self.padding, self.dilation, strict=True)
         high, wide = ((size + 2 * pad - step * (k - 1) - 1) // stride + 1 for size, k, stride, pad, step in sizes)
         return high, wide
 
     def output_like(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
         """An uninitialised channels-last output for input x [*, I, H, W] and weight [E, O, I, kh, kw]."""
-        size = self.output_size(x.shape[2], x.shape[3], tuple(weight.shape[3:]))
+        size = self.output_size(x.shape[2], x.shape[3], weight.shape[3:])
         return channels_last_empty(x, (rows, weight.shape[1], *size))
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe_kernels.layout import dense_format, expert_of_row
+from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
@@ -163,18 +163,18 @@ class StackedConv2d(Experts):
 
         return super()._apply(as_matrix, recurse)
 
-    def geometry(self) -> tuple[int, ...] | None:
-        """Stride, padding and dilation for the engine, or ``None`` for what it does not compute (groups, odd
+    def geometry(self) -> Geometry | None:
+        """As the engine takes it, or ``None`` for what it does not compute (groups, odd
         "same")."""
         padding = self.padding
         if self.groups != 1:
             return None
         if isinstance(padding, str):
-            reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[3:], strict=True)]
-            if padding == "same" and any(r % 2 for r in reach):
+            high, wide = (d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[3:], strict=True))
+            if padding == "same" and (high % 2 or wide % 2):
                 return None
-            padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
-        return (*self.stride, *padding, *self.dilation)
+            padding = (high // 2, wide // 2) if padding == "same" else (0, 0)
+        return Geometry(self.stride, padding, self.dilation)
 
     def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         geometry = self.geometry()
@@ -182,7 +182,7 @@ class StackedConv2d(Experts):
             return super().mix(x, route, weights)
         dtype = engine_dtype(x)
         rows = dispatch(x.to(dtype), route)
-        rows = expert_conv(rows, self.weight.to(dtype), route.offsets, geometry[:2], geometry[2:4], geometry[4:])
+        rows = expert_conv(rows, self.weight.to(dtype), route.offsets, *geometry)
         if self.bias is not None:
             expert = expert_of_row(route.offsets, len(rows))
             rows = rows + self.bias.index_select(0, expert)[:, :, None, None]

@@ -179,8 +179,12 @@ class Call(NamedTuple):
             return None
         return cls(*pairs, groups)
 
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation)
+
     def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        size = Geometry(*self[:3]).output_size(x.shape[2], x.shape[3], tuple(weight.shape[2:]))
+        size = self.geometry.output_size(x.shape[2], x.shape[3], weight.shape[2:])
         return (x.shape[0], weight.shape[0], *size)
 
 
@@ -209,7 +213,7 @@ class _Fused(torch.autograd.Function):
         last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
         if _engine_takes(filters, call):
-            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], _geometry(call), AUTO)
+            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], call.geometry, AUTO)
             out.add_(shift[:, None, None])
         else:
             out = torch.conv2d(rows, filters.contiguous(memory_format=torch.channels_last), shift, *call)
@@ -233,7 +237,7 @@ class _Fused(torch.autograd.Function):
             engine = ctx.how == "in place" and _engine_takes(filters, call)
             if engine and not torch.is_grad_enabled() and not _is_batched(d):
                 rows = d.contiguous(memory_format=torch.channels_last)
-                d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
+                d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], call.geometry, AUTO)
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
             else:
                 d_x, _, _ = torch.ops.aten.convolution_backward(
@@ -272,10 +276,6 @@ def _engine_takes(filters: Tensor, call: Call) -> bool:
 def _whole(x: Tensor) -> Tensor:
     """All rows are the one expert's."""
     return torch.tensor([0, x.shape[0]])
-
-
-def _geometry(call: Call) -> list[int]:
-    return [*call.stride, *call.padding, *call.dilation]
 
 
 def _channels_last(tensor: Tensor) -> bool:

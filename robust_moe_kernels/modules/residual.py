@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.layout import Geometry, dense_format
 from robust_moe_kernels.modules.experts import (
     Experts,
     StackedBatchNorm2d,
@@ -181,7 +181,7 @@ class ResidualExperts(Experts):
         # A copy leads its own life: what was folded for the attack on this one would not follow its numbers.
         return {**self.__dict__, "folded": None}
 
-    def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, tuple[int, ...]]]] | None:
+    def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, Geometry]]] | None:
         """(pooling before the skip's convolution, every convolution with its norm and geometry, the skip's last);
         ``None`` where the engine does not compute the block: biases, groups, a skip of another form."""
         pairs = [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.depth + 1)]

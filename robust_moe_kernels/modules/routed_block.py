@@ -109,7 +109,7 @@ class _RoutedBlock(torch.autograd.Function):
             if i == plan.depth:  # the skip
                 source, index = x if x_skip is None else x_skip, sample
             made = tiles.of(parameters[0], source.shape[2:], False, layer)
-            z = conv_forward(source, parameters[0], offsets, index, made, list(layer.geometry), AUTO)
+            z = conv_forward(source, parameters[0], offsets, index, made, layer.geometry, AUTO)
             first = FIXED + PER_LAYER * i + 1
             wants_gradient = any(ctx.needs_input_grad[first : first + 2])
             norm = _normalize(z, offsets, parameters[1:], layer, wants_gradient)

@@ -75,12 +75,13 @@ why_not = triton_support.why_not
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def why_not_case(x: Tensor, weight: Tensor) -> str | None:
+def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
+    kinds = [tensor.dtype for tensor in operands]
+    if kinds[0] == torch.bfloat16 and not operands[0].is_cuda:
         return "Triton's interpreter cannot multiply bfloat16 matrices"
-    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
-        return f"the Triton convolution computes float32, float16 and bfloat16, not {x.dtype} with {weight.dtype}"
+    if kinds[0] not in _DTYPES or any(kind != kinds[0] for kind in kinds):
+        return f"the Triton convolution computes float32, float16 and bfloat16, not {' with '.join(map(str, kinds))}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -61,17 +62,17 @@ def power_of_two(value: int, at_least: int) -> int:
     return max(at_least, triton.next_power_of_2(value))
 
 
-def _is_mirrored(geometry: Geometry, kernel: tuple[int, ...]) -> bool:
+def _is_mirrored(geometry: Geometry, kernel: Sequence[int]) -> bool:
     """Whether an input pixel's gradient reads the window of outputs that the output in its place reads of inputs, taps
     in opposite order: stride 1 and a padding of half of what the filter spans, e.g. 3x3 with padding 1."""
     spans = [dilation * (taps - 1) for dilation, taps in zip(geometry.dilation, kernel, strict=True)]
-    return tuple(geometry.stride) == (1, 1) and spans == [2 * padding for padding in geometry.padding]
+    return geometry.stride == (1, 1) and spans == [2 * padding for padding in geometry.padding]
 
 
 def sizes_of(weight: Tensor, height: int, width: int, geometry: Geometry) -> dict[str, int]:
     """What the kernels are told of a convolution of maps of that height and width, by the names of GEOMETRY."""
-    out_size = geometry.output_size(height, width, tuple(weight.shape[3:]))
-    numbers = (height, width, *out_size, *weight.shape[3:], *geometry.stride, *geometry.padding, *geometry.dilation)
+    out_size = geometry.output_size(height, width, weight.shape[3:])
+    numbers = (height, width, *out_size, *weight.shape[3:], *geometry.numbers())
     return dict(zip(GEOMETRY, numbers, strict=True))
 
 
@@ -97,7 +98,7 @@ class Product(NamedTuple):
         """The product of ``rows`` rows by these filters; height and width are the convolution's input map's."""
         experts, outputs, inputs, *kernel = weight.shape
         sizes = sizes_of(weight, height, width, geometry)
-        mirror = backward and _is_mirrored(geometry, tuple(kernel))
+        mirror = backward and _is_mirrored(geometry, kernel)
         forward = mirror or not backward
         parts, pixels = 1, sizes["out_h"] * sizes["out_w"]
         if not forward:

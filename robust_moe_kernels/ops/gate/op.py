@@ -100,12 +100,12 @@ torch.library.define(
 
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    return _finite(GATE.choose(impl, logits.device.type).forward(logits.contiguous(), top_k, mode))
+    return _finite(GATE.choose(impl, logits).forward(logits.contiguous(), top_k, mode))
 
 
 @torch.library.impl(_SORTED, "default")
 def _forward_sorted(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    return _finite(GATE.choose(impl, logits.device.type).forward_sorted(logits.contiguous(), top_k, mode))
+    return _finite(GATE.choose(impl, logits).forward_sorted(logits.contiguous(), top_k, mode))
 
 
 def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ def _backward(
 ) -> Tensor:
     gradients = (d_scores, d_weights, d_mean_scores, d_mean_entropy, d_mean_square_lse)
     dense = (None if gradient is None else gradient.contiguous() for gradient in gradients)
-    chosen = GATE.choose(impl, logits.device.type)
+    chosen = GATE.choose(impl, logits)
     return chosen.backward(logits.contiguous(), scores.contiguous(), indices.contiguous(), *dense, mode)
 
 

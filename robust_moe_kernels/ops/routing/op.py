@@ -60,7 +60,7 @@ torch.library.define(_NAME, "(Tensor indices, int num_experts, str impl) -> (Ten
 
 @torch.library.impl(_NAME, "default")
 def _sort_by_expert(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
-    chosen = ROUTING.choose(impl, indices.device.type)
+    chosen = ROUTING.choose(impl, indices)
     outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts, indices.shape[1])
     if indices.device.type == "cpu" and outputs[-1].item():
         raise ValueError(
