@@ -8,7 +8,16 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "channels_last", "channels_last_empty", "dense", "dense_format", "expert_of_row", "rows_like"]
+__all__ = [
+    "Geometry",
+    "channels_last",
+    "channels_last_empty",
+    "dense",
+    "dense_format",
+    "expert_of_row",
+    "pair_of",
+    "rows_like",
+]
 
 
 def dense_format(tensor: Tensor) -> torch.memory_format:
@@ -27,6 +36,12 @@ def rows_like(x: Tensor, rows: int) -> Tensor:
     """An uninitialised tensor of ``rows`` maps like those of the dense tensor x, in its memory format."""
     strides = (x.shape[1:].numel(), *x.stride()[1:])
     return x.new_empty_strided((rows, *x.shape[1:]), strides)
+
+
+def pair_of(numbers: Sequence[int]) -> tuple[int, int]:
+    """Two numbers, (vertical, horizontal), as a tuple of two; raises ``ValueError`` for more or fewer."""
+    vertical, horizontal = numbers
+    return vertical, horizontal
 
 
 class Geometry(NamedTuple):
@@ -66,7 +81,7 @@ def channels_last(tensor: Tensor) -> Tensor:
     return channels_last_empty(tensor, (n, c, h, w)).copy_(tensor)
 
 
-def channels_last_empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def channels_last_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised channels-last tensor [N, C, H, W] with the dtype and device of ``like``."""
     n, c, h, w = shape
     return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))

@@ -42,7 +42,8 @@ class _Option(Generic[T]):
         return self if layer is None else getattr(layer.route_options, self.name)
 
     def __set__(self, layer: MoELayer, value: T) -> None:
-        layer.route_options = replace(layer.route_options, **{self.name: value})
+        changed: dict[str, Any] = {self.name: value}
+        layer.route_options = replace(layer.route_options, **changed)
 
 
 class MoELayer(nn.Module):
@@ -229,7 +230,7 @@ class FusedBlockMoE(MoELayer):
         layer = cls._build(
             ResidualExperts(block, num_experts),
             gate,
-            block.conv1.weight,
+            block.get_parameter("conv1.weight"),
             init,
             top_k=top_k,
             renormalize=renormalize,

@@ -68,12 +68,13 @@ class TilePlans:
         """For a convolution of maps of ``size`` by filters ``weight``, or for its input gradient."""
         if not self.needed:
             return []
-        key = plan_key(weight, self.rows, *size, backward, layer.geometry)
+        height, width = size
+        key = plan_key(weight, self.rows, height, width, backward, layer.geometry)
         if key is None:  # nor do the block's other products need one
             self.needed = False
             return []
         if key not in self.made:
-            self.made[key] = conv_plan(weight, self.offsets, self.rows, *size, backward, layer.geometry, AUTO)
+            self.made[key] = conv_plan(weight, self.offsets, self.rows, height, width, backward, layer.geometry, AUTO)
         return self.made[key]
 
 
@@ -205,4 +206,4 @@ class Backward:
     def _through_conv(self, i: int, d_z: Tensor, size: torch.Size) -> Tensor:
         layer = self.plan.layers[i]
         tiles = self.tiles.of(self.filters[i], size, True, layer)
-        return conv_dgrad(d_z, self.filters[i], self.offsets, tiles, *size, layer.geometry, AUTO)
+        return conv_dgrad(d_z, self.filters[i], self.offsets, tiles, size[0], size[1], layer.geometry, AUTO)

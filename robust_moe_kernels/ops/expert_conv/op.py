@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
-from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty
+from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty, pair_of
 
 __all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]
 
@@ -64,7 +64,7 @@ def expert_conv(
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         ok = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(n) is int and n >= least for n in pair)
         expect(ok, name, f"two integers >= {least}", repr(pair))
-    geometry = Geometry(*(tuple(pair) for pair in (stride, padding, dilation)))
+    geometry = Geometry(pair_of(stride), pair_of(padding), pair_of(dilation))
     size = geometry.output_size(x.shape[2], x.shape[3], weight.shape[3:])
     expect(min(size) >= 1, "x", "maps that give an output of at least 1x1", f"{list(x.shape)} -> {list(size)}")
     return _Conv.apply(x, weight, _checked(offsets, x.shape[0]), geometry, impl)

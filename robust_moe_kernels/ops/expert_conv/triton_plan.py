@@ -28,7 +28,7 @@ PLAN_OPTIONS = {"num_warps": 4}
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own convolutions are told to (``torch.backends.cudnn``)."""
-    tf32 = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
 
 
@@ -44,10 +44,9 @@ def kind_of(dtype: torch.dtype, *channels: int) -> str:
 @cache
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return Gpu(
-        10 * properties.major + properties.minor, properties.shared_memory_per_block_optin,
-        properties.multi_processor_count, TensorDescriptor is not None,
-    )  # fmt: skip
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in PyTorch's stubs
+    capability = 10 * properties.major + properties.minor
+    return Gpu(capability, shared, properties.multi_processor_count, TensorDescriptor is not None)
 
 
 def gpu_of(device: torch.device) -> Gpu:

@@ -70,7 +70,8 @@ def top_k_route(
     GPU a kernel less than one after the other."""
     mode = _checked_mode(logits, top_k, renormalize, straight_through)
     outputs = torch.ops.robust_moe_kernels.top_k_route(logits, top_k, mode, impl)
-    return GateOutput(*outputs[:_FIELDS]), Route(*outputs[_FIELDS:], top_k)
+    order, sample, inverse, offsets, invalid = outputs[_FIELDS:]
+    return GateOutput(*outputs[:_FIELDS]), Route(order, sample, inverse, offsets, invalid, top_k)
 
 
 def _checked_mode(logits: Tensor, top_k: int, renormalize: bool, straight_through: bool) -> int:
