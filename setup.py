@@ -234,7 +234,11 @@ setup(
         *find_packages(include=["robust_moe_kernels", "robust_moe_kernels.*"]),
         *find_packages("python", include=["robust_moe", "robust_moe.*"]),
     ],
-    package_data={"robust_moe": ["presets/*.yaml"], "robust_moe_kernels.ops.expert_conv": ["tiles.json"]},
+    package_data={
+        "robust_moe": ["presets/*.yaml", "py.typed"],
+        "robust_moe_kernels": ["py.typed"],
+        "robust_moe_kernels.ops.expert_conv": ["tiles.json"],
+    },
     ext_modules=[] if MODE == "none" else [extension()],
     cmdclass={"build_ext": BuildNative},
 )

@@ -205,14 +205,13 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
             enter(mock.patch.object(module, "is_plain", lambda tensor: isinstance(tensor, Tensor)))
         enter(mock.patch.object(gates, "FUSED", {*gates.FUSED, "cpu"}))
         enter(mock.patch.dict(experts._ENGINE, cpu=("triton", experts._ENGINE["cuda"][1])))
-        Op.choose.cache_clear()
-        stack.callback(Op.choose.cache_clear)
         yield
 
 
-def _any_half_or_single(x: Tensor, weight: Tensor) -> str | None:
+def _any_half_or_single(*operands: Tensor) -> str | None:
     """bfloat16 too, which Triton's interpreter, alone of all, cannot multiply."""
-    return None if x.dtype == weight.dtype != torch.float64 else "float64, or two dtypes"
+    kinds = {tensor.dtype for tensor in operands}
+    return None if len(kinds) == 1 and torch.float64 not in kinds else "float64, or two dtypes"
 
 
 class Profiled:

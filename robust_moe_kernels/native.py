@@ -5,17 +5,18 @@ The extension knows no tensor type. It takes addresses, sizes and a dtype code; 
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
 
+_extension: ModuleType | None = None
+_import_error = ""
 try:
-    from robust_moe_kernels import _C as _extension
+    _extension = importlib.import_module("robust_moe_kernels._C")
 except ImportError as error:
-    _extension, _import_error = None, str(error)
-else:
-    _import_error = ""
+    _import_error = str(error)
 
 __all__ = [
     "address", "dtype_code", "extension", "has_cuda", "on_device", "on_gpu", "run", "stream", "threads", "why_not_cpu",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
-from robust_moe_kernels.layout import Geometry
+from robust_moe_kernels.layout import Geometry, pair_of
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
@@ -47,7 +47,8 @@ def scales_and_shifts(pairs: list[tuple[Tensor | None, Norm]]) -> list[tuple[Ten
         return torch.cat(filled).double()
 
     with torch.no_grad():
-        mean, variance = (joined([norm[i] for _, norm in pairs], 0.0) for i in range(2))
+        mean = joined([norm.mean for _, norm in pairs], 0.0)
+        variance = joined([norm.variance for _, norm in pairs], 0.0)
         epsilons = {norm.eps for _, norm in pairs}
         if len(epsilons) == 1:
             scale = (variance + epsilons.pop()).rsqrt()
@@ -143,7 +144,8 @@ class FoldedConv:
         how = fuses(x, dtype)
         if how:
             return _Fused.apply(x, other, self, call, relu, dtype, how)
-        out = torch.conv2d(x, *self.tensors(dtype), *call)
+        filters, shift = self.tensors(dtype)
+        out = torch.conv2d(x, filters, shift, *call)
         if other is not None:
             out = out.add_(other)  # in place: neither a convolution nor an addition saves its output
         return out.relu_() if relu else out
@@ -174,13 +176,17 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, stride: Any, padding: Any, dilation: Any, groups: Any) -> Self | None:
         """``None`` for a form that is not two integers each, such as padding by name."""
-        pairs = [tuple(pair) if isinstance(pair, tuple | list) else pair for pair in (stride, padding, dilation)]
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
-            return None
-        return cls(*pairs, groups)
+        for pair in (stride, padding, dilation):
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(n) is int for n in pair):
+                return None
+        return cls(pair_of(stride), pair_of(padding), pair_of(dilation), groups)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation)
 
     def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        size = Geometry(*self[:3]).output_size(x.shape[2], x.shape[3], tuple(weight.shape[2:]))
+        size = self.geometry.output_size(x.shape[2], x.shape[3], weight.shape[2:])
         return (x.shape[0], weight.shape[0], *size)
 
 
@@ -209,7 +215,7 @@ class _Fused(torch.autograd.Function):
         last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
         if _engine_takes(filters, call):
-            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], _geometry(call), AUTO)
+            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], call.geometry, AUTO)
             out.add_(shift[:, None, None])
         else:
             out = torch.conv2d(rows, filters.contiguous(memory_format=torch.channels_last), shift, *call)
@@ -233,7 +239,9 @@ class _Fused(torch.autograd.Function):
             engine = ctx.how == "in place" and _engine_takes(filters, call)
             if engine and not torch.is_grad_enabled() and not _is_batched(d):
                 rows = d.contiguous(memory_format=torch.channels_last)
-                d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
+                d_x = conv_dgrad(
+                    rows, conv.engine_filters(), _whole(x), [], x.shape[2], x.shape[3], call.geometry, AUTO
+                )
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
             else:
                 d_x, _, _ = torch.ops.aten.convolution_backward(
@@ -256,7 +264,7 @@ def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, re
     offsets, order, ones = conv.rows(z)
     if _channels_last(z) and other is None:
         return scale_shift(z, offsets, one, shift, relu, AUTO)
-    if _channels_last(z) and relu and _channels_last(other):
+    if other is not None and relu and _channels_last(z) and _channels_last(other):
         return head_forward(z, one, shift, other, None, None, order, order, offsets, ones, AUTO)
     out = z.float().add_(shift[0, :, None, None])
     out = out if other is None else out.add_(other)
@@ -272,10 +280,6 @@ def _engine_takes(filters: Tensor, call: Call) -> bool:
 def _whole(x: Tensor) -> Tensor:
     """All rows are the one expert's."""
     return torch.tensor([0, x.shape[0]])
-
-
-def _geometry(call: Call) -> list[int]:
-    return [*call.stride, *call.padding, *call.dilation]
 
 
 def _channels_last(tensor: Tensor) -> bool:

@@ -59,9 +59,9 @@ class FoldedConvs:
         """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
         found = []
         for weight, bias in self.weights.values():
-            chain = self._known.chains[id(weight)] if self._known.is_chained(weight) else None
+            chain = self._known.chain_of(weight)
             module = None if chain is None else self._norms.get(id(chain.mean()))
-            if module is not None and module.running_var is not None:
+            if module is not None and module.running_mean is not None and module.running_var is not None:
                 norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
                 if not _has_no_versions(weight, bias, norm):
                     found.append((weight, bias, norm))

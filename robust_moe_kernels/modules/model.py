@@ -13,7 +13,7 @@ from robust_moe_kernels.modules.balance import BALANCE_LOSSES
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["balance_loss", "check_finite", "gates_without_gradient", "moe_layers", "replace_blocks"]
+__all__ = ["balance_loss", "check_finite", "moe_layers", "replace_blocks"]
 
 
 def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any) -> nn.Module:
@@ -105,18 +105,3 @@ def check_finite(model: nn.Module) -> None:
     broken = [f"{name} ({count} rows)" for name, count in zip(records, rows, strict=True) if count]
     if broken:
         raise FloatingPointError(f"gate scores: expected finite numbers, got NaN or infinity in {', '.join(broken)}")
-
-
-def gates_without_gradient(model: nn.Module) -> list[str]:
-    """Names of the layers whose gate has parameters and got no gradient, or only zeros, in the last backward.
-
-    Reads the device. With one expert, or a fixed one, there is nothing to learn and the layer is not listed.
-    """
-    found = []
-    for name, layer in moe_layers(model).items():
-        parameters = [p for p in layer.gate.parameters() if p.requires_grad]
-        if layer.num_experts == 1 or layer.fixed_expert is not None or not parameters:
-            continue
-        if not any(p.grad is not None and bool(p.grad.any()) for p in parameters):
-            found.append(name)
-    return found

@@ -38,7 +38,7 @@ from robust_moe_kernels.modules.norm_learning import Operators, Watch, is_plain
 __all__ = ["backbone_folded"]
 
 _IN_PLACE = {torch.relu_, Tensor.relu_, Tensor.add_, Tensor.__iadd__}
-_KIND = {F.batch_norm: "norm"}
+_KIND: dict[Callable, str] = {F.batch_norm: "norm"}
 _KIND |= dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), "relu")
 _KIND |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__), "add")
 # What asks a tensor for its form and not for its numbers: a promise answers these.
@@ -85,18 +85,18 @@ class _Folding(TorchFunctionMode):
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Folding)]
-        self.inner = 0  # other such modes inside of this one, whose work it leaves alone
+        self.nested = 0  # other such modes inside of this one, whose work it leaves alone
 
     def __enter__(self) -> Self:
         for mode in self.outer:
-            mode.inner += 1
+            mode.nested += 1
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._stop()
         for mode in self.outer:
-            mode.inner -= 1
+            mode.nested -= 1
         for ref, promise in list(self.promises.values()):
             tensor = ref()
             if tensor is not None and promise.value is not tensor:  # somebody keeps it: it becomes what was promised
@@ -110,7 +110,7 @@ class _Folding(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.folded.made and func in _NORMS and (func is not F.batch_norm or _norm_of(args, kwargs) is None):
             self.folded.forget(_tensors((args, kwargs)))
-        if self.inner:  # an operation of theirs, which may read what was promised here
+        if self.nested:  # an operation of theirs, which may read what was promised here
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs)) if self.promises else (args, kwargs)
             return func(*args, **kwargs)
         if self.watch is not None and func in _BACKWARD:
@@ -193,14 +193,15 @@ class _Folding(TorchFunctionMode):
             return None
         x, weight, bias, *form = args
         call = Call.of(*form)
-        if self.folded.weights.get(id(weight), (None,))[0] is not weight or call is None or not self._begun(x, weight):
+        known, _ = self.folded.weights.get(id(weight), (None, None))
+        if known is None or known is not weight or call is None or not self._begun(x, weight):
             return None
         if x.device != weight.device or not frozen(weight, bias) or transformed():
             return None
         promise = Promise(self._real(x), args[1:], call, State(x.device.type))
         if not promise.is_valid():
             return None
-        promise.careful = self.how == "careful" or not self.known.is_chained(weight)
+        promise.careful = self.how == "careful" or self.known.chain_of(weight) is None
         if not promise.careful:
             return self._promised(promise)
         out = self._computed(promise)
@@ -296,6 +297,7 @@ class _Folding(TorchFunctionMode):
         if nothing:
             self.known.chains = {}
         else:
+            assert self.watch is not None
             self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
         self._stop()
 

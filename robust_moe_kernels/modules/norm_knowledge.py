@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from robust_moe_kernels.modules.norm_learning import Chain
+from robust_moe_kernels.modules.route_options import RouteOptions
 
 __all__ = ["KNOWN", "Known", "known_of"]
 
@@ -31,10 +32,10 @@ class Known:
         self.objects = [ref for ref in self.objects if ref() is not None]
         return self.chains is not None and not self.objects
 
-    def is_chained(self, weight: Tensor) -> bool:
-        """Whether a norm, alone, is known to read what the filters of ``weight`` give."""
-        chain = self.chains.get(id(weight))
-        return chain is not None and chain.weight() is weight
+    def chain_of(self, weight: Tensor) -> Chain | None:
+        """Where a norm, alone, is known to read what the filters of ``weight`` give: that norm, and what follows."""
+        chain = (self.chains or {}).get(id(weight))
+        return chain if chain is not None and chain.weight() is weight else None
 
 
 KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
@@ -54,6 +55,9 @@ def _form(model: nn.Module) -> list[Any]:
     form: list[Any] = []
     for module in model.modules():
         attributes = [item for item in vars(module).items() if item[0] != "training"]
+        attributes += [
+            item for _, value in attributes if isinstance(value, RouteOptions) for item in vars(value).items()
+        ]
         switches = [(name, _Same(value)) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
         form.append((id(module), type(module), type(module).forward, switches))
     return form
@@ -68,8 +72,6 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         mine, theirs = self.get(), other.get() if isinstance(other, _Same) else None
         return type(mine) is type(theirs) and (mine is theirs or (isinstance(mine, str) and mine == theirs))
-
-    __hash__ = None
 
 
 _SWITCHES = (bool, str, type(None))  # attributes that a forward may decide by

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from robust_moe_kernels.modules import attack_mode
+from robust_moe_kernels.modules import FusedConvMoE, SwapTop, attack_mode, rerouted
 from robust_moe_kernels.modules.norm_folding import _MOST_BEGUN
-from robust_moe_kernels.modules.norm_knowledge import KNOWN
+from robust_moe_kernels.modules.norm_knowledge import KNOWN, known_of
 
 
 def test_learned_once_for_a_model_and_anew_when_it_is_rebuilt(raw):
@@ -32,6 +32,19 @@ def test_learned_once_for_a_model_and_anew_when_it_is_rebuilt(raw):
     del model
     gc.collect()
     assert len(KNOWN) < known  # forgotten with the model
+
+
+def test_options_of_a_layer_are_a_part_of_what_a_model_is():
+    """A layer may compute by other convolutions under other options: what was learned under some is not used then."""
+    model = nn.Sequential(FusedConvMoE.from_conv(nn.Conv2d(2, 4, 3), 2, 1))
+    known = known_of(model)
+    with rerouted(model, SwapTop()):
+        assert known_of(model) is not known
+    known = known_of(model)
+    model[0].top_k = model[0].top_k
+    assert known_of(model) is known
+    model[0].renormalize = False
+    assert known_of(model) is not known
 
 
 @pytest.mark.parametrize("where", ["conv", "norm", "global"])

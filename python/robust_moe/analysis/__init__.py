@@ -26,7 +26,7 @@ from robust_moe.analysis.lipschitz import (
     norm_product,
     pair_rows,
 )
-from robust_moe.analysis.reach import exact_router_reach, router_reach
+from robust_moe.analysis.reach import router_reach
 from robust_moe.analysis.smoothing import ABSTAIN, Smoothed, SmoothedCertificate, clopper_pearson_lower
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
     "enclose_probabilities",
     "estimate_lipschitz",
     "estimate_radius",
-    "exact_router_reach",
     "gradient_bounds",
     "hard_router_radius",
     "layer_bounds",

@@ -53,8 +53,8 @@ def _run(kernel: str, maps: Tensor, offsets: Tensor, *arguments: object) -> None
         sizes = (experts, rows, height * width, channels, native.dtype_code(maps))
         native.run(kernel, maps, offsets.data_ptr(), *sizes, *arguments)
     else:
-        sizes = (experts, height * width, channels, native.threads())
-        getattr(native.extension(), f"{kernel}_cpu")(offsets.data_ptr(), *sizes, *arguments)
+        counts = (experts, height * width, channels, native.threads())
+        getattr(native.extension(), f"{kernel}_cpu")(offsets.data_ptr(), *counts, *arguments)
 
 
 def column_sums(
