@@ -276,7 +276,7 @@ def test_bad_optional_sections_name_key_expected_and_got(tree: Any, words: str):
 
 def test_an_optional_section_with_nothing_around_it_needs_a_name():
     assert resolve(Pair, [Layer({"other": {"name": "saw"}}, "test")]).config.other == Saw.Config()
-    with pytest.raises(ConfigError, match=r"^other\.name: expected 'hammer' or 'saw' or 'axe', got none"):
+    with pytest.raises(ConfigError, match=r"^other\.name: expected 'axe' or 'hammer' or 'saw', got none"):
         resolve(Pair, [Layer({"other": {"length": "2"}}, "test")])
     with pytest.raises(ConfigError, match=r"other: expected a .*Config"):
         Pair(other=Box())

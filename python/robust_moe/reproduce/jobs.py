@@ -161,10 +161,9 @@ def _chosen(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
     sections = {key.removesuffix(".name") for key in flatten(TrainConfig()) if key.endswith(".name")}
     for item in overrides:
         key, _, value = item.partition("=")
-        if value.startswith("{"):
-            yield from flatten({key: read_yaml(value, key)}).items()
-        else:
-            yield f"{key}.name" if key in sections else key, value
+        said = flatten({key: read_yaml(value, key)}) if value.startswith("{") else {key: value}
+        for name, leaf in said.items():
+            yield f"{name}.name" if name in sections else name, leaf
 
 
 def make_jobs(
