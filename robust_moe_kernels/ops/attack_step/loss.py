@@ -52,7 +52,7 @@ torch.library.define(_BACKWARD, "(Tensor d_loss, Tensor logits, Tensor y, str im
 
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, y: Tensor, impl: str) -> Tensor:
-    return ATTACK_STEP.choose(impl, logits.device.type).cross_entropy(logits.contiguous(), y.contiguous())
+    return ATTACK_STEP.choose(impl, logits).cross_entropy(logits.contiguous(), y.contiguous())
 
 
 @torch.library.register_fake(_FORWARD)
@@ -64,7 +64,7 @@ def _forward_fake(logits: Tensor, y: Tensor, impl: str) -> Tensor:
 def _backward(d_loss: Tensor, logits: Tensor, y: Tensor, impl: str) -> Tensor:
     """d_loss * (softmax(logits) - onehot(y)), in the dtype of logits. d_loss [B] may have any stride: one number that
     is expanded to the batch is not copied."""
-    chosen = ATTACK_STEP.choose(impl, logits.device.type)
+    chosen = ATTACK_STEP.choose(impl, logits)
     return chosen.cross_entropy_backward(d_loss, logits.contiguous(), y.contiguous())
 
 
