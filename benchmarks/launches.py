@@ -77,7 +77,7 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
                 launches.take()
                 x = method.attack.step(x, passes.examine(x).grad, images)
             step = launches.take()
-    training = Standard(config)  # on given images, as the attack's are by then
+    training = Standard.Config().build(config.model)  # on given images, as the attack's are by then
     optimizer = config.optim.build(model, fused=True)  # as the trainer has it on a GPU
     for _ in range(2):  # the first allocates the momentum
         launches.take()
