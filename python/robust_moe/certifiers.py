@@ -137,6 +137,9 @@ class Smoothing(Certifier):
     of_model = False
 
     def __init__(self, model: nn.Module, classes: int, norm: str, noise: Noise, batch_size: int) -> None:
+        for name, count in (("select", noise.select), ("samples", noise.samples)):
+            expect(count >= 1, name, "a count >= 1", count)
+        expect(0 < noise.alpha < 1, "alpha", "a number between 0 and 1", noise.alpha)
         self.smoothed = Smoothed(model, classes, noise.sigma, batch_size=batch_size, seed=noise.seed)
         self.norm, self.noise = norm, noise
         self.settings = asdict(noise)
