@@ -1,4 +1,4 @@
-"""The command ``robust-moe certify``."""
+"""``robust-moe certify``."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from robust_moe.certifiers import CERTIFIERS, Noise, Search
 from robust_moe.certify import certify_run
+from robust_moe.commands.shared import Imports, Overrides, Traceback, console, import_modules, new_app, one_line_errors
 from robust_moe.config import ConfigError, parse_fraction
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.evaluation.certified import certified_table
 
-__all__ = ["certify"]
+__all__ = ["app"]
+
+app = new_app()
 
 
+@app.command()
+@one_line_errors
 def certify(
     checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or a run folder: its best.pt.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. data.root=/data.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     by: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in CERTIFIERS.items()) + ".")
     ] = "crown",
@@ -56,15 +57,16 @@ def certify(
     out: Annotated[
         Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
     ] = None,
-    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    imports: Imports = None,
+    show_traceback: Traceback = False,
 ) -> None:
-    """Certified accuracy over the radius: images whose class provably no perturbation of that size changes.
+    """Certified accuracy over the radius, by bounds on the network or by randomised smoothing.
 
-    Writes JSON with every image's radius and a plot; the same command goes on after a kill. Deterministic certificates
-    are for small networks, with routed blocks and convolutions or without, mixtures of them and dual models;
-    randomised smoothing is for any.
+    The share of images whose class provably no perturbation of that size changes. Writes JSON with every image's
+    radius and a plot; the same command goes on after a kill. Deterministic certificates are for small networks, with
+    routed blocks and convolutions or without, mixtures of them and dual models; randomised smoothing is for any.
     """
-    reporter = Reporter(console=Console(highlight=False))
+    reporter = Reporter(console=console())
     results, written = certify_run(
         checkpoint,
         out,
@@ -73,7 +75,7 @@ def certify(
         search=Search(max_radius, steps),
         noise=Noise(sigma, select, samples, alpha, seed),
         batch_size=batch_size,
-        overrides=overrides,
+        overrides=import_modules(imports, overrides),
         split=split,
         count=n,
         seconds_per_image=seconds_per_image,
