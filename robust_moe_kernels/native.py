@@ -5,7 +5,9 @@ The extension knows no tensor type. It takes addresses, sizes and a dtype code; 
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -16,6 +18,20 @@ except ImportError as error:
     _extension, _import_error = None, str(error)
 else:
     _import_error = ""
+
+
+def _team() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch computes with, whose threads the extension shares
+    (csrc/common/team.h); 0 where it computes with none, or with one that has no such function."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+if _extension is not None:
+    _extension.set_team(_team())
 
 __all__ = [
     "address", "dtype_code", "extension", "has_cuda", "on_device", "on_gpu", "run", "stream", "threads", "why_not_cpu",

@@ -31,6 +31,8 @@ constexpr int64_t kScratch =
     int64_t{2} << 20;            // floats of transformed maps at once: 8 MB, well inside a last-level cache
 constexpr int64_t kDepth = 128;  // channels of a transformed panel: 16 x 128 x 64 floats are 512 KB
 constexpr int64_t kTiles = 256;  // tiles a task multiplies at once
+constexpr int64_t kStrip = 48;   // tiles that a thread takes through all three steps at once, where filters are few
+constexpr int64_t kFew = 128;    // channels up to which they are
 constexpr int64_t kInputs = 48;  // input channels of a block of filter gradients: eight tiles of rows
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -135,7 +137,64 @@ class RowProduct {
     chunk_ = std::max<int64_t>(1, kTiles / tiles_.count());
   }
 
-  void run() {
+  void run() { few_filters() ? run_strips() : run_groups(); }
+
+ private:
+  struct Task {
+    Segment segment;
+    int64_t column;
+  };
+
+  // Whether all filters can be transformed at once, for a thread to take a strip of tiles from maps to outputs within
+  // its second-level cache. No result depends on it.
+  bool few_filters() const { return depth_ <= kFew && columns_ <= kFew && a_.experts * filters_size() <= kScratch; }
+  int64_t panels() const { return (columns_ + kernels_.panel - 1) / kernels_.panel; }
+  int64_t panel_size() const { return kFrequencies * spread(depth_ * kernels_.panel); }
+  int64_t filters_size() const { return panels() * panel_size(); }
+
+  void run_strips() {
+    static_assert(kFew <= kDepth, "a panel is transformed in one part");
+    const Buffer filters = buffer(a_.experts * filters_size());
+    parallel_tasks(a_.experts * panels(), a_.threads, [&](auto next) {
+      for (int64_t n = next(); n >= 0; n = next()) {
+        const int64_t expert = n / panels(), column = n % panels() * kernels_.panel;
+        if (a_.offsets[expert] == a_.offsets[expert + 1]) continue;
+        const int columns = panel_columns(column);
+        transform_filter(part({{expert, 0, 0}, column}, 0, columns), depth_, columns, filters.get() + n * panel_size());
+      }
+    });
+    std::vector<int64_t> first_strip{0};  // of each expert
+    for (int64_t e = 0; e < a_.experts; ++e) {
+      const int64_t tiles = (a_.offsets[e + 1] - a_.offsets[e]) * tiles_.count();
+      first_strip.push_back(first_strip.back() + (tiles + kStrip - 1) / kStrip);
+    }
+    parallel_tasks(first_strip.back(), a_.threads, [&](auto next) {
+      const Buffer maps = buffer(kFrequencies * spread(kStrip * width_));
+      const Buffer product = buffer(kFrequencies * spread(kStrip * kernels_.panel));
+      int64_t expert = 0;
+      for (int64_t n = next(); n >= 0; n = next()) {
+        while (n >= first_strip[static_cast<size_t>(expert) + 1]) ++expert;  // numbers rise
+        const int64_t first =
+            a_.offsets[expert] * tiles_.count() + (n - first_strip[static_cast<size_t>(expert)]) * kStrip;
+        const int64_t last = std::min(first + kStrip, a_.offsets[expert + 1] * tiles_.count());
+        compute_strip(first, last, filters.get() + expert * filters_size(), maps.get(), product.get());
+      }
+    });
+  }
+
+  void compute_strip(int64_t first, int64_t last, const float* filters, float* maps, float* product) const {
+    const int64_t tiles = last - first, maps_stride = spread(tiles * width_);
+    transform(first, last, maps, maps_stride);
+    for (int64_t column = 0; column < columns_; column += kernels_.panel, filters += panel_size()) {
+      for (int64_t f = 0; f < kFrequencies; ++f) {
+        multiply(maps + f * maps_stride, filters + f * spread(depth_ * kernels_.panel), depth_,
+                 product + f * spread(tiles * kernels_.panel), tiles, false, nullptr, 0);
+      }
+      store(first, last, product, column);
+    }
+  }
+
+  void run_groups() {
     const int64_t row_size = tiles_.count() * width_;
     // More for more threads, whose processors have larger caches: of large maps only few rows fit. No row's result
     // depends on its group.
@@ -145,17 +204,14 @@ class RowProduct {
     for (const std::vector<Segment>& group : groups_of_rows(a_, limit)) run_group(group);
   }
 
- private:
-  struct Task {
-    Segment segment;
-    int64_t column;
-  };
-
   void run_group(const std::vector<Segment>& group) {
     first_row_ = group.front().first_row;
     f_stride_ = spread((group.back().last_row - first_row_) * tiles_.count() * width_);
     parallel_tasks(group.back().last_row - first_row_, a_.threads, [&](auto next) {
-      for (int64_t row = next(); row >= 0; row = next()) transform(first_row_ + row);
+      for (int64_t row = next(); row >= 0; row = next()) {
+        const int64_t tile = (first_row_ + row) * tiles_.count();
+        transform(tile, tile + tiles_.count(), transformed(0, row * tiles_.count()), f_stride_);
+      }
     });
     const std::vector<Task> tasks = make_tasks(group);
     parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
@@ -168,10 +224,9 @@ class RowProduct {
   }
 
   std::vector<Task> make_tasks(const std::vector<Segment>& group) const {
-    const int64_t panels = (columns_ + kernels_.panel - 1) / kernels_.panel;
     // Rows are split only where experts and panels alone would leave threads idle: each part transforms its filters.
     const int64_t wanted = a_.threads > 1 ? 4 * a_.threads : 1;
-    const int64_t parts = std::max<int64_t>(1, wanted / (panels * static_cast<int64_t>(group.size())));
+    const int64_t parts = std::max<int64_t>(1, wanted / (panels() * static_cast<int64_t>(group.size())));
     std::vector<Task> tasks;
     for (const Segment& segment : group) {
       const int64_t rows = segment.rows(), split = std::min(parts, rows);
@@ -191,23 +246,37 @@ class RowProduct {
     return maps_.get() + frequency * f_stride_ + tile * width_;
   }
 
-  void transform(int64_t row) const {
+  // Tiles first .. last, counted from the first of row 0, to out[frequency][tile][width_].
+  void transform(int64_t first, int64_t last, float* out, int64_t f_stride) const {
     const int64_t height = forward_ ? a_.height : a_.out_height, width = forward_ ? a_.width : a_.out_width;
     const int64_t pad_h = forward_ ? a_.pad_h : 2 - a_.pad_h, pad_w = forward_ ? a_.pad_w : 2 - a_.pad_w;
-    const int64_t map = forward_ && a_.sample != nullptr ? a_.sample[row] : row;
-    const float* from = (forward_ ? a_.input : a_.output) + map * height * width * depth_;
-    int64_t tile = (row - first_row_) * tiles_.count();
     const float* pixels[16];
-    for (int64_t y = 0; y < tiles_.rows; ++y) {
-      for (int64_t x = 0; x < tiles_.columns; ++x, ++tile) {
-        square(from, height, width, depth_, 2 * y - pad_h, 2 * x - pad_w, 4, pixels);
-        kernels_.tile(pixels, depth_, width_, transformed(0, tile), f_stride_);
-      }
+    for_tiles(first, last, [&](int64_t row, int64_t y, int64_t x) {
+      const int64_t map = forward_ && a_.sample != nullptr ? a_.sample[row] : row;
+      const float* from = (forward_ ? a_.input : a_.output) + map * height * width * depth_;
+      square(from, height, width, depth_, 2 * y - pad_h, 2 * x - pad_w, 4, pixels);
+      kernels_.tile(pixels, depth_, width_, out, f_stride);
+      out += width_;
+    });
+  }
+
+  // Calls f(row, y, x) for tiles first .. last, counted from the first of row 0.
+  template <typename F>
+  void for_tiles(int64_t first, int64_t last, F&& f) const {
+    int64_t row = first / tiles_.count();
+    int64_t y = first % tiles_.count() / tiles_.columns, x = first % tiles_.columns;
+    for (int64_t tile = first; tile < last; ++tile) {
+      f(row, y, x);
+      if (++x < tiles_.columns) continue;
+      x = 0;
+      if (++y < tiles_.rows) continue;
+      y = 0;
+      ++row;
     }
   }
 
   void compute(const Task& task, float* panel, float* product) const {
-    const int columns = static_cast<int>(std::min<int64_t>(kernels_.panel, columns_ - task.column));
+    const int columns = panel_columns(task.column);
     for (int64_t row = task.segment.first_row; row < task.segment.last_row; row += chunk_) {
       const int64_t last = std::min(task.segment.last_row, row + chunk_), tiles = (last - row) * tiles_.count();
       const int64_t products = kFrequencies * ((tiles + kTileRows - 1) / kTileRows);
@@ -218,11 +287,15 @@ class RowProduct {
         const int64_t share = (next.lines() + products - 1) / products;
         for (int64_t f = 0; f < kFrequencies; ++f) {
           multiply(transformed(f, (row - first_row_) * tiles_.count()) + k0, panel + f * spread(depth * kernels_.panel),
-                   depth, product + f * spread(tiles * kernels_.panel), tiles, k0 > 0, next, share);
+                   depth, product + f * spread(tiles * kernels_.panel), tiles, k0 > 0, &next, share);
         }
       }
-      store(task, row, last, product, columns);
+      store(row * tiles_.count(), last * tiles_.count(), product, task.column);
     }
+  }
+
+  int panel_columns(int64_t column) const {
+    return static_cast<int>(std::min<int64_t>(kernels_.panel, columns_ - column));
   }
 
   FilterPart part(const Task& task, int64_t k0, int64_t columns) const {
@@ -237,7 +310,7 @@ class RowProduct {
   }
 
   void multiply(const float* from, const float* panel, int64_t depth, float* product, int64_t tiles, bool accumulate,
-                FilterPart& next, int64_t share) const {
+                FilterPart* next, int64_t share) const {
     for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
       const float* left[kTileRows];
       float* out[kTileRows];
@@ -246,24 +319,21 @@ class RowProduct {
         left[m] = from + (tile + m) * width_;
         out[m] = product + (tile + m) * kernels_.panel;
       }
-      next.fetch(share);
+      if (next != nullptr) next->fetch(share);
       kernels_.rows(count, left, panel, depth, out, kernels_.panel, accumulate);
     }
   }
 
-  void store(const Task& task, int64_t first, int64_t last, const float* product, int columns) const {
-    const int64_t f_stride = spread((last - first) * tiles_.count() * kernels_.panel);
-    float* target = forward_ ? a_.output : a_.d_input;
+  void store(int64_t first, int64_t last, const float* product, int64_t column) const {
+    const int64_t f_stride = spread((last - first) * kernels_.panel);
+    float* target = (forward_ ? a_.output : a_.d_input) + column;
     float* pixels[4];
-    for (int64_t row = first; row < last; ++row) {
-      float* map = target + row * tiles_.height * tiles_.width * columns_ + task.column;
-      for (int64_t y = 0; y < tiles_.rows; ++y) {
-        for (int64_t x = 0; x < tiles_.columns; ++x, product += kernels_.panel) {
-          square(map, tiles_.height, tiles_.width, columns_, 2 * y, 2 * x, 2, pixels);
-          kernels_.output(product, f_stride, pixels, columns);
-        }
-      }
-    }
+    for_tiles(first, last, [&](int64_t row, int64_t y, int64_t x) {
+      float* map = target + row * tiles_.height * tiles_.width * columns_;
+      square(map, tiles_.height, tiles_.width, columns_, 2 * y, 2 * x, 2, pixels);
+      kernels_.output(product, f_stride, pixels, panel_columns(column));
+      product += kernels_.panel;
+    });
   }
 
   const ConvArgs& a_;
