@@ -1,7 +1,7 @@
 # make demo   install into .venv and train, attack and plot a small robust mixture of experts (minutes, no GPU needed)
 # make test   install into .venv and run the whole test suite
 # make bench  the benchmarks, written to benchmarks/results
-# make lint   ruff and clang-format, as CI runs them
+# make lint   ruff, mypy and clang-format, as CI runs them
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,7 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy robust_moe_kernels
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 $(VENV)/bin/python:

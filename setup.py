@@ -7,6 +7,9 @@ Environment
               none  no extension: the pure-Python package
     MAX_JOBS        compilers run at once (default: the number of processors)
     RMK_CUDA_ARCHS  compute capabilities, default "80;90;100"; PTX is added for the last
+
+On Windows auto builds nothing: the flags for MSVC (2022; run where cl.exe is on the PATH) and what replaces other
+compilers' extensions are here, but no extension has been built there yet. RMK_BUILD=cpu or cuda tries it.
 """
 
 import os
@@ -17,6 +20,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -24,6 +28,49 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 RUNS_ON_X86 = sys.platform == "linux" and platform.machine() == "x86_64"  # elsewhere one build may be for two machines
+
+
+class Flags(NamedTuple):
+    """What a system's C++ compiler and linker, and nvcc on top of them, are asked for."""
+
+    compile: tuple[str, ...]  # of C++
+    link: tuple[str, ...]
+    nvcc: tuple[str, ...]
+    cuda_libraries: tuple[str, ...]
+    cudart: str  # file of the static CUDA runtime
+    cudart_folders: tuple[str, ...]  # where it may be, below the toolkit's root
+
+
+def flags_of(system: str) -> Flags:
+    """The flags of a system by its name in ``sys.platform``.
+
+    Everywhere a*b+c rounds twice, as PyTorch's separate kernels do: bit equality. So no contraction: on request of GCC
+    and Clang, by default of MSVC since 2022. Nobody reads floating-point exceptions or errno here; without that promise
+    GCC's comparisons stay scalar.
+    """
+    device = ("-std=c++17", "-O3", "-lineinfo", "--fmad=false")
+    if system == "win32":
+        language = ("/EHsc", "/utf-8", "/permissive-", "/DNOMINMAX")
+        return Flags(
+            compile=("/std:c++17", "/O2", "/fp:precise", *language),
+            link=(),
+            nvcc=(*device, f"-Xcompiler={','.join(('/MD', '/fp:precise', *language))}"),
+            cuda_libraries=("cudart_static",),
+            cudart="cudart_static.lib",
+            cudart_folders=("lib/x64", "lib"),
+        )
+    exact = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+    return Flags(
+        compile=("-std=c++17", "-O3", *exact, "-fvisibility=hidden", "-g0"),
+        link=("-pthread",),
+        nvcc=(*device, "-Xcompiler=-fPIC"),
+        cuda_libraries=("cudart_static", "rt", "dl"),
+        cudart="libcudart_static.a",
+        cudart_folders=("lib64", "lib"),
+    )
+
+
+FLAGS = flags_of(sys.platform)
 
 
 def find_nvcc() -> Path | None:
@@ -48,10 +95,10 @@ class Toolkit:
         # Asked of nvcc itself, which may be a wrapper.
         log = subprocess.run([self.nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
         homes = [line.split("TOP=", 1)[1].strip() for line in log.splitlines() if "TOP=" in line]
-        folders = [Path(home, name) for home in homes for name in ("lib64", "lib")]
-        self.library_dirs = [str(folder) for folder in folders if (folder / "libcudart_static.a").is_file()]
+        folders = [Path(home, name) for home in homes for name in FLAGS.cudart_folders]
+        self.library_dirs = [str(folder) for folder in folders if (folder / FLAGS.cudart).is_file()]
         if not self.library_dirs:
-            raise RuntimeError(f"found no libcudart_static.a beside {self.nvcc}")
+            raise RuntimeError(f"found no {FLAGS.cudart} beside {self.nvcc}")
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cu")
             source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
@@ -60,7 +107,7 @@ class Toolkit:
     def compile(self, source: Path, target: Path, include_dirs: list[str]) -> None:
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
-        command = [self.nvcc, "-std=c++17", "-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-fPIC", *codes]
+        command = [self.nvcc, *FLAGS.nvcc, *codes]
         command += [f"-I{folder}" for folder in include_dirs]
         done = subprocess.run([*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
         if done.returncode:
@@ -83,7 +130,12 @@ def build_mode() -> tuple[str, Toolkit | None]:
     asked = os.environ.get("RMK_BUILD") or "auto"
     if asked not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"RMK_BUILD: expected auto, cpu, cuda or none, got {asked!r}")
-    if asked == "auto" and sys.platform == "win32":  # the CPU kernels are written for GCC and Clang
+    if asked == "auto" and sys.platform == "win32":
+        print(
+            "RMK_BUILD=auto: on Windows the pure-Python package; no extension has been built there yet, and "
+            "RMK_BUILD=cpu or RMK_BUILD=cuda tries it",
+            file=sys.stderr,
+        )
         return "none", None
     if asked in ("cpu", "none") or not {
         "build",
@@ -109,6 +161,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         sources = [Path(source) for source in ext.sources]
+        if not getattr(self.compiler, "initialized", True):  # MSVC looks for its files at first, and may do so once
+            self.compiler.initialize()
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
             objects = list(pool.map(lambda source: self._compile(ext, source), sources))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -136,7 +190,7 @@ class BuildNative(build_ext):
         return objects[0]
 
     def _compile_cuda(self, ext: Extension, source: Path) -> str:
-        target = Path(self.build_temp, source.with_suffix(".cu.o"))
+        target = Path(self.build_temp, source.with_suffix(f".cu{self.compiler.obj_extension}"))
         inputs = [source, *map(Path, ext.depends)]
         if target.exists() and all(target.stat().st_mtime >= path.stat().st_mtime for path in inputs):
             return str(target)
@@ -155,14 +209,10 @@ def extension() -> Extension:
         sources = [name for name in sources if not name.endswith(("_avx512.cpp", "_avx2.cpp"))]
     libraries: list[str] = []
     library_dirs: list[str] = []
-    # Without contraction a*b+c rounds twice on every machine, as PyTorch's separate kernels do: bit equality.
-    # Nobody reads floating-point exceptions or errno here; without that promise comparisons stay scalar.
-    exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
-    compile_args = ["-std=c++17", "-O3", *exact, "-fvisibility=hidden", "-g0"]
     if TOOLKIT is not None:
         sources += sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cu"))
         macros.append(("RMK_CUDA", "1"))
-        libraries += ["cudart_static", "rt", "dl"]
+        libraries += FLAGS.cuda_libraries
         library_dirs += TOOLKIT.library_dirs
     return Extension(
         "robust_moe_kernels._C",
@@ -172,8 +222,8 @@ def extension() -> Extension:
         define_macros=macros,
         libraries=libraries,
         library_dirs=library_dirs,
-        extra_compile_args=compile_args,
-        extra_link_args=["-pthread"],
+        extra_compile_args=list(FLAGS.compile),
+        extra_link_args=list(FLAGS.link),
         language="c++",
     )
 
@@ -184,7 +234,11 @@ setup(
         *find_packages(include=["robust_moe_kernels", "robust_moe_kernels.*"]),
         *find_packages("python", include=["robust_moe", "robust_moe.*"]),
     ],
-    package_data={"robust_moe": ["presets/*.yaml"], "robust_moe_kernels.ops.expert_conv": ["tiles.json"]},
+    package_data={
+        "robust_moe": ["presets/*.yaml", "py.typed"],
+        "robust_moe_kernels": ["py.typed"],
+        "robust_moe_kernels.ops.expert_conv": ["tiles.json"],
+    },
     ext_modules=[] if MODE == "none" else [extension()],
     cmdclass={"build_ext": BuildNative},
 )

@@ -7,8 +7,7 @@ import sys
 import torch
 
 from robust_moe.attacks import PGD
-from robust_moe.config import ModelConfig, MoEConfig
-from robust_moe.models import build_model
+from robust_moe.models import MoEConfig, ResNet18Config, build_model
 from robust_moe_kernels import FusedConvMoE, env
 from robust_moe_kernels.ops.attack_step import pgd_step
 
@@ -24,7 +23,7 @@ x = torch.rand(5, 3, 6, 6, requires_grad=True)
 layer(x).sum().backward()
 stepped = pgd_step(x, x.grad, x, 8 / 255, 2 / 255)
 assert stepped.shape == x.shape and (stepped - x).abs().max() > 0
-config = ModelConfig(name="resnet18", width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3))
+config = ResNet18Config(width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3))
 model = build_model(config, num_classes=10, channels=3, image_size=8)
 images = torch.rand(4, 3, 8, 8)
 moved = (PGD(eps=8 / 255, steps=2)(model, images, torch.arange(4)) - images).abs().max()

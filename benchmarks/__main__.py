@@ -6,12 +6,13 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# Programs with options of their own: name -> (module whose ``main`` runs, what it shows). The campaign starts without
-# PyTorch, so they are looked up before it is imported.
+# A module is imported when it is asked for by name. This file alone imports no PyTorch: the campaign starts without it,
+# and every worker process of the speed-run imports this file again.
+
+# Programs with options of their own: name -> (module whose ``main`` runs, what it shows).
 PROGRAMS = {
     "gpu_campaign": ("benchmarks.gpu_campaign.runner", "all that fifteen minutes of a GPU can answer"),
     "launches": ("benchmarks.launches", "kernel launches of a step, counted without a GPU"),
@@ -21,39 +22,39 @@ PROGRAMS = {
     "plots": ("benchmarks.plots", "figures of results"),
 }
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
-
-if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in PROGRAMS:
-    name = sys.argv.pop(1)
-    sys.argv[0] = f"python -m benchmarks {name}"
-    sys.exit(importlib.import_module(PROGRAMS[name][0]).main())
-
-import torch
-
-from benchmarks import apgd, attack_step, autoattack, expert_sweep, routing_ops, rt_er_step, train_step
-from benchmarks.harness import Options, Row, save, show
-
 
 class Benchmark(NamedTuple):
-    """One entry of the command line."""
+    """One entry of the command line: ``run`` of the module of its name, with the options that all of them share."""
 
-    run: Callable[[Options], list[Row]]
     repeats: int  # timed runs of each variant, unless --repeats says otherwise
     about: str
 
 
 BENCHMARKS = {
-    "expert_sweep": Benchmark(expert_sweep.run, 5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
-    "train_step": Benchmark(train_step.run, 3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
-    "rt_er_step": Benchmark(rt_er_step.run, 3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
-    "routing_ops": Benchmark(routing_ops.run, 9, "gate, sort, dispatch and combine: every implementation"),
-    "attack_step": Benchmark(attack_step.run, 9, "one PGD step and its random start: every implementation"),
-    "apgd": Benchmark(apgd.run, 9, "one Auto-PGD step and its tracking: every implementation"),
-    "autoattack": Benchmark(autoattack.run, 3, "AutoAttack standard, whole, against pyautoattack; CPU: ~10 minutes"),
+    "expert_sweep": Benchmark(5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
+    "train_step": Benchmark(3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
+    "rt_er_step": Benchmark(3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
+    "routing_ops": Benchmark(9, "gate, sort, dispatch and combine: every implementation"),
+    "attack_step": Benchmark(9, "one PGD step and its random start: every implementation"),
+    "apgd": Benchmark(9, "one Auto-PGD step and its tracking: every implementation"),
+    "autoattack": Benchmark(3, "AutoAttack standard, whole, against pyautoattack; CPU: ~10 minutes"),
 }
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        name = sys.argv.pop(1)
+        sys.argv[0] = f"python -m benchmarks {name}"
+        sys.exit(importlib.import_module(PROGRAMS[name][0]).main())
+    _run_benchmarks()
+
+
+def _run_benchmarks() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
+    import torch
+
+    from benchmarks.harness import Options, save, show
+
     names = "\n".join(f"  {name:14}{benchmark.about}" for name, benchmark in BENCHMARKS.items())
     programs = "\n".join(f"  {name:14}{about}" for name, (_, about) in PROGRAMS.items())
     parser = argparse.ArgumentParser(
@@ -84,17 +85,16 @@ def main() -> None:
     device, threads = torch.device(arguments.device), torch.get_num_threads()
     for name in arguments.names or BENCHMARKS:
         print(f"\n== {name}", flush=True)
-        benchmark = BENCHMARKS[name]
         options = Options(
             device,
-            repeats=arguments.repeats or (1 if arguments.quick else benchmark.repeats),
+            repeats=arguments.repeats or (1 if arguments.quick else BENCHMARKS[name].repeats),
             quick=arguments.quick,
             seconds=arguments.seconds,
             compile=arguments.compile,
             batch=arguments.batch,
             data=arguments.data,
         )
-        rows = benchmark.run(options)
+        rows = importlib.import_module(f"benchmarks.{name}").run(options)
         torch.set_num_threads(threads)
         show(rows)
         if arguments.out:

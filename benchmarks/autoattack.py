@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Options, Row, compare
 from robust_moe.attacks import AutoAttack, Counts
 from robust_moe.attacks.autoattack import QUERIES_A_STEP
-from robust_moe.config import DataConfig
-from robust_moe.data.parquet import load_parquet
+from robust_moe.data import Parquet
 
 __all__ = ["run"]
 
@@ -66,7 +65,7 @@ def cifar_resnet(options: Options) -> tuple[nn.Module, Tensor, Tensor]:
     model = ResNet18()
     weights = resources.files("pyautoattack") / "examples" / "model_test.pt"
     model.load_state_dict(torch.load(str(weights), map_location="cpu", weights_only=True))
-    _, test = load_parquet(DataConfig(name="parquet", root=str(options.data)))
+    _, test = Parquet(Parquet.Config(root=str(options.data))).load()
     chosen = test.head(options.batch or (40 if options.quick else CIFAR_IMAGES))
     x, y = chosen.images.to(options.device) / torch.tensor(255.0, device=options.device), chosen.labels
     return model.to(options.device).eval(), x, y.to(options.device)

@@ -36,15 +36,19 @@ class _Routed(nn.Module):
         return weights.new_zeros(x.shape[0], self.num_experts).scatter(1, chosen, weights), chosen
 
 
-class MaskedLoop(_Routed):
-    """(a) Every expert picks its samples by a boolean mask and writes them into a dense [E, B, C, H, W] tensor of
-    zeros, which is then weighted and summed: the layer as papers publish it. A mask waits for the device; the merge
-    touches E/k times the data.
-    """
+class _Loop(_Routed):
+    """Experts as ordinary blocks, computed one by one."""
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__(layer)
         self.blocks = nn.ModuleList(layer.expert(i) for i in range(layer.num_experts))
+
+
+class MaskedLoop(_Loop):
+    """(a) Every expert picks its samples by a boolean mask and writes them into a dense [E, B, C, H, W] tensor of
+    zeros, which is then weighted and summed: the layer as papers publish it. A mask waits for the device; the merge
+    touches E/k times the data.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         factors, chosen = self.factors(x)
@@ -61,14 +65,10 @@ class MaskedLoop(_Routed):
         return torch.einsum("be,ebchw->bchw", factors, merged)
 
 
-class SortedLoop(_Routed):
+class SortedLoop(_Loop):
     """(b) Rows sorted by expert, each expert's contiguous segment through an ordinary block, rows added back with
     their weights: the best that a careful author writes without kernels. Waits for the device once.
     """
-
-    def __init__(self, layer: MoELayer) -> None:
-        super().__init__(layer)
-        self.blocks = nn.ModuleList(layer.expert(i) for i in range(layer.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.decide(x)

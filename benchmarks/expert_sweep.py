@@ -29,6 +29,7 @@ from benchmarks.baselines import first_line, why_no_compiler
 from benchmarks.harness import Options, Row, check_close, compare
 from benchmarks.layer_case import ALL, DENSE, MASKED, SORTED, Case, one_pass
 from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_forward
 
 __all__ = ["run"]
@@ -70,7 +71,7 @@ def large_products(options: Options, threads: int, dtype: torch.dtype) -> list[R
     runs: dict[str, Callable[[int], Tensor]] = {"torch.mm": lambda i: torch.mm(*pairs[i % 2])}
     if EXPERT_CONV.why_not("native", device.type) is None and dtype == torch.float32:
         offsets = torch.tensor([0, side], device=device)
-        geometry = [1, 1, 0, 0, 1, 1]
+        geometry = Geometry((1, 1), (0, 0), (1, 1))
         runs["1x1 expert_conv"] = lambda i: conv_forward(
             pairs[i % 2][0][..., None, None], pairs[i % 2][1].t()[None, ..., None, None], offsets, None, [], geometry,
             AUTO,

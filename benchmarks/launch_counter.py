@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from robust_moe.attacks import losses
 from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.modules import experts, folded_conv, gates, norm_folding, norm_learning
 from robust_moe_kernels.ops import OPS
@@ -203,16 +204,16 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
             norm_learning,
         ):  # fake tensors are of a class of their own, and no other operations
             enter(mock.patch.object(module, "is_plain", lambda tensor: isinstance(tensor, Tensor)))
-        enter(mock.patch.object(gates, "FUSED", {*gates.FUSED, "cpu"}))
+        for module in (gates, losses):
+            enter(mock.patch.object(module, "FUSED", {*module.FUSED, "cpu"}))
         enter(mock.patch.dict(experts._ENGINE, cpu=("triton", experts._ENGINE["cuda"][1])))
-        Op.choose.cache_clear()
-        stack.callback(Op.choose.cache_clear)
         yield
 
 
-def _any_half_or_single(x: Tensor, weight: Tensor) -> str | None:
+def _any_half_or_single(*operands: Tensor) -> str | None:
     """bfloat16 too, which Triton's interpreter, alone of all, cannot multiply."""
-    return None if x.dtype == weight.dtype != torch.float64 else "float64, or two dtypes"
+    kinds = {tensor.dtype for tensor in operands}
+    return None if len(kinds) == 1 and torch.float64 not in kinds else "float64, or two dtypes"
 
 
 class Profiled:

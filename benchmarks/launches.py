@@ -16,13 +16,12 @@ from torch import Tensor
 
 from benchmarks.launch_counter import Counted, Launches, Profiled
 from benchmarks.layer_case import Case
-from robust_moe.attacks import attack_mode
+from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.passes import Passes
-from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.engine.optimizers import build_optimizer
-from robust_moe.methods import PGDAdversarialTraining
-from robust_moe.models import build_model
+from robust_moe.methods import PGDAdversarialTraining, Standard
+from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe.provenance import provenance
 
 __all__ = ["CASES", "count", "main"]
@@ -64,11 +63,11 @@ def layer_in_training(launches: Launches | Profiled, case: Case, autocast: Autoc
 
 def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
     """ResNet-18 for 32x32 images whose layer4.1 is the routed layer, by the trainer's own method and optimiser."""
-    moe = MoEConfig(layers=["layer4.1"], num_experts=case.experts, top_k=case.top_k, balance="none")
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=1)
-    config = TrainConfig(model=ModelConfig(name="resnet18", moe=moe), method=MethodConfig(attack=attack))
+    moe = MoEConfig(layers=["layer4.1"], num_experts=case.experts, top_k=case.top_k, balance=BALANCE_LOSSES["none"]())
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=1)
+    config = TrainConfig(model=ResNet18Config(moe=moe), method=PGDAdversarialTraining.Config(attack=attack))
     model = launches.module(lambda _: build_model(config.model, num_classes=10, channels=3, image_size=32)).train()
-    method = PGDAdversarialTraining(config)
+    method = config.method.build(config.model)
     images, labels = _maps(launches, case.batch, 3, 32, 32), launches.tensor(case.batch, dtype=torch.int64)
     batch = Batch(images, labels, labels)
     for _ in range(2):  # an attack is needed to learn which norms may be folded
@@ -78,12 +77,13 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
                 launches.take()
                 x = method.attack.step(x, passes.examine(x).grad, images)
             step = launches.take()
-    optimizer = build_optimizer(model, OptimConfig(), fused=True)  # as the trainer has it on a GPU
+    training = Standard.Config().build(config.model)  # on given images, as the attack's are by then
+    optimizer = config.optim.build(model, fused=True)  # as the trainer has it on a GPU
     for _ in range(2):  # the first allocates the momentum
         launches.take()
         with autocast():
-            loss, _ = method.classify(model, model, images, batch.labels)
-        loss.backward()
+            (update,) = training.updates(model, batch, 0)
+        update.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {"PGD step": step, "training pass": launches.take()}

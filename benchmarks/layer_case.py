@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
+from benchmarks.cuda_graphs import captured
 from benchmarks.harness import check_close, peak_bytes
 from robust_moe.models.resnet import BasicBlock
 from robust_moe.precision import full_precision
@@ -113,23 +114,15 @@ def one_pass(module: nn.Module, inputs: list[Tensor], mode: str) -> Callable[[in
     return lambda number: through(inputs[number % len(inputs)])
 
 
-def captured_pass(module: nn.Module, inputs: list[Tensor], mode: str) -> Callable[[int], object]:
+def _captured_pass(module: nn.Module, inputs: list[Tensor], mode: str) -> Callable[[int], object]:
     """As one_pass, replayed from one CUDA graph: no time is lost on launches. Only for modules that never wait for the
     device."""
     through, static = _through(module, mode), inputs[0].clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries set themselves up, and the gradient is drawn
-            through(static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        through(static)
+    replay = captured(lambda number: through(static))
 
     def run(number: int) -> None:
         static.copy_(inputs[number % len(inputs)])
-        graph.replay()
+        replay()
 
     return run
 
@@ -140,7 +133,7 @@ def captured_passes(
     """On a GPU, the layer and the all-experts baseline from graphs; elsewhere nothing."""
     if not inputs[0].is_cuda:
         return {}
-    return {f"{name}, graph": captured_pass(variants[name], inputs, mode) for name in (OURS, ALL) if name in variants}
+    return {f"{name}, graph": _captured_pass(variants[name], inputs, mode) for name in (OURS, ALL) if name in variants}
 
 
 def memory(steps: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, dict[str, float]]:

@@ -18,11 +18,19 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Options, Row, check_close, compare
 from benchmarks.train_step import INPUTS, method_step
-from robust_moe.attacks import attack_mode
-from robust_moe.config import AttackConfig, MethodConfig, MixtureConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.attacks import PGD, attack_mode
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods import RobustExperts
-from robust_moe.models import ExpertMixture, build_model
+from robust_moe.methods import RTER
+from robust_moe.models import (
+    BALANCE_LOSSES,
+    ROUTERS,
+    ExpertMixture,
+    MixtureConfig,
+    MoEConfig,
+    ResNetSmallConfig,
+    build_model,
+)
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["PerSample", "run"]
@@ -54,13 +62,13 @@ class PerSample(nn.Module):
 
 
 def _config(form: str, steps: int, width: int) -> TrainConfig:
-    mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router="linear")
-    model = ModelConfig(name="resnet_small", width=width, mixture=mixture, moe=MoEConfig(balance="none"))
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=steps)
-    return TrainConfig(model=model, method=MethodConfig(name="rt_er", form=form, attack=attack))
+    mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router=ROUTERS["linear"]())
+    model = ResNetSmallConfig(width=width, mixture=mixture, moe=MoEConfig(balance=BALANCE_LOSSES["none"]()))
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=steps)
+    return TrainConfig(model=model, method=RTER.Config(form=form, attack=attack))
 
 
-def _check(ours: ExpertMixture, loop: ExpertMixture, method: RobustExperts, batch: Batch) -> None:
+def _check(ours: ExpertMixture, loop: ExpertMixture, method: RTER, batch: Batch) -> None:
     """In evaluation mode the same logits, and the same adversarial images but for pixels whose gradient is next to
     zero."""
     attack = method.joint if method.form == "paper" else method.attack
@@ -94,11 +102,11 @@ def run(options: Options) -> list[Row]:
         ours = build_model(config.model, num_classes=10, channels=3, image_size=32).to(options.device).train()
         loop = copy.deepcopy(ours)
         loop.experts = PerSample(loop.experts)
-        method = RobustExperts(config)
+        method = config.method.build(config.model)
         _check(ours, loop, method, batches[0])
         variants = {
             "ours": method_step(ours, method, batches),
-            "per-sample dispatch": method_step(loop, RobustExperts(config), batches),
+            "per-sample dispatch": method_step(loop, config.method.build(config.model), batches),
         }
         case = {"step": f"RT-ER, {form} form, PGD-{steps}", "model": "resnet_small", "E": EXPERTS, "B": count}
         case |= {"width": width, "threads": torch.get_num_threads()}

@@ -51,7 +51,7 @@ RECIPE: tuple[str, ...] = (
     "run.threads=1",
 )
 
-PIECEWISE = ("optim.schedule=multistep", "optim.milestones=[0.5,0.75]", "optim.lr=0.1")
+PIECEWISE = ("optim.schedule=multistep", "optim.schedule.milestones=[0.5,0.75]", "optim.lr=0.1")
 NO_AVERAGE = ("run.ema_epochs=0",)
 HARD_LABELS = ("method.label_smoothing=0",)
 CONSTANT_STEPS = ("method.attack_steps_schedule=[]",)

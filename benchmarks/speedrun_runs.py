@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decoded import DECODED_ONCE
 from benchmarks.speedrun_recipe import arm_config
 from robust_moe.attacks import PGD, Attack, AutoAttack
-from robust_moe.config import DataConfig, TrainConfig, parse_fraction
-from robust_moe.data import DATASETS, ImageSet, Splits, load_splits
+from robust_moe.config import TrainConfig
+from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, load_experiment
 from robust_moe.engine.state import NEUTRAL
 from robust_moe.evaluation.scorer import evaluate
 from robust_moe.files import replace_file
 from robust_moe.reproduce.preparation import data_digest
+from robust_moe.settings import plain
 
 __all__ = ["AUTOATTACK", "Run", "run_once"]
 
@@ -49,29 +49,12 @@ class Run:
         return f"{self.arm.replace(' ', '-')}-{self.seed}"
 
 
-def _remembered(load: Callable[[DataConfig], tuple[ImageSet, ImageSet]]) -> Callable[..., tuple[ImageSet, ImageSet]]:
-    """A data source that decodes the files of a folder once a process."""
-    known: dict[tuple[str | None, int | None], tuple[ImageSet, ImageSet]] = {}
-
-    def source(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-        key = (config.root, config.image_size)
-        if key not in known:
-            known[key] = load(config)
-        return known[key]
-
-    return source
-
-
-SOURCE = "parquet, decoded once"
-DATASETS[SOURCE] = _remembered(DATASETS["parquet"])
-
-
 def run_once(run: Run) -> dict[str, Any]:
     """The numbers of a run, from its file where an equal run left one. A killed training goes on where it was saved.
 
     A run differs from another if any setting that decides numbers does, or any pixel of the images.
     """
-    where = (f"data.name={SOURCE}", f"data.root={run.root}", f"run.seed={run.seed}")
+    where = (f"data.name={DECODED_ONCE}", f"data.root={run.root}", f"run.seed={run.seed}")
     splits = load_splits(arm_config(run.arm, (*run.overrides, *where), 1)[0].data, run.seed)
     config, passes = arm_config(run.arm, (*run.overrides, *where), len(splits.train))
     folder = Path(run.work) / run.name
@@ -109,7 +92,7 @@ def run_once(run: Run) -> dict[str, Any]:
 def _measure(run: Run, config: TrainConfig, splits: Splits) -> dict[str, Any]:
     """Clean accuracy, and robust accuracy under PGD-20 and AutoAttack's members, as shares of the measured images."""
     images = getattr(splits, run.split).head(run.images)
-    eps = float(parse_fraction(config.eval.attack.eps))
+    eps = float(config.eval.attack.eps)
     members = AUTOATTACK[run.autoattack]
     attacks: dict[str, Attack] = {
         "pgd20": PGD(eps, 20, alpha=eps / 4, seed=0),
@@ -123,7 +106,7 @@ def _measure(run: Run, config: TrainConfig, splits: Splits) -> dict[str, Any]:
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     """The settings, but for where things are and how they are read."""
-    tree = dataclasses.asdict(config)
+    tree = plain(config)
     del tree["data"]["name"], tree["data"]["root"], tree["run"]["out"]
     return tree
 

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from benchmarks.baselines import MaskedLoop
 from benchmarks.harness import Options, Row, check_close, compare, peak_bytes
 from benchmarks.own_process import OwnProcess, own_process
-from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.attacks import PGD
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import Method, PGDAdversarialTraining
-from robust_moe.models import build_model
+from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe.precision import full_precision
 from robust_moe_kernels.ops.attack_step import random_start
 
@@ -40,9 +41,9 @@ APART = 0.05  # share of pixels that rounding may move: a gradient next to zero 
 
 
 def _config(experts: int, width: int) -> TrainConfig:
-    moe = MoEConfig(layers=[LAYER], num_experts=experts, balance="none")
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=STEPS)
-    return TrainConfig(model=ModelConfig(name="resnet18", width=width, moe=moe), method=MethodConfig(attack=attack))
+    moe = MoEConfig(layers=[LAYER], num_experts=experts, balance=BALANCE_LOSSES["none"]())
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=STEPS)
+    return TrainConfig(model=ResNet18Config(width=width, moe=moe), method=PGDAdversarialTraining.Config(attack=attack))
 
 
 def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
@@ -131,8 +132,8 @@ def _with_loop(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain_trainer(config: TrainConfig, experts: int, count: int, device: torch.device) -> Callable[[int], object]:
-    plain = _with_loop(_model(config, experts, device)).to(memory_format=torch.contiguous_format)
+def _plain_trainer(experts: int, width: int, count: int, device: torch.device) -> Callable[[int], object]:
+    plain = _with_loop(_model(_config(experts, width), experts, device)).to(memory_format=torch.contiguous_format)
     return _plain_step(plain, _images(count, device))
 
 
@@ -140,14 +141,14 @@ def run(options: Options) -> list[Row]:
     count = options.batch or (8 if options.quick else 128 if options.device.type == "cuda" else 32)
     rows = []
     for experts in (4,) if options.quick else (4, 16):
-        config = _config(experts, width=16 if options.quick else 64)
+        width = 16 if options.quick else 64
         with ExitStack() as processes:
-            plain_trainer = (config, experts, count, options.device)
+            plain_trainer = (experts, width, count, options.device)
             if options.device.type == "cpu":
                 plain = processes.enter_context(own_process(_plain_trainer, *plain_trainer))
             else:
                 plain = _plain_trainer(*plain_trainer)
-            rows += _case(options, config, experts, count, plain)
+            rows += _case(options, _config(experts, width), experts, count, plain)
     return rows
 
 
@@ -156,7 +157,7 @@ def _case(
 ) -> list[Row]:
     batches = _images(count, options.device)
     ours = _model(config, experts, options.device)
-    mixed, method = _with_loop(ours), PGDAdversarialTraining(config)
+    mixed, method = _with_loop(ours), config.method.build(config.model)
     with full_precision():  # TF32 would move more pixels than rounding may
         _check(ours, _with_loop(ours), method, batches[0])
     steps = {

@@ -16,9 +16,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
 wheels=.wheels
-# What the trainer imports and PyTorch does not bring; small, and pure Python but for PyYAML and MarkupSafe. OmegaConf
-# before 2.4 needs antlr4-python3-runtime as well, which has no wheel.
-usual=("omegaconf>=2.4" PyYAML lightning-fabric lightning-utilities packaging typing_extensions fsspec
+# What the trainer imports and PyTorch does not bring; small, and pure Python but for PyYAML and MarkupSafe.
+usual=(PyYAML lightning-fabric lightning-utilities packaging typing_extensions fsspec
   rich markdown-it-py mdurl Pygments Jinja2 MarkupSafe pybind11 setuptools)
 limit=$((40 * 1024)) # KiB, so that 18 MB of images go along within 64 MiB
 

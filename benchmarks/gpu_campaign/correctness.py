@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import first_line
+from benchmarks.cuda_graphs import captured
 from benchmarks.gpu_campaign.record import Record
-from benchmarks.gpu_campaign.timing import captured
 from benchmarks.layer_case import Case, one_pass, set_mode
 
 __all__ = ["check_group", "memcheck_command", "run"]

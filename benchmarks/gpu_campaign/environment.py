@@ -16,7 +16,7 @@ from benchmarks.gpu_campaign.record import Record
 __all__ = ["facts", "missing", "run"]
 
 PACKAGES = {  # what a part imports beside PyTorch, Triton and NumPy
-    "omegaconf": "parts 6 and 7 (configurations)",
+    "yaml": "parts 6 and 7 (configurations)",
     "lightning_fabric": "parts 6 and 7 (the trainer)",
     "rich": "parts 6 and 7 (the trainer)",
     "tensorboard": "parts 6 and 7 (the trainer)",

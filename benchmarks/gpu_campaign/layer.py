@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import first_line
+from benchmarks.cuda_graphs import captured
 from benchmarks.gpu_campaign.op_cases import INPUTS, op_cases, runnable
 from benchmarks.gpu_campaign.pgd_step import kernels_of
 from benchmarks.gpu_campaign.record import Record
-from benchmarks.gpu_campaign.timing import captured, compare_captured
+from benchmarks.gpu_campaign.timing import compare_captured
 from benchmarks.harness import check_close
 from benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED, Case, check, one_pass, set_mode
 
@@ -86,7 +87,7 @@ def _layer(record: Record, case: Case) -> str:
 def _gaps(device: torch.device, run: Callable[[int], object]) -> dict[str, Any]:
     """Kernels of one replay, how long they are busy, and how long it takes from the first to the last."""
     kinds = torch.profiler.ProfilerActivity
-    replay = captured(run, calls=1) if device.type == "cuda" else partial(run, 0)
+    replay = captured(run) if device.type == "cuda" else partial(run, 0)
     replay()
     with torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU]) as profile:
         replay()

@@ -10,19 +10,17 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.decoded import DECODED_ONCE
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.trainer_steps import GENERATED, WatchedTrainer
 from robust_moe.attacks import PGD, ExpertPGD, RouterPGD
 from robust_moe.attacks.autoattack import members
-from robust_moe.config import DataConfig, TrainConfig, load_config
-from robust_moe.data import DATASETS, ImageSet
-from robust_moe.data.parquet import load_parquet
+from robust_moe.config import TrainConfig, load_config
 from robust_moe.engine import Reporter, epochs_within, passes_of_run, read_metrics
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation import predict
@@ -38,15 +36,6 @@ CAREFUL = 0.9  # of the training time is planned for: short attacks have their o
 WARM, TIMED = 10, 20  # steps of the first look at the speed
 IMAGES = 1000  # attacked
 SLACK = 5.0  # seconds of a preset that nothing is planned for: saving and loading
-DECODED = "parquet, decoded once"  # data.name
-
-
-@cache
-def _decoded(root: str, side: int | None) -> tuple[ImageSet, ImageSet]:
-    return load_parquet(DataConfig(name="parquet", root=root, image_size=side))
-
-
-DATASETS[DECODED] = lambda config: _decoded(config.root, config.image_size)
 
 
 def run(record: Record) -> str:
@@ -87,9 +76,9 @@ def _config(record: Record, preset: str, *overrides: str) -> TrainConfig:
     """The preset on the given images, as Parquet files; on generated ones without."""
     settings = ["data.expects=null", f"run.out={record.folder / 'run'}"]
     if record.data is not None:
-        settings += [f"data.name={DECODED}", f"data.root={record.data}"]
+        settings += [f"data.name={DECODED_ONCE}", f"data.root={record.data}"]
     else:
-        settings += [f"data.name={GENERATED}", "data.root=null", "data.train_limit=5000", "data.test_limit=1000"]
+        settings += [f"data.name={GENERATED}", "data.train_limit=5000", "data.test_limit=1000"]
     if record.dry:
         settings += ["model.width=4", "data.image_size=8", "method.attack.steps=2", "run.batch_size=16"]
         settings += ["data.train_limit=48", "data.test_limit=8", "eval.attack.steps=2", "run.epochs=1"]

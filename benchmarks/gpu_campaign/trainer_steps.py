@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_campaign.record import Record
-from robust_moe.config import DataConfig, TrainConfig, load_config
-from robust_moe.data import DATASETS, Batch, ImageSet
+from robust_moe.config import TrainConfig, load_config
+from robust_moe.data import DATASETS, Batch, DataSet, ImageSet
 from robust_moe.engine import Reporter, Trainer
 
 __all__ = ["GENERATED", "OUR_RUN", "WatchedTrainer", "step_config"]
@@ -20,21 +20,22 @@ OUR_RUN = "blockmoe-cifar10-r18"  # the preset whose steps are measured
 CLASSES = 10
 
 
-def _generated(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+@DATASETS.register(GENERATED)
+class Generated(DataSet):
     """``train_limit`` and ``test_limit`` images that a network can learn to tell apart."""
-    generator = torch.Generator().manual_seed(0)
-    size, names = config.image_size or 32, tuple(f"class {number}" for number in range(CLASSES))
-    colours = torch.randint(256, (CLASSES, 3, 2), generator=generator)
-    sets = []
-    for count in (config.train_limit or 1000, config.test_limit or 100):
-        labels = torch.arange(count) % CLASSES
-        halves = colours[labels].repeat_interleave(-(-size // 2), dim=2)[:, :, None, :size].expand(-1, -1, size, -1)
-        noise = torch.randint(-40, 41, halves.shape, generator=generator)
-        sets.append(ImageSet((halves + noise).clamp(0, 255).to(torch.uint8), labels, names, GENERATED))
-    return sets[0], sets[1]
 
-
-DATASETS[GENERATED] = _generated
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        generator = torch.Generator().manual_seed(0)
+        size, names = self.config.image_size or 32, tuple(f"class {number}" for number in range(CLASSES))
+        colours = torch.randint(256, (CLASSES, 3, 2), generator=generator)
+        sets = []
+        for count in (self.config.train_limit or 1000, self.config.test_limit or 100):
+            labels = torch.arange(count) % CLASSES
+            halves = colours[labels].repeat_interleave(-(-size // 2), dim=2)[:, :, None, :size]
+            halves = halves.expand(-1, -1, size, -1)
+            noise = torch.randint(-40, 41, halves.shape, generator=generator)
+            sets.append(ImageSet((halves + noise).clamp(0, 255).to(torch.uint8), labels, names, GENERATED))
+        return sets[0], sets[1]
 
 
 class WatchedTrainer(Trainer):
@@ -58,7 +59,6 @@ def step_config(record: Record, batch: int, steps: int, **run: Any) -> TrainConf
     overrides = [
         f"data.name={GENERATED}",
         "data.expects=null",
-        "data.root=null",
         "data.validation_fraction=0",
         f"data.train_limit={batch * min(steps, 20)}",
         f"run.out={folder}",

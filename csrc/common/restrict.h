@@ -2,7 +2,11 @@
 // loop for several instruction sets and choose when the library is loaded.
 #pragma once
 
+#if defined(_MSC_VER)
+#define RMK_RESTRICT __restrict
+#else
 #define RMK_RESTRICT __restrict__
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && defined(__x86_64__)
 #define RMK_WIDE_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))

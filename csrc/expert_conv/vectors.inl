@@ -11,7 +11,32 @@ namespace rmk {
 namespace RMK_ISA {
 namespace {
 
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(RMK_PLAIN_VECTORS)
+#define RMK_VECTOR_TYPES
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+#else  // a compiler without vector types: the same operations lane by lane, each rounded once, so the same bits
+struct Vector {
+  float lane[kLanes];
+};
+
+inline Vector operator+(Vector a, const Vector& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+inline Vector operator-(Vector a, const Vector& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
+  return a;
+}
+inline Vector operator-(Vector a) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] = -a.lane[i];
+  return a;
+}
+inline Vector operator*(float factor, Vector a) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] *= factor;
+  return a;
+}
+inline Vector& operator+=(Vector& a, const Vector& b) { return a = a + b; }
+#endif
 
 constexpr int kPanel = kLanes * kVectors;
 
@@ -47,7 +72,12 @@ constexpr int exchanged(int lane) {
 
 template <int S, bool Upper, int... Lane>
 inline Vector exchange(Vector a, Vector b, std::integer_sequence<int, Lane...>) {
-#if defined(__clang__)
+#if !defined(RMK_VECTOR_TYPES)
+  const int source[] = {exchanged<S, Upper>(Lane)...};
+  Vector out;
+  for (int i = 0; i < kLanes; ++i) out.lane[i] = source[i] < kLanes ? a.lane[source[i]] : b.lane[source[i] - kLanes];
+  return out;
+#elif defined(__clang__)
   return __builtin_shufflevector(a, b, exchanged<S, Upper>(Lane)...);
 #else
   typedef int Mask __attribute__((vector_size(kLanes * sizeof(int))));

@@ -32,7 +32,9 @@ class FilterPart {
 
   void fetch(int64_t count) {
     for (; count > 0 && tap_ < 9; --count) {
+#if defined(__GNUC__) || defined(__clang__)
       __builtin_prefetch(first_ + tap_ * tap_stride_ + input_ * input_stride_ + output_, 0, 2);
+#endif
       output_ += kLine;
       if (output_ < outputs_) continue;
       output_ = 0;

@@ -13,6 +13,8 @@ def main() -> None:
     """Run the command line, or say in one sentence (exit status 2) what has to be installed first."""
     try:
         from robust_moe.commands import app
+
+        app()
     except ModuleNotFoundError as error:
         package = (error.name or OURS[0]).partition(".")[0]
         if package in OURS:  # a fault of ours, which no installation mends
@@ -23,4 +25,3 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    app()

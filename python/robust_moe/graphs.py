@@ -125,10 +125,7 @@ def places(model: nn.Module) -> Hashable:
     """What a graph has fixed of a model: where every parameter and buffer lies, and how its layers choose experts."""
     return (
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())),
-        tuple(
-            (layer.fixed_expert, layer.reroute, layer.top_k, layer.renormalize, layer.straight_through, layer.noise_std)
-            for layer in moe_layers(model).values()
-        ),
+        tuple(layer.route_options for layer in moe_layers(model).values()),
     )
 
 

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from robust_moe.attacks import build_attack
+from robust_moe.attacks import PGD, AutoAttack
 from robust_moe.attacks.autoattack import VERSIONS
 from robust_moe.attacks.losses import LOSSES
-from robust_moe.config import ConfigError, TrainConfig, parse_fraction
+from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import (
     Journal,
+    Stage,
     SuiteResult,
     curve_flag,
     curve_radii,
@@ -42,9 +43,10 @@ from robust_moe.evaluation import (
     write_report,
     write_results,
 )
+from robust_moe.settings import plain
 from robust_moe_kernels.modules import moe_layers
 
-__all__ = ["PRESETS", "SPLITS", "assess", "draw"]
+__all__ = ["PRESETS", "SPLITS", "assess", "draw", "evaluation_stages"]
 
 SPLITS = ("train", "val", "test")
 PRESETS = {
@@ -93,8 +95,6 @@ def assess(
     """
     if split not in SPLITS:
         raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     if count is not None and count < 1:
         raise ConfigError(f"n: expected a count >= 1, got {count}")
     others = _named_results([Path(other) for other in beside])
@@ -121,7 +121,7 @@ def assess(
         with Journal(path.with_suffix(".journal"), evaluation.identity, resume) as journal:
             results, samples = evaluation.run(
                 journal,
-                model={**dataclasses.asdict(config.model), **state["position"]},
+                model={**plain(config.model), **state["position"]},
                 data={"split": split, "image_size": state["data"]["image_size"]},
                 checkpoint={"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
             )
@@ -143,24 +143,12 @@ class _Evaluation:
         preset: str,
         reporter: Reporter,
     ) -> None:
-        attack = config.eval.attack
         self.config, self.model, self.images, self.index = config.eval, model, images, index
         self.preset, self.reporter, self.seed = preset, reporter, config.eval_seed
-        self.eps = parse_fraction(attack.eps, "eval.attack.eps")
-        version = preset if preset in VERSIONS else None
-        if version is not None and attack.name == "autoattack":
-            raise ConfigError(
-                f"eval.attack.name: expected another beside preset {preset!r}, which runs 'autoattack' itself"
-            )
-        if preset == "moe" and attack.name != "pgd":
-            raise ConfigError(
-                f"eval.attack.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}"
-            )
-        if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
-            losses = ", ".join(LOSSES)
-            raise ConfigError(f"eval.attack.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
-        self.stages = plan(attack.name, build_attack(attack, seed=self.seed, key="eval.attack"), version, self.seed)
-        self.settings = {"eps": str(self.eps), "norm": attack.norm, "preset": preset, "seed": self.seed}
+        self.eps = config.eval.attack.eps
+        self.stages = evaluation_stages(config, model, preset)
+        norm = config.eval.attack.norm
+        self.settings = {"eps": str(self.eps), "norm": norm, "preset": preset, "seed": self.seed}
         settings = {**self.settings, "batch_size": self.config.batch_size}
         self.identity = identity(model, images.images, images.labels, self.stages, settings, index)
 
@@ -218,7 +206,7 @@ class _Evaluation:
             self.reporter.line("the model is dense: no experts, router or routing to measure")
             return suite, None
         eps, alpha = float(self.eps), self.config.attack.alpha
-        step = None if alpha is None else float(parse_fraction(alpha))
+        step = None if alpha is None else float(alpha)
         moe, stages = study_moe(self.model, eps=eps, alpha=step, **self._study(journal))
         suite = with_stages(suite, stages, eps, self.config.attack.norm)
         robust = float(suite.robust.mean())
@@ -243,6 +231,28 @@ class _Evaluation:
         }
 
 
+def evaluation_stages(config: TrainConfig, model: nn.Module, preset: str) -> list[Stage]:
+    """The attacks of an evaluation of ``model``, but for those of experts and router, in order.
+
+    Raises:
+        ConfigError: a preset that there is not, or that the attack of ``config.eval`` does not go with.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    attack = config.eval.attack
+    version = preset if preset in VERSIONS else None
+    if version is not None and isinstance(attack, AutoAttack.Config):
+        raise ConfigError(
+            f"eval.attack.name: expected another beside preset {preset!r}, which runs 'autoattack' itself"
+        )
+    if preset == "moe" and not isinstance(attack, PGD.Config):
+        raise ConfigError(f"eval.attack.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}")
+    if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
+        losses = ", ".join(LOSSES)
+        raise ConfigError(f"eval.attack.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
+    return plan(attack.name, attack.build(seed=config.eval_seed), version, config.eval_seed)
+
+
 def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
     """(name, content) of result files: that of the folder, and where several are in it, of the file too."""
     folders = [path.resolve().parent.name for path in paths]
@@ -258,10 +268,9 @@ def _result_file(
 ) -> Path:
     """E.g. ``results-best-test-pgd20-8_255-1c9d2f40.json``: what one looks for, then a digest of every setting."""
     attack = config.eval.attack
-    restarts = f"x{attack.restarts}" if attack.restarts > 1 else ""
-    what = f"{attack.name}{attack.steps}{restarts}" if preset == "quick" else preset
-    eps = str(parse_fraction(attack.eps)).replace("/", "_")
-    settings = [dataclasses.asdict(config), position, preset, count]
+    what = attack.label if preset == "quick" else preset
+    eps = str(attack.eps).replace("/", "_")
+    settings = [plain(config), position, preset, count]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
     return checkpoint.with_name(f"results-{checkpoint.stem}-{split}-{what}-{eps}-{digest}.json")
 

@@ -6,7 +6,6 @@ from robust_moe_kernels.modules.gates import GATES, ConvGapGate, GapFcGate
 from robust_moe_kernels.modules.model import (
     balance_loss,
     check_finite,
-    gates_without_gradient,
     moe_layers,
     replace_blocks,
 )
@@ -16,13 +15,14 @@ from robust_moe_kernels.modules.route_control import (
     DropTop,
     FixedRoutes,
     RandomRoutes,
-    Reroute,
     SoftGradient,
     SwapTop,
     last_routes,
     rerouted,
 )
+from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.modules.shared_launches import shared_launches
 
 __all__ = [
     "BALANCE_LOSSES",
@@ -37,15 +37,16 @@ __all__ = [
     "MoELayer",
     "RandomRoutes",
     "Reroute",
+    "RouteOptions",
     "RoutingRecord",
     "SoftGradient",
     "SwapTop",
     "attack_mode",
     "balance_loss",
     "check_finite",
-    "gates_without_gradient",
     "last_routes",
     "moe_layers",
     "replace_blocks",
     "rerouted",
+    "shared_launches",
 ]

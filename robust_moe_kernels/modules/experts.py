@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe_kernels.layout import dense_format, expert_of_row
+from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row, pair_of
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
@@ -73,6 +73,9 @@ def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
 
 class Experts(nn.Module, ABC):
     """E copies of a module, run by segments. Subclasses say how one expert computes."""
+
+    num_experts: int
+    in_channels: int  # of the maps that the experts take
 
     def __init__(self, template: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class StackedConv2d(Experts):
             raise ValueError(f"conv: expected padding_mode 'zeros', got {conv.padding_mode!r}")
         self.weight = nn.Parameter(_output_innermost(_stack(conv.weight, num_experts)))
         self.bias = None if conv.bias is None else nn.Parameter(_stack(conv.bias, num_experts))
-        self.in_channels: int = conv.in_channels
+        self.in_channels = conv.in_channels
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -163,18 +166,18 @@ class StackedConv2d(Experts):
 
         return super()._apply(as_matrix, recurse)
 
-    def geometry(self) -> tuple[int, ...] | None:
-        """Stride, padding and dilation for the engine, or ``None`` for what it does not compute (groups, odd
+    def geometry(self) -> Geometry | None:
+        """As the engine takes it, or ``None`` for what it does not compute (groups, odd
         "same")."""
         padding = self.padding
         if self.groups != 1:
             return None
         if isinstance(padding, str):
-            reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[3:], strict=True)]
-            if padding == "same" and any(r % 2 for r in reach):
+            high, wide = (d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[3:], strict=True))
+            if padding == "same" and (high % 2 or wide % 2):
                 return None
-            padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
-        return (*self.stride, *padding, *self.dilation)
+            padding = (high // 2, wide // 2) if padding == "same" else (0, 0)
+        return Geometry(pair_of(self.stride), pair_of(padding), pair_of(self.dilation))
 
     def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         geometry = self.geometry()
@@ -182,7 +185,7 @@ class StackedConv2d(Experts):
             return super().mix(x, route, weights)
         dtype = engine_dtype(x)
         rows = dispatch(x.to(dtype), route)
-        rows = expert_conv(rows, self.weight.to(dtype), route.offsets, geometry[:2], geometry[2:4], geometry[4:])
+        rows = expert_conv(rows, self.weight.to(dtype), route.offsets, *geometry)
         if self.bias is not None:
             expert = expert_of_row(route.offsets, len(rows))
             rows = rows + self.bias.index_select(0, expert)[:, :, None, None]
@@ -211,6 +214,10 @@ class StackedBatchNorm2d(nn.Module):
     1) has variance 0: its output is its bias, no gradient flows to its input, its running mean moves and its running
     variance, whose unbiased estimate does not exist, stays.
     """
+
+    running_mean: Tensor  # [E, C], as the next
+    running_var: Tensor
+    num_batches_tracked: Tensor  # [E]
 
     def __init__(self, norm: nn.BatchNorm2d, num_experts: int) -> None:
         super().__init__()

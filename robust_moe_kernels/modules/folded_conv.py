@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
-from robust_moe_kernels.layout import Geometry
+from robust_moe_kernels.layout import Geometry, pair_of
+from robust_moe_kernels.modules.twins import Twins, is_batched, through_relu
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
@@ -47,7 +48,8 @@ def scales_and_shifts(pairs: list[tuple[Tensor | None, Norm]]) -> list[tuple[Ten
         return torch.cat(filled).double()
 
     with torch.no_grad():
-        mean, variance = (joined([norm[i] for _, norm in pairs], 0.0) for i in range(2))
+        mean = joined([norm.mean for _, norm in pairs], 0.0)
+        variance = joined([norm.variance for _, norm in pairs], 0.0)
         epsilons = {norm.eps for _, norm in pairs}
         if len(epsilons) == 1:
             scale = (variance + epsilons.pop()).rsqrt()
@@ -78,6 +80,7 @@ class FoldedConv:
         norm: its norm's.
         table: what :func:`scales_and_shifts` made of bias and norm; None: made here.
         rows: a dictionary that an attack's convolutions share (:meth:`rows`); None: one of its own.
+        twins: where an output with a ReLU leaves its twin; None: it has none.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class FoldedConv:
         norm: Norm,
         table: tuple[Tensor, Tensor] | None = None,
         rows: dict[Any, Any] | None = None,
+        twins: Twins | None = None,
     ) -> None:
         self._numbers = _numbers(weight, bias, norm)
         self._versions = [tensor._version for tensor in self._numbers]
@@ -97,6 +101,7 @@ class FoldedConv:
         self._engine: Tensor | None = None
         self._table: tuple[Tensor, Tensor] | None = None
         self._rows = {} if rows is None else rows
+        self._twins = twins
 
     def is_of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
         """Whether these are the numbers that this was made of, unchanged."""
@@ -142,8 +147,12 @@ class FoldedConv:
         """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for."""
         how = fuses(x, dtype)
         if how:
-            return _Fused.apply(x, other, self, call, relu, dtype, how)
-        out = torch.conv2d(x, *self.tensors(dtype), *call)
+            out, twin = _Fused.apply(x, other, self, call, relu, dtype, how)
+            if self._twins is not None and relu and out.requires_grad:
+                self._twins.put(out, twin)
+            return out
+        filters, shift = self.tensors(dtype)
+        out = torch.conv2d(x, filters, shift, *call)
         if other is not None:
             out = out.add_(other)  # in place: neither a convolution nor an addition saves its output
         return out.relu_() if relu else out
@@ -174,19 +183,24 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, stride: Any, padding: Any, dilation: Any, groups: Any) -> Self | None:
         """``None`` for a form that is not two integers each, such as padding by name."""
-        pairs = [tuple(pair) if isinstance(pair, tuple | list) else pair for pair in (stride, padding, dilation)]
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
-            return None
-        return cls(*pairs, groups)
+        for pair in (stride, padding, dilation):
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(n) is int for n in pair):
+                return None
+        return cls(pair_of(stride), pair_of(padding), pair_of(dilation), groups)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation)
 
     def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        size = Geometry(*self[:3]).output_size(x.shape[2], x.shape[3], tuple(weight.shape[2:]))
+        size = self.geometry.output_size(x.shape[2], x.shape[3], weight.shape[2:])
         return (x.shape[0], weight.shape[0], *size)
 
 
 class _Fused(torch.autograd.Function):
     """Convolution, shift, addition and ReLU save one map, the ReLU's output, for the backward, which computes the
-    gradients to x and other alone; differentiable any number of times."""
+    gradients to x and other alone; differentiable any number of times. Returns the output and, of one with a ReLU, its
+    twin: the same numbers for another reader."""
 
     @staticmethod
     def forward(
@@ -198,18 +212,19 @@ class _Fused(torch.autograd.Function):
         relu: bool,
         dtype: torch.dtype,
         how: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
         ctx.conv, ctx.call, ctx.how, ctx.kind = conv, call, how, x.dtype
         if how == "kernel":
             x = x.to(dtype)
             out = _by_kernel(x, other, conv, call, relu)
             ctx.save_for_backward(x, out if relu else None)
-            return out
+            return out, out.detach() if relu else None
         filters, shift = conv.tensors(torch.float32)
         last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
         if _engine_takes(filters, call):
-            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], _geometry(call), AUTO)
+            out = conv_forward(rows, conv.engine_filters(), _whole(x), None, [], call.geometry, AUTO)
             out.add_(shift[:, None, None])
         else:
             out = torch.conv2d(rows, filters.contiguous(memory_format=torch.channels_last), shift, *call)
@@ -219,21 +234,26 @@ class _Fused(torch.autograd.Function):
             out.relu_()  # not oneDNN's own, within the convolution: it makes zero of NaN, which an attack has to see
         out = out.contiguous(memory_format=_DENSE[last])
         ctx.save_for_backward(x, out if relu else None)
-        return out
+        return out, out.detach() if relu else None
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None, d_twin: Tensor | None) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
         conv, call = ctx.conv, ctx.call
+        d, d_twin = (d_twin, None) if d is None else (d, d_twin)
+        if d is None:
+            return (None,) * 7
         if out is not None:
-            d = torch.ops.aten.threshold_backward(d, out, 0)
+            d = through_relu(d, d_twin, out)
         d_x = None
         if ctx.needs_input_grad[0]:
             filters, _ = conv.tensors(x.dtype)
             engine = ctx.how == "in place" and _engine_takes(filters, call)
-            if engine and not torch.is_grad_enabled() and not _is_batched(d):
+            if engine and not torch.is_grad_enabled() and not is_batched(d):
                 rows = d.contiguous(memory_format=torch.channels_last)
-                d_x = conv_dgrad(rows, conv.engine_filters(), _whole(x), [], *x.shape[2:], _geometry(call), AUTO)
+                d_x = conv_dgrad(
+                    rows, conv.engine_filters(), _whole(x), [], x.shape[2], x.shape[3], call.geometry, AUTO
+                )
                 d_x = d_x.contiguous(memory_format=_DENSE[_channels_last(x)])
             else:
                 d_x, _, _ = torch.ops.aten.convolution_backward(
@@ -241,11 +261,6 @@ class _Fused(torch.autograd.Function):
                 )
             d_x = d_x.to(ctx.kind)
         return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 5
-
-
-def _is_batched(d: Tensor) -> bool:
-    """Many gradients at once, as of ``is_grads_batched``: the engine takes one."""
-    return torch._C._functorch.is_batchedtensor(d) or torch._C._functorch.is_legacy_batchedtensor(d)
 
 
 def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
@@ -256,7 +271,7 @@ def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, re
     offsets, order, ones = conv.rows(z)
     if _channels_last(z) and other is None:
         return scale_shift(z, offsets, one, shift, relu, AUTO)
-    if _channels_last(z) and relu and _channels_last(other):
+    if other is not None and relu and _channels_last(z) and _channels_last(other):
         return head_forward(z, one, shift, other, None, None, order, order, offsets, ones, AUTO)
     out = z.float().add_(shift[0, :, None, None])
     out = out if other is None else out.add_(other)
@@ -272,10 +287,6 @@ def _engine_takes(filters: Tensor, call: Call) -> bool:
 def _whole(x: Tensor) -> Tensor:
     """All rows are the one expert's."""
     return torch.tensor([0, x.shape[0]])
-
-
-def _geometry(call: Call) -> list[int]:
-    return [*call.stride, *call.padding, *call.dilation]
 
 
 def _channels_last(tensor: Tensor) -> bool:

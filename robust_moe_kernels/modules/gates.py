@@ -6,12 +6,16 @@ round to the same number, and a rounding decides the route.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.ops.gate import pool_linear
 
-__all__ = ["FUSED", "GATES", "ConvGapGate", "GapFcGate", "build_gate", "score_noise_scale"]
+__all__ = ["FUSED", "GATES", "ConvGapGate", "GapFcGate", "Gate", "build_gate", "score_noise_scale"]
+
+Gate = str | nn.Module | Callable[[int, int], nn.Module]  # a name, a module, or what makes one from (C, E)
 
 FUSED = {"cuda"}  # where a launch saved counts: pool and linear layer as one; on a CPU both are PyTorch's
 
@@ -53,13 +57,15 @@ class ConvGapGate(nn.Module):
 GATES: dict[str, type[nn.Module]] = {"gap_fc": GapFcGate, "conv_gap": ConvGapGate}
 
 
-def build_gate(gate: str | nn.Module, in_channels: int, num_experts: int) -> nn.Module:
-    """A gate by its name in ``GATES``, or the given module (feature map -> logits [B, E]) itself."""
+def build_gate(gate: Gate, in_channels: int, num_experts: int) -> nn.Module:
+    """A gate by its name in ``GATES``, the given module (feature map -> logits [B, E]) itself, or one that the given
+    function makes from ``(in_channels, num_experts)``."""
     if isinstance(gate, nn.Module):
         return gate
-    if gate not in GATES:
+    if not (callable(gate) or gate in GATES):
         raise ValueError(f"gate: expected one of {', '.join(GATES)} or a module, got {gate!r}")
-    return GATES[gate](in_channels, num_experts)
+    make = gate if callable(gate) else GATES[gate]
+    return make(in_channels, num_experts)
 
 
 def score_noise_scale(logits: Tensor, noise_std: float) -> Tensor:

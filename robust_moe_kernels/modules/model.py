@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from robust_moe_kernels.modules.balance import BALANCE_LOSSES
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["balance_loss", "check_finite", "gates_without_gradient", "moe_layers", "replace_blocks"]
+__all__ = ["balance_loss", "check_finite", "moe_layers", "replace_blocks"]
 
 
 def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any) -> nn.Module:
@@ -68,12 +68,13 @@ def _records(model: nn.Module) -> dict[str, RoutingRecord]:
     return records
 
 
-def balance_loss(model: nn.Module, kind: str = "entropy") -> Tensor:
+def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor] = "entropy") -> Tensor:
     """Sum of a balance loss over all mixture-of-experts layers, from their last forward.
 
     Args:
         model: after a forward.
-        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load or z.
+        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load or z; or a function
+            of one layer's record.
 
     Returns:
         A scalar on the graph of that forward; 0 for a model without such layers.
@@ -81,11 +82,12 @@ def balance_loss(model: nn.Module, kind: str = "entropy") -> Tensor:
     Raises:
         ValueError: an unknown kind. RuntimeError: a layer that no forward has reached.
     """
-    if kind not in BALANCE_LOSSES:
+    if not (callable(kind) or kind in BALANCE_LOSSES):
         near = difflib.get_close_matches(str(kind), BALANCE_LOSSES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"kind: expected one of {', '.join(BALANCE_LOSSES)}, got {kind!r}{hint}")
-    losses = [BALANCE_LOSSES[kind](record) for record in _records(model).values()]
+    loss = kind if callable(kind) else BALANCE_LOSSES[kind]
+    losses = [loss(record) for record in _records(model).values()]
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
 
@@ -103,18 +105,3 @@ def check_finite(model: nn.Module) -> None:
     broken = [f"{name} ({count} rows)" for name, count in zip(records, rows, strict=True) if count]
     if broken:
         raise FloatingPointError(f"gate scores: expected finite numbers, got NaN or infinity in {', '.join(broken)}")
-
-
-def gates_without_gradient(model: nn.Module) -> list[str]:
-    """Names of the layers whose gate has parameters and got no gradient, or only zeros, in the last backward.
-
-    Reads the device. With one expert, or a fixed one, there is nothing to learn and the layer is not listed.
-    """
-    found = []
-    for name, layer in moe_layers(model).items():
-        parameters = [p for p in layer.gate.parameters() if p.requires_grad]
-        if layer.num_experts == 1 or layer.fixed_expert is not None or not parameters:
-            continue
-        if not any(p.grad is not None and bool(p.grad.any()) for p in parameters):
-            found.append(name)
-    return found

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import fields, replace
+from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.experts import Experts, StackedConv2d
-from robust_moe_kernels.modules.gates import build_gate, score_noise_scale
+from robust_moe_kernels.modules.gates import Gate, build_gate, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
+from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.gate import top_k_route
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
-if TYPE_CHECKING:
-    from robust_moe_kernels.modules.route_control import Reroute
-
 __all__ = ["FusedBlockMoE", "FusedConvMoE", "MoELayer"]
 
 INITS = ("copy", "fresh")
+
+_IMPOSED = ("fixed_expert", "reroute")  # options that are set for a while, and not printed
+T = TypeVar("T")
+
+
+class _Option(Generic[T]):
+    """An attribute of a layer that reads and replaces one of its ``route_options``."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, layer: MoELayer, owner: type) -> T: ...
+
+    def __get__(self, layer: MoELayer | None, owner: type) -> Self | T:
+        return self if layer is None else getattr(layer.route_options, self.name)
+
+    def __set__(self, layer: MoELayer, value: T) -> None:
+        changed: dict[str, Any] = {self.name: value}
+        layer.route_options = replace(layer.route_options, **changed)
 
 
 class MoELayer(nn.Module):
@@ -32,7 +53,12 @@ class MoELayer(nn.Module):
     replaced module's own names with a leading dimension E; nothing else.
 
     Whole networks are experts too: with a gate on the images and experts whose ``mix`` returns logits, the layer is the
-    model. ``reroute``, which :func:`~robust_moe_kernels.modules.route_control.rerouted` sets, replaces what it decides.
+    model.
+
+    ``route_options`` (:class:`RouteOptions`) holds what the layer does with its gate's logits; each option is an
+    attribute of the layer too. Beside the arguments these are ``fixed_expert``, the expert that takes every sample with
+    weight 1, gate unused, and ``reroute``, which replaces what the gate decides
+    (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets it).
 
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
@@ -47,10 +73,16 @@ class MoELayer(nn.Module):
     segments, whose sizes are read on the host once a forward.
 
     Raises:
-        ValueError: an argument out of range; a forward on input of the wrong shape; non-finite gate scores (on a GPU
-        when
-            ``check_finite`` reads the flag).
+        ValueError: an argument or option out of range; a forward on input of the wrong shape; non-finite gate scores
+            (on a GPU when ``check_finite`` reads the flag).
     """
+
+    top_k = _Option[int]()
+    renormalize = _Option[bool]()
+    straight_through = _Option[bool]()
+    noise_std = _Option[float]()
+    fixed_expert = _Option[int | None]()
+    reroute = _Option[Reroute | None]()
 
     def __init__(
         self,
@@ -62,11 +94,9 @@ class MoELayer(nn.Module):
         noise_std: float = 0.0,
     ) -> None:
         super().__init__()
-        num_experts = experts.num_experts
-        expect(type(top_k) is int, "top_k", "an integer", repr(top_k))
-        expect(1 <= top_k <= num_experts, "top_k", f"1 <= k <= num_experts = {num_experts}", top_k)
-        expect(noise_std >= 0, "noise_std", "a number >= 0", noise_std)
-        if top_k == 1 < num_experts and renormalize and not straight_through:
+        options = RouteOptions(top_k, renormalize, straight_through, noise_std)
+        options.expect_fits(experts.num_experts)
+        if top_k == 1 < experts.num_experts and renormalize and not straight_through:
             warnings.warn(
                 "top_k=1 with renormalize=True and straight_through=False: the only weight is the constant 1, so the"
                 " gate gets no gradient from the task; use straight_through=True or renormalize=False",
@@ -74,13 +104,8 @@ class MoELayer(nn.Module):
             )
         self.gate = gate
         self.experts = experts
-        self.top_k = top_k
-        self.renormalize = renormalize
-        self.straight_through = straight_through
-        self.noise_std = noise_std
         self.routing: RoutingRecord | None = None
-        self.reroute: Reroute | None = None
-        self._fixed_expert: int | None = None
+        self._route_options = options
 
     @property
     def num_experts(self) -> int:
@@ -88,19 +113,19 @@ class MoELayer(nn.Module):
         return self.experts.num_experts
 
     @property
-    def fixed_expert(self) -> int | None:
-        """The expert that takes every sample with weight 1, gate unused; ``None``: the gate decides."""
-        return self._fixed_expert
+    def route_options(self) -> RouteOptions:
+        """What the layer does with its gate's logits. To change an option, assign to the layer's attribute of its
+        name, or another object here."""
+        return self._route_options
 
-    @fixed_expert.setter
-    def fixed_expert(self, expert: int | None) -> None:
-        if expert is not None:
-            self._expect_expert(expert, "fixed_expert")
-        self._fixed_expert = expert
+    @route_options.setter
+    def route_options(self, options: RouteOptions) -> None:
+        options.expect_fits(self.num_experts)
+        self._route_options = options
 
     def expert(self, index: int) -> nn.Module:
         """Expert ``index`` as an ordinary module of the replaced type, with its own copy of the parameters."""
-        self._expect_expert(index, "index")
+        expect_expert(index, self.num_experts, "index")
         return self.experts.extract(index)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,15 +133,17 @@ class MoELayer(nn.Module):
         ok = x.dim() == 4 and x.shape[1] == channels and min(x.shape[2:]) >= 1
         expect(ok, "x", f"shape [B, {channels}, H, W] with H, W >= 1", list(x.shape))
         self._expect_kind(x)
-        if self._fixed_expert is not None:
-            self.routing = RoutingRecord.fixed(x, self._fixed_expert, self.num_experts)
-            return self.experts.one(self._fixed_expert, x)
+        fixed = self._route_options.fixed_expert
+        if fixed is not None:
+            self.routing = RoutingRecord.fixed(x, fixed, self.num_experts)
+            return self.experts.one(fixed, x)
         # Read from the local name: another thread's forward may replace self.routing meanwhile.
         record, route = self._decide(x)
         self.routing = record
         return self.experts.mix(x, route, record.weights)
 
     def _decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
+        options = self._route_options
         clean = self.gate(x)
         expect(
             clean.shape == (x.shape[0], self.num_experts),
@@ -126,14 +153,14 @@ class MoELayer(nn.Module):
         )
         noise_scale = None
         logits = clean
-        if self.training and self.noise_std > 0:
-            noise_scale = score_noise_scale(clean, self.noise_std)
+        if self.training and options.noise_std > 0:
+            noise_scale = score_noise_scale(clean, options.noise_std)
             logits = clean + noise_scale * torch.randn_like(clean)
-        out, route = top_k_route(logits, self.top_k, self.renormalize, self.straight_through)
+        out, route = top_k_route(logits, options.top_k, options.renormalize, options.straight_through)
         record = RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
-        if self.reroute is None:
+        if options.reroute is None:
             return record, route
-        indices, weights = self.reroute(self, record)
+        indices, weights = options.reroute(options, record)
         return replace(record, indices=indices, weights=weights), sort_by_expert(indices, self.num_experts)
 
     def _expect_kind(self, x: Tensor) -> None:
@@ -142,22 +169,17 @@ class MoELayer(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             expect_dtype(x, "x", (weight.dtype,))
 
-    def _expect_expert(self, index: int, argument: str) -> None:
-        ok = type(index) is int and 0 <= index < self.num_experts
-        expect(ok, argument, f"an expert in 0..{self.num_experts - 1}", index)
-
     def __getstate__(self) -> dict[str, Any]:
         # The last forward's record hangs on its graph, imposed routes belong to a batch: neither copied nor pickled.
-        return {**self.__dict__, "routing": None, "reroute": None}
+        return {**self.__dict__, "routing": None, "_route_options": replace(self._route_options, reroute=None)}
 
     def extra_repr(self) -> str:
-        return (
-            f"num_experts={self.num_experts}, top_k={self.top_k}, renormalize={self.renormalize},"
-            f" straight_through={self.straight_through}, noise_std={self.noise_std}"
-        )
+        options = self._route_options
+        names = [field.name for field in fields(options) if field.name not in _IMPOSED]
+        return ", ".join([f"num_experts={self.num_experts}", *(f"{name}={getattr(options, name)}" for name in names)])
 
     @classmethod
-    def _build(cls, experts: Experts, gate: str | nn.Module, like: Tensor, init: str, **options: Any) -> Self:
+    def _build(cls, experts: Experts, gate: Gate, like: Tensor, init: str, **options: Any) -> Self:
         expect(init in INITS, "init", f"one of {', '.join(INITS)}", repr(init))
         built = build_gate(gate, experts.in_channels, experts.num_experts)
         if init == "fresh":
@@ -181,7 +203,7 @@ class FusedBlockMoE(MoELayer):
         block: nn.Module,
         num_experts: int = 4,
         top_k: int = 2,
-        gate: str | nn.Module = "gap_fc",
+        gate: Gate = "gap_fc",
         renormalize: bool = True,
         straight_through: bool = True,
         noise_std: float = 0.0,
@@ -198,7 +220,8 @@ class FusedBlockMoE(MoELayer):
                 (its first convolution's ``requires_grad``); the gate is always trained.
             num_experts: E >= 1.
             top_k, renormalize, straight_through, noise_std: see :class:`MoELayer`.
-            gate: a name in ``GATES`` ("gap_fc", "conv_gap") or a module, [B, C, H, W] -> logits [B, E].
+            gate: a name in ``GATES`` ("gap_fc", "conv_gap"), a module, [B, C, H, W] -> logits [B, E], or a function
+                that makes one from (C, E).
             init: "copy" or "fresh".
 
         Raises:
@@ -208,7 +231,7 @@ class FusedBlockMoE(MoELayer):
         layer = cls._build(
             ResidualExperts(block, num_experts),
             gate,
-            block.conv1.weight,
+            block.get_parameter("conv1.weight"),
             init,
             top_k=top_k,
             renormalize=renormalize,
@@ -227,7 +250,7 @@ class FusedConvMoE(MoELayer):
         conv: nn.Conv2d,
         num_experts: int = 4,
         top_k: int = 2,
-        gate: str | nn.Module = "gap_fc",
+        gate: Gate = "gap_fc",
         renormalize: bool = True,
         straight_through: bool = True,
         noise_std: float = 0.0,

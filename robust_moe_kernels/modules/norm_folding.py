@@ -16,12 +16,10 @@ results are those of every other forward, bit for bit: a run that is resumed, an
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +29,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
-from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_learning import Chain, Operators, Watch, is_plain
+from robust_moe_kernels.modules.folded_conv import Call, Norm
+from robust_moe_kernels.modules.folded_convs import FoldedConvs, frozen
+from robust_moe_kernels.modules.interception import is_compiled, is_hooked, transformed
+from robust_moe_kernels.modules.norm_knowledge import known_of
+from robust_moe_kernels.modules.norm_learning import Operators, Watch, is_plain
 
 __all__ = ["backbone_folded"]
 
 _IN_PLACE = {torch.relu_, Tensor.relu_, Tensor.add_, Tensor.__iadd__}
-_KIND = {F.batch_norm: "norm"}
+_KIND: dict[Callable, str] = {F.batch_norm: "norm"}
 _KIND |= dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), "relu")
 _KIND |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__), "add")
 # What asks a tensor for its form and not for its numbers: a promise answers these.
@@ -47,28 +48,8 @@ _FORM |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "
 _NORMS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm}
 _NORMS |= {torch.cudnn_batch_norm, torch.batch_norm_gather_stats, torch.batch_norm_gather_stats_with_counts}
 _BACKWARD = {torch.autograd.grad, Tensor.backward}
-
-
-class _Known:
-    """What is known of one model between attacks."""
-
-    def __init__(self, form: list[Any]) -> None:
-        self.form = form
-        self.chains: dict[int, Chain] | None = None  # None: not learned yet
-        self.objects: list[weakref.ref[Tensor]] = []  # to be gone before the chains may be used
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether the chains still are of the model's tensors: some were replaced otherwise, as ``double()`` does."""
-        chains = (self.chains or {}).values()
-        weights = {id(parameter) for parameter in model.parameters()} if chains else set()
-        return all(id(chain.weight()) in weights and chain.mean() is not None for chain in chains)
-
-    def usable(self) -> bool:
-        self.objects = [ref for ref in self.objects if ref() is not None]
-        return self.chains is not None and not self.objects
-
-
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_PURE = {torch.conv2d, F.batch_norm}  # of what promises are computed from these change nothing
+_MOST_BEGUN = 64  # forwards that are watched before the first backward: their graphs are kept until then
 
 
 @contextmanager
@@ -79,46 +60,11 @@ def backbone_folded(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         for kind in kinds:
             kinds[kind] |= isinstance(module, kind)
-    if all(kinds.values()) and not _is_compiled(model):
+    if all(kinds.values()) and not is_compiled(model):
         with _Folding(model):
             yield
     else:
         yield
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported for this: it takes a second
-    kinds = (torch.jit.ScriptModule, *(() if dynamo is None else (dynamo.OptimizedModule,)))
-    return any(
-        isinstance(module, kinds) or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
-def _form(model: nn.Module) -> list[Any]:
-    """What a forward is written in: as long as it stays the same, the same operations should read the same outputs."""
-    form: list[Any] = []
-    for module in model.modules():
-        attributes = [item for item in vars(module).items() if item[0] != "training"]
-        switches = [(name, _Same(value)) for name, value in attributes if callable(value) or type(value) in _SWITCHES]
-        form.append((id(module), type(module), type(module).forward, switches))
-    return form
-
-
-class _Same:
-    """What an attribute was, by identity; callables are not kept alive: a bound method would keep its model so."""
-
-    def __init__(self, value: Any) -> None:
-        self.get = weakref.ref(value) if callable(value) else lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        mine, theirs = self.get(), other.get() if isinstance(other, _Same) else None
-        return type(mine) is type(theirs) and (mine is theirs or (isinstance(mine, str) and mine == theirs))
-
-    __hash__ = None
-
-
-_SWITCHES = (bool, str, type(None))  # attributes that a forward may decide by
 
 
 class _Folding(TorchFunctionMode):
@@ -127,51 +73,45 @@ class _Folding(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.known = _known(model)
+        self.known = known_of(model)
         self.watch: Watch | None = None  # of the forward that is learned from
         self.operators: Operators | None = None
         self.depth = len(_get_current_dispatch_mode_stack())
         self.begun = 0  # how often the watch has met the first weight
         self.first = 0  # id of the weight that a forward begins with
         self.how = ""  # this forward runs: "promises", "careful", or "" for unfolded
-        self.weights = {
-            id(weight): (weight, module._parameters.get("bias"))
-            for module in model.modules()
-            if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None
-        }
-        self.norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        self.rows: dict[Any, Any] = {}  # see FoldedConv.rows
-        self.tables: dict[tuple[int, int], FoldedConv | None] = {}  # by weight and running mean; None: they changed
+        self.folded = FoldedConvs(model, self.known)
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Folding)]
-        self.inner = 0  # other such modes inside of this one, whose work it leaves alone
+        self.nested = 0  # other such modes inside of this one, whose work it leaves alone
 
     def __enter__(self) -> Self:
         for mode in self.outer:
-            mode.inner += 1
+            mode.nested += 1
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._stop()
         for mode in self.outer:
-            mode.inner -= 1
+            mode.nested -= 1
         for ref, promise in list(self.promises.values()):
             tensor = ref()
             if tensor is not None and promise.value is not tensor:  # somebody keeps it: it becomes what was promised
                 with nullcontext() if error[0] is None else suppress(RuntimeError):  # not to hide the error by another
                     tensor.data = promise.get().detach()
         self.promises.clear()
+        self.folded.twins.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or func in _FORM:
             return func(*args, **kwargs)
-        if self.tables and func in _NORMS and (func is not F.batch_norm or _norm_of(args, kwargs) is None):
-            self._forget(_tensors((args, kwargs)))
-        if self.inner:  # an operation of theirs, which may read what was promised here
+        if self.folded.made and func in _NORMS and (func is not F.batch_norm or _norm_of(args, kwargs) is None):
+            self.folded.forget(_tensors((args, kwargs)))
+        if self.nested:  # an operation of theirs, which may read what was promised here
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs)) if self.promises else (args, kwargs)
             return func(*args, **kwargs)
         if self.watch is not None and func in _BACKWARD:
@@ -203,6 +143,8 @@ class _Folding(TorchFunctionMode):
                 promise.closed = True
         if self.promises:
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
+        if func is torch.ops.robust_moe_kernels.pool_linear:
+            args = (self.folded.twins.reader(args[0]), *args[1:])
         return func(*args, **kwargs)
 
     # --- promises ---
@@ -254,14 +196,15 @@ class _Folding(TorchFunctionMode):
             return None
         x, weight, bias, *form = args
         call = Call.of(*form)
-        if self.weights.get(id(weight), (None,))[0] is not weight or call is None or not self._begun(x, weight):
+        known, _ = self.folded.weights.get(id(weight), (None, None))
+        if known is None or known is not weight or call is None or not self._begun(x, weight):
             return None
-        if x.device != weight.device or not _frozen(weight, bias) or _transformed():
+        if x.device != weight.device or not frozen(weight, bias) or transformed():
             return None
-        promise = Promise(self._real(x), args[1:], call, State(x.device.type))
+        promise = Promise(self.folded.twins.reader(self._real(x)), args[1:], call, State(x.device.type))
         if not promise.is_valid():
             return None
-        promise.careful = self.how == "careful" or not self._is_chained(weight)
+        promise.careful = self.how == "careful" or self.known.chain_of(weight) is None
         if not promise.careful:
             return self._promised(promise)
         out = self._computed(promise)
@@ -269,16 +212,12 @@ class _Folding(TorchFunctionMode):
             self.watch.convolved(weight, out)
         return out
 
-    def _is_chained(self, weight: Tensor) -> bool:
-        chain = self.known.chains.get(id(weight))
-        return chain is not None and chain.weight() is weight
-
     def _begun(self, x: Tensor, weight: Tensor) -> bool:
         """Decides, where a forward begins, how it runs; returns whether anything is folded in it."""
         self.first = self.first or id(weight)
         if id(weight) == self.first:
             self.how, self.begun = "", self.begun + 1
-            if _hooked(self.model):
+            if is_hooked(self.model):
                 self._stop()  # somebody looks at what passes between the modules
             elif self.watch is not None:  # the same forward, perhaps, or another before the first backward
                 self.how = "careful"
@@ -307,7 +246,7 @@ class _Folding(TorchFunctionMode):
         chain = self.known.chains.get(id(weight)) if self.known.chains else None
         if chain is not None and chain.mean() is not norm.mean:
             return None
-        folded = self._table(weight, bias, norm)
+        folded = self.folded.of(weight, bias, norm)
         if folded is None:
             return None
         longer = promise.extended(folded=folded, then="" if chain is None else chain.then)
@@ -317,43 +256,6 @@ class _Folding(TorchFunctionMode):
             longer.then = "add"
             return self._computed(longer)
         return longer.compute()
-
-    def _table(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
-        if not _frozen(weight, bias, norm.weight, norm.bias):
-            return None
-        key = (id(weight), id(norm.mean))
-        if not self.tables and self.known.chains:
-            self._make_tables()
-        if key not in self.tables:
-            unseen = _has_no_versions(weight, bias, norm)
-            self.tables[key] = None if unseen else FoldedConv(weight, bias, norm, rows=self.rows)
-        folded = self.tables[key]
-        if folded is not None and not folded.is_of(weight, bias, norm):
-            self.tables[key] = folded = None
-        return folded
-
-    def _forget(self, tensors: Iterable[Tensor]) -> None:
-        """A norm that may be in training got these. Of running statistics among them nothing is folded from here on: it
-        moves them without counting that as a change in place."""
-        found = {id(tensor) for tensor in tensors}
-        for key in self.tables:
-            if key[1] in found:
-                self.tables[key] = None
-
-    def _make_tables(self) -> None:
-        """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
-        found = []
-        for weight, bias in self.weights.values():
-            module = self.norms.get(id(self.known.chains[id(weight)].mean())) if self._is_chained(weight) else None
-            if module is not None and module.running_var is not None:
-                norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
-                if not _has_no_versions(weight, bias, norm):
-                    found.append((weight, bias, norm))
-        places = {(norm.mean.device, norm.mean.dtype) for _, _, norm in found}
-        if len(places) == 1:  # otherwise one by one
-            tables = scales_and_shifts([(bias, norm) for _, bias, norm in found])
-            for (weight, bias, norm), table in zip(found, tables, strict=True):
-                self.tables[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table, self.rows)
 
     def _relu(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
         promise = self._open(args[0], folded=True) if args else None
@@ -377,7 +279,7 @@ class _Folding(TorchFunctionMode):
             return None
         if second.shape != first.shape or second.dtype != first.dtype or second.device != first.device:
             return None
-        other = self._real(second)
+        other = self.folded.twins.reader(self._real(second))
         if promise.value is not None:  # careful: the sum for whoever may read it, and the fused one for a ReLU
             out = promise.value.add_(other) if in_place else promise.value + other
             longer = promise.extended(other=other, then="relu")
@@ -398,6 +300,7 @@ class _Folding(TorchFunctionMode):
         if nothing:
             self.known.chains = {}
         else:
+            assert self.watch is not None
             self.known.chains, self.known.objects = self.watch.chains(_tensors(outputs)), self.watch.objects
         self._stop()
 
@@ -407,31 +310,8 @@ class _Folding(TorchFunctionMode):
             self.operators.stop()
 
 
-_MOST_BEGUN = 64  # forwards that are watched before the first backward: their graphs are kept until then
-
-
-_PURE = {torch.conv2d, F.batch_norm}  # of what promises are computed from these change nothing
-
-
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _known(model: nn.Module) -> _Known:
-    form = _form(model)
-    known = _KNOWN.get(model)
-    if known is None or known.form != form or not known.is_of(model):
-        known = _KNOWN[model] = _Known(form)
-    return known
-
-
-def _has_no_versions(weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
-    """Tensors made in inference mode do not count their changes."""
-    return any(tensor is not None and tensor.is_inference() for tensor in (weight, bias, *norm[:4]))
-
-
-def _frozen(*tensors: Tensor | None) -> bool:
-    return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
 def _norm_of(args: tuple, kwargs: dict) -> Norm | None:
@@ -439,24 +319,3 @@ def _norm_of(args: tuple, kwargs: dict) -> Norm | None:
     if len(args) != 3 or kwargs.get("training", False) or args[1] is None or args[2] is None:
         return None
     return Norm(args[1], args[2], kwargs.get("weight"), kwargs.get("bias"), kwargs.get("eps", 1e-5))
-
-
-def _transformed() -> bool:
-    """Whether somebody else intercepts operations too: function transforms, forward gradients, saved tensors' hooks,
-    tracing."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or torch.jit.is_tracing()
-    )
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _hooked(model: nn.Module) -> bool:
-    """Whether anybody looks at what passes between the modules inside of the model."""
-    if nn.modules.module._has_any_global_hook():
-        return True
-    return any(getattr(m, name) for m in model.modules() if m is not model for name in _HOOKS)

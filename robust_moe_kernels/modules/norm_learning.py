@@ -133,12 +133,14 @@ class Watch:
         found: dict[int, Chain | None] = {}
         for call in self._calls:
             then = _chained(call.stages, consumers)
-            chain = None if then is None else Chain(weakref.ref(call.weight), weakref.ref(call.mean), then)
+            chain = None
+            if then is not None and call.mean is not None:
+                chain = Chain(weakref.ref(call.weight), weakref.ref(call.mean), then)
             known = found.setdefault(id(call.weight), chain)
             if known is not None and (chain is None or not chain.is_as(known)):  # called twice, with other readers
                 found[id(call.weight)] = None
             if chain is not None:
-                names = {"": ("conv",), "relu": ("conv", "norm"), "add": ("conv", "norm", "add")}[then]
+                names = {"": ("conv",), "relu": ("conv", "norm"), "add": ("conv", "norm", "add")}[chain.then]
                 self.objects += [ref for name in names if (ref := call.stages[name].object) is not None]
         self._calls, self._of, self._in = [], {}, {}
         return {key: chain for key, chain in found.items() if chain is not None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.layout import Geometry, dense_format
 from robust_moe_kernels.modules.experts import (
     Experts,
     StackedBatchNorm2d,
@@ -80,6 +80,9 @@ class ResidualExperts(Experts):
             or another order of computation.
     """
 
+    conv1: StackedConv2d
+    downsample: nn.Sequential | None
+
     def __init__(self, block: nn.Module, num_experts: int) -> None:
         super().__init__(block, num_experts)
         depth = 3 if hasattr(block, "conv3") else 2
@@ -103,7 +106,7 @@ class ResidualExperts(Experts):
                 )
         if not hasattr(self, "downsample"):
             self.downsample = None
-        self.in_channels: int = block.conv1.in_channels
+        self.in_channels = self.conv1.in_channels
         # During an attack, each engine layer's batch norm; see ``attack_mode``.
         self.folded: FoldedNorms | None = None
         _probe(block, self)
@@ -136,7 +139,7 @@ class ResidualExperts(Experts):
         dtype = engine_dtype(x)
         rows = x.to(dtype)
         x_skip = pools(rows) if len(pools) else None
-        tensors = []
+        tensors: list[Tensor | None] = []
         for i, (conv, norm, _) in enumerate(layers):
             tensors += [self._filters(i, conv.weight, dtype), *_numbers(norm), norm.num_batches_tracked]
             tensors += self._tables(i, norm)
@@ -181,7 +184,7 @@ class ResidualExperts(Experts):
         # A copy leads its own life: what was folded for the attack on this one would not follow its numbers.
         return {**self.__dict__, "folded": None}
 
-    def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, tuple[int, ...]]]] | None:
+    def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, Geometry]]] | None:
         """(pooling before the skip's convolution, every convolution with its norm and geometry, the skip's last);
         ``None`` where the engine does not compute the block: biases, groups, a skip of another form."""
         pairs = [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.depth + 1)]
@@ -249,7 +252,8 @@ def _probe(block: nn.Module, experts: ResidualExperts) -> None:
     Both run on parameters drawn for the purpose, of at least single precision: a last normalisation that starts at zero
     would hide the whole branch, half precision most differences. Eval mode; nothing of the block changes.
     """
-    device, kind = block.conv1.weight.device, torch.promote_types(block.conv1.weight.dtype, torch.float32)
+    weight = experts.conv1.weight
+    device, kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
     if device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)

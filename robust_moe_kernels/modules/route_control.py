@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
-from robust_moe_kernels.modules.moe_layer import MoELayer
+from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.attack_step import random_start
 
@@ -27,19 +26,11 @@ __all__ = [
     "DropTop",
     "FixedRoutes",
     "RandomRoutes",
-    "Reroute",
     "SoftGradient",
     "SwapTop",
     "last_routes",
     "rerouted",
 ]
-
-
-class Reroute(Protocol):
-    """Replaces what a layer's gate decided. Hashable; equal ones do the same (:class:`~robust_moe.attacks.graph`)."""
-
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
-        """(indices int64 [B, n], weights [B, n]) from the gate's decision; n need not be the layer's k."""
 
 
 @contextmanager
@@ -91,12 +82,12 @@ class FixedRoutes:
             ok = self.weights.shape == self.indices.shape
             expect(ok, "weights", f"shape {list(self.indices.shape)}, that of indices", list(self.weights.shape))
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         samples = record.scores.shape[0]
         expect(len(self.indices) == samples, "indices", f"routes for the {samples} samples", len(self.indices))
         if self.weights is not None:
             return self.indices, self.weights
-        return self.indices, _weigh(layer, record.scores.gather(1, self.indices))
+        return self.indices, _weigh(options, record.scores.gather(1, self.indices))
 
 
 def last_routes(model: nn.Module) -> dict[str, FixedRoutes]:
@@ -122,10 +113,10 @@ class DropTop:
         ValueError: in a forward of a layer with one expert.
     """
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
-        _expect_two(layer, "DropTop")
-        indices = _ranked(record)[:, 1 : layer.top_k + 1]
-        return indices, _weigh(layer, record.scores.gather(1, indices))
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        _expect_two(record, "DropTop")
+        indices = _ranked(record)[:, 1 : options.top_k + 1]
+        return indices, _weigh(options, record.scores.gather(1, indices))
 
 
 @dataclass(frozen=True)
@@ -137,11 +128,11 @@ class SwapTop:
         ValueError: in a forward of a layer with one expert.
     """
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
-        _expect_two(layer, "SwapTop")
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        _expect_two(record, "SwapTop")
         ranked = _ranked(record)
         swapped = torch.cat([ranked[:, 1:2], ranked[:, :1], ranked[:, 2:]], 1)
-        return swapped[:, : layer.top_k], record.weights
+        return swapped[:, : options.top_k], record.weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,10 +150,10 @@ class RandomRoutes:
     seed: int = 0
     stream: int = 0
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         middle = record.scores.new_full(record.scores.shape, 0.5, dtype=torch.float32)
         draws = random_start(middle, 0.5, self.seed, self.sample_index, self.stream)  # U[0, 1)
-        return draws.sort(dim=1, stable=True).indices[:, : layer.top_k], record.weights
+        return draws.sort(dim=1, stable=True).indices[:, : options.top_k], record.weights
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ class AllExperts:
     """The soft mixture, sum_i s_i e_i(x) over all E experts, s being the gate's scores: differentiable in the route, so
     a stand-in for a hard router when attacks are to be transferred to it."""
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         indices = _ranked(record)
         return indices, record.scores.gather(1, indices)
 
@@ -184,7 +175,7 @@ class SoftGradient:
     to the rounding of experts that see other batches, as long as theirs are finite.
     """
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         chosen = torch.zeros_like(record.scores).scatter(1, record.indices, record.weights.detach())
         indices = _ranked(record)  # the chosen first: zeros are added behind them and change no bit of the sum
         soft = record.scores.gather(1, indices)
@@ -196,12 +187,13 @@ def _ranked(record: RoutingRecord) -> Tensor:
     return record.logits.detach().sort(dim=1, descending=True, stable=True).indices
 
 
-def _weigh(layer: MoELayer, kept: Tensor) -> Tensor:
+def _weigh(options: RouteOptions, kept: Tensor) -> Tensor:
     """Weights of experts with scores ``kept`` [B, n], as the layer would weigh them had its gate chosen them."""
-    if kept.shape[1] == 1 and layer.straight_through and layer.top_k == 1:
+    if kept.shape[1] == 1 and options.straight_through and options.top_k == 1:
         return 1 + (kept - kept.detach())
-    return kept / kept.sum(1, keepdim=True) if layer.renormalize else kept
+    return kept / kept.sum(1, keepdim=True) if options.renormalize else kept
 
 
-def _expect_two(layer: MoELayer, what: str) -> None:
-    expect(layer.num_experts > 1, what, "a layer with at least 2 experts", layer.num_experts)
+def _expect_two(record: RoutingRecord, what: str) -> None:
+    count = record.scores.shape[1]
+    expect(count > 1, what, "a layer with at least 2 experts", count)

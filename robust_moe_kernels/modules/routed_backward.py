@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_block import (
     column_sums,
     head_backward,
@@ -36,7 +37,7 @@ PER_LAYER = 8  # convolution weight; norm weight, bias, running mean, variance, 
 class Layer:
     """A convolution and its batch norm: what is not a tensor."""
 
-    geometry: tuple[int, ...]  # stride, padding, dilation, each (vertical, horizontal)
+    geometry: Geometry
     eps: float
     momentum: float
     training: bool  # of the norm: batch statistics, or the running ones
@@ -67,13 +68,13 @@ class TilePlans:
         """For a convolution of maps of ``size`` by filters ``weight``, or for its input gradient."""
         if not self.needed:
             return []
-        geometry = list(layer.geometry)
-        key = plan_key(weight, self.rows, *size, backward, geometry)
+        height, width = size
+        key = plan_key(weight, self.rows, height, width, backward, layer.geometry)
         if key is None:  # nor do the block's other products need one
             self.needed = False
             return []
         if key not in self.made:
-            self.made[key] = conv_plan(weight, self.offsets, self.rows, *size, backward, geometry, AUTO)
+            self.made[key] = conv_plan(weight, self.offsets, self.rows, height, width, backward, layer.geometry, AUTO)
         return self.made[key]
 
 
@@ -197,7 +198,7 @@ class Backward:
         return norm_backward(d, z, self.offsets, scale, q, r, *mask, AUTO)
 
     def _filter_gradient(self, i: int, source: Tensor, d_z: Tensor, index: Tensor | None) -> None:
-        geometry = list(self.plan.layers[i].geometry)
+        geometry = self.plan.layers[i].geometry
         self.gradients[self._argument(i)] = conv_wgrad(
             source, d_z, self.offsets, index, self.filters[i], geometry, AUTO
         )
@@ -205,4 +206,4 @@ class Backward:
     def _through_conv(self, i: int, d_z: Tensor, size: torch.Size) -> Tensor:
         layer = self.plan.layers[i]
         tiles = self.tiles.of(self.filters[i], size, True, layer)
-        return conv_dgrad(d_z, self.filters[i], self.offsets, tiles, *size, list(layer.geometry), AUTO)
+        return conv_dgrad(d_z, self.filters[i], self.offsets, tiles, size[0], size[1], layer.geometry, AUTO)

@@ -67,10 +67,13 @@ def fold_norm(
 
 
 def _normalize(
-    z: Tensor, offsets: Tensor, parameters: tuple[Tensor | None, ...], layer: Layer, wants_gradient: bool
-) -> _Norm:
-    weight, bias, running_mean, running_variance, tracked, scale, shift = parameters
-    if scale is not None:
+    z: Tensor, offsets: Tensor, numbers: tuple[Tensor, ...], folded: tuple[Tensor | None, ...], layer: Layer,
+    wants_gradient: bool,
+) -> _Norm:  # fmt: skip
+    """A norm of z by its weight, bias, running mean, running variance and number of batches, or as it was folded."""
+    weight, bias, running_mean, running_variance, tracked = numbers
+    scale, shift = folded
+    if scale is not None and shift is not None:
         return _Norm(scale, shift)
     if layer.training:
         shares = column_sums(z, z, offsets, None, None, share_count(z, offsets), AUTO)
@@ -82,8 +85,9 @@ def _normalize(
     if not wants_gradient:
         return _Norm(*fold_norm(weight, bias, running_mean, running_variance, layer.eps))
     mean, rstd = running_mean.double(), (running_variance.double() + layer.eps).rsqrt()
-    tables = (*_scale_shift_of(weight, bias, mean, rstd), mean, rstd)
-    return _Norm(*(table.to(_table_dtype(weight)) for table in tables))
+    scale, shift = _scale_shift_of(weight, bias, mean, rstd)
+    kind = _table_dtype(weight)
+    return _Norm(scale.to(kind), shift.to(kind), mean.to(kind), rstd.to(kind))
 
 
 class _RoutedBlock(torch.autograd.Function):
@@ -104,15 +108,16 @@ class _RoutedBlock(torch.autograd.Function):
         layers = [tensors[i : i + PER_LAYER] for i in range(0, len(tensors), PER_LAYER)]
         tiles = TilePlans(offsets, order.shape[0], {})
         zs, norms = [], []
-        source, index = x, sample
+        source: Tensor = x
+        index: Tensor | None = sample
         for i, (layer, parameters) in enumerate(zip(plan.layers, layers, strict=True)):
             if i == plan.depth:  # the skip
                 source, index = x if x_skip is None else x_skip, sample
             made = tiles.of(parameters[0], source.shape[2:], False, layer)
-            z = conv_forward(source, parameters[0], offsets, index, made, list(layer.geometry), AUTO)
+            z = conv_forward(source, parameters[0], offsets, index, made, layer.geometry, AUTO)
             first = FIXED + PER_LAYER * i + 1
             wants_gradient = any(ctx.needs_input_grad[first : first + 2])
-            norm = _normalize(z, offsets, parameters[1:], layer, wants_gradient)
+            norm = _normalize(z, offsets, parameters[1:6], parameters[6:], layer, wants_gradient)
             zs.append(z)
             norms.append(norm)
             if i < plan.depth - 1:

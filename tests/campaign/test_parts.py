@@ -73,7 +73,7 @@ def record(tmp_path: Path) -> Record:
         ),
         ({"extension": None, "extension_files": []}, ["expected one for cpython-312, got none"]),
         ({"extension": "CPU"}, ["no CUDA kernels"]),
-        ({"packages": [name for name in PACKAGES if name != "omegaconf"]}, ["omegaconf is not installed: parts 6"]),
+        ({"packages": [name for name in PACKAGES if name != "yaml"]}, ["yaml is not installed: parts 6"]),
         ({"tools": {**GOOD["tools"], "ncu": None}}, ["ncu is not on the PATH: part 8"]),
         ({"tools": {**GOOD["tools"], "compute-sanitizer": None}}, ["compute-sanitizer is not on the PATH: part 2"]),
         ({"compiler": None}, ["neither CC, gcc nor clang is there"]),

@@ -9,8 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.gpu_campaign import timing
+from benchmarks import cuda_graphs, harness
 
 CPU = torch.device("cpu")
 
@@ -45,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def test_waits_are_refused_before_a_capture_and_not_in_it(asked):
-    replay = timing.captured(asked.append, calls=2)
+    replay = cuda_graphs.captured(asked.append, calls=2)
     assert asked == [0, ("waits", "error"), 1, ("waits", 0), "wait", "begin", 0, 1, "end"]
     replay()
     assert asked[-1] == "replay"
@@ -54,14 +53,14 @@ def test_waits_are_refused_before_a_capture_and_not_in_it(asked):
 def test_a_function_that_waits_is_never_captured(asked):
     run = mock.Mock(side_effect=[None, RuntimeError("called a synchronizing CUDA operation")])
     with pytest.raises(RuntimeError, match="synchronizing"):
-        timing.captured(run)
+        cuda_graphs.captured(run)
     assert asked == [("waits", "error"), ("waits", 0)]
 
 
 def test_after_a_capture_that_failed_random_numbers_work(asked):
     run = mock.Mock(side_effect=[None, None, RuntimeError("not permitted when stream is capturing")])
     with pytest.raises(RuntimeError, match="not permitted"):
-        timing.captured(run)
+        cuda_graphs.captured(run)
     assert asked[-3:] == ["begin", "end", ("generator", "a state")]
 
 

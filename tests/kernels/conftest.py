@@ -12,6 +12,8 @@ import torch
 from cuda_emulation import emulate_cuda
 
 from robust_moe_kernels.dispatch import IMPLEMENTATIONS
+from robust_moe_kernels.modules.conv_promise import Promise
+from robust_moe_kernels.modules.folded_conv import FoldedConv
 from robust_moe_kernels.ops import OPS
 
 HAS_GPU = torch.cuda.is_available()
@@ -130,3 +132,32 @@ def assert_as_accurate() -> Callable[..., None]:
         assert _error(actual, truth) <= allowed
 
     return check
+
+
+@pytest.fixture
+def folded(monkeypatch) -> list[bool]:
+    """One entry for each folded convolution that is computed: whether with its ReLU."""
+    calls: list[bool] = []
+    compute = FoldedConv.__call__
+
+    def counted(self, x, other, relu, *rest):
+        calls.append(relu)
+        return compute(self, x, other, relu, *rest)
+
+    monkeypatch.setattr(FoldedConv, "__call__", counted)
+    return calls
+
+
+@pytest.fixture
+def raw(monkeypatch) -> list[int]:
+    """One entry for each convolution of a model that is computed as it is, although a norm follows."""
+    calls: list[int] = []
+    compute = Promise.compute
+
+    def counted(self, relu=False):
+        if self.folded is None:
+            calls.append(1)
+        return compute(self, relu)
+
+    monkeypatch.setattr(Promise, "compute", counted)
+    return calls

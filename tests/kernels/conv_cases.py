@@ -24,8 +24,8 @@ class Case(NamedTuple):
     reason: str
 
     @property
-    def geometry(self) -> list[int]:
-        return [*self.stride, *self.padding, *self.dilation]
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation)
 
 
 class Inputs(NamedTuple):

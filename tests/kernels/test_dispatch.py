@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from robust_moe_kernels.dispatch import IMPLEMENTATIONS, Op
+from robust_moe_kernels.dispatch import IMPLEMENTATIONS, ImplementationUnavailable, Op
 from robust_moe_kernels.ops import OPS
 
 WITHOUT = """
@@ -47,7 +47,7 @@ print(json.dumps({
     "attacked": attacked.sum().item(),
     "why_not": {name: {impl: op.why_not(impl, "cpu") for impl in ("reference", "native", "triton")}
                 for name, op in OPS.items()},
-    "chosen": {name: op.choose("auto", "cpu").__name__.rsplit(".", 1)[-1] for name, op in OPS.items()},
+    "chosen": {name: op.choose("auto", x).__name__.rsplit(".", 1)[-1] for name, op in OPS.items()},
     "imported": [name for name in ("triton", "robust_moe_kernels._C") if sys.modules.get(name)],
 }))
 """
@@ -124,8 +124,8 @@ def test_order_of_preference(name):
         assert op.order(device)[-1] == "reference"
         assert len(set(op.order(device))) == len(op.order(device))
     assert op.order("cpu")[0] == "native"
-    assert op.order("xpu") == ("reference",)
-    assert op.choose("auto", "xpu").__name__ == f"{op.package}.reference_impl"
+    assert op.order("xpu") == op.order("meta") == ("reference",)
+    assert op.choose("auto", torch.empty(0, device="meta")).__name__ == f"{op.package}.reference_impl"
 
 
 def test_auto_takes_the_first_that_can_run(monkeypatch):
@@ -133,7 +133,37 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
     for broken, expected in ((set(), "triton"), ({"triton"}, "native"), ({"triton", "native"}, "reference")):
         fresh = Op(op.package, cpu=op.order("cpu"), cuda=op.order("cuda"))
         monkeypatch.setattr(fresh, "why_not", lambda impl, _, broken=broken: "broken" if impl in broken else None)
-        assert fresh.choose("auto", "cpu").__name__ == f"{op.package}.{expected}_impl"
+        assert fresh.choose("auto", torch.empty(0)).__name__ == f"{op.package}.{expected}_impl"
+
+
+def only(dtype: torch.dtype):
+    """A ``why_not_case`` that computes one dtype."""
+    return lambda *operands: None if all(x.dtype == dtype for x in operands) else f"computes {dtype} only"
+
+
+@pytest.mark.parametrize("name", ["expert_conv", "expert_block"])
+def test_operands_decide_in_the_order_of_the_device(name, monkeypatch):
+    """What cannot compute them is passed over under "auto", for the next of the order, and refused by name."""
+    op = Op(OPS[name].package, cpu=("triton", "native", "reference"), cuda=("reference",))
+    for impl, dtype in (("triton", torch.float32), ("native", torch.float64)):
+        monkeypatch.setattr(op.module(impl), "why_not_case", only(dtype))
+    for dtype, expected in ((torch.float32, "triton"), (torch.float64, "native"), (torch.float16, "reference")):
+        x = torch.empty(0, dtype=dtype)
+        for operands in ((x,), (None, x, x)):
+            assert op.choose("auto", *operands) is op.module(expected)
+    with pytest.raises(ImplementationUnavailable) as error:
+        op.choose("triton", torch.empty(0), torch.empty(0, dtype=torch.float64))
+    assert str(error.value) == f"{name}: impl='triton' cannot run on cpu: computes torch.float32 only"
+
+
+def test_an_order_that_ends_without_an_answer_gives_every_reason(monkeypatch):
+    op = Op(OPS["expert_conv"].package, cpu=("triton", "native"), cuda=("reference",))
+    for impl in ("triton", "native"):
+        monkeypatch.setattr(op.module(impl), "why_not_case", only(torch.float32))
+    with pytest.raises(ImplementationUnavailable) as error:
+        op.choose("auto", torch.empty(0, dtype=torch.float64))
+    reasons = "computes torch.float32 only; computes torch.float32 only"
+    assert str(error.value) == f"expert_conv: impl='auto' cannot run on cpu: {reasons}"
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -145,7 +175,7 @@ def test_reasons_are_sentences_about_the_device(name):
 def test_the_reference_never_waits_for_a_gpu():
     """Fake CUDA tensors have no values, so an operation that needs one on the host (.item(), nonzero, a boolean index)
     raises: all ops' references forward and backward, without a GPU."""
-    modules = {name: op.choose("reference", "cuda") for name, op in OPS.items()}
+    modules = {name: op.module("reference") for name, op in OPS.items()}
     with FakeTensorMode(), torch.device("cuda"):
         logits, x = torch.randn(6, 5), torch.rand(6, 3, 4, 4)
         for mode in (0, 1, 2):

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
-from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.modules import attack_mode, residual, routed_block
 from robust_moe_kernels.modules.experts import _ENGINE, engine_computes
 from robust_moe_kernels.ops import OPS
@@ -124,17 +123,15 @@ def test_the_host_reads_nothing_from_a_gpu(dtype, training, monkeypatch):
 
 
 @pytest.fixture
-def prefer(monkeypatch) -> Iterator[Callable[[str], None]]:
+def prefer(monkeypatch) -> Callable[[str], None]:
     """``prefer("triton")``: what "auto" means on the CPU, as it would be on a GPU."""
 
     def put_first(impl: str) -> None:
         for op in OPS.values():
             order = tuple(dict.fromkeys((impl, *op.order("cpu"))))
             monkeypatch.setitem(op._order, "cpu", tuple(name for name in order if op.why_not(name, "cpu") is None))
-        Op.choose.cache_clear()
 
-    yield put_first
-    Op.choose.cache_clear()
+    return put_first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are not in the interpreter")

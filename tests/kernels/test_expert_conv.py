@@ -85,13 +85,13 @@ def test_other_dtypes(target, name, dtype, generator):
     case = by_name(name)
     inputs = inputs_of(case, generator, dtype)
     here = inputs.to(target.device)
-    reason = EXPERT_CONV.choose(*target).why_not_case(here.x, here.weight)
+    reason = EXPERT_CONV.module(target.impl).why_not_case(here.x, here.weight)
     own = torch.finfo(dtype).eps
     if reason is None:
         unit = own if target.impl == "reference" else None
         assert_within_bounds(run(here, case, target.impl), inputs, case, unit)
     else:
-        message = f"impl='{target.impl}' cannot run: {re.escape(reason)}"
+        message = f"impl='{target.impl}' cannot run on {target.device}: {re.escape(reason)}"
         with pytest.raises(ImplementationUnavailable, match=message):
             run(here, case, target.impl)
         assert_within_bounds(run(here, case, "auto"), inputs, case, own)
@@ -159,7 +159,7 @@ def test_gradcheck(name, generator):
     case = by_name(name)._replace(batch=None, counts=(1, 0, 1), channels=(2, 2))
     inputs = inputs_of(case, generator, torch.float64)
     leaves = inputs.x.requires_grad_(), inputs.weight.requires_grad_()
-    geometry = (case.stride, case.padding, case.dilation)
+    geometry = case.geometry
     assert torch.autograd.gradcheck(lambda x, w: expert_conv(x, w, inputs.offsets, *geometry), leaves, fast_mode=True)
 
 
@@ -168,11 +168,11 @@ def test_gradients_are_the_raw_operations(target, generator, assert_same_bits, m
     case = by_name("image")._replace(batch=None)
     inputs = inputs_of(case, generator).to(target.device)
     x, weight = inputs.x.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
-    geometry = (case.stride, case.padding, case.dilation)
+    geometry = case.geometry
     out = expert_conv(x, weight, inputs.offsets, *geometry, target.impl)
     gradients = torch.autograd.grad(out, (x, weight), inputs.d_out, retain_graph=True)
     assert_same_bits((out.detach(), *gradients), run(inputs, case, target.impl))
-    monkeypatch.setattr(EXPERT_CONV.choose(*target), "wgrad", lambda *_: pytest.fail("wgrad ran"))
+    monkeypatch.setattr(EXPERT_CONV.module(target.impl), "wgrad", lambda *_: pytest.fail("wgrad ran"))
     out = expert_conv(x, weight.detach(), inputs.offsets, *geometry, target.impl)
     assert_same_bits(torch.autograd.grad(out, x, inputs.d_out), gradients[:1])
 
@@ -180,13 +180,13 @@ def test_gradients_are_the_raw_operations(target, generator, assert_same_bits, m
 def test_opcheck(target, generator):
     case = Case("", (2, 0, 1), (3, 4), (3, 4), (3, 2), TWO, ONE, ONE, 2, "")
     x, weight, offsets, sample, d_out = inputs_of(case, generator).to(target.device)
-    ops, rest = torch.ops.robust_moe_kernels, (case.geometry, target.impl)
+    ops, rest = torch.ops.robust_moe_kernels, (case.geometry.numbers(), target.impl)
     for backward in (False, True):
         torch.library.opcheck(
             ops.expert_conv_plan.default, (weight, offsets, len(d_out), *case.size, backward, *rest),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )  # fmt: skip
-    plan = conv_plan(weight, offsets, len(d_out), *case.size, False, *rest)
+    plan = conv_plan(weight, offsets, len(d_out), *case.size, False, case.geometry, target.impl)
     torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, plan, *rest))
     torch.library.opcheck(ops.expert_conv_forward.default, (x, weight, offsets, sample, [], *rest))
     torch.library.opcheck(ops.expert_conv_dgrad.default, (d_out, weight, offsets, [], *case.size, *rest))
@@ -245,14 +245,14 @@ def test_keys_of_plans_that_cannot_be_shared(generator):
     """Another map, geometry, number of rows or direction: another key; implementations without plans have none."""
     case = by_name("image")
     weight = inputs_of(case, generator).weight
-    base = (5, 4, 4, False, [1, 1, 1, 1, 1, 1])
+    base = (5, 4, 4, False, Geometry((1, 1), (1, 1), (1, 1)))
     others = (
-        (6, 4, 4, False, [1, 1, 1, 1, 1, 1]),
-        (5, 4, 5, False, [1, 1, 1, 1, 1, 1]),
-        (5, 4, 4, False, [1, 1, 0, 0, 1, 1]),
-        (5, 4, 4, True, [1, 1, 0, 0, 1, 1]),
-        (5, 4, 4, False, [2, 2, 1, 1, 1, 1]),
-        (5, 4, 4, True, [2, 2, 1, 1, 1, 1]),
+        (6, 4, 4, False, Geometry((1, 1), (1, 1), (1, 1))),
+        (5, 4, 5, False, Geometry((1, 1), (1, 1), (1, 1))),
+        (5, 4, 4, False, Geometry((1, 1), (0, 0), (1, 1))),
+        (5, 4, 4, True, Geometry((1, 1), (0, 0), (1, 1))),
+        (5, 4, 4, False, Geometry((2, 2), (1, 1), (1, 1))),
+        (5, 4, 4, True, Geometry((2, 2), (1, 1), (1, 1))),
     )
     keys = [plan_key(weight, *of, "triton") for of in (base, *others)]
     assert len(set(keys)) == len(keys)
@@ -289,7 +289,7 @@ def test_launching_reads_nothing_from_the_gpu(generator, monkeypatch):
         monkeypatch.setattr(module, "on_device", lambda _: nullcontext())
         monkeypatch.setattr(module, "gpu_of", lambda _: Gpu(90, 227 * 1024, 132, True))
     case = by_name("image")
-    geometry = Geometry(case.stride, case.padding, case.dilation)
+    geometry = case.geometry
     real = inputs_of(case, generator)
     with FakeTensorMode() as mode:
         x, weight, offsets, sample, d_out = (mode.from_tensor(tensor).to("cuda") for tensor in real)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conv_cases import Case, Inputs, assert_within_bounds, inputs_of
 
-from robust_moe_kernels.layout import Geometry, channels_last
+from robust_moe_kernels.layout import channels_last
 from robust_moe_kernels.ops.expert_conv.tiles import (
     FILTER,
     PRODUCT,
@@ -93,7 +93,7 @@ def test_every_product(kind, choice):
             continue
         inputs = inputs_for(name, dtype)
         x, weight, offsets, sample, d_out = inputs.to("cuda" if HAS_GPU else "cpu")
-        geometry = Geometry(case.stride, case.padding, case.dilation)
+        geometry = case.geometry
         out = triton_impl.forward_by(choice, x, weight, offsets, sample, [], geometry)
         results = [out, None, None]
         if choice.variant != "descriptor" or case.channels[1] % choice.tile.k == 0:
@@ -107,7 +107,7 @@ def test_every_filter_gradient(kind, choice):
     for name, dtype in cases_of(kind, choice):
         case, inputs = CASES[name], inputs_for(name, dtype)
         x, weight, offsets, sample, d_out = inputs.to("cuda" if HAS_GPU else "cpu")
-        geometry = Geometry(case.stride, case.padding, case.dilation)
+        geometry = case.geometry
         if name != "odd":
             x, sample = channels_last(x.index_select(0, sample)), None
         d_weight = triton_impl.wgrad_by(choice, x, d_out, offsets, sample, weight, geometry)
@@ -119,7 +119,7 @@ def test_strides(variant):
     """Classes of input pixels with different taps, a plan each; filter taps that reach few pixels."""
     case, inputs = CASES["stride"], inputs_for("stride", torch.float16)
     x, weight, offsets, sample, d_out = inputs.to("cuda" if HAS_GPU else "cpu")
-    geometry = Geometry(case.stride, case.padding, case.dilation)
+    geometry = case.geometry
     if variant in ("carry", "divide"):
         d_weight = triton_impl.wgrad_by(
             Choice(variant, FILTER["half"][-1]), x, d_out, offsets, sample, weight, geometry
@@ -138,7 +138,7 @@ def test_a_graph_replays_what_runs_eagerly(variant):
     """With other rows an expert than those of the capture: nothing of the routes is in the graph."""
     case = CASES["even"]
     x, weight, offsets, sample, d_out = inputs_for("even", torch.float16).to("cuda")
-    geometry = Geometry(case.stride, case.padding, case.dilation)
+    geometry = case.geometry
     choice = Choice(variant, PRODUCT["half"][-1])
 
     def run() -> tuple[torch.Tensor, ...]:

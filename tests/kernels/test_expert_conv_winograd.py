@@ -8,7 +8,6 @@ import torch
 from conv_cases import Case, Inputs, inputs_of, oracle
 
 from robust_moe_kernels import native
-from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import native_impl
 
 pytestmark = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
@@ -34,7 +33,7 @@ A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.longdouble)  # A'
 
 def run(inputs: Inputs, case: Case, algorithm: str) -> tuple[torch.Tensor, ...]:
     x, weight, offsets, sample, d_out = inputs
-    geometry = Geometry(case.stride, case.padding, case.dilation)
+    geometry = case.geometry
     return (
         native_impl.forward_by(algorithm, x, weight, offsets, sample, geometry),
         native_impl.dgrad_by(algorithm, d_out, weight, offsets, *case.size, geometry),

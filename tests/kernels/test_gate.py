@@ -358,7 +358,7 @@ BROKEN = {
 def test_nonfinite_rows_are_counted_and_indices_stay_valid(target, kind, dtype, assert_same_bits):
     """What a GPU does, where nothing waits: the implementation counts rows, and its indices never point outside."""
     logits = torch.tensor(BROKEN[kind], dtype=dtype, device=target.device)
-    forward = GATE.choose(*target).forward
+    forward = GATE.module(target.impl).forward
     for top_k in (1, 2, 3):
         outputs = GateOutput(*forward(logits, top_k, RENORMALIZE))
         assert outputs.nonfinite.item() == 2
@@ -367,7 +367,7 @@ def test_nonfinite_rows_are_counted_and_indices_stay_valid(target, kind, dtype, 
             assert len(set(row)) == top_k
             assert set(row) <= {0, 1, 2}
         assert outputs.indices[1].tolist() == [2, 1, 0][:top_k]
-        reference = GateOutput(*GATE.choose("reference", target.device).forward(logits, top_k, RENORMALIZE))
+        reference = GateOutput(*GATE.module("reference").forward(logits, top_k, RENORMALIZE))
         assert_same_bits(outputs.indices, reference.indices)
         clean = GateOutput(*forward(logits[1:2], top_k, RENORMALIZE))
         assert_same_bits(outputs.scores[1:2], clean.scores)  # a broken row spoils no other

@@ -222,6 +222,13 @@ def test_entropy_is_the_default():
     assert torch.equal(balance_loss(model), balance_loss(model, "entropy"))
 
 
+def test_a_loss_of_one_s_own():
+    model = two_layers()
+    model(torch.randn(6, 4, 5, 5, dtype=torch.float64))
+    wanted = [layer.routing.mean_scores.square().sum() for layer in model]
+    assert torch.equal(balance_loss(model, lambda routing: routing.mean_scores.square().sum()), wanted[0] + wanted[1])
+
+
 @mark.parametrize("kind", TABLE)
 def test_a_fixed_expert_counts_as_collapse(kind: str):
     model = two_layers()

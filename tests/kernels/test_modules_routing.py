@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robust_moe.models.resnet import BasicBlock
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
-from robust_moe_kernels.modules import GATES, check_finite, gates_without_gradient
+from robust_moe_kernels.modules import GATES, DropTop, RouteOptions, check_finite
 from robust_moe_kernels.modules.gates import score_noise_scale
 
 EPS = torch.finfo(torch.float64).eps
@@ -39,6 +39,56 @@ def conv_layer(num_experts: int = 4, top_k: int = 2, **options) -> FusedConvMoE:
 def images(batch: int = 6, side: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 4, side, side, dtype=torch.float64, generator=generator)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_attributes_read_and_replace_the_options():
+    moe = conv_layer(4, 2, noise_std=0.5)
+    before = moe.route_options
+    assert before == RouteOptions(top_k=2, renormalize=True, straight_through=True, noise_std=0.5)
+    for name, value in {"top_k": 3, "renormalize": False, "fixed_expert": 1, "reroute": DropTop()}.items():
+        setattr(moe, name, value)
+        assert getattr(moe, name) == getattr(moe.route_options, name) == value
+    changed = RouteOptions(3, renormalize=False, noise_std=0.5, fixed_expert=1, reroute=DropTop())
+    assert moe.route_options == changed
+    assert hash(moe.route_options) == hash(changed)
+    assert before.top_k == 2  # whoever holds it holds what was
+    with raises(dataclasses.FrozenInstanceError):
+        moe.route_options.top_k = 1
+
+
+@mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("top_k", 5, "top_k: expected 1 <= k <= num_experts = 4, got 5"),
+        ("top_k", 2.0, "top_k: expected an integer, got 2.0"),
+        ("noise_std", -1.0, "noise_std: expected a number >= 0, got -1.0"),
+        ("fixed_expert", 4, "fixed_expert: expected an expert in 0..3, got 4"),
+    ],
+)
+def test_an_option_out_of_range_changes_nothing(name, value, message):
+    moe = conv_layer(4, 2)
+    before = moe.route_options
+    with raises(ValueError, match=re.escape(message)):
+        setattr(moe, name, value)
+    assert moe.route_options is before
+
+
+@dataclasses.dataclass(frozen=True)
+class Tempered(RouteOptions):
+    temperature: float = 1.0
+
+
+def test_an_option_of_a_subclass_is_printed_and_survives_other_changes():
+    moe = conv_layer(4, 2)
+    moe.route_options = Tempered(top_k=2, temperature=0.5)
+    moe.top_k = 1
+    assert moe.route_options == Tempered(top_k=1, temperature=0.5) != Tempered(top_k=1)
+    assert moe.route_options != RouteOptions(top_k=1)
+    assert moe.extra_repr().startswith("num_experts=4, top_k=1, renormalize=True, straight_through=True, noise_std=0.0")
+    assert "temperature=0.5" in moe.extra_repr()
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -220,12 +270,12 @@ def test_a_constant_weight_leaves_the_gate_without_gradient():
     model["stuck"] = stuck
     model["fixed"].fixed_expert = 0
     model["frozen"].gate.requires_grad_(False)
-    learning = {"straight", "score", "two"}
-    assert set(gates_without_gradient(model)) == learning | {"stuck"}  # no backward yet
     for layer in model.values():
         layer(images()).square().sum().backward()
-    assert gates_without_gradient(model) == ["stuck"]
-    assert not model["stuck"].gate.fc.weight.grad.any()
+    gradients = {name: layer.gate.fc.weight.grad for name, layer in model.items()}
+    learning = {name for name, gradient in gradients.items() if gradient is not None and bool(gradient.any())}
+    assert learning == {"straight", "score", "two"}
+    assert gradients["stuck"] is not None
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -290,6 +340,21 @@ def test_a_gate_of_one_s_own():
     assert gate.logits.dtype == torch.float64  # taken over from the convolution
     moe(images())
     assert moe.routing.indices.tolist() == [[1, 2]] * 6
+
+
+def test_a_function_makes_the_gate():
+    """For the channels and experts of each layer, so that one function serves several."""
+    made = []
+
+    def make(in_channels: int, num_experts: int) -> nn.Module:
+        made.append((in_channels, num_experts))
+        return GATES["conv_gap"](in_channels, num_experts)
+
+    moe = conv_layer(5, gate=make)
+    assert made == [(moe.experts.in_channels, 5)]
+    assert isinstance(moe.gate, GATES["conv_gap"])
+    with raises(ValueError, match="gate: expected one of gap_fc, conv_gap or a module, got None"):
+        conv_layer(gate=None)
 
 
 @mark.parametrize(

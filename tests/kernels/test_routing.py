@@ -90,7 +90,7 @@ def test_layout_changes_nothing(target, layout, generator, assert_same_bits):
 def test_experts_out_of_range_sort_behind_all(target, indices, assert_same_bits):
     """What a GPU does, where nothing waits to raise: such pairs get rows of their own at the end, and are counted."""
     pairs = torch.tensor(indices)
-    parts = ROUTING.choose(*target).sort_by_expert(pairs.flatten().to(target.device), 4, 2)
+    parts = ROUTING.module(target.impl).sort_by_expert(pairs.flatten().to(target.device), 4, 2)
     assert_same_bits(on_cpu(Route(*parts, 2)), oracle(pairs, 4))
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_moe.config import TrainConfig, load_config
+from robust_moe.config import TrainConfig, config_from_dict, load_config
+from robust_moe.settings import plain
 
 TINY = (
     "data.image_size=8",
@@ -41,7 +42,8 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
     """``tiny("run.epochs=1", out="name")``: the configuration of a small run in a folder of its own."""
 
     def make(*overrides: str, out: str = "run") -> TrainConfig:
-        return load_config(None, [*TINY, f"run.out={tmp_path / out}", *overrides])
+        small = plain(load_config(None, [*TINY, f"run.out={tmp_path / out}"]))
+        return config_from_dict(small, list(overrides))
 
     return make
 

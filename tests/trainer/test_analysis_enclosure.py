@@ -21,9 +21,10 @@ from robust_moe.analysis import (
 )
 from robust_moe.analysis.enclosure import METHODS
 from robust_moe.analysis.lipschitz import Probabilities, global_probabilities, simplex_max
-from robust_moe.models import ROUTERS, BasicBlock, Bottleneck, Normalize, ResNet
+from robust_moe.models import ROUTERS, BasicBlock, Bottleneck, ImageSpec, Normalize, ResNet
 
 CLASSES, SIDE = 3, 6
+IMAGES = ImageSpec(CLASSES, 1, SIDE, (0.5,), (0.3,))
 SHAPE = (1, SIDE, SIDE)
 
 
@@ -62,7 +63,7 @@ NETWORKS = {
     "written": Written,
     "basic": lambda: ResNet(BasicBlock, (1, 1), 3, CLASSES, (0.5,), (0.3,)),
     "bottleneck": lambda: ResNet(Bottleneck, (1,), 2, CLASSES, (0.5,), (0.3,)),
-    **{f"router-{name}": lambda name=name: ROUTERS[name](1, SIDE, CLASSES, (0.5,), (0.3,)) for name in ROUTERS},
+    **{f"router-{name}": lambda name=name: ROUTERS[name]().build(IMAGES, CLASSES) for name in ROUTERS},
 }
 
 

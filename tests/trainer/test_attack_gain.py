@@ -9,8 +9,7 @@ from rich.console import Console
 from robust_moe.attacks import pgd
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import make_model
-from robust_moe.methods import build_method
+from robust_moe.engine.experiment import make_method, make_model
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
 NETWORKS = ("model.moe.layers=[]", "model.mixture.num_experts=3", "model.mixture.routing=hard")
@@ -31,7 +30,7 @@ def parts(tiny, case, *overrides):
     torch.manual_seed(0)
     model = make_model(config, DATA).train()
     batch = Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 10, torch.arange(12) + 40)
-    return build_method(config), model, batch
+    return make_method(config), model, batch
 
 
 def gains(tiny, case, *overrides):

@@ -11,6 +11,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ from graph_recorder import Recorder, Recording
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD, build_attack
+from robust_moe.attacks import PGD
 from robust_moe.attacks.capture import CudaCapturer
 from robust_moe.attacks.graph import StepGraphs
-from robust_moe.config import AttackConfig, ConfigError, load_config
-from robust_moe.graphs import CAPACITY, REMEMBERED
+from robust_moe.config import ConfigError, load_config
+from robust_moe.graphs import CAPACITY, REMEMBERED, places
 from robust_moe.models import BasicBlock
-from robust_moe_kernels.modules import replace_blocks
+from robust_moe_kernels.modules import RouteOptions, replace_blocks
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -195,6 +196,17 @@ def more_experts_an_image(model: nn.Module, _: PGD) -> None:
     model[2].top_k = 3
 
 
+@dataclass(frozen=True)
+class Tempered(RouteOptions):
+    """Options that have one more than the package knows of."""
+
+    temperature: float = 1.0
+
+
+def an_option_that_nobody_listed(model: nn.Module, _: PGD) -> None:
+    model[2].route_options = Tempered(model[2].top_k, temperature=0.5)
+
+
 def larger_ball(_: nn.Module, attack: PGD) -> None:
     attack.eps *= 2
 
@@ -207,7 +219,10 @@ def train_mode(_: nn.Module, attack: PGD) -> None:
     attack.mode = "train"
 
 
-FIXED = (assign, one_parameter, one_buffer, fix_an_expert, more_experts_an_image, larger_ball, other_loss, train_mode)
+FIXED = (
+    assign, one_parameter, one_buffer, fix_an_expert, more_experts_an_image, an_option_that_nobody_listed, larger_ball,
+    other_loss, train_mode,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("change", FIXED)
@@ -226,6 +241,17 @@ def test_what_a_graph_has_fixed_means_a_new_one(change):
     assert (recorder.captures, recorder.replays) == (2, 4)
     assert recorder.beside[0] is None
     assert recorder.beside[1] is not None  # its memory may be shared
+
+
+def test_a_new_option_is_in_the_key_by_itself():
+    model = network()
+    model[2].route_options = Tempered()
+    keys = [places(model)]
+    for temperature in (2.0, 1.0):
+        model[2].route_options = replace(model[2].route_options, temperature=temperature)
+        keys.append(places(model))
+    assert keys[0] == keys[2] != keys[1]
+    assert hash(keys[0]) == hash(keys[2])
 
 
 def in_place(model: nn.Module, _: PGD) -> None:
@@ -501,9 +527,9 @@ def test_another_word_is_refused(graph):
 def test_the_configuration_decides():
     for text, value in (("auto", "auto"), ("true", True), ("false", False)):
         config = load_config(None, [f"method.attack.graph={text}"]).method.attack
-        assert build_attack(config).graphs.graph is value or build_attack(config).graphs.graph == "auto" == value
-    assert build_attack(AttackConfig()).graphs.graph == "auto"
-    with pytest.raises(ConfigError, match=r"attack\.graph: expected auto, true or false, got 'maybe'"):
+        assert config.build().graphs.graph is value or config.build().graphs.graph == "auto" == value
+    assert PGD.Config().build().graphs.graph == "auto"
+    with pytest.raises(ConfigError, match=r"attack\.graph: expected one of auto, true, false, got 'maybe'"):
         load_config(None, ["eval.attack.graph=maybe"])
 
 

@@ -1,14 +1,17 @@
-import dataclasses
+import json
 import re
+from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import APGD, ATTACKS, FAB, PGD, Attack, Square, attack_mode, build_attack
-from robust_moe.config import AttackConfig, ConfigError, TrainConfig
+from robust_moe.attacks import APGD, ATTACKS, FAB, PGD, Attack, Square, attack_mode
+from robust_moe.config import ConfigError, config_from_dict, load_config
 from robust_moe.models import BasicBlock
+from robust_moe.settings import plain, setting
 from robust_moe_kernels.modules import FusedBlockMoE, balance_loss, replace_blocks
 
 
@@ -447,39 +450,41 @@ def test_default_step_size():
 
 
 def test_built_attack_has_the_configured_settings():
-    attack = build_attack(
-        AttackConfig(eps="8/255", steps=3, alpha="2/255", norm="L2", restarts=2), seed=5, mode="train"
-    )
+    config = PGD.Config(eps="8/255", steps=3, alpha="2/255", norm="L2", restarts=2)
+    attack = config.build(seed=5, mode="train")
     assert (attack.eps, attack.alpha, attack.norm, attack.restarts) == (8 / 255, 2 / 255, "L2", 2)
     assert (attack.seed, attack.mode, attack.steps, attack.random_start) == (5, "train", 3, True)
-    with pytest.raises(ConfigError, match=r"attack.name: expected one of pgd, .*, got 'pdg'; did you mean 'pgd'"):
-        build_attack(AttackConfig(name="pdg"))
+    with pytest.raises(ConfigError, match=r"attack.name: expected one of apgd-ce, .*, got 'pdg'; did you mean 'pgd'"):
+        load_config(None, ["eval.attack=pdg"])
 
 
 SETTINGS = {  # one that is nobody's default
     "steps": 3,
+    "queries": 3,
     "alpha": "1/255",
     "random_start": False,
     "restarts": 2,
     "loss": "margin",
     "eot_iter": 4,
     "graph": False,
+    "n_targets": 5,
+    "version": "rand",
 }
 USED = {
     "pgd": {"steps", "alpha", "random_start", "restarts", "loss", "eot_iter", "graph"},
-    "fgsm": {"loss", "eot_iter", "graph"},
+    "fgsm": {"alpha", "random_start", "loss", "eot_iter", "graph"},
     "apgd-ce": {"steps", "restarts", "eot_iter"},
     "apgd-dlr": {"steps", "restarts", "eot_iter"},
-    "apgd-t": {"steps", "restarts", "eot_iter"},
+    "apgd-t": {"steps", "restarts", "eot_iter", "n_targets"},
     "fab": {"steps", "restarts"},
-    "fab-t": {"steps", "restarts"},
-    "square": {"steps", "restarts"},
-    "autoattack": {"steps", "restarts"},
+    "fab-t": {"steps", "restarts", "n_targets"},
+    "square": {"queries", "restarts", "loss"},
+    "autoattack": {"steps", "restarts", "version"},
 }
 
 
 def built_with(attack: Attack, setting: str) -> object:
-    values = {"alpha": "alpha", "loss": "loss_name"}
+    values = {"loss": "loss_name", "queries": "steps"}
     if setting == "graph":
         return attack.graphs.graph
     return getattr(attack, values.get(setting, setting))
@@ -488,22 +493,56 @@ def built_with(attack: Attack, setting: str) -> object:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_setting_reaches_the_attack_or_is_refused(name, setting):
-    config = AttackConfig(name=name, eps="8/255", **{setting: SETTINGS[setting]})
+    given = json.dumps(SETTINGS[setting])
+    chosen = [f"eval.attack.name={name}", f"eval.attack.{setting}={given.strip(chr(34))}"]
     if setting in USED[name]:
         expected = 1 / 255 if setting == "alpha" else SETTINGS[setting]
-        assert built_with(build_attack(config), setting) == expected
+        assert built_with(load_config(None, chosen).eval.attack.build(), setting) == expected
         return
-    with pytest.raises(ConfigError) as error:
-        build_attack(config, key="eval.attack")
-    default = {"alpha": "null", "random_start": "true", "graph": '"auto"', "loss": '"ce"'}
-    expected = default.get(setting, {"steps": "7"}.get(setting, "1"))
-    assert str(error.value) == (
-        f"eval.attack.{setting}: expected {expected} for {name!r}, which has no such setting, got {SETTINGS[setting]!r}"
-    )
+    with pytest.raises(ConfigError, match=rf"^override: unknown key 'eval\.attack\.{setting}' of attack '{name}'"):
+        load_config(None, chosen)
+
+
+def test_names_of_one_attack_decide_its_arguments():
+    built = {name: ATTACKS[name]().build() for name in ATTACKS}
+    assert [built[f"apgd-{name}"].loss_name for name in ("ce", "dlr", "t")] == ["ce", "dlr", "dlr-targeted"]
+    assert (built["fab"].targeted, built["fab-t"].targeted) == (False, True)
+    assert {name: type(attack) for name, attack in built.items()} == {name: ATTACKS[name].owner for name in ATTACKS}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_the_defaults_of_every_section_fit_every_attack(name):
-    config = TrainConfig()
-    for section in (config.method.attack, config.eval.attack):
-        assert build_attack(dataclasses.replace(section, name=name)).eps == 8 / 255
+def test_another_name_keeps_the_ball(name):
+    chosen = ["eval.attack.eps=4/255", f"eval.attack.name={name}"]
+    assert load_config(None, chosen).eval.attack.build().eps == 4 / 255
+    base = {"eval": {"attack": {"name": "pgd", "eps": "4/255", "norm": "L2"}}}
+    attack = config_from_dict(base, [f"eval.attack={name}"]).eval.attack
+    assert (attack.name, attack.eps, attack.norm) == (name, Fraction(4, 255), "L2")
+
+
+def test_rules_of_the_constructor_hold_for_a_configuration():
+    with pytest.raises(ConfigError, match=r"^eval\.attack\.restarts: expected 1 without a random start, got 2"):
+        load_config(None, ["eval.attack.restarts=2", "eval.attack.random_start=false"])
+    with pytest.raises(ConfigError, match=r"^eval\.attack\.random_start: expected True with loss='kl'"):
+        load_config(None, ["eval.attack=fgsm", "eval.attack.loss=kl"])
+
+
+def test_an_attack_from_outside_has_settings_of_its_own():
+    @ATTACKS.register("still")
+    class Still(PGD):
+        @dataclass(frozen=True, kw_only=True)
+        class Config(PGD.Config):
+            pull: float = setting(1.0, "factor of every step", at_least=0)
+
+        def __init__(self, *args, pull: float, **settings) -> None:
+            super().__init__(*args, **settings)
+            self.alpha *= pull
+
+    try:
+        chosen = ["eval.attack.name=still", "eval.attack.pull=0.5", "eval.attack.alpha=2/255"]
+        attack = load_config(None, chosen).eval.attack
+        assert (type(attack.build()), attack.build().alpha) == (Still, 1 / 255)
+        assert config_from_dict({"eval": {"attack": plain(attack)}}).eval.attack == attack
+        with pytest.raises(ConfigError, match=r"eval.attack.pull: expected a number >= 0, got -1.0"):
+            load_config(None, [*chosen, "eval.attack.pull=-1"])
+    finally:
+        del ATTACKS._entries["still"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import ATTACKS, Attack, build_attack
-from robust_moe.config import AttackConfig
+from robust_moe.attacks import ATTACKS, Attack
 from robust_moe.models import BasicBlock
+from robust_moe.settings import field_types
 from robust_moe_kernels.modules import replace_blocks
 
 NORMS = ("Linf", "L2")
@@ -22,8 +22,10 @@ CLIMBING = [name for name in WHITE_BOX if not name.startswith(("fab", "autoattac
 
 
 def made(name: str, norm: str, eps: str | None = None, steps: int = 6, **settings) -> Attack:
-    settings = {key: value for key, value in {"steps": steps, **settings}.items() if key in ATTACKS[name].settings}
-    return build_attack(AttackConfig(name=name, eps=eps or EPS[norm], norm=norm, **settings), seed=3)
+    length = "queries" if name == "square" else "steps"
+    known = field_types(ATTACKS[name])
+    settings = {key: value for key, value in {length: steps, **settings}.items() if key in known}
+    return ATTACKS[name](eps=eps or EPS[norm], norm=norm, **settings).build(seed=3)
 
 
 @pytest.fixture(params=ATTACKS)

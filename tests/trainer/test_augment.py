@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from robust_moe.config import AugmentConfig
-from robust_moe.data import AugmentDraw, apply_augmentation, draw_augmentation
+from robust_moe.data import AugmentConfig, AugmentDraw, apply_augmentation, draw_augmentation
 
 EVERYTHING = AugmentConfig(flip=True, crop_padding=3, color_jitter=0.4, cutout=5)
 

@@ -13,12 +13,10 @@ from robust_moe import provenance
 from robust_moe_kernels import env
 
 ABSENT = (
-    "antlr4",
     "jinja2",
     "lightning",
     "lightning_fabric",
     "matplotlib",
-    "omegaconf",
     "PIL",
     "pyarrow",
     "rich",
@@ -39,27 +37,30 @@ for name in json.loads(sys.argv[1]):
 ATTACK_AND_TRAIN = """
 import torch
 from robust_moe.attacks import PGD
-from robust_moe.config import AttackConfig, MethodConfig, ModelConfig, MoEConfig, TrainConfig
+from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods import build_method
-from robust_moe.models import build_model
+from robust_moe.methods import PGDAdversarialTraining
+from robust_moe.models import MoEConfig, ResNet18Config, build_model
 
-attack = AttackConfig(alpha="2/255", steps=2)
+attack = PGD.Config(alpha="2/255", steps=2)
 config = TrainConfig(
-    model=ModelConfig(name="resnet18", width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3)),
-    method=MethodConfig(attack=attack),
+    model=ResNet18Config(width=4, moe=MoEConfig(layers=["layer4.1"], num_experts=3)),
+    method=PGDAdversarialTraining.Config(attack=attack),
 )
 torch.manual_seed(0)
 model = build_model(config.model, num_classes=10, channels=3, image_size=8)
 images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
 moved = (PGD(eps=8 / 255, steps=2)(model, images, labels) - images).abs().max()
-(update,) = build_method(config).updates(model, Batch(images, labels, torch.arange(4)), step_seed=1)
+(update,) = config.method.build(config.model).updates(model, Batch(images, labels, torch.arange(4)), step_seed=1)
 update.loss.backward()
 print(0 < moved.item() <= 8 / 255 + 1e-6, model.conv1.weight.grad.abs().sum().item() > 0)
 """
 
 BENCHMARKS = """
-from benchmarks.__main__ import main
+import importlib
+from benchmarks.__main__ import BENCHMARKS, main
+assert "torch" not in sys.modules  # nor is it in each worker process of a program, before the program asks for it
+assert all(callable(importlib.import_module(f"benchmarks.{name}").run) for name in BENCHMARKS)
 sys.argv = ["benchmarks", "--help"]
 main()
 """

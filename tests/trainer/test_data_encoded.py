@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from robust_moe.config import DataConfig
 from robust_moe.data import DATASETS, DataError, ImageSet
 
 
@@ -33,7 +32,8 @@ def chw(image: Image.Image) -> torch.Tensor:
 
 
 def load(name: str, root: Path | None = None, **kwargs) -> tuple[ImageSet, ImageSet]:
-    return DATASETS[name](DataConfig(name=name, root=None if root is None else str(root), **kwargs))
+    where = {} if root is None else {"root": str(root)}
+    return DATASETS[name](**where, **kwargs).build().load()
 
 
 # --- folders of images

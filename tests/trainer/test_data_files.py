@@ -15,13 +15,15 @@ import torch
 from sklearn.datasets import load_digits as sklearn_digits
 from torchvision import datasets as torchvision_datasets
 
-from robust_moe.config import DataConfig
-from robust_moe.data import DATASETS, DataError, ImageSet, load_splits, read_idx
+from robust_moe.config import ConfigError, config_from_dict, load_config
+from robust_moe.data import CIFAR10, DATASETS, DataError, ImageSet, load_splits, read_idx
 from robust_moe.data.image_set import resize
+from robust_moe.settings import plain
 
 
 def load(name: str, root: Path | None = None, **kwargs) -> tuple[ImageSet, ImageSet]:
-    return DATASETS[name](DataConfig(name=name, root=None if root is None else str(root), **kwargs))
+    where = {} if root is None else {"root": str(root)}
+    return DATASETS[name](**where, **kwargs).build().load()
 
 
 # --- digits
@@ -188,9 +190,71 @@ def test_cifar_names_a_missing_or_changed_file_and_says_how_to_get_it(cifar: Pat
 
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(
-        DataError, match=r"data.name: expected one of digits, .*, got 'cifar-10'; did you mean 'cifar10'"
+        ConfigError, match=r"data.name: expected one of cifar10, .*, got 'cifar-10'; did you mean 'cifar10'"
     ):
-        load_splits(DataConfig(name="cifar-10"), seed=0)
+        load_config(None, ["data.name=cifar-10"])
+
+
+def test_a_data_set_has_its_own_settings_only():
+    with pytest.raises(ConfigError, match=r"unknown key 'data.root' of data set 'digits'"):
+        load_config(None, ["data.root=/data"])
+    for name in (
+        "cifar10",
+        "cifar100",
+        "fashion_mnist",
+        "image_folder",
+        "parquet",
+    ):  # one error, where files are wanted
+        with pytest.raises(DataError, match=r"^data.root: expected the folder of .*, got null$"):
+            load(name)
+    moved = load_config(None, ["data={name: parquet, root: /data, train_limit: 5}", "data.name=cifar10"]).data
+    assert moved == CIFAR10.Config(root="/data", train_limit=5)
+
+
+OUTSIDE = """
+from dataclasses import dataclass
+import torch
+from robust_moe.data import DATASETS, DataSet, ImageSet
+from robust_moe.settings import ConfigError, setting
+
+@DATASETS.register("stripes")
+class Stripes(DataSet):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(DataSet.Config):
+        width: int = setting(2, "of a stripe", unit="pixels", at_least=1)
+
+        def check(self):
+            super().check()
+            if self.image_size is not None and self.image_size % self.width:
+                raise ConfigError(f"width: expected a divisor of {self.image_size} pixels, got {self.width}")
+
+    def load(self):
+        size = self.config.image_size or 8
+        bright = (torch.arange(size) // self.config.width % 2 * 255).to(torch.uint8).expand(size, size)
+        images = torch.stack([bright, bright.T])[:, None].repeat(10, 1, 1, 1)
+        whole = ImageSet(images, torch.arange(20) % 2, ("upright", "level"), "stripes")
+        return whole, whole.head(6)
+"""
+
+
+def test_a_data_set_from_outside_has_settings_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "stripes_from_outside.py").write_text(OUTSIDE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
+    chosen = ["run.imports=[stripes_from_outside]", "data.name=stripes", "data.validation_fraction=0.2"]
+    config = load_config(None, [*chosen, "data.width=4", "data.test_limit=4"])
+    splits = load_splits(config.data, seed=0)
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [16, 4, 4]
+    assert splits.test.images[0, 0, 0].tolist() == [0] * 4 + [255] * 4
+    assert config_from_dict(plain(config)) == config
+    for override, words in (
+        ("data.width=0", r"data\.width: expected a whole number of pixels >= 1, got 0"),
+        ("data.wide=3", r"unknown key 'data\.wide' of data set 'stripes'; did you mean 'data\.width'"),
+        ("data.image_size=9", r"data\.width: expected a divisor of 9 pixels, got 2"),
+        ("data.root=/data", r"unknown key 'data\.root' of data set 'stripes'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_config(None, [*chosen, override])
 
 
 NEEDS = {  # data set -> a module of the package that it needs
@@ -213,4 +277,4 @@ def test_a_missing_package_is_named(name: str, error: type[Exception], tmp_path:
 
     monkeypatch.setattr(importlib, "import_module", import_module)
     with pytest.raises(DataError, match=rf"data.name={name}: expected {package} to import \(pip install .*nms"):
-        load(name, tmp_path)
+        load(name, None if name == "digits" else tmp_path)

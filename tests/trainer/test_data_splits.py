@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from robust_moe.config import DataConfig
 from robust_moe.data import (
     CHANNEL_STATISTICS,
-    DATASETS,
     DataError,
+    Digits,
     ImageSet,
     channel_statistics,
     load_splits,
@@ -46,25 +45,25 @@ def test_stratified_split_is_a_partition_and_depends_on_the_seed():
 
 def test_validation_comes_from_training_and_test_stays(monkeypatch: pytest.MonkeyPatch):
     train, test = numbered([0, 0, 1, 1] * 10), numbered([0, 1] * 5)
-    monkeypatch.setitem(DATASETS, "digits", lambda config: (train, test))
-    splits = load_splits(DataConfig(validation_fraction=0.2), seed=1)
+    monkeypatch.setattr(Digits, "load", lambda self: (train, test))
+    splits = load_splits(Digits.Config(validation_fraction=0.2), seed=1)
     assert (len(splits.train), len(splits.val)) == (32, 8)
     values = torch.cat([splits.train.images, splits.val.images])[:, 0, 0, 0]
     assert values.sort().values.tolist() == list(range(40))
     assert torch.bincount(splits.val.labels).tolist() == [4, 4]
     assert torch.equal(splits.test.images, test.images)
-    limited = load_splits(DataConfig(validation_fraction=0.2, train_limit=6, test_limit=4), seed=1)
+    limited = load_splits(Digits.Config(validation_fraction=0.2, train_limit=6, test_limit=4), seed=1)
     assert torch.equal(limited.val.images, splits.val.images)  # limits come after the split
     assert torch.bincount(limited.train.labels).tolist() == [3, 3]
     assert limited.test.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert len(load_splits(DataConfig(validation_fraction=0.0), seed=1).val) == 0
+    assert len(load_splits(Digits.Config(validation_fraction=0.0), seed=1).val) == 0
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_a_validation_share_without_images_on_one_side_is_refused(fraction: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(DATASETS, "digits", lambda config: (numbered([0, 1] * 5), numbered([0])))
+    monkeypatch.setattr(Digits, "load", lambda self: (numbered([0, 1] * 5), numbered([0])))
     with pytest.raises(DataError, match=r"data.validation_fraction: expected a share that leaves"):
-        load_splits(DataConfig(validation_fraction=fraction), seed=0)
+        load_splits(Digits.Config(validation_fraction=fraction), seed=0)
 
 
 def test_head_is_balanced_even_when_the_set_is_sorted_by_class():

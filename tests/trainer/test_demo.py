@@ -6,6 +6,7 @@ from rich.console import Console
 from robust_moe.config import load_config
 from robust_moe.demo import PRESETS, run_demo
 from robust_moe.engine import load_checkpoint, read_metrics
+from robust_moe.settings import replaced
 
 SMALL = [
     "data.image_size=8",
@@ -47,9 +48,8 @@ def test_demo_leaves_two_runs_a_table_and_figures(tmp_path):
 
 def test_the_twins_differ_in_their_experts_only():
     routed, dense = (load_config(preset) for preset in PRESETS)
-    assert routed.model.moe.layers == ["layer4.1"]
-    assert (routed.model.moe.num_experts, routed.model.moe.top_k, routed.model.moe.gate) == (4, 2, "gap_fc")
+    assert routed.model.moe.layers == ("layer4.1",)
+    assert (routed.model.moe.num_experts, routed.model.moe.top_k, routed.model.moe.gate.name) == (4, 2, "gap_fc")
     assert routed.method.attack.steps == 7
     assert routed.eval.attack.steps == 20
-    routed.model.moe.layers, routed.run.out = [], dense.run.out
-    assert routed == dense
+    assert replaced(replaced(routed, "model.moe.layers", ()), "run.out", dense.run.out) == dense

@@ -3,9 +3,10 @@
 import pytest
 
 from robust_moe.config import ConfigError, load_config
-from robust_moe.engine import Reporter, Trainer, epochs_within, learning_rate, passes_of_run
+from robust_moe.engine import Reporter, Trainer, epochs_within, passes_of_run
 from robust_moe.methods import fast_at, free_at, mart, pgd_at
 from robust_moe.methods.adversarial import AdversarialMethod
+from robust_moe.optim import learning_rate
 
 DENSE = ("model.moe.layers=[]", "model.moe.balance=none", "eval.limit=1", "eval.attack.steps=0")
 IMAGES = 64  # of the tiny run, in batches of 16
@@ -111,7 +112,7 @@ def test_the_cycle_keeps_its_shape_whatever_the_epochs():
         rates = [learning_rate(config.optim, step, 100 * epochs, 100) for step in range(100 * epochs)]
         peaks.append(rates.index(max(rates)) / len(rates))
         assert rates[-1] < 0.01 * max(rates)
-    assert peaks == [config.optim.rise, config.optim.rise]
+    assert peaks == [config.optim.schedule.rise, config.optim.schedule.rise]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_bad_numbers_are_named(arguments, words):
 
 
 def test_methods_without_a_known_cost_are_refused(tiny):
-    with pytest.raises(ConfigError, match=r"method.name .* expected one of standard, pgd_at.*got 'rt_er'"):
+    with pytest.raises(ConfigError, match=r"method.name: expected a method whose passes are counted, got 'rt_er'"):
         passes_of_run(tiny("method.name=rt_er"), IMAGES)
     with pytest.raises(ConfigError, match=r"method.attack.name: expected 'pgd' to count passes of, got 'apgd-ce'"):
         passes_of_run(tiny("method.attack.name=apgd-ce"), IMAGES)

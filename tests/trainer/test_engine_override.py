@@ -9,10 +9,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from robust_moe import commands
+from robust_moe.commands import app
+from robust_moe.commands import train as train_command
 from robust_moe.config import load_config, save_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, read_metrics, save_checkpoint
-from robust_moe.engine.optimizers import build_optimizer
+from robust_moe.optim import OPTIMIZERS, SCHEDULES
+from robust_moe.settings import field_types
 
 
 def fit(config, **options):
@@ -71,37 +73,42 @@ def test_the_command_hands_override_on(tiny, tmp_path, monkeypatch):
             asked.update(options)
             raise CheckpointError("enough")
 
-    monkeypatch.setattr(commands, "Trainer", Recorded)
+    monkeypatch.setattr(train_command, "Trainer", Recorded)
     save_config(tiny(), tmp_path / "run.yaml")
     for flags, expected in (((), False), (("--override",), True)):
-        assert CliRunner().invoke(commands.app, ["train", str(tmp_path / "run.yaml"), *flags]).exit_code == 2
+        assert CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), *flags]).exit_code == 2
         assert asked == {"resume": True, "override": expected}
 
 
 # --- every setting of the optimiser takes effect ---
 
 SGD, ADAM = ("run.epochs=1",), ("run.epochs=1", "optim.name=adam", "optim.lr=1e-3")
+CYCLIC = ("optim.schedule=cyclic", "optim.schedule.cycle_epochs=1")
 CHANGES = {
     "lr": (SGD, "optim.lr=0.01"),
     "momentum": (SGD, "optim.momentum=0.5"),
     "nesterov": (SGD, "optim.nesterov=false"),
     "weight_decay": (SGD, "optim.weight_decay=0.1"),
+    "betas": (ADAM, "optim.betas=[0.5,0.9]"),
+    "eps": (ADAM, "optim.eps=0.01"),
     "weight_decay of adam": (ADAM, "optim.weight_decay=0.1"),
     "weight_decay_on": ((*SGD, "optim.weight_decay=0.1"), "optim.weight_decay_on=weights"),
-    "schedule": (SGD, "optim.schedule=constant"),
-    "power": (SGD, "optim.power=3"),
-    "milestones": ((*SGD, "optim.schedule=multistep"), "optim.milestones=[0.2,0.3]"),
-    "lr_min": ((*SGD, "optim.schedule=cyclic", "optim.cycle_epochs=1"), "optim.lr_min=0.05"),
-    "cycle_epochs": ((*SGD, "optim.schedule=cyclic", "optim.cycle_epochs=1"), "optim.cycle_epochs=0.7"),
-    "rise": ((*SGD, "optim.schedule=one_cycle"), "optim.rise=0.6"),
-    "fall": ((*SGD, "optim.schedule=one_cycle"), "optim.fall=cosine"),
+    "schedule": (SGD, "optim.schedule.name=constant"),
+    "power": (SGD, "optim.schedule.power=3"),
+    "milestones": ((*SGD, "optim.schedule=multistep"), "optim.schedule.milestones=[0.2,0.3]"),
+    "factor": ((*SGD, "optim.schedule=multistep"), "optim.schedule.factor=0.5"),
+    "lr_min": ((*SGD, *CYCLIC), "optim.schedule.lr_min=0.05"),
+    "cycle_epochs": ((*SGD, *CYCLIC), "optim.schedule.cycle_epochs=0.7"),
+    "rise": ((*SGD, "optim.schedule=one_cycle"), "optim.schedule.rise=0.6"),
+    "fall": ((*SGD, "optim.schedule=one_cycle"), "optim.schedule.fall=cosine"),
     "warmup_epochs": (SGD, "optim.warmup_epochs=2"),
     "grad_clip": (SGD, "optim.grad_clip=0.01"),
 }
 
 
-def test_every_optimiser_setting_but_its_name_is_tried(tiny):
-    assert {name.partition(" ")[0] for name in CHANGES} == set(vars(tiny().optim)) - {"name"}
+def test_every_setting_of_optimisers_and_schedules_is_tried():
+    settings = {name for table in (OPTIMIZERS, SCHEDULES) for config in table.values() for name in field_types(config)}
+    assert {name.partition(" ")[0] for name in CHANGES} == settings
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -113,7 +120,7 @@ def test_an_overridden_optimiser_setting_takes_effect(tiny, tmp_path, name):
     config = tiny(*before, "run.epochs=2", change, out="other")
     changed, _, said = fit(config, override=True)
     assert f"changed: {change.partition('=')[0]}: " in said
-    fresh = build_optimizer(changed.model, config.optim).param_groups
+    fresh = config.optim.build(changed.model).param_groups
     saved = load_checkpoint(tmp_path / "other" / "last.pt")["optimizer"]["param_groups"]
     for groups in (changed.optimizer.param_groups, saved):
         for group, expected in zip(groups, fresh, strict=True):
@@ -200,24 +207,25 @@ def test_a_perturbation_that_is_carried_on_stays_in_the_new_ball(tiny):
 
 NEWER = {
     "method": ("label_smoothing", "attack_steps_schedule"),
-    "optim": ("weight_decay_on", "rise", "fall"),
+    "optim": ("weight_decay_on",),
     "run": ("ema_epochs",),
 }
 
 
 def test_a_checkpoint_that_is_older_than_a_setting_was_made_with_its_default(tiny):
     """So it goes on as it is, and only another value is a change."""
-    _, outcome, _ = fit(tiny("run.epochs=1"))
+    one_cycle = "optim.schedule=one_cycle"
+    _, outcome, _ = fit(tiny("run.epochs=1", one_cycle))
     state = load_checkpoint(outcome.folder / "last.pt")
     for section, names in NEWER.items():
         for name in names:
             del state["config"][section][name]
-    del state["config"]["data"]["augment"]["flip_order"]
+    del state["config"]["data"]["augment"]["flip_order"], state["config"]["optim"]["schedule"]["rise"]
     save_checkpoint({key: value for key, value in state.items() if key != "format"}, outcome.folder / "last.pt")
     with pytest.raises(CheckpointError) as error:
-        fit(tiny("optim.rise=0.5"))
-    assert "optim.rise: checkpoint has 0.3, got 0.5" in str(error.value)
+        fit(tiny(one_cycle, "optim.schedule.rise=0.5"))
+    assert "optim.schedule.rise: checkpoint has 0.3, got 0.5" in str(error.value)
     assert "label_smoothing" not in str(error.value)
-    _, _, said = fit(tiny("run.epochs=2", "optim.weight_decay_on=weights"), override=True)
+    _, _, said = fit(tiny("run.epochs=2", one_cycle, "optim.weight_decay_on=weights"), override=True)
     assert "changed: optim.weight_decay_on: checkpoint has 'all', got 'weights'" in said
     assert said.count("changed: ") == 2

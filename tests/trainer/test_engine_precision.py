@@ -12,7 +12,7 @@ from robust_moe.attacks.passes import Passes
 from robust_moe.config import ConfigError, load_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer, fabric, load_checkpoint, save_checkpoint
 from robust_moe.engine.fabric import library_algorithms, resolve_precision
-from robust_moe.engine.optimizers import build_optimizer, keep_with_parameters
+from robust_moe.optim import keep_with_parameters
 
 
 def fit(config, **options):
@@ -141,7 +141,7 @@ def test_fused_and_foreach_take_the_same_steps_and_each_other_s_state(tiny, name
     def made(fused: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = torch.nn.Linear(5, 3)
         model.load_state_dict(start.state_dict())
-        return model, build_optimizer(model, tiny(f"optim.name={name}", "optim.lr=0.01").optim, fused)
+        return model, tiny(f"optim.name={name}", "optim.lr=0.01").optim.build(model, fused)
 
     def steps(model, optimizer, count: int) -> None:
         for _ in range(count):

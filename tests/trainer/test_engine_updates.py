@@ -15,9 +15,9 @@ from robust_moe.engine import Reporter, Trainer, WeightAverage, load_checkpoint,
 from robust_moe.engine.ema import average_decay
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.engine.fabric import make_fabric
-from robust_moe.engine.optimizers import OPTIMIZERS, build_optimizer
 from robust_moe.engine.updates import Updater
 from robust_moe.methods import METHODS, Method, Objective
+from robust_moe.optim import OPTIMIZERS
 
 NEVER_EQUAL = ("seconds", "val_seconds")
 DUAL = ("model.moe.layers=[]", "model.mixture.num_experts=2", "model.dual.enabled=true")
@@ -63,7 +63,7 @@ class Two(nn.Module):
 
 def updater(config, model, method):
     fabric = make_fabric(config)
-    wrapped, optimizer = fabric.setup(model, build_optimizer(model, config.optim))
+    wrapped, optimizer = fabric.setup(model, config.optim.build(model))
     return Updater(fabric, model.train(), wrapped, optimizer, method, None), optimizer
 
 
@@ -75,8 +75,8 @@ def test_two_updates_are_two_optimisers_on_a_half_each(tiny, name):
     model, reference = Two(), Two()
     reference.load_state_dict(model.state_dict())
     batch = Batch(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    engine, _ = updater(config, model, Halves(config))
-    alone = {half: build_optimizer(getattr(reference, half), config.optim) for half in ("left", "right")}
+    engine, _ = updater(config, model, Halves(config.method, config.model))
+    alone = {half: config.optim.build(getattr(reference, half)) for half in ("left", "right")}
     for _ in range(3):
         logs, nonfinite = engine.run(batch, 0)
         losses = []
@@ -100,14 +100,14 @@ def test_a_method_that_leaves_eval_mode_is_named(tiny):
             yield Objective(lambda: (forward(batch.images).sum(), {}))
 
     config = tiny()
-    engine, _ = updater(config, Two(), Careless(config))
+    engine, _ = updater(config, Two(), Careless(config.method, config.model))
     batch = Batch(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     with pytest.raises(RuntimeError, match="Careless: expected to leave 'right' in train mode, as it was, got eval"):
         engine.run(batch, 0)
 
 
 def test_a_nan_gradient_under_a_finite_loss_ends_the_run(tiny, monkeypatch):
-    class Rooted(METHODS["standard"]):
+    class Rooted(METHODS["standard"].owner):
         def objectives(self, model, batch, step_seed, forward):
             def compute():
                 loss, logs = self.classify(model, forward, batch.images, batch.labels)
@@ -116,7 +116,7 @@ def test_a_nan_gradient_under_a_finite_loss_ends_the_run(tiny, monkeypatch):
 
             yield Objective(compute)
 
-    monkeypatch.setitem(METHODS, "standard", Rooted)
+    monkeypatch.setattr(METHODS["standard"], "owner", Rooted)
     trainer = Trainer(tiny("method.name=standard", "run.log_every=1"), Reporter(enabled=False))
     with pytest.raises(FloatingPointError, match=r"^grad_norm: expected finite numbers.*crash.pt"):
         trainer.fit()
@@ -137,7 +137,8 @@ def test_what_does_nothing_is_said_once(tiny, overrides, text):
 
 def test_a_rate_of_zero_is_no_fault_of_the_gate(tiny):
     """A cycle begins at lr_min, here 0; with a line a step the first has no other rate to go by."""
-    _, outcome, said = fit(tiny("optim.schedule=cyclic", "optim.cycle_epochs=2", "run.log_every=1", "run.epochs=1"))
+    cycle = "optim.schedule={name: cyclic, cycle_epochs: 2}"
+    _, outcome, said = fit(tiny(cycle, "run.log_every=1", "run.epochs=1"))
     assert read_metrics(outcome.folder, "train")[0]["lr"] == 0
     assert "its gate" not in said
 

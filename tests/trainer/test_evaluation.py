@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy.stats import binomtest
 from torch import nn
 
 from robust_moe.attacks import PGD
@@ -213,12 +214,14 @@ def test_empty_set_is_refused():
 
 def test_wilson_interval_solves_its_equation():
     z = 1.959963984540054
-    for share, count in ((0.847, 360), (0.5, 10), (0.0, 50), (1.0, 50)):
+    for share, count in ((0.847, 360), (0.85, 360), (0.5, 10), (0.0, 50), (1.0, 50)):
         low, high = wilson_interval(share, count)
         for end in (low, high):
             if 0 < end < 1:
                 assert abs(end - share) == pytest.approx(z * math.sqrt(end * (1 - end) / count))
         assert 0 <= low <= share <= high <= 1
+        if (hits := share * count).is_integer():
+            assert (low, high) == pytest.approx(binomtest(int(hits), count).proportion_ci(0.95, "wilson"), abs=1e-12)
 
 
 def test_result_file_has_the_numbers_settings_and_masks(tmp_path):

@@ -7,27 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from robust_moe.config import (
     ConfigError,
-    DualConfig,
-    MixtureConfig,
-    ModelConfig,
-    MoEConfig,
-    StandardConfig,
     TrainConfig,
+    load_config,
 )
+from robust_moe.data import DataError, load_splits
 from robust_moe.engine import CheckpointError, Reporter, Trainer, save_checkpoint
-from robust_moe.engine.experiment import load_experiment, make_model
+from robust_moe.engine.experiment import describe_data, load_experiment, make_model
+from robust_moe.models import ROUTERS, DualConfig, MixtureConfig, MoEConfig, ResNetSmallConfig
 from robust_moe.report import assess
+from robust_moe.settings import plain, replaced
 
 DATA = {"name": "some", "class_names": list("0123456789"), "channels": 1, "image_size": 16, "mean": [0.3], "std": [0.5]}
-MIXTURE = MixtureConfig(num_experts=2, routing="hard", router="linear")
+MIXTURE = MixtureConfig(num_experts=2, routing="hard", router=ROUTERS["linear"]())
+
+
+def small(**model) -> ResNetSmallConfig:
+    return ResNetSmallConfig(**{"width": 2, "blocks": [1, 1], **model})
 
 
 def config(**model) -> TrainConfig:
-    return TrainConfig(model=ModelConfig(**{"width": 2, "blocks": [1, 1], **model}))
+    return TrainConfig(model=small(**model))
 
 
 # --- weights from earlier runs ------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def test_warm_start_of_a_plain_model(tmp_path: Path):
 def test_warm_start_of_both_halves(tmp_path: Path):
     robust, standard = config(mixture=MIXTURE), config()
     halves = saved(tmp_path / "robust.pt", robust), saved(tmp_path / "standard.pt", standard)
-    source = DualConfig(True, standard=StandardConfig(init_from=str(tmp_path / "standard.pt")))
+    source = DualConfig(enabled=True, standard=small(init_from=str(tmp_path / "standard.pt")))
     both = config(mixture=MIXTURE, init_from=str(tmp_path / "robust.pt"), dual=source)
     model = make_model(both, DATA)
     assert same(model.robust, halves[0]) and same(model.standard, halves[1])
@@ -71,9 +75,9 @@ def test_warm_start_of_both_halves(tmp_path: Path):
 def test_warm_start_from_another_dual_model(tmp_path: Path):
     """Each half takes its own."""
     path = str(tmp_path / "dual.pt")
-    both = config(mixture=MIXTURE, dual=DualConfig(True))
+    both = config(mixture=MIXTURE, dual=DualConfig(enabled=True))
     trained = saved(tmp_path / "dual.pt", both)
-    again = config(mixture=MIXTURE, init_from=path, dual=DualConfig(True, standard=StandardConfig(init_from=path)))
+    again = config(mixture=MIXTURE, init_from=path, dual=DualConfig(enabled=True, standard=small(init_from=path)))
     assert same(make_model(again, DATA), trained)
 
 
@@ -89,7 +93,7 @@ def test_a_warm_start_that_does_not_fit_is_named(tmp_path: Path):
     saved(path, config())
     with pytest.raises(CheckpointError, match=r"model\.init_from: .*other\.pt: a checkpoint of another architecture"):
         make_model(config(width=4, init_from=str(path)), DATA)
-    source = DualConfig(True, standard=StandardConfig(width=4, init_from=str(path)))
+    source = DualConfig(enabled=True, standard=small(width=4, init_from=str(path)))
     with pytest.raises(CheckpointError, match=r"model\.dual\.standard\.init_from: .* another architecture"):
         make_model(config(dual=source), DATA)
     few = {**DATA, "class_names": ["a", "b"]}
@@ -113,19 +117,37 @@ CIFAR10 = {**DATA, "name": "cifar10", "channels": 3, "image_size": 32, "mean": [
     ],
 )
 def test_other_data_than_expected_are_refused(change: dict, got: str):
-    plain = config()
-    plain.data.expects = "cifar10"
+    wanted = replaced(config(), "data.expects", "cifar10")
     for data in (CIFAR10, {**CIFAR10, "name": "parquet:cifar10"}):
-        make_model(plain, data)
+        make_model(wanted, data)
     with pytest.raises(
         ConfigError, match=rf"this configuration is for cifar10 \(10 .* 3x32x32\), got {got}; data\.exp"
     ):
-        make_model(plain, {**CIFAR10, **change})
-    plain.data.expects = None
-    make_model(plain, {**CIFAR10, **change})
-    plain.data.expects = "cifar"
+        make_model(wanted, {**CIFAR10, **change})
+    make_model(replaced(wanted, "data.expects", None), {**CIFAR10, **change})
     with pytest.raises(ConfigError, match=r"data\.expects: expected one of cifar10, .* did you mean 'cifar10'"):
-        make_model(plain, CIFAR10)
+        load_config(None, ["data.expects=cifar"])
+
+
+def test_an_evaluation_may_find_the_images_elsewhere(tmp_path: Path):
+    images = tmp_path / "here"
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (images / place).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), 40 * number).save(images / place / f"{number}.png")
+    settings = ["data.name=image_folder", f"data.root={images}", "data.image_size=8", "data.validation_fraction=0.5"]
+    trained = load_config(None, [*settings, "model.width=2", "model.blocks=[1,1]"])
+    splits = load_splits(trained.data, 0)
+    model = make_model(trained, describe_data(splits.train))
+    content = {"config": plain(trained), "data": describe_data(splits.train), "position": {}}
+    save_checkpoint({**content, "model": model.state_dict(), "ema": None}, tmp_path / "last.pt")
+    images.rename(tmp_path / "there")
+    with pytest.raises(DataError, match="here/train: expected a folder"):
+        load_experiment(tmp_path)
+    _, _, again, _ = load_experiment(tmp_path, [f"data.root={tmp_path / 'there'}"])
+    assert torch.equal(again.val.images, splits.val.images)
+    with pytest.raises(ConfigError, match=r"got data\.name=digits \(the checkpoint has image_folder\)$"):
+        load_experiment(tmp_path, ["data.name=digits"])
 
 
 def test_the_share_of_a_dual_model_is_swept_at_evaluation(tiny, tmp_path: Path):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from robust_moe.config import AugmentConfig
-from robust_moe.data import Batch, BatchLoader, ImageSet
+from robust_moe.data import AugmentConfig, Batch, BatchLoader, ImageSet
 from robust_moe.data.loader import _fits
 
 AUGMENT = AugmentConfig(flip=True, crop_padding=2, color_jitter=0.3, cutout=2)

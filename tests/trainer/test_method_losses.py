@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from robust_moe.data import Batch
-from robust_moe.methods import build_method
+from robust_moe.engine.experiment import make_method
 from robust_moe.methods.mart import boosted_cross_entropy
 from robust_moe.models import DualModel, ExpertMixture
 from robust_moe.seeding import derive_seed
@@ -48,7 +48,7 @@ def batch():
 
 def update(config, model, batch, number=0):
     """The update of that number, the weights left alone in between; its loss and the gradients."""
-    method = build_method(config)
+    method = make_method(config)
     for count, found in enumerate(method.updates(model.train(), batch, step_seed=5)):
         if count == number:
             model.zero_grad()
@@ -140,7 +140,7 @@ def test_fast_at_trains_on_one_step_of_five_quarters_of_the_radius(tiny, batch):
 def test_free_at_moves_the_perturbation_by_the_gradient_of_each_update_and_keeps_it(tiny, batch):
     config = tiny("method.name=free_at", "method.replays=3", *COMMON)
     model = network()
-    method = build_method(config)
+    method = make_method(config)
     delta = torch.zeros_like(batch.images)
     for step in range(2):  # the second batch goes on with the first one's perturbation
         for found in method.updates(model, batch, step_seed=step):

@@ -8,8 +8,8 @@ from torch import nn
 
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
-from robust_moe.engine.experiment import make_model
-from robust_moe.methods import METHODS, build_method
+from robust_moe.engine.experiment import make_method, make_model
+from robust_moe.methods import METHODS
 from robust_moe.methods import fast_at as fast
 from robust_moe_kernels.modules import moe_layers
 from robust_moe_kernels.ops.attack_step import random_start
@@ -60,7 +60,7 @@ def test_every_method_leaves_modes_and_gradients_alone_and_attacks_for_real(tiny
     config = tiny(f"method.name={name}", *overrides)
     model, batch = setting(config)
     seen = 0
-    for update, moved in run(build_method(config), model, batch):
+    for update, moved in run(make_method(config), model, batch):
         seen += 1
         assert moved, "an update moves something"
         assert {"loss"} <= update.logs.keys()
@@ -84,9 +84,10 @@ def test_every_method_leaves_modes_and_gradients_alone_and_attacks_for_real(tiny
     ],
 )
 def test_who_moves_at_each_level(tiny, name, form, levels):
-    config = tiny(f"method.name={name}", f"method.form={form}", *(DUAL if name == "jtdmoe" else NETWORKS))
+    chosen = (*DUAL, f"method.form={form}") if name == "jtdmoe" else NETWORKS
+    config = tiny(f"method.name={name}", *chosen)
     model, batch = setting(config)
-    found = [{name.split(".")[0] for name in moved} for _, moved in run(build_method(config), model, batch)]
+    found = [{name.split(".")[0] for name in moved} for _, moved in run(make_method(config), model, batch)]
     assert found == levels
 
 
@@ -96,7 +97,7 @@ def test_the_router_gets_a_gradient(tiny, case):
     config = tiny(f"method.name={name}", "model.moe.balance=none", *overrides)
     model, batch = setting(config)
     largest = 0.0
-    for _ in run(build_method(config), model, batch):
+    for _ in run(make_method(config), model, batch):
         gates = [p for layer in moe_layers(model).values() for p in layer.gate.parameters()]
         largest = max([largest, *(float(p.grad.abs().max()) for p in gates if p.grad is not None)])
     assert largest > 0
@@ -108,9 +109,9 @@ def test_the_router_gets_a_gradient(tiny, case):
     [("standard", 1), ("pgd_at", 1), ("fast_at", 1), ("trades", 2), ("mart", 2), ("free_at", 4), ("rt_er", 2)],
 )
 def test_only_what_is_trained_on_moves_batch_norm_statistics(tiny, name, forwards):
-    config = tiny(f"method.name={name}", "method.attack.steps=5")
+    config = tiny(f"method.name={name}", *(() if name == "standard" else ("method.attack.steps=5",)))
     model, batch = setting(config)
-    for _ in run(build_method(config), model, batch):
+    for _ in run(make_method(config), model, batch):
         pass
     assert int(model.bn1.num_batches_tracked) == forwards
 
@@ -129,7 +130,7 @@ def test_nan_in_an_attack_is_flagged_not_signed_to_zero(tiny, name):
     model, batch = setting(config)
     with torch.no_grad():
         model.experts.networks[0].conv1.weight[0] = torch.nan
-    update = next(build_method(config).updates(model, batch, 0))
+    update = next(make_method(config).updates(model, batch, 0))
     assert bool(update.nonfinite)
 
 
@@ -138,7 +139,7 @@ def test_nan_in_an_attack_is_flagged_not_signed_to_zero(tiny, name):
 
 def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
     config = tiny("method.name=fast_at", "method.attack.eps=0.05", "method.attack.steps=10")
-    method = build_method(config)
+    method = make_method(config)
     accuracies = {}
 
     def craft(model, batch, seed, attack=None):
@@ -164,7 +165,7 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
     assert method.warnings() == []
     assert trained_on(20, fgsm=True, pgd=False) == "pgd"
     assert trained_on(21, fgsm=True, pgd=True) == "pgd"  # until the next comparison
-    again = build_method(config)
+    again = make_method(config)
     again.load_state_dict(method.state_dict())  # a resumed run goes on so
     assert again.with_pgd
     assert trained_on(40, fgsm=True, pgd=True) == "fgsm"
@@ -186,7 +187,7 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         (["method.name=jtdmoe", *NETWORKS], "model.dual.enabled: expected true"),
         (["method.name=jtdmoe", "model.dual.enabled=true", "model.moe.layers=[]"], "expected at least 2"),
         (["method.name=trades", "method.attack.name=fgsm"], "method.attack.name: expected 'pgd'"),
-        (["method.name=trades", "method.attack.random_start=false"], "method.attack: random_start: expected True"),
+        (["method.name=trades", "method.attack.random_start=false"], "method.attack.random_start: expected True"),
         (["method.name=rt_er", "method.attack.restarts=2"], "method.attack.restarts: expected 1 for method.name=rt_er"),
         (["method.name=advmoe", "method.attack.loss=dlr"], "method.attack.loss: expected 'ce'"),
         (["method.name=trades", "method.attack.loss=dlr"], "method.attack.loss: expected 'ce' or 'kl' .*got 'dlr'"),
@@ -201,20 +202,23 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         (["method.name=free_at", "method.attack.norm=L2"], "method.attack.norm: expected 'Linf'"),
         (["method.name=trades", "run.devices=2"], "run.devices: expected 1 for trades"),
         (["method.awp_gamma=0.01", "run.devices=2"], "run.devices: expected 1 for adversarial weight perturbation"),
-        (["method.attack.name=apgd-ce", "method.attack.loss=dlr"], "^method.attack.loss: expected .*'apgd-ce'"),
+        (
+            ["method.attack.name=apgd-ce", "method.attack.loss=dlr"],
+            "unknown key 'method.attack.loss' of attack 'apgd-ce'",
+        ),
         (["method.name=tradess"], "method.name: .* did you mean 'trades'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(tiny, overrides, words):
     with pytest.raises(ConfigError, match=words):
-        build_method(tiny(*overrides))
+        make_method(tiny(*overrides))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ["model.moe.balance=load", "model.moe.noise_std=0.1"],
-        ["model.moe.balance=load", "model.moe.balance_weight=0"],
+        ["model.moe.balance=load", "model.moe.balance.weight=0"],
         ["model.moe.balance=load", "model.moe.layers=[]"],  # a dense model has no balance
         ["method.name=trades", "method.attack.loss=kl"],
     ],
@@ -222,7 +226,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tiny, overrides, words):
 def test_what_makes_sense_is_not_refused(tiny, overrides):
     config = tiny(*overrides)
     model, batch = setting(config)
-    (update,) = build_method(config).updates(model, batch, 0)
+    (update,) = make_method(config).updates(model, batch, 0)
     assert torch.isfinite(update.loss)
 
 
@@ -237,7 +241,7 @@ def test_an_expert_without_images_decays_where_it_is_stacked(tiny, overrides, de
     weight = (lambda: layer.experts.conv1.weight[2]) if decays else (lambda: layer.experts.networks[2].conv1.weight)
     before = weight().detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-    for _ in run(build_method(config), model, batch, optimizer):
+    for _ in run(make_method(config), model, batch, optimizer):
         pass
     assert 2 not in layer.routing.indices
     torch.testing.assert_close(weight().detach(), before * (1 - 0.01 * decays), rtol=1e-6, atol=0)
@@ -245,4 +249,4 @@ def test_an_expert_without_images_decays_where_it_is_stacked(tiny, overrides, de
 
 def test_state_of_another_method_is_refused(tiny):
     with pytest.raises(KeyError, match="expected no state for PGDAdversarialTraining, got delta"):
-        build_method(tiny()).load_state_dict({"delta": None})
+        make_method(tiny()).load_state_dict({"delta": None})

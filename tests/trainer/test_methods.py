@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robust_moe.attacks import build_attack
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
-from robust_moe.engine.experiment import make_model
-from robust_moe.methods import build_method
+from robust_moe.engine.experiment import make_method, make_model
 from robust_moe_kernels.modules import balance_loss, moe_layers
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
@@ -23,15 +21,15 @@ def setting(config):
 
 def only_update(config, model, batch, step_seed=0, **options):
     """The single update of a method that makes one a batch."""
-    (update,) = build_method(config).updates(model, batch, step_seed, **options)
+    (update,) = make_method(config).updates(model, batch, step_seed, **options)
     return update
 
 
 def test_pgd_at_is_cross_entropy_on_the_attacked_images_plus_balance(tiny):
-    config = tiny("model.moe.balance_weight=0.25")
+    config = tiny("model.moe.balance.weight=0.25")
     model, batch = setting(config)
     output = only_update(config, model, batch, step_seed=9)
-    attack = build_attack(config.method.attack, seed=9)
+    attack = config.method.attack.build(seed=9)
     reference, _ = setting(config)
     adversarial = attack(reference, batch.images, batch.labels, batch.index)
     task = F.cross_entropy(reference(adversarial), batch.labels)
@@ -66,7 +64,7 @@ def test_standard_trains_on_the_images_themselves(tiny):
     assert output.nonfinite is None
 
 
-@pytest.mark.parametrize("switch", ["model.moe.balance=none", "model.moe.balance_weight=0"])
+@pytest.mark.parametrize("switch", ["model.moe.balance=none", "model.moe.balance.weight=0"])
 def test_without_balance_the_loss_is_the_task_loss(tiny, switch):
     config = tiny(switch)
     model, batch = setting(config)
@@ -78,14 +76,14 @@ def test_without_balance_the_loss_is_the_task_loss(tiny, switch):
 def test_step_seed_decides_the_random_start(tiny):
     config = tiny("method.attack.steps=0")
     model, batch = setting(config)
-    method = build_method(config)
+    method = make_method(config)
     one, again, other = (method.craft(model, batch, seed).images for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
 
 def test_unknown_names_are_refused_with_what_is_known(tiny):
-    with pytest.raises(ConfigError, match=r"model.moe.balance: expected one of none, entropy.*got 'entropie'"):
-        build_method(tiny("model.moe.balance=entropie"))
+    with pytest.raises(ConfigError, match=r"model.moe.balance.name: expected one of entropy, .*none, .*got 'entropie'"):
+        make_method(tiny("model.moe.balance=entropie"))
     with pytest.raises(ConfigError, match=r"method.name: .* did you mean 'pgd_at'"):
-        build_method(tiny("method.name=pgdat"))
+        make_method(tiny("method.name=pgdat"))

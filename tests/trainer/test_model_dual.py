@@ -12,17 +12,22 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import ExpertPGD, RouterPGD
 from robust_moe.config import (
-    DualConfig,
-    MixtureConfig,
-    ModelConfig,
-    MoEConfig,
-    StandardConfig,
     TrainConfig,
     load_config,
 )
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation.moe import evaluate_moe
-from robust_moe.models import DualModel, ExpertMixture, build_model
+from robust_moe.models import (
+    ROUTERS,
+    DualConfig,
+    DualModel,
+    ExpertMixture,
+    MixtureConfig,
+    MoEConfig,
+    ResNet50Config,
+    ResNetSmallConfig,
+    build_model,
+)
 from robust_moe_kernels.modules import attack_mode, moe_layers
 
 DATA = {"name": "some", "class_names": list("0123456789"), "channels": 1, "image_size": 16, "mean": [0.3], "std": [0.5]}
@@ -175,27 +180,35 @@ def test_saturated_halves_stay_finite():
 
 # --- from a configuration -----------------------------------------------------------------------------------------
 
-MIXTURE = MixtureConfig(num_experts=2, routing="hard", router="linear")
+MIXTURE = MixtureConfig(num_experts=2, routing="hard", router=ROUTERS["linear"]())
+
+
+def small(**model) -> ResNetSmallConfig:
+    return ResNetSmallConfig(**{"width": 2, "blocks": [1, 1], **model})
 
 
 def config(**model) -> TrainConfig:
-    return TrainConfig(model=ModelConfig(**{"width": 2, "blocks": [1, 1], **model}))
+    return TrainConfig(model=small(**model))
 
 
 def test_the_standard_half_is_described_beside_the_robust_one():
     torch.manual_seed(0)
-    model = build_model(config(mixture=MIXTURE, dual=DualConfig(True, 0.6, "logits")).model, **IMAGES)
+    model = build_model(config(mixture=MIXTURE, dual=DualConfig(enabled=True, alpha=0.6, mix="logits")).model, **IMAGES)
     assert isinstance(model, DualModel) and isinstance(model.robust, ExpertMixture)
     assert (model.alpha, model.mix) == (0.6, "logits")
     assert list(moe_layers(model)) == ["robust"]
     assert model.standard.conv1.out_channels == 2
-    own = StandardConfig(name="resnet50", width=3, experts=True)
-    model = build_model(config(mixture=MIXTURE, dual=DualConfig(True, standard=own)).model, **IMAGES)
+    own = ResNet50Config(width=3)
+    model = build_model(
+        config(mixture=MIXTURE, dual=DualConfig(enabled=True, standard=own, experts=True)).model, **IMAGES
+    )
     assert list(moe_layers(model)) == ["standard", "robust"]
     first = model.standard.experts.networks[0]
     assert (first.conv1.out_channels, len(first.layer3), first.layer1[0].expansion) == (3, 6, 4)
-    own = StandardConfig(blocks=[1, 2])
-    model = build_model(config(moe=MoEConfig(layers=["layer2.0"]), dual=DualConfig(True, standard=own)).model, **IMAGES)
+    own = small(blocks=[1, 2])
+    model = build_model(
+        config(moe=MoEConfig(layers=["layer2.0"]), dual=DualConfig(enabled=True, standard=own)).model, **IMAGES
+    )
     assert list(moe_layers(model)) == ["robust.layer2.0"]
     assert len(model.standard.layer2) == 2
 
@@ -204,20 +217,19 @@ def test_the_robust_half_starts_as_it_would_alone():
     torch.manual_seed(0)
     alone = build_model(config(mixture=MIXTURE).model, **IMAGES)
     torch.manual_seed(0)
-    both = build_model(config(mixture=MIXTURE, dual=DualConfig(True)).model, **IMAGES)
+    both = build_model(config(mixture=MIXTURE, dual=DualConfig(enabled=True)).model, **IMAGES)
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), both.robust.parameters(), strict=True))
 
 
 def test_the_name_of_the_standard_half_is_checked():
-    bad = config(dual=DualConfig(True, standard=StandardConfig(name="resnet-18"))).model
     with pytest.raises(ValueError, match=r"model\.dual\.standard\.name: expected one of .* mean 'resnet18'"):
-        build_model(bad, **IMAGES)
+        load_config(None, ["model.dual.standard.name=resnet-18"])
 
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_dual_model_can_be_evaluated_and_attacked(experts: bool):
     torch.manual_seed(0)
-    both = DualConfig(True, standard=StandardConfig(experts=experts))
+    both = DualConfig(enabled=True, experts=experts)
     model = make_model(config(mixture=MIXTURE, dual=both), DATA).eval()
     x, index = torch.rand(5, 1, 16, 16), torch.arange(5)
     with torch.no_grad():

@@ -11,9 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
-from robust_moe.config import ModelConfig, MoEConfig
-from robust_moe.models import MODELS, Normalize, build_model
-from robust_moe_kernels.modules import GATES, FusedBlockMoE, moe_layers
+from robust_moe.models import GATES, MODELS, ModelConfig, MoEConfig, Normalize, ResNetSmallConfig, build_model
+from robust_moe.settings import ConfigError, Layer, resolve
+from robust_moe_kernels.modules import ConvGapGate, FusedBlockMoE, moe_layers
 
 CIFAR100 = {"num_classes": 100, "channels": 3, "image_size": 32}
 TINY = {"num_classes": 10, "channels": 1, "image_size": 16}
@@ -34,7 +34,7 @@ def cifar_stem(model: nn.Module) -> nn.Module:
 def test_networks_equal_torchvisions(name: str):
     torch.manual_seed(0)
     mean, std = (0.5, 0.375, 0.25), (0.25, 0.5, 0.125)  # exact in float32, in which the buffers are made
-    ours = build_model(ModelConfig(name=name), 10, 3, 16, mean, std).double()
+    ours = build_model(MODELS[name](), 10, 3, 16, mean, std).double()
     theirs = cifar_stem(getattr(torchvision.models, name)(num_classes=10)).double()
     state = {k: v for k, v in ours.state_dict().items() if not k.startswith("normalize.")}
     theirs.load_state_dict(state)  # strict: the same keys and shapes
@@ -59,19 +59,19 @@ def test_networks_equal_torchvisions(name: str):
 def test_parameter_counts_are_the_published_ones(name: str, moe: MoEConfig, millions: float):
     """Of "Robust Experts", arXiv:2509.05086, and its code, for CIFAR-100; they round to one or two decimals."""
     with torch.device("meta"):
-        count = parameters(build_model(ModelConfig(name=name, moe=moe), **CIFAR100)) / 1e6
+        count = parameters(build_model(MODELS[name](moe=moe), **CIFAR100)) / 1e6
     assert count == pytest.approx(millions, abs=0.005 if millions == 11.22 else 0.05)
 
 
 def test_the_small_network_has_the_default_place_for_experts():
-    model = build_model(ModelConfig(moe=MoEConfig(layers=["layer4.1"])), **TINY)
-    assert parameters(build_model(ModelConfig(), **TINY)) == pytest.approx(0.60e6, abs=0.005e6)
+    model = build_model(ResNetSmallConfig(moe=MoEConfig(layers=["layer4.1"])), **TINY)
+    assert parameters(build_model(ResNetSmallConfig(), **TINY)) == pytest.approx(0.60e6, abs=0.005e6)
     assert list(moe_layers(model)) == ["layer4.1"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_width_and_depth_come_from_the_configuration(name: str):
-    model = build_model(ModelConfig(name=name, width=4, blocks=[1, 2]), **TINY)
+    model = build_model(MODELS[name](width=4, blocks=[1, 2]), **TINY)
     assert [len(model.layer1), len(model.layer2)] == [1, 2]
     assert not hasattr(model, "layer3")
     assert model.conv1.weight.shape == (4, 1, 3, 3)
@@ -86,8 +86,8 @@ def test_width_and_depth_come_from_the_configuration(name: str):
 
 
 def test_normalisation_lives_inside_and_travels_in_the_state_dict():
-    plain = build_model(ModelConfig(width=4), **TINY).eval()
-    scaled = build_model(ModelConfig(width=4), **TINY, mean=[0.25], std=[0.5]).eval()
+    plain = build_model(ResNetSmallConfig(width=4), **TINY).eval()
+    scaled = build_model(ResNetSmallConfig(width=4), **TINY, mean=[0.25], std=[0.5]).eval()
     images = torch.rand(2, 1, 16, 16)
     state = copy.deepcopy(scaled.state_dict())
     scaled.load_state_dict(plain.state_dict())  # mean 0, std 1
@@ -98,16 +98,16 @@ def test_normalisation_lives_inside_and_travels_in_the_state_dict():
 
 def test_weights_come_from_the_global_generator():
     torch.manual_seed(3)
-    one = build_model(ModelConfig(width=4), **TINY)
+    one = build_model(ResNetSmallConfig(width=4), **TINY)
     torch.manual_seed(3)
-    other = build_model(ModelConfig(width=4), **TINY)
+    other = build_model(ResNetSmallConfig(width=4), **TINY)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_experts_that_copy_their_block_change_nothing():
     torch.manual_seed(0)
     moe = MoEConfig(layers=["layer4.1"], num_experts=3, top_k=3, init="copy")
-    model = build_model(ModelConfig(width=4, moe=moe), **TINY).eval()
+    model = build_model(ResNetSmallConfig(width=4, moe=moe), **TINY).eval()
     layer = model.layer4[1]
     assert isinstance(layer, FusedBlockMoE)
     assert (layer.num_experts, layer.top_k) == (3, 3)
@@ -121,18 +121,17 @@ def test_experts_that_copy_their_block_change_nothing():
 def test_every_setting_of_the_mixture_reaches_it():
     """Each differs from its default, so that one that is not passed on shows."""
     settings = {"num_experts": 5, "top_k": 3, "renormalize": False, "straight_through": False, "noise_std": 0.3}
-    moe = MoEConfig(layers=["layer3.0", "layer4.1"], gate="conv_gap", init="fresh", **settings)
-    model = build_model(ModelConfig(width=4, moe=moe), **TINY)
+    moe = MoEConfig(layers=["layer3.0", "layer4.1"], gate=GATES["conv_gap"](), init="fresh", **settings)
+    model = build_model(ResNetSmallConfig(width=4, moe=moe), **TINY)
     assert set(moe_layers(model)) == {"layer3.0", "layer4.1"}
     for layer in moe_layers(model).values():
         assert {name: getattr(layer, name) for name in settings} == settings
-        assert isinstance(layer.gate, GATES["conv_gap"])
+        assert isinstance(layer.gate, ConvGapGate)
         first, second = layer.expert(0), layer.expert(1)
         assert not torch.equal(first.conv1.weight, second.conv1.weight)  # not copies
 
 
 BAD = {
-    "name": ({"config": ModelConfig(name="resnet-18")}, r"model.name: expected one of .*did you mean 'resnet18'"),
     "classes": ({"num_classes": 0}, "num_classes: expected a count >= 1, got 0"),
     "pixels": ({"image_size": 4}, "image_size: expected >= 8 pixels for 4 stages"),
     "mean": ({"mean": [0.5, 0.5]}, "mean: expected 1 numbers, a channel each, got 2"),
@@ -144,7 +143,12 @@ BAD = {
 def test_bad_arguments_are_named(kind: str):
     change, message = BAD[kind]
     with pytest.raises(ValueError, match=message):
-        build_model(**{"config": ModelConfig(), **TINY, **change})
+        build_model(**{"config": ResNetSmallConfig(), **TINY, **change})
+
+
+def test_an_unknown_name_offers_the_nearest():
+    with pytest.raises(ConfigError, match=r"model.name: expected one of .*did you mean 'resnet18'"):
+        resolve(ModelConfig, [Layer({"name": "resnet-18"}, "test")], ResNetSmallConfig(), "model")
 
 
 def test_normalize_refuses_unequal_lengths():
@@ -156,7 +160,7 @@ def test_normalize_refuses_unequal_lengths():
 def test_a_narrow_network_is_the_same_function(size: int):
     """Its shortcuts pick pixels before they convolve; the weights and their names are a strided convolution's."""
     torch.manual_seed(0)
-    ours = build_model(ModelConfig(name="resnet_small", width=8), 10, 3, size).double()
+    ours = build_model(ResNetSmallConfig(width=8), 10, 3, size).double()
     plain = copy.deepcopy(ours)
     seen = 0
     for module in plain.modules():
@@ -179,10 +183,9 @@ def test_a_narrow_network_is_the_same_function(size: int):
 
 NARROW = """
 import torch
-from robust_moe.config import ModelConfig
-from robust_moe.models import build_model
+from robust_moe.models import ResNetSmallConfig, build_model
 torch.set_num_threads(2)
-model = build_model(ModelConfig(name="resnet_small", width=8), 10, 3, 32)
+model = build_model(ResNetSmallConfig(width=8), 10, 3, 32)
 for count in (3, 5, 7) * 4:
     images = torch.rand(count, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     model(images).sum().backward()
@@ -203,9 +206,9 @@ def test_models_and_data_import_without_optional_packages():
         "import sys\n"
         "for name in ('torchvision', 'sklearn', 'pyarrow', 'PIL'): sys.modules[name] = None\n"
         "import torch, robust_moe.data\n"
-        "from robust_moe.config import ModelConfig\n"
-        "from robust_moe.models import build_model\n"
-        "print(build_model(ModelConfig(width=2), 10, 1, 16).eval()(torch.rand(3, 1, 16, 16)).isfinite().sum().item())\n"
+        "from robust_moe.models import ResNetSmallConfig, build_model\n"
+        "model = build_model(ResNetSmallConfig(width=2), 10, 1, 16).eval()\n"
+        "print(model(torch.rand(3, 1, 16, 16)).isfinite().sum().item())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "30", done.stderr

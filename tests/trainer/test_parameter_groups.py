@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from robust_moe.config import OptimConfig
-from robust_moe.engine import OPTIMIZERS
 from robust_moe.engine.experiment import make_model
-from robust_moe.engine.optimizers import build_optimizer
-from robust_moe.engine.parameter_groups import regrouped
+from robust_moe.optim import OPTIMIZERS, SGD, regrouped
 from robust_moe_kernels.modules import moe_layers
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
@@ -26,7 +23,7 @@ def names(model, parameters):
 @pytest.mark.parametrize("shape", [(), ("model.moe.layers=[]", "model.mixture.num_experts=2")])
 def test_norms_biases_gates_and_routers_do_not_decay(tiny, shape):
     model = routed(tiny, *shape)
-    decayed, rest = build_optimizer(model, OptimConfig(weight_decay_on="weights")).param_groups
+    decayed, rest = SGD.Config(weight_decay_on="weights").build(model).param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (5e-4, 0.0)
     free = names(model, rest["params"])
     assert names(model, decayed["params"]) | free == {name for name, _ in model.named_parameters()}
@@ -35,7 +32,7 @@ def test_norms_biases_gates_and_routers_do_not_decay(tiny, shape):
     for name, parameter in model.named_parameters():
         filters = parameter.ndim >= 4 or name.endswith("fc.weight")  # of one expert, or of all in a stack
         assert (name in free) == (id(parameter) in gates or not filters), name
-    (everything,) = build_optimizer(model, OptimConfig()).param_groups
+    (everything,) = SGD.Config().build(model).param_groups
     assert [id(p) for p in everything["params"]] == [id(p) for p in model.parameters()]
 
 
@@ -43,7 +40,7 @@ def test_norms_biases_gates_and_routers_do_not_decay(tiny, shape):
 @pytest.mark.parametrize(("before", "now"), [("all", "weights"), ("weights", "all"), ("weights", "weights")])
 def test_every_parameter_keeps_its_state_in_other_groups(tiny, name, before, now):
     model = routed(tiny)
-    old, new = (build_optimizer(model, OptimConfig(name=name, weight_decay_on=on)) for on in (before, now))
+    old, new = (OPTIMIZERS[name](weight_decay_on=on).build(model) for on in (before, now))
     for number, parameter in enumerate(list(model.parameters())[1:]):  # one has no state yet
         parameter.grad = torch.full_like(parameter, float(number + 1))
     old.step()

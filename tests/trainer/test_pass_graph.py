@@ -18,15 +18,14 @@ from torch import nn
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.experiment import make_method
 from robust_moe.engine.fabric import make_fabric
-from robust_moe.engine.optimizers import build_optimizer
 from robust_moe.engine.updates import Updater
-from robust_moe.methods import build_method
 from robust_moe.models import BasicBlock
 from robust_moe_kernels.modules import check_finite, moe_layers, replace_blocks
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BALANCED = ("model.moe.balance=switch", "model.moe.balance_weight=0.1")
+BALANCED = ("model.moe.balance=switch", "model.moe.balance.weight=0.1")
 
 
 def network(noise: float = 0.0) -> nn.Sequential:
@@ -58,9 +57,9 @@ class Engine:
     def __init__(self, config, graph="auto", capturer=None, noise=0.0) -> None:
         self.fabric = make_fabric(config)
         self.model = network(noise)
-        self.plain = build_optimizer(self.model, config.optim, fused=self.fabric.device.type == "cuda")
+        self.plain = config.optim.build(self.model, fused=self.fabric.device.type == "cuda")
         wrapped, optimizer = self.fabric.setup(self.model, self.plain)
-        method = build_method(config)
+        method = make_method(config)
         self.updater = Updater(
             self.fabric, self.model, wrapped, optimizer, method, config.optim.grad_clip, graph, capturer
         )
@@ -287,7 +286,7 @@ def test_an_interrupt_in_a_capture_leaves_the_model_as_found(tiny):
 def test_the_configuration_decides(tiny):
     for text, value in (("auto", "auto"), ("true", True), ("false", False)):
         assert tiny(f"run.graph={text}").run.graph == value
-    with pytest.raises(ConfigError, match=r"run\.graph: expected auto, true or false, got 'maybe'"):
+    with pytest.raises(ConfigError, match=r"run\.graph: expected one of auto, true, false, got 'maybe'"):
         tiny("run.graph=maybe")
     with pytest.raises(ValueError, match=r"run\.graph: expected 'auto', True or False, got 1"):
         Engine(tiny(), 1)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, flatten
+from robust_moe.data import Parquet
 from robust_moe.engine import CheckpointError, Reporter, load_checkpoint
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
@@ -28,6 +29,7 @@ from robust_moe.reproduce.preparation import alone_in, data_digest, load_data, r
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS
 from robust_moe.reproduce.worker import work
+from robust_moe.settings import replaced
 
 TINY = (
     "data.name=digits",
@@ -159,8 +161,12 @@ def test_a_finished_job_is_known_by_what_decides_its_numbers(finished, tmp_path)
     job = jobs["dual-separate", 0]
     before = job.identity()
     assert Job.read(job.write()) == job
-    (elsewhere,) = jobs_of(job, tmp_path / "other", "run.threads=2", "data.root=/moved")
+    (elsewhere,) = jobs_of(job, tmp_path / "other", "run.threads=2", "eval.batch_size=7")
     assert elsewhere.identity() == before
+    files = dataclasses.replace(job.config, data=Parquet.Config(root="/here"))
+    moved = replaced(files, "data.root", "/moved")
+    here, there = (dataclasses.replace(job, config=config).identity() for config in (files, moved))
+    assert here == there != before
     for change in ("method.attack.steps=3", "eval.attack.steps=3", "data.test_limit=20"):
         (changed,) = jobs_of(job, folder, change)
         assert changed.identity() != before, change
@@ -353,10 +359,14 @@ def test_starting_anew_removes_what_was_made_from_it(tmp_path):
         ("method={name: standard}", "which makes the run mixture-standard what it is"),
         ("model.moe={balance: switch}", "which makes the run"),
         ("eval={attack: {name: apgd-ce}}", "as all is measured by PGD"),
-        ("model.moe.balance_weight=0", "which the claims are about"),
+        ("model.moe.balance.weight=0", "which the claims are about"),
         ("model.dual.alpha=0.5", "which the claims are about"),
         ("model.moe.top_k=2", "which makes the run block-k1"),
         ("model.moe.balance=kl", "which makes the run mixture-standard what it is"),
+        ("model.moe.balance.name=kl", "which makes the run mixture-standard what it is"),
+        ("model.moe.balance={name: kl, weight: 1}", "which makes the run mixture-standard what it is"),
+        ("method=trades", "which makes the run mixture-standard what it is"),
+        ("eval.attack=fgsm", "as all is measured by PGD"),
         ("model.mixture.num_experts=2", "which makes the run"),
         ("model.init_from=x.pt", "which makes the run dual-separate what it is"),
         ("run.seed=7", r"which differs from run to run \(--seeds, --runs\)"),
@@ -400,9 +410,15 @@ def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
     jobs = {job.run: job for job in make_jobs(list(RUNS), SCALES[scale], [3], tmp_path, ["data.root=/data"])}
     base = flatten(jobs["mixture-at"].config)
     for name, job in jobs.items():
-        differ = {key for key, value in flatten(job.config).items() if value != base[key]}
+        differ = {key for key, value in flatten(job.config).items() if value != base.get(key)}
         named = {setting.split("=")[0] for run in (name, "mixture-at") for setting in RUNS[run].settings}
-        assert differ <= {"run.out", *named, *RUNS[name].parts}
+        if RUNS[name].parts:  # the standard half, which is the robust one but for its weights
+            half = job.config.model.standard()
+            whole = dataclasses.replace(job.config.model, init_from=None, dual=half.dual)
+            assert dataclasses.replace(half, init_from=None) == whole
+            differ = {key for key in differ if not key.startswith("model.dual.standard.")}
+        settings = {key.removesuffix(".name") for key in ("run.out", *named, *RUNS[name].parts)}
+        assert {key.removesuffix(".name") for key in differ} <= settings
         assert job.config.run.seed == 3
 
 

@@ -11,22 +11,17 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from robust_moe.attacks import PGD
 from robust_moe.config import (
-    AttackConfig,
-    AugmentConfig,
-    MethodConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
     TrainConfig,
 )
-from robust_moe.data import BatchLoader, ImageSet
+from robust_moe.data import AugmentConfig, BatchLoader, ImageSet
 from robust_moe.data.transfer import send
+from robust_moe.engine.experiment import make_method
 from robust_moe.engine.meters import Meter
-from robust_moe.engine.optimizers import build_optimizer
 from robust_moe.engine.updates import Updater
-from robust_moe.methods import build_method
-from robust_moe.models import build_model
+from robust_moe.methods import PGDAdversarialTraining
+from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe_kernels.modules import experts
 
 AUGMENT = AugmentConfig(flip=True, crop_padding=4, color_jitter=0.2, cutout=4)
@@ -97,14 +92,14 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
     )
     monkeypatch.setitem(experts._ENGINE, "meta", experts._ENGINE["cuda"])
     monkeypatch.setattr(experts, "_runs", lambda *_: True)  # the ops answer with their fake implementations
-    attack = AttackConfig(eps="8/255", alpha="2/255", steps=2, graph=False)
-    model = ModelConfig(name="resnet18", width=8, moe=MoEConfig(layers=["layer4.1"], balance="entropy"))
-    config = TrainConfig(model=model, method=MethodConfig(attack=attack))
+    attack = PGD.Config(eps="8/255", alpha="2/255", steps=2, graph=False)
+    model = ResNet18Config(width=8, moe=MoEConfig(layers=["layer4.1"], balance=BALANCE_LOSSES["entropy"]()))
+    config = TrainConfig(model=model, method=PGDAdversarialTraining.Config(attack=attack))
     network = build_model(config.model, num_classes=10, channels=3, image_size=32).to("meta").train()
     loader = BatchLoader(image_set(32), 8, device="meta", shuffle=True, augment=AUGMENT)
     fabric, meter = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), Meter()
-    optimizer = build_optimizer(network, OptimConfig())
-    updater = Updater(fabric, network, network, optimizer, build_method(config), None)
+    optimizer = config.optim.build(network)
+    updater = Updater(fabric, network, network, optimizer, make_method(config), None)
     batches = loader.epoch(0)
 
     def step(number: int) -> None:

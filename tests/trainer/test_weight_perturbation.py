@@ -9,8 +9,8 @@ from torch import nn
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.experiment import make_model
-from robust_moe.methods import WeightPerturbation, build_method
+from robust_moe.engine.experiment import make_method, make_model
+from robust_moe.methods import WeightPerturbation
 from robust_moe_kernels.modules import FusedConvMoE
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
@@ -75,7 +75,7 @@ def test_perturbed_training_has_the_gradient_at_the_perturbed_weights(tiny, name
     config = tiny(f"method.name={name}", "method.awp_gamma=0.05")
     model, batch = setting(config)
     start = weights(model)
-    updates = build_method(config).updates(model, batch, 0)
+    updates = make_method(config).updates(model, batch, 0)
     update = next(updates)
     perturbed = moved(model, start)
     assert {"conv1.weight", "layer2.1.experts.conv1.weight"} <= perturbed
@@ -88,7 +88,7 @@ def test_perturbed_training_has_the_gradient_at_the_perturbed_weights(tiny, name
     update.after_backward()
     assert not moved(model, start)
     plain, _ = setting(config)
-    other = next(build_method(tiny(f"method.name={name}")).updates(plain, batch, 0))
+    other = next(make_method(tiny(f"method.name={name}")).updates(plain, batch, 0))
     assert update.loss > other.loss
 
 
@@ -97,7 +97,7 @@ def test_running_statistics_move_once(tiny):
     for overrides in (("method.awp_gamma=0.01",), ()):
         config = tiny(*overrides)
         model, batch = setting(config)
-        for update in build_method(config).updates(model, batch, 0):
+        for update in make_method(config).updates(model, batch, 0):
             update.loss.backward()
         found.append(model)
     perturbed, plain = found
@@ -109,7 +109,7 @@ def test_running_statistics_move_once(tiny):
 def test_perturbation_waits_for_its_epoch(tiny):
     config = tiny("method.awp_gamma=0.05", "method.awp_warmup_epochs=2")
     model, batch = setting(config)
-    method = build_method(config)
+    method = make_method(config)
     method.epoch = 1
     assert next(method.updates(model, batch, 0)).after_backward is None
     method.epoch = 2
@@ -128,7 +128,7 @@ def test_under_autocast_the_loss_rises_with_the_perturbation(tiny):
         config = tiny("method.name=standard", "model.moe.layers=[]", f"method.awp_gamma={gamma}")
         model, batch = setting(config)
         with torch.autocast("cpu", torch.bfloat16):
-            losses.append(next(build_method(config).updates(model, batch, 0)).loss.item())
+            losses.append(next(make_method(config).updates(model, batch, 0)).loss.item())
             for parameter in model.parameters():
                 assert parameter.dtype == torch.float32
     assert losses[0] + 0.02 < losses[1] < losses[2] - 0.1
@@ -163,7 +163,7 @@ def test_what_is_raised_leaves_the_weights_as_they_were(tiny, when, error):
 
     model.fc.register_forward_hook(stop)
     with pytest.raises(error):
-        next(build_method(config).updates(model, batch, 0))
+        next(make_method(config).updates(model, batch, 0))
     assert bool(seen[-1]) == (when == 2)
     assert not moved(model, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -175,7 +175,7 @@ def test_an_abandoned_update_is_put_back(tiny):
     config = tiny("method.name=standard", "method.awp_gamma=0.05")
     model, batch = setting(config)
     before = weights(model)
-    updates = build_method(config).updates(model, batch, 0)
+    updates = make_method(config).updates(model, batch, 0)
     next(updates)
     assert moved(model, before)
     updates.close()

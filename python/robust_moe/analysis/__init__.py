@@ -13,7 +13,7 @@ from robust_moe.analysis.bounds import (
     mixture_slope,
     moe_radius,
 )
-from robust_moe.analysis.certify import Certificate, certify_mixture
+from robust_moe.analysis.certify import Certificate, certify_mixture, network_graphs
 from robust_moe.analysis.empirical import estimate_lipschitz, estimate_radius
 from robust_moe.analysis.enclosure import Box, ball, gradient_bounds, layer_bounds, linear_bounds
 from robust_moe.analysis.graph import Graph, lower
@@ -26,8 +26,9 @@ from robust_moe.analysis.lipschitz import (
     norm_product,
     pair_rows,
 )
-from robust_moe.analysis.reach import exact_router_reach, router_reach
+from robust_moe.analysis.reach import router_reach
 from robust_moe.analysis.smoothing import ABSTAIN, Smoothed, SmoothedCertificate, clopper_pearson_lower
+from robust_moe.analysis.time_limit import OutOfTime, TimeLimit
 
 __all__ = [
     "ABSTAIN",
@@ -35,9 +36,11 @@ __all__ = [
     "Certificate",
     "Graph",
     "MixtureJacobian",
+    "OutOfTime",
     "Probabilities",
     "Smoothed",
     "SmoothedCertificate",
+    "TimeLimit",
     "ball",
     "certify_mixture",
     "class_margins",
@@ -47,7 +50,6 @@ __all__ = [
     "enclose_probabilities",
     "estimate_lipschitz",
     "estimate_radius",
-    "exact_router_reach",
     "gradient_bounds",
     "hard_router_radius",
     "layer_bounds",
@@ -58,6 +60,7 @@ __all__ = [
     "mixture_margin",
     "mixture_slope",
     "moe_radius",
+    "network_graphs",
     "norm_product",
     "pair_rows",
     "router_reach",

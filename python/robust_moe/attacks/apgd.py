@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from robust_moe.attacks.base import Attack, Found, expect_length, expect_number, ordinary, per_sample
 from robust_moe.attacks.losses import LOSSES, margin, targeted_dlr
 from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.table import ATTACKS
+from robust_moe.settings import fixed, setting
 from robust_moe_kernels.layout import dense, dense_format
 from robust_moe_kernels.ops.apgd import apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import NORMS, random_start
@@ -72,6 +75,23 @@ class APGD(Attack):
     Raises:
         ValueError: a value of another type or out of its range.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attack.Config):
+        """Settings of APGD; its name decides the loss."""
+
+        steps: int = setting(100, "gradient steps of one climb", at_least=0)
+        restarts: int = setting(1, "independent starts", at_least=1)
+        rho: float = setting(0.75, "share of rising steps up to which a step size is halved", at_least=0, at_most=1)
+        eot_iter: int = setting(
+            1, "forwards and backwards a gradient is averaged over, for models that draw random numbers", at_least=1
+        )
+
+    @dataclass(frozen=True, kw_only=True)
+    class TargetedConfig(Config):
+        """Settings of targeted APGD."""
+
+        n_targets: int = setting(9, "targets, the likeliest wrong classes; at most classes - 1 are used", at_least=1)
 
     def __init__(
         self,
@@ -262,3 +282,8 @@ class Review:
         self._rises = torch.zeros_like(self._rises)
         self._best, self._halved = best_loss, halved
         return halved
+
+
+ATTACKS.register("apgd-ce", fixed(APGD.Config, loss="ce"))(APGD)
+ATTACKS.register("apgd-dlr", fixed(APGD.Config, loss="dlr"))(APGD)
+ATTACKS.register("apgd-t", fixed(APGD.TargetedConfig, loss=TARGETED))(APGD)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.apgd import APGD
 from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
-from robust_moe.attacks.fab import FAB
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.square import Square
+from robust_moe.attacks.table import ATTACKS
 from robust_moe.seeding import derive_seed
+from robust_moe.settings import setting
 from robust_moe_kernels.checks import expect
 
 __all__ = ["MEMBERS", "VERSIONS", "AutoAttack", "members"]
@@ -23,20 +24,15 @@ __all__ = ["MEMBERS", "VERSIONS", "AutoAttack", "members"]
 QUERIES_A_STEP = 50  # of Square, for every step of the gradient attacks: 5000 and 100 in the standard
 
 
-def _square(eps: float, steps: int, **settings) -> Square:
-    return Square(eps, QUERIES_A_STEP * steps, **settings)
-
-
-MEMBERS: dict[str, Callable[..., Attack]] = {
-    "apgd-ce": partial(APGD, loss="ce"),
-    "apgd-dlr": partial(APGD, loss="dlr"),
-    "apgd-t": partial(APGD, loss="dlr-targeted"),
-    "fab": FAB,
-    "fab-t": partial(FAB, targeted=True),
-    "square": _square,
-}
+MEMBERS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")  # names in ATTACKS
 VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
 _DRAWS = 20  # over which "rand" averages a gradient
+
+
+def _member(name: str, eps: float, steps: int, **settings: Any) -> Attack:
+    attack = ATTACKS[name]
+    length = {"queries": QUERIES_A_STEP * steps} if attack.owner is Square else {"steps": steps}
+    return attack.owner(eps, **length, **attack.fixed, **settings)
 
 
 def members(
@@ -52,7 +48,7 @@ def members(
     if version == "rand":
         settings["eot_iter"] = _DRAWS
     return {
-        name: MEMBERS[name](eps, steps, norm=norm, seed=derive_seed(seed, name), **settings)
+        name: _member(name, eps, steps, norm=norm, seed=derive_seed(seed, name), **settings)
         for name in VERSIONS[version]
     }
 
@@ -80,6 +76,7 @@ def _named(
     return named
 
 
+@ATTACKS.register("autoattack")
 class AutoAttack(Attack):
     """A sequence of attacks, each on the images that none before has broken, put together anew into batches.
 
@@ -108,6 +105,14 @@ class AutoAttack(Attack):
             another ball.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attack.Config):
+        """Settings of AutoAttack."""
+
+        version: Literal["standard", "rand"] = setting("standard", "rand is for models that draw random numbers")
+        steps: int = setting(100, "of the gradient attacks; Square makes 50 times as many queries", at_least=0)
+        restarts: int = setting(1, "of each attack", at_least=1)
+
     def __init__(
         self,
         eps: float,
@@ -131,7 +136,7 @@ class AutoAttack(Attack):
             expect(bool(attacks), "attacks", "at least one with version='custom'", attacks)
             settings = {"norm": norm, "restarts": restarts, "mode": mode}
             own = {"eps": float(eps), "norm": norm, "mode": mode}
-            self.attacks = _named(attacks, own, seed, lambda name: MEMBERS[name](eps, steps, **settings))
+            self.attacks = _named(attacks, own, seed, lambda name: _member(name, eps, steps, **settings))
         else:
             expect(attacks is None, "attacks", f"None with version={version!r} (use 'custom')", attacks)
             self.attacks = members(eps, norm, version, seed, steps=steps, restarts=restarts, mode=mode)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Integral, Number, Real
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.losses import cross_entropy
 from robust_moe.attacks.passes import Counts, Passes
+from robust_moe.attacks.table import ATTACKS
+from robust_moe.settings import Config, ConfigError, Table, setting
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.attack_mode import MODES, attack_mode
 
@@ -85,6 +89,9 @@ class Attack(ABC):
     """An attack: settings to the constructor, ``(model, x, y)`` to the call, adversarial images back.
 
     A subclass gives :meth:`run` and :attr:`passes`, and may replace :meth:`search`, :meth:`loss` and :meth:`fooled`.
+    With ``@ATTACKS.register("name")`` and a ``Config`` whose fields are arguments of its constructor, a configuration
+    can choose it by that name, from outside the package too.
+
     Calling the attack, or :meth:`find`, which also tells who was fooled, checks the inputs and raises; :meth:`craft`
     does neither, and reads the host only where the attack says so, for training loops that gather the flag themselves.
 
@@ -97,6 +104,53 @@ class Attack(ABC):
         mode: mode of the model while it is attacked, ``"eval"`` or ``"train"``. In train mode BN statistics move and
             the result depends on the batch.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """What every attack in a configuration has: a ball in pixel space; images are in [0, 1]."""
+
+        table: ClassVar[Table] = ATTACKS
+        eps: Fraction = setting("8/255", "radius of the ball, a number or an exact fraction", at_least=0)
+        norm: Literal["Linf", "L2"] = setting("Linf", "of the ball")
+
+        def check(self) -> None:
+            if self.norm == "Linf" and self.eps > 1:
+                got = f"{float(self.eps):g}"
+                raise ConfigError(
+                    f"eps: expected a radius of Linf in [0, 1], as pixels are, or {self.eps}/255, got {got!r}"
+                )
+            if self.owner is not None:
+                self.build()  # the constructor's own rules
+
+        def build(self, *, seed: int = 0, mode: str = "eval", **changes: Any) -> Attack:
+            """The attack.
+
+            Args:
+                seed: of its random choices.
+                mode: the model's mode while it runs, ``"eval"`` or ``"train"``.
+                changes: arguments of the constructor that replace settings.
+
+            Raises:
+                ConfigError: settings that do not go together; the message begins with a setting's name.
+            """
+            try:
+                return self.owner(**{**self.arguments(), **changes, "seed": seed, "mode": mode})
+            except ConfigError:
+                raise
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+
+        def arguments(self) -> dict[str, Any]:
+            """Arguments of the constructor: the settings, lengths as floats, and what the name decides."""
+            values = self.values() | dict(self.fixed)
+            return {name: float(value) if isinstance(value, Fraction) else value for name, value in values.items()}
+
+        @property
+        def label(self) -> str:
+            """A short name for files and tables, such as ``"pgd20"``, or ``"pgd20x5"`` with five restarts."""
+            settings = self.values()
+            restarts = settings.get("restarts", 1)
+            return f"{self.name}{settings.get('steps', '')}{f'x{restarts}' if restarts > 1 else ''}"
 
     def __init__(self, *, steps: int, restarts: int = 1, seed: int = 0, eot_iter: int = 1, mode: str = "eval") -> None:
         counts = (("steps", steps), ("restarts", restarts), ("seed", seed), ("eot_iter", eot_iter))
@@ -226,6 +280,17 @@ class StepAttack(Attack):
             (where it can be had), ``True`` (or an error), ``False``; see :class:`~robust_moe.attacks.graph.StepGraphs`.
         steps, restarts, seed, eot_iter, mode: see :class:`Attack`.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attack.Config):
+        """Settings of attacks by gradient steps."""
+
+        eot_iter: int = setting(
+            1, "forwards and backwards a gradient is averaged over, for models that draw random numbers", at_least=1
+        )
+        graph: Literal["auto", True, False] = setting(
+            "auto", "on a GPU, replay the steps as one CUDA graph; auto: where possible"
+        )
 
     def __init__(self, *, best: bool = False, graph: str | bool = "auto", **settings) -> None:
         super().__init__(**settings)

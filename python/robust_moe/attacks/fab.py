@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.projections import project_to_hyperplane
+from robust_moe.attacks.table import ATTACKS
+from robust_moe.settings import fixed, setting
 from robust_moe_kernels.ops.attack_step import NORMS, random_start
 
 __all__ = ["FAB", "distance"]
@@ -73,6 +76,19 @@ class FAB(Attack):
     Raises:
         ValueError: a value of another type or out of its range.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attack.Config):
+        """Settings of FAB; its name decides whether it is targeted."""
+
+        steps: int = setting(100, "steps of each target and restart", at_least=0)
+        restarts: int = setting(1, "the first starts at the image, the others around it", at_least=1)
+
+    @dataclass(frozen=True, kw_only=True)
+    class TargetedConfig(Config):
+        """Settings of FAB-T."""
+
+        n_targets: int = setting(9, "targets, the likeliest wrong classes; at most classes - 1 are used", at_least=1)
 
     def __init__(
         self,
@@ -231,3 +247,7 @@ class FAB(Attack):
             gap = torch.where(closer, found.gap, best.gap)
             best = _Boundary(found.logits, gap, torch.where(per_sample(closer, x), normal, best.normal))
         return best
+
+
+ATTACKS.register("fab", fixed(FAB.Config, targeted=False))(FAB)
+ATTACKS.register("fab-t", fixed(FAB.TargetedConfig, targeted=True))(FAB)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from robust_moe.attacks.base import StepAttack
 from robust_moe.attacks.pgd import PGD
+from robust_moe.attacks.table import ATTACKS
+from robust_moe.settings import setting
 
 __all__ = ["FGSM"]
 
 
+@ATTACKS.register("fgsm")
 class FGSM(PGD):
     """One gradient step to the edge of the ball: ``clamp(x + eps * sign(gradient))``, one forward and one backward.
 
@@ -19,6 +27,14 @@ class FGSM(PGD):
         settings: ``loss``, ``targeted``, ``restarts``, ``seed``, ``best``, ``eot_iter``, ``mode`` of
             :class:`~robust_moe.attacks.pgd.PGD`.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(StepAttack.Config):
+        """Settings of FGSM."""
+
+        alpha: Fraction | None = setting(None, "step size, as eps; null: eps", at_least=0)
+        random_start: bool = setting(False, "start uniformly inside the ball")
+        loss: Literal["ce", "margin", "dlr", "kl"] = setting("ce", "what is raised; kl needs a random start")
 
     def __init__(
         self,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from robust_moe.attacks.base import StepAttack, expect_length
 from robust_moe.attacks.losses import LOSSES, kl_divergence
 from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.table import ATTACKS
+from robust_moe.settings import setting
 from robust_moe_kernels.ops.attack_step import NORMS, pgd_step, random_start
 
 __all__ = ["PGD"]
 
 
+@ATTACKS.register("pgd")
 class PGD(StepAttack):
     """PGD in pixel space: ``x <- clamp(project(x + alpha * direction))``, last iterate returned.
 
@@ -36,6 +43,18 @@ class PGD(StepAttack):
         ValueError: a value of another type or out of its range; restarts without a random start (all would be the
             same); ``"kl"`` without one (its gradient at the image is zero) or targeted.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(StepAttack.Config):
+        """Settings of PGD."""
+
+        steps: int = setting(7, "gradient steps", at_least=0)
+        alpha: Fraction | None = setting(None, "step size, as eps; null: 2.5 * eps / steps", at_least=0)
+        random_start: bool = setting(True, "start uniformly inside the ball")
+        restarts: int = setting(1, "independent starts; each sample keeps its worst", at_least=1)
+        loss: Literal["ce", "margin", "dlr", "kl"] = setting(
+            "ce", "what is raised; kl: the divergence from the clean prediction"
+        )
 
     def __init__(
         self,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sa
 from robust_moe.attacks.losses import cross_entropy, margin
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.square_proposals import PROPOSALS, Query, uniform, window_side
+from robust_moe.attacks.table import ATTACKS
+from robust_moe.settings import setting
 from robust_moe_kernels.ops.attack_step import NORMS
 
 __all__ = ["Square"]
@@ -22,6 +26,7 @@ _CHECK_EVERY = 50  # queries between two looks of the host at who is fooled, whe
 _STARTS, _QUERIES = 0x53510000, 0x53520000  # streams of the random numbers, plus the restart
 
 
+@ATTACKS.register("square")
 class Square(Attack):
     """Square attack: a random start, then ``queries`` random squares, each kept where it lowers the loss.
 
@@ -46,6 +51,15 @@ class Square(Attack):
         ValueError: a value of another type or out of its range; when called, images not of shape [B, C, H, W], or a
             model that changes its input in place.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attack.Config):
+        """Settings of the Square attack."""
+
+        queries: int = setting(5000, "squares tried in each restart", at_least=0)
+        loss: Literal["margin", "ce"] = setting("margin", "what is lowered")
+        p_init: float = setting(0.8, "share of the pixels in the first squares", above=0, at_most=1)
+        restarts: int = setting(1, "each goes on with those not fooled", at_least=1)
 
     def __init__(
         self,

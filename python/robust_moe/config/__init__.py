@@ -1,39 +1,28 @@
-"""Configuration of a run: typed dataclasses, read from YAML, overridden by ``key=value``.
+"""Configuration of a run: typed sections, read from YAML, overridden by ``key=value``.
 
-Every field says its unit. An unknown key is refused with the nearest valid name. Merging, type checks and the YAML
-round trip are OmegaConf's; the range checks of single fields live in each dataclass's ``check``.
+Every field says its meaning, unit and range. An unknown key is refused with the nearest valid name.
 """
 
-from robust_moe.config.checks import ConfigError, choose, parse_fraction
-from robust_moe.config.files import config_from_dict, flatten, load_config, preset_names, save_config
-from robust_moe.config.model import MIXES, ROUTINGS, DualConfig, MixtureConfig, ModelConfig, MoEConfig, StandardConfig
+from robust_moe.config.files import (
+    config_from_dict,
+    flatten,
+    load_config,
+    preset_names,
+    resolve_config,
+    save_config,
+    yaml_text,
+)
 from robust_moe.config.schema import (
-    AttackConfig,
-    AugmentConfig,
-    DataConfig,
     EvalConfig,
-    MethodConfig,
-    OptimConfig,
     RunConfig,
     TrainConfig,
 )
+from robust_moe.settings import ConfigError, choose, parse_fraction
 
 __all__ = [
-    "MIXES",
-    "ROUTINGS",
-    "AttackConfig",
-    "AugmentConfig",
     "ConfigError",
-    "DataConfig",
-    "DualConfig",
     "EvalConfig",
-    "MethodConfig",
-    "MixtureConfig",
-    "MoEConfig",
-    "ModelConfig",
-    "OptimConfig",
     "RunConfig",
-    "StandardConfig",
     "TrainConfig",
     "choose",
     "config_from_dict",
@@ -41,5 +30,7 @@ __all__ = [
     "load_config",
     "parse_fraction",
     "preset_names",
+    "resolve_config",
     "save_config",
+    "yaml_text",
 ]

@@ -1,22 +1,28 @@
-"""Configurations as YAML files, presets, nested dicts and ``key=value`` overrides.
-
-OmegaConf is imported where something is read or written, so that attacks, models and methods, which are configured by
-dataclasses, work without it.
-"""
+"""Configurations as YAML files, presets, nested dicts and ``key=value`` overrides."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from robust_moe.config.checks import ConfigError
 from robust_moe.config.schema import TrainConfig
+from robust_moe.settings import (
+    ConfigError,
+    Layer,
+    Plain,
+    Resolved,
+    hint,
+    import_plugins,
+    installed_plugins,
+    plain,
+    read_yaml,
+    resolve,
+)
 
-__all__ = ["config_from_dict", "flatten", "load_config", "preset_names", "save_config"]
+__all__ = ["config_from_dict", "flatten", "load_config", "preset_names", "resolve_config", "save_config", "yaml_text"]
 
 
 def preset_names() -> list[str]:
@@ -25,91 +31,69 @@ def preset_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def _read_yaml(source: str | Path) -> Any:
-    from omegaconf import OmegaConf
-
-    path = Path(source)
+def _read_file(source: str | Path) -> Layer:
+    path = Path(source).expanduser()
     if not path.is_file():
         preset = resources.files("robust_moe") / "presets" / f"{source}.yaml"
         if not preset.is_file():
-            near = difflib.get_close_matches(str(source), preset_names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = hint(source, preset_names(), cutoff=0.6)
             raise ConfigError(
-                f"config: expected a YAML file or one of {', '.join(preset_names())}, got {str(source)!r}{hint}"
+                f"config: expected a YAML file or one of {', '.join(preset_names())}, got {str(source)!r}{near}"
             )
         path = Path(str(preset))
     try:
-        tree = OmegaConf.load(path)
-    except Exception as error:  # a YAML parser raises many types
+        tree = read_yaml(path.read_text(encoding="utf-8"), "config")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"config: {path} is not readable YAML: {error}") from error
-    if not OmegaConf.is_dict(tree):
-        raise ConfigError(f"config: expected sections such as 'run:' in {path}, got a list")
-    return tree
+    except ConfigError as error:
+        raise ConfigError(f"config: {path} is not readable YAML: {error}") from error
+    if not isinstance(tree, Mapping):
+        got = "nothing" if tree in (None, "") else "a list" if isinstance(tree, list) else repr(str(tree))
+        raise ConfigError(f"config: expected sections such as 'run:' in {path}, got {got}")
+    return Layer(tree, str(source))
 
 
-def _known_keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of all fields below a dataclass."""
-    names = []
-    for item in dataclasses.fields(cls):
-        names.append(prefix + item.name)
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        if dataclasses.is_dataclass(default):
-            names += _known_keys(type(default), f"{prefix}{item.name}.")
-    return names
-
-
-def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every key, sections before what is in them."""
-    for key, value in tree.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _refuse_unknown(tree: Any, where: str) -> None:
-    from omegaconf import OmegaConf
-
-    known = _known_keys(TrainConfig)
-    for key, value in _dotted(OmegaConf.to_container(tree)):
-        if key in known:
-            if not isinstance(value, dict) and any(name.startswith(f"{key}.") for name in known):
-                raise ConfigError(f"{where}: {key}: expected a section with keys of its own, got {value!r}")
-            continue
-        last = key.rsplit(".", 1)[-1]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-        near = near or [name for name in known if name.rsplit(".", 1)[-1] == last]
-        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where}: unknown key {key!r}{hint}")
-
-
-def _merge(layers: list[tuple[Any, str]], overrides: list[str] | None) -> TrainConfig:
-    """Defaults, then ``layers`` (each with the name that errors use), then overrides; checked."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    together = OmegaConf.create()  # all overrides: merging one by one would copy the whole configuration each time
+def _read_overrides(overrides: list[str] | None) -> Layer:
+    """One layer of all overrides: of two for one key the later counts."""
+    tree: dict[str, Any] = {}
     for item in overrides or []:
-        if "=" not in item or item.startswith("="):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
             raise ConfigError(f"override: expected key=value, got {item!r}")
-        try:
-            override = OmegaConf.from_dotlist([item])
-        except Exception as error:  # the value is parsed as YAML
-            raise ConfigError(f"override: {item!r} is not readable: {str(error).splitlines()[0]}") from error
-        _refuse_unknown(override, "override")
-        together = OmegaConf.merge(together, override)
-    try:
-        merged = OmegaConf.structured(TrainConfig)
-        for layer, where in layers:
-            _refuse_unknown(layer, where)
-            merged = OmegaConf.merge(merged, layer)
-        merged = OmegaConf.merge(merged, together)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, TrainConfig)
-    config.check()
-    return config
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            below = node.get(section)
+            if isinstance(below, Plain):  # a section, or a component by its bare name: method=trades method.beta=5
+                below = read_yaml(below, item) if below.startswith("{") else {"name": below}
+            node[section] = below if isinstance(below, dict) else {}
+            node = node[section]
+        if isinstance(node.get(last), dict) and re.fullmatch(r"[\w-]+", value):
+            node[last]["name"] = Plain(value)
+        else:
+            node[last] = Plain(value)
+    return Layer(tree, "override")
+
+
+def resolve_config(source: str | Path | None = None, overrides: list[str] | None = None) -> Resolved:
+    """As :func:`load_config`, with where every setting that was chosen comes from."""
+    return _resolve([] if source is None else [_read_file(source)], overrides)
+
+
+def _resolve(layers: list[Layer], overrides: list[str] | None) -> Resolved:
+    layers = [*layers, _read_overrides(overrides)] if overrides else layers
+    installed_plugins()
+    for tree, _ in layers:
+        run = tree.get("run")
+        import_plugins(_modules(run.get("imports")) if isinstance(run, Mapping) else ())
+    return resolve(TrainConfig, layers)
+
+
+def _modules(imports: Any) -> list[str]:
+    """What ``run.imports`` says before it is resolved: the components that it brings are needed to resolve the rest."""
+    if isinstance(imports, Plain):
+        imports = read_yaml(imports, "run.imports")
+    return [str(name) for name in imports] if isinstance(imports, (list, tuple)) else []
 
 
 def load_config(source: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
@@ -117,20 +101,17 @@ def load_config(source: str | Path | None = None, overrides: list[str] | None = 
 
     Raises :class:`ConfigError` for an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    return _merge([] if source is None else [(_read_yaml(source), str(source))], overrides)
+    return resolve_config(source, overrides).config
 
 
 def config_from_dict(tree: dict[str, Any], overrides: list[str] | None = None, where: str = "config") -> TrainConfig:
     """A configuration from the nested dict that a checkpoint keeps, with ``key=value`` overrides on top."""
-    from omegaconf import OmegaConf
-
-    layer = OmegaConf.create(tree)
-    return _merge([(layer, where)], overrides)
+    return _resolve([Layer(tree, where)], overrides).config
 
 
 def flatten(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by dotted name, e.g. ``{"data.name": "digits", ...}``; lists stay whole."""
-    tree = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    """Leaves by dotted name, e.g. ``{"data.name": "digits", ...}``, as plain types; lists stay whole."""
+    tree = config if isinstance(config, Mapping) else plain(config)
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         below = flatten(value) if isinstance(value, Mapping) else {"": value}
@@ -140,6 +121,11 @@ def flatten(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write ``config`` as YAML that :func:`load_config` reads back to an equal object."""
-    from omegaconf import OmegaConf
+    Path(path).write_text(yaml_text(config), encoding="utf-8")
 
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+def yaml_text(config: TrainConfig) -> str:
+    """``config`` as the text of a YAML file."""
+    import yaml
+
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)

@@ -1,32 +1,42 @@
 """Image data sets in memory: sources, splits, augmentation on the device, batches.
 
-A source is one function ``DataConfig -> (train, test)`` and one line in :data:`DATASETS`.
+A data set is one class, a :class:`DataSet` with settings of its own, registered in :data:`DATASETS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from ..config import DataConfig
-from .augment import AugmentDraw, apply_augmentation, draw_augmentation
-from .cifar import load_cifar10, load_cifar100
-from .digits import load_digits
-from .fashion_mnist import load_fashion_mnist, read_idx
-from .image_folder import load_image_folder
-from .image_set import DataError, ImageSet, Splits, nearest
-from .loader import Batch, BatchLoader
-from .parquet import load_parquet
-from .splits import stratified_split
-from .statistics import CHANNEL_STATISTICS, channel_statistics
+from robust_moe.data.augment import AugmentConfig, AugmentDraw, apply_augmentation, draw_augmentation
+from robust_moe.data.cifar import CIFAR10, CIFAR100
+from robust_moe.data.dataset import DATASETS, DataSet, FolderDataSet
+from robust_moe.data.digits import Digits
+from robust_moe.data.fashion_mnist import FashionMNIST, read_idx
+from robust_moe.data.image_folder import ImageFolder
+from robust_moe.data.image_kind import IMAGE_KINDS, ImageKind
+from robust_moe.data.image_set import DataError, ImageSet, Splits
+from robust_moe.data.loader import Batch, BatchLoader
+from robust_moe.data.parquet import Parquet
+from robust_moe.data.splits import stratified_split
+from robust_moe.data.statistics import CHANNEL_STATISTICS, channel_statistics
 
 __all__ = [
     "CHANNEL_STATISTICS",
+    "CIFAR10",
+    "CIFAR100",
     "DATASETS",
+    "IMAGE_KINDS",
+    "AugmentConfig",
     "AugmentDraw",
     "Batch",
     "BatchLoader",
     "DataError",
+    "DataSet",
+    "Digits",
+    "FashionMNIST",
+    "FolderDataSet",
+    "ImageFolder",
+    "ImageKind",
     "ImageSet",
+    "Parquet",
     "Splits",
     "apply_augmentation",
     "channel_statistics",
@@ -36,25 +46,13 @@ __all__ = [
     "stratified_split",
 ]
 
-DATASETS: dict[str, Callable[[DataConfig], tuple[ImageSet, ImageSet]]] = {
-    "digits": load_digits,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "fashion_mnist": load_fashion_mnist,
-    "image_folder": load_image_folder,
-    "parquet": load_parquet,
-}
 
+def load_splits(config: DataSet.Config, seed: int) -> Splits:
+    """Load the data set of ``config``, hold out the validation images (stratified, by ``seed``), then apply the limits.
 
-def load_splits(config: DataConfig, seed: int) -> Splits:
-    """Load ``config.name``, hold out the validation images (stratified, by ``seed``), then apply the limits.
-
-    Raises :class:`DataError` for an unknown name and for every missing, truncated or inconsistent file.
+    Raises :class:`DataError` for every missing, truncated or inconsistent file.
     """
-    if config.name not in DATASETS:
-        hint = nearest(config.name, DATASETS)
-        raise DataError(f"data.name: expected one of {', '.join(DATASETS)}, got {config.name!r}{hint}")
-    train, test = DATASETS[config.name](config)
+    train, test = config.build().load()
     held = round(config.validation_fraction * len(train))
     if config.validation_fraction > 0 and not 0 < held < len(train):
         raise DataError(

@@ -6,19 +6,37 @@ the draw is the same whatever the device, and a test can repeat it image by imag
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import AugmentConfig
-from .transfer import send
+from robust_moe.data.transfer import send
+from robust_moe.settings import Config, setting
 
-__all__ = ["AugmentDraw", "apply_augmentation", "draw_augmentation"]
+__all__ = ["AugmentConfig", "AugmentDraw", "apply_augmentation", "draw_augmentation"]
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the grey of a colour
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Config):
+    """Random changes of training images, drawn for a whole batch."""
+
+    flip: bool = setting(False, "mirror an image left-right half of the time")
+    flip_order: Literal["random", "alternating"] = setting(
+        "random", "of flip: with probability 1/2, or alternating, in every second epoch"
+    )
+    crop_padding: int = setting(
+        0, "zero padding on each side before a random crop of the original size; 0: off", unit="pixels", at_least=0
+    )
+    color_jitter: float = setting(
+        0.0, "j: brightness, contrast and saturation are each scaled by U(1-j, 1+j); 0: off", at_least=0, below=1
+    )
+    cutout: int = setting(0, "side of one square set to zero; 0: off", unit="pixels", at_least=0)
 
 
 class AugmentDraw(NamedTuple):

@@ -7,43 +7,48 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ..config import DataConfig
-from .image_set import DataError, ImageSet, check_labels, import_extra, resize
+from robust_moe.data.dataset import DATASETS, FolderDataSet
+from robust_moe.data.image_set import DataError, ImageSet, check_labels, import_extra, resize
 
-__all__ = ["load_cifar10", "load_cifar100"]
+__all__ = ["CIFAR10", "CIFAR100"]
+
+DOWNLOAD = "to download it: python -c \"import torchvision; torchvision.datasets.{}('FOLDER', download=True)\""
 
 
-def load_cifar10(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+@DATASETS.register("cifar10")
+class CIFAR10(FolderDataSet):
     """50,000 training and 10,000 test images, 3 channels, 32x32 pixels, 10 classes."""
-    return _load(config, "CIFAR10")
+
+    files = f"CIFAR10 ({DOWNLOAD.format('CIFAR10')})"
+    source: ClassVar[str] = "CIFAR10"  # the class of torchvision.datasets
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        name = self.config.name
+        source = getattr(import_extra("torchvision.datasets", "torchvision", f"data.name={name}"), self.source)
+        folder = self.root / source.base_folder
+        for file, digest in [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]:
+            _check_file(folder / file, digest, DOWNLOAD.format(self.source))
+        parts = [source(self.root, train=train, download=False) for train in (True, False)]
+        train, test = (_image_set(part, name, self.config.image_size) for part in parts)
+        return train, test
 
 
-def load_cifar100(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+@DATASETS.register("cifar100")
+class CIFAR100(CIFAR10):
     """50,000 training and 10,000 test images, 3 channels, 32x32 pixels, 100 classes."""
-    return _load(config, "CIFAR100")
 
-
-def _load(config: DataConfig, kind: str) -> tuple[ImageSet, ImageSet]:
-    source = getattr(import_extra("torchvision.datasets", "torchvision", f"data.name={config.name}"), kind)
-    how = f"python -c \"import torchvision; torchvision.datasets.{kind}('FOLDER', download=True)\""
-    if config.root is None:
-        raise DataError(f"data.root: expected the folder of {kind}, got null; to download it: {how}")
-    folder = Path(config.root) / source.base_folder
-    for name, digest in [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]:
-        _check_file(folder / name, digest, how)
-    parts = [source(config.root, train=train, download=False) for train in (True, False)]
-    train, test = (_image_set(part, config) for part in parts)
-    return train, test
+    files = f"CIFAR100 ({DOWNLOAD.format('CIFAR100')})"
+    source = "CIFAR100"
 
 
 def _check_file(path: Path, digest: str, how: str) -> None:
     """torchvision only says "not found or corrupted"; this names the file. It also guards the unpickling."""
     if not path.is_file():
-        raise DataError(f"{path}: expected a file, got none; to download it: {how}")
+        raise DataError(f"{path}: expected a file, got none; {how}")
     found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if found != digest:
         raise DataError(
@@ -51,8 +56,8 @@ def _check_file(path: Path, digest: str, how: str) -> None:
         )
 
 
-def _image_set(part: Any, config: DataConfig) -> ImageSet:
+def _image_set(part: Any, name: str, size: int | None) -> ImageSet:
     images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor(part.targets, dtype=torch.int64)
     check_labels(labels, len(part.classes), Path(part.root) / part.base_folder)
-    return ImageSet(resize(images, config.image_size), labels, tuple(part.classes), config.name)
+    return ImageSet(resize(images, size), labels, tuple(part.classes), name)

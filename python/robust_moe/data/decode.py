@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .image_set import DataError, import_extra
+from robust_moe.data.image_set import DataError, import_extra
 
 __all__ = ["decode_images"]
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
-from .image_set import DataError, ImageSet, check_labels, resize
+from robust_moe.data.dataset import DATASETS, FolderDataSet
+from robust_moe.data.image_set import DataError, ImageSet, check_labels, resize
 
-__all__ = ["load_fashion_mnist", "read_idx"]
+__all__ = ["FashionMNIST", "read_idx"]
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -35,22 +35,25 @@ CLASS_NAMES = (
 WHERE = "e.g. /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist"
 
 
-def load_fashion_mnist(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """60,000 training and 10,000 test images, 1 channel, 28x28 pixels, 10 classes, from ``config.root``."""
-    if config.root is None:
-        raise DataError(f"data.root: expected the folder of Fashion-MNIST's IDX files, got null; {WHERE}")
-    root = Path(config.root)
-    return _load_part(root, "train", config), _load_part(root, "t10k", config)
+@DATASETS.register("fashion_mnist")
+class FashionMNIST(FolderDataSet):
+    """60,000 training and 10,000 test images, 1 channel, 28x28 pixels, 10 classes."""
+
+    files = f"Fashion-MNIST's IDX files ({WHERE})"
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        size = self.config.image_size
+        return _load_part(self.root, "train", size), _load_part(self.root, "t10k", size)
 
 
-def _load_part(root: Path, part: str, config: DataConfig) -> ImageSet:
+def _load_part(root: Path, part: str, size: int | None) -> ImageSet:
     image_file = _find(root, f"{part}-images-idx3-ubyte")
     label_file = _find(root, f"{part}-labels-idx1-ubyte")
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1).to(torch.int64)
     if len(images) != len(labels):
         raise DataError(f"{label_file}: expected {len(images)} labels, as images in {image_file}, got {len(labels)}")
     check_labels(labels, len(CLASS_NAMES), label_file)
-    return ImageSet(resize(images.unsqueeze(1), config.image_size), labels, CLASS_NAMES, "fashion_mnist")
+    return ImageSet(resize(images.unsqueeze(1), size), labels, CLASS_NAMES, "fashion_mnist")
 
 
 def _find(root: Path, name: str) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -18,7 +16,6 @@ __all__ = [
     "Splits",
     "check_labels",
     "import_extra",
-    "nearest",
     "resize",
     "stratified_counts",
 ]
@@ -133,12 +130,6 @@ def check_labels(labels: Tensor, num_classes: int, file: object, unit: str = "ro
     if len(bad):
         row = int(bad[0])
         raise DataError(f"{file}: {unit} {row}: expected a label in 0..{num_classes - 1}, got {int(labels[row])}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'cifar10'?"``, or nothing when no known name is close."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def import_extra(module: str, package: str, purpose: str) -> ModuleType:

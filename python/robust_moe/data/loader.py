@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import AugmentConfig
-from .augment import apply_augmentation, draw_augmentation
-from .image_set import ImageSet
-from .seeding import generator
-from .transfer import send
+from robust_moe.data.augment import AugmentConfig, apply_augmentation, draw_augmentation
+from robust_moe.data.image_set import ImageSet
+from robust_moe.data.seeding import generator
+from robust_moe.data.transfer import send
 
 __all__ = ["Batch", "BatchLoader"]
 

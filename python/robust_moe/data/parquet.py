@@ -13,38 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
-from .decode import decode_images
-from .image_set import DataError, ImageSet, check_labels, import_extra
+from robust_moe.data.dataset import DATASETS, FolderDataSet
+from robust_moe.data.decode import decode_images
+from robust_moe.data.image_set import DataError, ImageSet, check_labels, import_extra
 
-__all__ = ["load_parquet"]
+__all__ = ["Parquet"]
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 
 
-def load_parquet(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """The images of ``config.root``, in the files' order, at ``config.image_size`` (None: their own, one for all)."""
-    if config.root is None:
-        raise DataError("data.root: expected a folder with train.parquet and test.parquet, got null")
-    files = [Path(config.root, f"{part}.parquet") for part in ("train", "test")]
-    tables = [_read(file) for file in files]
-    columns = [_label_column(table, file) for table, file in zip(tables, files, strict=True)]
-    class_names = _class_names(tables[0], columns[0], files[0])
-    labels = [_labels(table, column, file) for table, column, file in zip(tables, columns, files, strict=True)]
-    for values, file in zip(labels, files, strict=True):
-        check_labels(values, len(class_names), file)
-    name = f"parquet:{Path(config.root).resolve().name}"
-    train, test = (
-        ImageSet(_images(table, file, config.image_size), values, class_names, name)
-        for table, file, values in zip(tables, files, labels, strict=True)
-    )
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise DataError(
-            f"{files[1]}: expected images of {list(train.images.shape[1:])} (channels, height, width), as "
-            f"{files[0]}, got {list(test.images.shape[1:])}"
+@DATASETS.register("parquet")
+class Parquet(FolderDataSet):
+    """The images of the two files, in their order; without ``data.image_size`` all must be of one size."""
+
+    files = "train.parquet and test.parquet"
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        files = [self.root / f"{part}.parquet" for part in ("train", "test")]
+        tables = [_read(file) for file in files]
+        columns = [_label_column(table, file) for table, file in zip(tables, files, strict=True)]
+        class_names = _class_names(tables[0], columns[0], files[0])
+        labels = [_labels(table, column, file) for table, column, file in zip(tables, columns, files, strict=True)]
+        for values, file in zip(labels, files, strict=True):
+            check_labels(values, len(class_names), file)
+        name = f"parquet:{self.root.resolve().name}"
+        train, test = (
+            ImageSet(_images(table, file, self.config.image_size), values, class_names, name)
+            for table, file, values in zip(tables, files, labels, strict=True)
         )
-    return train, test
+        if train.images.shape[1:] != test.images.shape[1:]:
+            raise DataError(
+                f"{files[1]}: expected images of {list(train.images.shape[1:])} (channels, height, width), as "
+                f"{files[0]}, got {list(test.images.shape[1:])}"
+            )
+        return train, test
 
 
 def _read(file: Path) -> Any:

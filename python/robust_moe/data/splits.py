@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .image_set import stratified_counts
-from .seeding import generator
+from robust_moe.data.image_set import stratified_counts
+from robust_moe.data.seeding import generator
 
 __all__ = ["stratified_split"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .image_set import ImageSet
+from robust_moe.data.image_set import ImageSet
 
 __all__ = ["CHANNEL_STATISTICS", "channel_statistics"]
 

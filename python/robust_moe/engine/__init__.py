@@ -1,19 +1,13 @@
-"""The training engine: loop, schedules, checkpoints, metrics."""
+"""The training engine: loop, checkpoints, metrics."""
 
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from robust_moe.engine.cost import epochs_within, passes_of_run
 from robust_moe.engine.ema import WeightAverage
-from robust_moe.engine.experiment import EXPECTED
 from robust_moe.engine.log import MetricLog, read_metrics
-from robust_moe.engine.optimizers import OPTIMIZERS
 from robust_moe.engine.progress import Reporter
-from robust_moe.engine.schedules import SCHEDULES, learning_rate
 from robust_moe.engine.trainer import Trainer, TrainResult
 
 __all__ = [
-    "EXPECTED",
-    "OPTIMIZERS",
-    "SCHEDULES",
     "CheckpointError",
     "MetricLog",
     "Reporter",
@@ -21,7 +15,6 @@ __all__ = [
     "Trainer",
     "WeightAverage",
     "epochs_within",
-    "learning_rate",
     "load_checkpoint",
     "passes_of_run",
     "read_metrics",

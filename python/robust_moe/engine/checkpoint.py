@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robust_moe.config.legacy import modernised
 from robust_moe.files import replacing
 
 __all__ = [
@@ -23,7 +24,8 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 1  # of the dict; raised when a reader of the old one would misread the new one
+FORMAT = 2  # of the dict; raised when a reader of the old one would misread the new one
+OLD = 1  # still read: the configuration has the settings of all components in one section
 KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
 
 
@@ -76,9 +78,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
-    if state.get("format") != FORMAT:
+    if state.get("format") not in (OLD, FORMAT):
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
     refuse_foreign(state, path)
+    if state["format"] == OLD:
+        state |= {"format": FORMAT, "config": modernised(state["config"])}
     return state
 
 

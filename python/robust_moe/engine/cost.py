@@ -8,26 +8,13 @@ training takes 2k + 3 an image, PGD-7 seventeen. Not counted: validation, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from robust_moe.config import ConfigError, MethodConfig, TrainConfig, choose
+from robust_moe.config import TrainConfig
+from robust_moe.methods import Method
+from robust_moe.methods.options import AttackOptions, StepsSchedule
 
 __all__ = ["epochs_within", "passes_of_run"]
-
-TRAINING = 3  # passes of an image that is trained on: forward, gradient to the inputs, gradient to the weights
-
-# settings -> passes of an image for one batch: of the attack besides its steps, and trained on. Weight perturbation
-# doubles the latter.
-PASSES: dict[str, Callable[[MethodConfig], tuple[int, int]]] = {
-    "standard": lambda method: (0, TRAINING),
-    "pgd_at": lambda method: (0, TRAINING),
-    "trades": lambda method: (1, 2 * TRAINING),  # the attack's target; clean and adversarial images
-    "mart": lambda method: (0, 2 * TRAINING),
-    "free_at": lambda method: (0, method.replays * TRAINING),
-    "fast_at": lambda method: (2, TRAINING),  # while the guard trusts FGSM, whose comparisons are not counted
-}
-CLIMBS = ("pgd_at", "trades", "mart")  # methods whose batches are attacked by method.attack
 
 
 def passes_of_run(config: TrainConfig, images: int) -> int:
@@ -45,7 +32,7 @@ def passes_of_run(config: TrainConfig, images: int) -> int:
     an_epoch = batches if whole else 1
     steps = min(config.run.epochs * an_epoch, config.run.max_steps or config.run.epochs * an_epoch)
     size = config.run.batch_size if whole else rest
-    return size * sum(_passes_of_batch(config, attack) * count for attack, count in _pieces(config.method, steps))
+    return size * sum(config.method.passes(attack) * count for attack, count in _pieces(config.method, steps))
 
 
 def epochs_within(budget_s: float, passes_per_second: float, config: TrainConfig, images: int = 50_000) -> int:
@@ -86,20 +73,11 @@ def epochs_within(budget_s: float, passes_per_second: float, config: TrainConfig
     return fits
 
 
-def _passes_of_batch(config: TrainConfig, attack_steps: int) -> int:
-    method = config.method
-    extra, training = choose(PASSES, method.name, "method.name (to count passes of)")(method)
-    if method.name in CLIMBS:
-        if method.attack.name != "pgd":
-            raise ConfigError(f"method.attack.name: expected 'pgd' to count passes of, got {method.attack.name!r}")
-        restarts = method.attack.restarts
-        extra += 2 * attack_steps * restarts * method.attack.eot_iter + (restarts if restarts > 1 else 0)
-    return extra + training * (2 if method.awp_gamma > 0 else 1)
-
-
-def _pieces(method: MethodConfig, steps: int) -> list[tuple[int, int]]:
+def _pieces(method: Method.Config, steps: int) -> list[tuple[int, int]]:
     """(steps of the attack, batches trained with them) of a run of ``steps`` batches."""
-    schedule = method.attack_steps_schedule or [[0.0, method.attack.steps]]
+    schedule = method.attack_steps_schedule if isinstance(method, StepsSchedule) else ()
+    if not schedule:
+        schedule = [(0.0, getattr(method.attack, "steps", 1) if isinstance(method, AttackOptions) else 0)]
     # as the method has it: batch s belongs to the last piece whose share is at most s / steps
     starts = [next(s for s in range(steps + 1) if s == steps or s / steps >= share) for share, _ in schedule]
     ends = [*starts[1:], steps]

@@ -6,24 +6,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from robust_moe.config import ConfigError, DataConfig, TrainConfig, choose, config_from_dict, flatten
-from robust_moe.data import DataError, ImageSet, Splits, channel_statistics, load_splits
+from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten
+from robust_moe.data import (
+    IMAGE_KINDS,
+    DataError,
+    DataSet,
+    ImageKind,
+    ImageSet,
+    Splits,
+    channel_statistics,
+    load_splits,
+)
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state, measured_weights
+from robust_moe.methods import Method
 from robust_moe.models import DualModel, build_model
 
 __all__ = [
     "EVALUATION",
-    "EXPECTED",
-    "ImageKind",
     "checkpoint_file",
     "cpu_threads",
     "describe_data",
     "load_experiment",
+    "make_method",
     "make_model",
     "resolve_device",
 ]
@@ -31,25 +40,6 @@ __all__ = [
 # Settings of an evaluation; all others belong to the checkpoint: they made the model, or drew its training images. The
 # share of the robust half of a dual model is no weight, and meant to be swept.
 EVALUATION = ("data.root", "data.test_limit", "eval.*", "model.dual.alpha", "run.accelerator", "run.threads")
-
-
-class ImageKind(NamedTuple):
-    """What a recipe takes for granted about its images."""
-
-    classes: int
-    channels: int
-    size: int  # pixels a side
-
-    def __str__(self) -> str:
-        return f"{self.classes} classes, {self.channels}x{self.size}x{self.size}"
-
-
-# Values of ``data.expects``; the images may come from any source, such as a Parquet folder of the same set.
-EXPECTED: dict[str, ImageKind] = {
-    "cifar10": ImageKind(10, 3, 32),
-    "cifar100": ImageKind(100, 3, 32),
-    "fashion_mnist": ImageKind(10, 1, 28),
-}
 
 
 def describe_data(images: ImageSet) -> dict[str, Any]:
@@ -87,13 +77,19 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
         raise ConfigError(str(error)) from error
     if not warm_start:
         return model
-    dual = config.model.dual
     if isinstance(model, DualModel):
         _start_from(model.robust, "robust", config.model.init_from, "model.init_from", size)
-        _start_from(model.standard, "standard", dual.standard.init_from, "model.dual.standard.init_from", size)
+        source = config.model.standard().init_from
+        _start_from(model.standard, "standard", source, "model.dual.standard.init_from", size)
     else:
         _start_from(model, None, config.model.init_from, "model.init_from", size)
     return model
+
+
+def make_method(config: TrainConfig) -> Method:
+    """The training method of ``config``, for its model and devices. Raises :class:`ConfigError` where it cannot train
+    that model."""
+    return config.method.build(config.model, config.run.devices)
 
 
 def _start_from(model: nn.Module, half: str | None, source: str | None, key: str, size: Mapping[str, int]) -> None:
@@ -115,13 +111,13 @@ def _start_from(model: nn.Module, half: str | None, source: str | None, key: str
         raise CheckpointError(f"{key}: {error}") from error
 
 
-def _refuse_other_data(config: DataConfig, data: dict[str, Any]) -> None:
+def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:
     """Raise ConfigError unless the images are of the kind that ``config.expects``."""
     if config.expects is None:
         return
-    kind = choose(EXPECTED, config.expects, "data.expects")
+    kind = IMAGE_KINDS[config.expects]
     images = ImageKind(len(data["class_names"]), data["channels"], data["image_size"])
-    named = data["name"] in EXPECTED and data["name"] != config.expects
+    named = data["name"] in IMAGE_KINDS and data["name"] != config.expects
     if named or images != kind:
         raise ConfigError(
             f"data.expects: this configuration is for {config.expects} ({kind}), got {data['name']} ({images}); "
@@ -196,11 +192,12 @@ def load_experiment(
 def _refuse_retraining(trained: TrainConfig, asked: TrainConfig) -> None:
     """Raise ConfigError if ``asked`` differs from ``trained`` in more than :data:`EVALUATION`."""
     before, after = flatten(trained), flatten(asked)
-    changed = [
-        f"{key}={after[key]} (the checkpoint has {before[key]})"
-        for key in before
-        if before[key] != after[key] and not any(fnmatchcase(key, pattern) for pattern in EVALUATION)
-    ]
+    absent = "(not set)"
+    changed = []
+    for key in before | after:
+        was, now = before.get(key, absent), after.get(key, absent)
+        if was != now and not any(fnmatchcase(key, pattern) for pattern in EVALUATION):
+            changed.append(f"{key}={now} (the checkpoint has {was})")
     if changed:
         hint = "; eval.seed is the attack's" if before["run.seed"] != after["run.seed"] else ""
         raise ConfigError(

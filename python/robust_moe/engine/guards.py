@@ -80,7 +80,7 @@ def describe_collapse(name: str, shares: LayerRouting) -> str:
     return (
         f"{name or 'the mixture'}: routing has collapsed: expert {expert} is the first choice of "
         f"{shares.first[expert]:.0%} of the images (more than {COLLAPSE_SHARE:.0%}); a larger "
-        "model.moe.balance_weight spreads them"
+        "model.moe.balance.weight spreads them"
     )
 
 

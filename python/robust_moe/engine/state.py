@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_moe.config import TrainConfig, flatten
+from robust_moe.config import TrainConfig, config_from_dict, flatten
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
-from robust_moe.engine.optimizers import keep_with_parameters
-from robust_moe.engine.parameter_groups import regrouped
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
+from robust_moe.optim import keep_with_parameters, regrouped
 from robust_moe.provenance import git_revision, versions
+from robust_moe.settings import plain
 
 __all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
-_WHERE = ("out", "threads", "accelerator", "devices", "graph")
+_WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
 _HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps")
 NEUTRAL = frozenset(f"run.{name}" for name in _WHERE + _HOW_OFTEN)
 
@@ -49,7 +49,7 @@ REMEASURED = ("model.*", "eval.*", "run.ema_decay", "run.ema_epochs")
 def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
     """The settings in which ``new`` differs from a checkpoint's ``old``, apart from those of :data:`NEUTRAL`; by name,
     a text with both values. A setting that ``old`` does not have, being newer, was at its default."""
-    before, after = {**flatten(TrainConfig()), **flatten(old)}, flatten(new)
+    before, after = flatten(config_from_dict(old)), flatten(new)
     absent = "(not set)"
     return {
         key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
@@ -110,11 +110,11 @@ class RunState:
     def state_dict(self, log_lines: int, gather: bool = True) -> dict[str, Any]:
         """Plain types and tensors only. ``gather``: random states of all processes, which must then all call this."""
         return {
-            "config": dataclasses.asdict(self.config),
+            "config": plain(self.config),
             "data": self.data,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"name": self.config.optim.schedule, "step": self.step},  # a pure function of these
+            "schedule": {"name": self.config.optim.schedule.name, "step": self.step},  # a pure function of these
             "precision": self.precision.state_dict(),
             "run_precision": self.precision.precision,  # what run.precision stood for
             "method": self.method.state_dict(),

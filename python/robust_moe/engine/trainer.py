@@ -10,24 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_moe.attacks import build_attack
-from robust_moe.config import ConfigError, TrainConfig, choose, save_config
+from robust_moe.config import ConfigError, TrainConfig, save_config
 from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
-from robust_moe.engine.experiment import cpu_threads, describe_data, make_model
+from robust_moe.engine.experiment import cpu_threads, describe_data, make_method, make_model
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
-from robust_moe.engine.optimizers import OPTIMIZERS, build_optimizer
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
-from robust_moe.engine.schedules import SCHEDULES, expect_warmup_within, learning_rate
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
-from robust_moe.methods import build_method
+from robust_moe.optim import expect_warmup_within, learning_rate
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.modules import check_finite
 
@@ -67,14 +64,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
-        config.check()
-        choose(SCHEDULES, config.optim.schedule, "optim.schedule")
-        choose(OPTIMIZERS, config.optim.name, "optim.name")
         self.config = config
         self.folder = Path(config.run.out)
         self.reporter = reporter or Reporter()
-        build_method(config)  # refuses what it cannot train
-        build_attack(config.eval.attack, key="eval.attack")
+        make_method(config)  # refuses what it cannot train
 
     def fit(self, resume: bool = True, override: bool = False) -> TrainResult:
         """Train to the end, or until SIGINT or SIGTERM, which save and stop.
@@ -131,10 +124,10 @@ class Trainer:
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
-        self.method = build_method(config)  # fresh: it may carry a perturbation from an earlier call
+        self.method = make_method(config)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
-        optimizer = build_optimizer(self.model, config.optim, fused)
+        optimizer = config.optim.build(self.model, fused)
         wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
         decay = average_decay(config.run, len(self.loader))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_moe.attacks import build_attack
 from robust_moe.config import TrainConfig
 from robust_moe.data import Splits
 from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, routing_shares
@@ -24,9 +23,7 @@ class Validation:
         limit = config.eval.limit
         self.val = splits.val if limit is None else splits.val.head(limit)
         self.test = splits.test if limit is None else splits.test.head(limit)
-        self.attack = build_attack(
-            config.eval.attack, seed=derive_seed(config.eval_seed, "validation"), key="eval.attack"
-        )
+        self.attack = config.eval.attack.build(seed=derive_seed(config.eval_seed, "validation"))
         self.how: dict[str, Any] = {"batch_size": config.eval.batch_size, "device": device}
 
     def __len__(self) -> int:

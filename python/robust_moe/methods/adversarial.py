@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import Attack, Crafted, attack_mode, build_attack
+from robust_moe.attacks import Attack, Crafted, attack_mode
 from robust_moe.attacks.base import StepAttack
-from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.base import Method, accuracy, full
+from robust_moe.methods.options import AttackOptions, StepsSchedule
+from robust_moe.models.config import ModelConfig
+from robust_moe.settings import ConfigError
 
-__all__ = ["AdversarialMethod", "expect_attack", "pair_logs", "pgd_settings", "probed_gain"]
+__all__ = ["AdversarialMethod", "pair_logs", "probed_gain"]
 
 LONGEST = 1.25  # step size of a scheduled attack in units of eps: a single longer step overfits (arXiv:2001.03994)
 PROBE_EVERY = 10  # batches between two looks at what the attack gains, each of two to eight forwards
@@ -36,19 +38,28 @@ class AdversarialMethod(Method):
     steps is captured as a graph of its own.
 
     Args:
-        config: the whole run's.
+        config, model, devices: see :class:`~robust_moe.methods.base.Method`.
         changes: settings of the attack that the method decides itself, such as ``loss="kl"``.
     """
 
-    def __init__(self, config: TrainConfig, **changes: Any) -> None:
-        super().__init__(config)
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttackOptions, Method.Config):
+        """What every method with an attack has."""
+
+        def climb(self, attack_steps: int) -> int:
+            """Passes of an image that the attack costs besides what the method makes of it: a forward and the gradient
+            to the image, each step. Raises :class:`ConfigError` for an attack whose passes are not counted."""
+            attack = self.attack
+            if attack.name != "pgd":
+                raise ConfigError(f"method.attack.name: expected 'pgd' to count passes of, got {attack.name!r}")
+            again = attack.restarts if attack.restarts > 1 else 0
+            return 2 * attack_steps * attack.restarts * attack.eot_iter + again
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1, **changes: Any) -> None:
+        super().__init__(config, model, devices)
         try:
-            self.attack: Attack = build_attack(
-                replace(config.method.attack, **changes), mode=config.method.attack_mode, key="method.attack"
-            )
-        except ConfigError:
-            raise
-        except ValueError as error:
+            self.attack: Attack = config.attack.build(mode=config.attack_mode, **changes)
+        except ConfigError as error:
             raise ConfigError(f"method.attack: {error}") from error
         self._pieces = _pieces(config, self.attack)
 
@@ -81,12 +92,11 @@ class AdversarialMethod(Method):
         return {"attack_gain": (after - before).mean()}
 
 
-def _pieces(config: TrainConfig, attack: Attack) -> list[tuple[float, int, float]]:
+def _pieces(config: AdversarialMethod.Config, attack: Attack) -> list[tuple[float, int, float]]:
     """(share of the run, steps, step size) of each piece of ``method.attack_steps_schedule``, in order."""
-    schedule = config.method.attack_steps_schedule
+    schedule = config.attack_steps_schedule if isinstance(config, StepsSchedule) else ()
     if not schedule:
         return []
-    expect_attack(config, "whose number of steps follows a schedule (method.attack_steps_schedule)", name=["pgd"])
     path, longest = attack.alpha * attack.steps, LONGEST * attack.eps
     if path == 0 and attack.eps > 0:
         raise ConfigError(
@@ -113,32 +123,4 @@ def pair_logs(task: Tensor, robust: Tensor, clean: Tensor, adversarial: Tensor, 
         "robust_loss": robust.detach(),
         "accuracy": accuracy(adversarial, labels),
         "clean_accuracy": accuracy(clean, labels),
-    }
-
-
-def expect_attack(config: TrainConfig, why: str, **expected: Collection[Any]) -> None:
-    """Raise :class:`ConfigError` where a setting of ``method.attack`` is none of those that the method heeds."""
-    for key, values in expected.items():
-        got = getattr(config.method.attack, key)
-        if got not in values:
-            raise ConfigError(
-                f"method.attack.{key}: expected {' or '.join(map(repr, values))} for method.name={config.method.name}, "
-                f"{why}, got {got!r}"
-            )
-
-
-def pgd_settings(config: TrainConfig) -> dict[str, Any]:
-    """``method.attack`` as arguments of a subclass of PGD that brings its own loss.
-
-    Raises:
-        ConfigError: an attack other than PGD, several restarts, or a loss of its own.
-    """
-    why = "whose attack has a loss of its own"
-    expect_attack(config, why, name=["pgd"], restarts=[1], loss=["ce"], random_start=[True])
-    attack = config.method.attack
-    return {
-        **attack.steps_in_ball("method.attack"),
-        "eot_iter": attack.eot_iter,
-        "mode": config.method.attack_mode,
-        "graph": attack.graph,
     }

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
-from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, pair_logs, pgd_settings
+from robust_moe.methods.adversarial import AdversarialMethod, pair_logs
 from robust_moe.methods.base import Forward, Objective, Scored, full
 from robust_moe.methods.moe_attacks import RoutePGD, gate_divergence, gate_logits
+from robust_moe.methods.options import BetaOption
 from robust_moe.methods.rt_er import expect_experts
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
+from robust_moe.settings import ConfigError
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["AdversarialRouters"]
 
 
+@METHODS.register("advmoe")
 class AdversarialRouters(AdversarialMethod):
     """Two updates a batch, each on images of its own attack, which raises the divergence of the model and of its
     routes: KL(F(x) ‖ F(x')) + Σ KL(r(x) ‖ r(x')).
@@ -36,13 +41,21 @@ class AdversarialRouters(AdversarialMethod):
         ConfigError: a model without two routed experts, a dual model, an attack that is not a single PGD.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        expect_experts(config)
-        if config.model.dual.enabled:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BetaOption, AdversarialMethod.Config):
+        """Settings of AdvMoE."""
+
+        def check(self) -> None:
+            super().check()
+            self.expect_single_pgd()
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        super().__init__(config, model, devices)
+        expect_experts(model, config.name)
+        if model.dual.enabled:
             raise ConfigError("method.name: expected jtdmoe for a dual model (model.dual.enabled), got 'advmoe'")
-        self.beta = config.method.beta
-        self.attack = RoutePGD(**pgd_settings(config))
+        self.beta = config.beta
+        self.attack = RoutePGD(**config.attack.arguments(), mode=config.attack_mode)
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         gates = [parameter for layer in moe_layers(model).values() for parameter in layer.gate.parameters()]

@@ -5,22 +5,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.config import ConfigError, MethodConfig, ModelConfig, TrainConfig
 from robust_moe.data import Batch
+from robust_moe.graphs import several_processes
+from robust_moe.methods.options import LabelSmoothing
+from robust_moe.methods.table import METHODS
 from robust_moe.methods.weight_perturbation import WeightPerturbation
-from robust_moe_kernels.modules import BALANCE_LOSSES, balance_loss, moe_layers
+from robust_moe.models.config import ModelConfig
+from robust_moe.settings import Config, ConfigError, Table, setting
+from robust_moe_kernels.modules import balance_loss, moe_layers, shared_launches
 
-__all__ = ["Forward", "Method", "Objective", "Scored", "Update"]
+__all__ = ["TRAINING", "Forward", "Method", "Objective", "Scored", "Update"]
 
 Forward = Callable[[Tensor], Tensor]
-OPTIONAL = ("label_smoothing", "attack_steps_schedule")  # settings of the section method that some methods have
+TRAINING = 3  # passes of an image that is trained on: forward, gradient to the inputs, gradient to the weights
 Scored = tuple[Tensor, dict[str, Tensor]]  # a scalar loss on its graph; detached scalars to log
 
 
@@ -61,38 +65,60 @@ class Method(ABC):
     Between two objectives the engine has moved the weights, so what a method crafts for the second sees the first's
     step. ``method.awp_gamma`` > 0 perturbs the weights of any method (:class:`WeightPerturbation`).
 
+    With ``@METHODS.register("name")`` and a ``Config`` a method can be chosen by that name in a configuration, from
+    outside the package too. Settings that several methods share are in :mod:`robust_moe.methods.options`.
+
     Args:
-        config: the whole run's; ``method`` and ``model`` are used, and ``run.devices``.
+        config: the method's settings.
+        model: those of the model that it trains.
+        devices: processes that it runs in.
 
     Raises:
-        ConfigError: an unknown name, or a model or number of devices that the method cannot train.
+        ConfigError: a model or number of devices that the method cannot train; the message names the whole key.
     """
 
-    heeds: ClassVar[frozenset[str]] = frozenset()  # which of :data:`OPTIONAL` the method has
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """What every method has."""
+
+        table: ClassVar[Table] = METHODS
+        awp_gamma: float = setting(
+            0.0, "adversarial weight perturbation: its size relative to each weight tensor; 0: off", at_least=0
+        )
+        awp_warmup_epochs: int = setting(0, "epochs before the weights are perturbed", unit="epochs", at_least=0)
+
+        def build(self, model: ModelConfig, devices: int = 1) -> Method:
+            """The method, for a model of these settings. Raises :class:`ConfigError` as its class does."""
+            return self.owner(self, model, devices)
+
+        def trained(self, passes: int) -> int:
+            """``passes`` of images that are trained on, and as many again where the weights are perturbed first."""
+            return passes * (2 if self.awp_gamma > 0 else 1)
+
+        def passes(self, attack_steps: int) -> int:
+            """Passes of an image that a batch costs (:mod:`robust_moe.engine.cost`), its attack making so many steps.
+
+            Raises:
+                ConfigError: the passes of this method, or of its attack, are not counted.
+            """
+            raise ConfigError(f"method.name: expected a method whose passes are counted, got {self.name!r}")
+
     distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
-    def __init__(self, config: TrainConfig) -> None:
-        moe = config.model.moe
-        known = ["none", *BALANCE_LOSSES]
-        if moe.balance not in known:
-            raise ConfigError(f"model.moe.balance: expected one of {', '.join(known)}, got {moe.balance!r}")
-        self.balance = moe.balance if moe.balance_weight > 0 else "none"
-        if self.balance == "load":
-            _expect_noise(config.model)
-        self.balance_weight = moe.balance_weight
-        _expect_heeded(config, self.heeds)
-        self.label_smoothing = config.method.label_smoothing
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        self.config = config
+        self.balance = model.moe.balance.build()
+        self.label_smoothing = config.label_smoothing if isinstance(config, LabelSmoothing) else 0.0
         self.epoch = 0  # epochs finished; the engine sets these three before each batch
         self.step = 0  # batches finished
         self.progress = 0.0  # share of the run's batches that is finished, in [0, 1)
-        self.perturbation_starts = config.method.awp_warmup_epochs
-        gamma = config.method.awp_gamma
+        self.perturbation_starts = config.awp_warmup_epochs
+        gamma = config.awp_gamma
         self.perturbation = WeightPerturbation(gamma) if gamma > 0 else None
-        if config.run.devices > 1 and not (self.distributed and self.perturbation is None):
-            what = config.method.name if self.perturbation is None else "adversarial weight perturbation"
+        if devices > 1 and not (self.distributed and self.perturbation is None):
+            what = config.name if self.perturbation is None else "adversarial weight perturbation"
             raise ConfigError(
-                f"run.devices: expected 1 for {what}, whose updates are more than one pass of the model, got "
-                f"{config.run.devices}"
+                f"run.devices: expected 1 for {what}, whose updates are more than one pass of the model, got {devices}"
             )
 
     @abstractmethod
@@ -121,6 +147,7 @@ class Method(ABC):
             forward = model
         for objective in self.objectives(model, batch, step_seed, forward):
             restore = None
+            objective = replace(objective, compute=partial(_in_few_launches, model, objective.compute))
             try:
                 with _training_only(model, objective.trains):
                     learned = None if learn is None else learn(objective)
@@ -154,10 +181,10 @@ class Method(ABC):
 
     def balanced(self, model: nn.Module, loss: Tensor, logs: dict[str, Tensor]) -> Scored:
         """``loss`` plus the weighted balance loss of the last forward, where the model has MoE layers."""
-        if self.balance == "none" or not moe_layers(model):
+        if self.balance is None or not moe_layers(model):
             return loss, logs
-        balance = balance_loss(model, self.balance)
-        return loss + self.balance_weight * balance, {**logs, "balance_loss": balance.detach()}
+        balance = balance_loss(model, self.balance.loss)
+        return loss + self.balance.weight * balance, {**logs, "balance_loss": balance.detach()}
 
     def warnings(self) -> list[str]:
         """What the run should say, once each; asked for at the engine's logging interval."""
@@ -173,27 +200,9 @@ class Method(ABC):
             raise KeyError(f"method: expected no state for {type(self).__name__}, got {', '.join(state)}")
 
 
-def _expect_heeded(config: TrainConfig, heeds: Collection[str]) -> None:
-    """Raise :class:`ConfigError` where a setting of :data:`OPTIONAL` is set that the method does not heed."""
-    default = MethodConfig()
-    for name in OPTIONAL:
-        value, unset = getattr(config.method, name), getattr(default, name)
-        if name not in heeds and value != unset:
-            raise ConfigError(
-                f"method.{name}: expected {unset} for method.name={config.method.name}, which has no such setting, got "
-                f"{value!r}"
-            )
-
-
-def _expect_noise(model: ModelConfig) -> None:
-    """Raise :class:`ConfigError` where the load loss would have no score noise to go by."""
-    routed = {"moe": bool(model.moe.layers), "mixture": model.mixture.num_experts > 0}
-    for section, used in routed.items():
-        if used and not getattr(model, section).noise_std > 0:
-            raise ConfigError(
-                f"model.{section}.noise_std: expected > 0 for model.moe.balance=load, which is about the score noise, "
-                f"got {getattr(model, section).noise_std!r}"
-            )
+def _in_few_launches(model: nn.Module, compute: Callable[..., Scored], *inputs: Tensor) -> Scored:
+    with shared_launches(model, casts=several_processes() is None):
+        return compute(*inputs)
 
 
 def full(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import FGSM, Crafted, attack_mode
-from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import AdversarialMethod, probed_gain
-from robust_moe.methods.base import Forward, Objective, accuracy
+from robust_moe.methods.base import TRAINING, Forward, Objective, accuracy
+from robust_moe.methods.options import LabelSmoothing
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
+from robust_moe.settings import setting
 
 __all__ = ["FastAdversarialTraining"]
 
@@ -21,6 +25,7 @@ GUARD_EVERY = 20  # batches between two comparisons with PGD
 GAP = 0.2  # of accuracies, FGSM's minus PGD's: some points are usual, overfitted it is nearly the whole accuracy
 
 
+@METHODS.register("fast_at")
 class FastAdversarialTraining(AdversarialMethod):
     """Mean cross-entropy on images of one step of 1.25 ε from a uniform start in the ball.
 
@@ -32,13 +37,20 @@ class FastAdversarialTraining(AdversarialMethod):
     ``eps`` and ``norm`` of ``method.attack`` are both attacks'; the rest of it is the guard's PGD.
     """
 
-    heeds = frozenset({"label_smoothing"})
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LabelSmoothing, AdversarialMethod.Config):
+        """Settings of fast adversarial training."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)  # self.attack: the guard's
+        overfit_guard: bool = setting(True, "stop raising single-step overfitting when PGD sees it")
+
+        def passes(self, attack_steps: int) -> int:
+            return 2 + self.trained(TRAINING)  # while the guard trusts FGSM, whose comparisons are not counted
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        super().__init__(config, model, devices)  # self.attack: the guard's
         eps = self.attack.eps
-        self.fgsm = FGSM(eps, config.method.attack.norm, 1.25 * eps, random_start=True, mode=config.method.attack_mode)
-        self.guard = config.method.overfit_guard
+        self.fgsm = FGSM(eps, config.attack.norm, 1.25 * eps, random_start=True, mode=config.attack_mode)
+        self.guard = config.overfit_guard
         self.with_pgd = False  # train on PGD's images until the next comparison
         self.met = False  # the guard has found overfitting in this run
 

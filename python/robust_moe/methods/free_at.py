@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robust_moe.config import TrainConfig, parse_fraction
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import expect_attack, probed_gain
-from robust_moe.methods.base import Forward, Method, Objective
+from robust_moe.methods.adversarial import probed_gain
+from robust_moe.methods.base import TRAINING, Forward, Method, Objective
+from robust_moe.methods.options import AttackOptions, LabelSmoothing
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
+from robust_moe.settings import setting
 
 __all__ = ["FreeAdversarialTraining"]
 
 
+@METHODS.register("free_at")
 class FreeAdversarialTraining(Method):
     """Every batch m times; each backward moves the weights and, by its gradient to the images, the perturbation.
 
@@ -28,15 +33,24 @@ class FreeAdversarialTraining(Method):
         ConfigError: a norm other than Linf, another attack than PGD, or a loss or restarts of its own.
     """
 
-    heeds = frozenset({"label_smoothing"})
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LabelSmoothing, AttackOptions, Method.Config):
+        """Settings of free adversarial training; of the attack, its ball counts."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        attack = config.method.attack
-        why = "whose perturbation comes from the training's own gradients"
-        expect_attack(config, why, norm=["Linf"], name=["pgd"], loss=["ce"], restarts=[1], eot_iter=[1])
-        self.eps = float(parse_fraction(attack.eps, "method.attack.eps"))
-        self.replays = config.method.replays
+        replays: int = setting(4, "m, updates of weights and perturbation with a batch", at_least=1)
+
+        def check(self) -> None:
+            super().check()
+            why = "whose perturbation comes from the training's own gradients"
+            self.expect_attack(why, norm=["Linf"], name=["pgd"], loss=["ce"], restarts=[1], eot_iter=[1])
+
+        def passes(self, attack_steps: int) -> int:
+            return self.trained(self.replays * TRAINING)
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        super().__init__(config, model, devices)
+        self.eps = float(config.attack.eps)
+        self.replays = config.replays
         self.delta: Tensor | None = None  # of the last batch
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
-from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import probed_gain
 from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
 from robust_moe.methods.moe_attacks import held
-from robust_moe.methods.rt_er import RobustExperts
+from robust_moe.methods.rt_er import RTER
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
+from robust_moe.settings import ConfigError
 from robust_moe_kernels.modules import moe_layers, rerouted
 
 __all__ = ["JointDual"]
 
 
-class JointDual(RobustExperts):
+@METHODS.register("jtdmoe")
+class JointDual(RTER):
     """Two updates a batch of a dual model F_D = (1 − α) F_S + α F_R.
 
     Lower level: the robust loss of F_R moves Θ_R. Upper level: CE(F_D(x), y) on clean images.
@@ -39,16 +43,20 @@ class JointDual(RobustExperts):
             half is not in F_D and the upper level does not train it.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        if not config.model.dual.enabled:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RTER.Config):
+        """Settings of JTDMoE."""
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        if not model.dual.enabled:
             raise ConfigError("model.dual.enabled: expected true for method.name=jtdmoe, got False")
-        alpha = config.model.dual.alpha
+        alpha = model.dual.alpha
         if alpha in (0, 1):
             raise ConfigError(
                 "model.dual.alpha: expected a share in (0, 1) for method.name=jtdmoe, which trains both halves through "
                 f"their mixture, got {alpha:g}"
             )
-        super().__init__(config)
+        super().__init__(config, model, devices)
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         robust = list(model.robust.parameters())

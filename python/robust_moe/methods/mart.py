@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
-from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import AdversarialMethod, pair_logs, probed_gain
-from robust_moe.methods.base import Forward, Objective, Scored, full
+from robust_moe.methods.base import TRAINING, Forward, Objective, Scored, full
+from robust_moe.methods.options import BetaOption, StepsSchedule
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
 
 __all__ = ["Mart", "boosted_cross_entropy"]
 
 
+@METHODS.register("mart")
 class Mart(AdversarialMethod):
     """Mean of BCE(f(x'), y) + β KL(f(x) ‖ f(x')) (1 − p_y(x)), x' raising the cross-entropy (β is
     the paper's λ).
@@ -25,11 +29,16 @@ class Mart(AdversarialMethod):
     balance loss is that of the adversarial images.
     """
 
-    heeds = frozenset({"attack_steps_schedule"})
+    @dataclass(frozen=True, kw_only=True)
+    class Config(StepsSchedule, BetaOption, AdversarialMethod.Config):
+        """Settings of MART."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        self.beta = config.method.beta
+        def passes(self, attack_steps: int) -> int:
+            return self.climb(attack_steps) + self.trained(2 * TRAINING)
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        super().__init__(config, model, devices)
+        self.beta = config.beta
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         images, nonfinite = self.craft(model, batch, step_seed)

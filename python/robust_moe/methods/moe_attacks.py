@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.losses import cross_entropy, kl_divergence
 from robust_moe.attacks.passes import Passes
-from robust_moe_kernels.modules import MoELayer, moe_layers, rerouted
+from robust_moe_kernels.modules import MoELayer, RouteOptions, moe_layers, rerouted
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
 __all__ = [
@@ -41,7 +41,7 @@ class OneExpert:
 
     index: Tensor
 
-    def __call__(self, layer: MoELayer, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         index = self.index.repeat(len(record.scores) // len(self.index))[:, None]
         return index, torch.ones_like(index, dtype=record.weights.dtype)
 

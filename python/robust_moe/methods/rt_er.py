@@ -4,34 +4,38 @@ Mixture of Experts: A Dual-Model Approach")."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
-from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, pgd_settings, probed_gain
+from robust_moe.methods.adversarial import AdversarialMethod, probed_gain
 from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
 from robust_moe.methods.moe_attacks import SecondExpertPGD, clean_second_experts, held
+from robust_moe.methods.options import BetaOption, FormOption
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
+from robust_moe.settings import ConfigError
 from robust_moe_kernels.modules import rerouted
 
-__all__ = ["RobustExperts", "expect_experts"]
+__all__ = ["RTER", "expect_experts"]
 
 
-def expect_experts(config: TrainConfig) -> None:
+def expect_experts(model: ModelConfig, method: str) -> None:
     """Raise :class:`ConfigError` unless the model routes between two experts at least."""
-    model = config.model
     key, count, other = "model.mixture.num_experts", model.mixture.num_experts, " (or layers in model.moe.layers)"
     if model.moe.layers:
         key, count, other = "model.moe.num_experts", model.moe.num_experts, ""
     if count < 2:
-        raise ConfigError(f"{key}: expected at least 2{other} for method.name={config.method.name}, got {count}")
+        raise ConfigError(f"{key}: expected at least 2{other} for method.name={method}, got {count}")
 
 
-class RobustExperts(AdversarialMethod):
+@METHODS.register("rt_er")
+class RTER(AdversarialMethod):
     """Keeps the experts that an attack could switch to robust, above all the second-ranked one, f_2.
 
     ``method.form: paper``: one adversary, ``max_x' CE(F(x'), y) + β KL(f_2(x') ‖ f_2(x))``, and the mean of that is
@@ -48,14 +52,22 @@ class RobustExperts(AdversarialMethod):
         ConfigError: a model without two routed experts, a dual model, an attack that is not a single PGD.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        expect_experts(config)
-        if config.model.dual.enabled and config.method.name == "rt_er":
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BetaOption, FormOption, AdversarialMethod.Config):
+        """Settings of RT-ER."""
+
+        def check(self) -> None:
+            super().check()
+            self.expect_single_pgd()
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        super().__init__(config, model, devices)
+        expect_experts(model, config.name)
+        if model.dual.enabled and config.name == "rt_er":
             raise ConfigError("method.name: expected jtdmoe for a dual model (model.dual.enabled), got 'rt_er'")
-        self.beta = config.method.beta
-        self.form = config.method.form
-        self.joint = SecondExpertPGD(beta=self.beta, **pgd_settings(config))
+        self.beta = config.beta
+        self.form = config.form
+        self.joint = SecondExpertPGD(beta=self.beta, **config.attack.arguments(), mode=config.attack_mode)
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         yield self.robust(model, batch, step_seed, forward, None)

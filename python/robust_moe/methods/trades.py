@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
-from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, expect_attack, pair_logs
-from robust_moe.methods.base import Forward, Objective, Scored
+from robust_moe.methods.adversarial import AdversarialMethod, pair_logs
+from robust_moe.methods.base import TRAINING, Forward, Objective, Scored
+from robust_moe.methods.options import BetaOption, LabelSmoothing, StepsSchedule
+from robust_moe.methods.table import METHODS
+from robust_moe.models.config import ModelConfig
 
 __all__ = ["Trades"]
 
 
+@METHODS.register("trades")
 class Trades(AdversarialMethod):
     """Mean of CE(f(x), y) + β KL(f(x) ‖ f(x')), x' raising that divergence (eq. 5); gradients reach both forwards.
 
@@ -27,12 +31,21 @@ class Trades(AdversarialMethod):
         ConfigError: an attack other than PGD with a random start, or on another loss.
     """
 
-    heeds = frozenset({"label_smoothing", "attack_steps_schedule"})
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LabelSmoothing, StepsSchedule, BetaOption, AdversarialMethod.Config):
+        """Settings of TRADES."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        expect_attack(config, "whose attack raises the divergence", name=["pgd"], loss=["ce", "kl"])
-        super().__init__(config, loss="kl")
-        self.beta = config.method.beta
+        def check(self) -> None:
+            super().check()
+            why = "whose attack raises the divergence"
+            self.expect_attack(why, name=["pgd"], loss=["ce", "kl"], random_start=[True])
+
+        def passes(self, attack_steps: int) -> int:
+            return 1 + self.climb(attack_steps) + self.trained(2 * TRAINING)  # the attack's target; both images
+
+    def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
+        super().__init__(config, model, devices, loss="kl")
+        self.beta = config.beta
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         images, nonfinite = self.craft(model, batch, step_seed)

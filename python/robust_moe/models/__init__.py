@@ -1,30 +1,59 @@
-"""Residual networks for small images, with experts in the places that a configuration names; mixtures of whole
-networks; dual models.
+"""Networks for small images, with experts in the places that a configuration names; mixtures of whole networks; dual
+models.
 
-A network is one line in :data:`MODELS`, a router one in :data:`ROUTERS`.
+Models, gates, routers and balance losses are entries of the tables :data:`MODELS`, :data:`GATES`, :data:`ROUTERS` and
+:data:`BALANCE_LOSSES`; one from outside is a class or a function with settings of its own, registered there.
 """
 
 from __future__ import annotations
 
-from .build import MODELS, build_model
+from .balance import BALANCE_LOSSES, BalanceConfig, BalanceLoss
+from .build import build_model
+from .config import MODELS, DualConfig, MixtureConfig, ModelConfig, MoEConfig, NetworkConfig
 from .dual import DualModel
+from .gates import GATES, GateConfig
+from .images import ImageSpec
 from .mixing import log_mixture
 from .mixture import ExpertMixture, NetworkExperts
 from .normalize import Normalize
-from .resnet import BasicBlock, Bottleneck, ResNet
-from .routers import ROUTERS, Router
+from .resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    ResNet18Config,
+    ResNet50Config,
+    ResNetConfig,
+    ResNetSmallConfig,
+)
+from .routers import ROUTERS, Router, RouterConfig
 
 __all__ = [
+    "BALANCE_LOSSES",
+    "GATES",
     "MODELS",
     "ROUTERS",
+    "BalanceConfig",
+    "BalanceLoss",
     "BasicBlock",
     "Bottleneck",
+    "DualConfig",
     "DualModel",
     "ExpertMixture",
+    "GateConfig",
+    "ImageSpec",
+    "MixtureConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "NetworkConfig",
     "NetworkExperts",
     "Normalize",
     "ResNet",
+    "ResNet18Config",
+    "ResNet50Config",
+    "ResNetConfig",
+    "ResNetSmallConfig",
     "Router",
+    "RouterConfig",
     "build_model",
     "log_mixture",
 ]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 
-from ..config import MIXES
-from .mixing import log_mixture
+from .mixing import MIXES, log_mixture
 
 __all__ = ["DualModel"]
 

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["log_mixture"]
+__all__ = ["MIXES", "log_mixture"]
+
+MIXES = ("logits", "probabilities")  # what a mixture of models sums
 
 
 def log_mixture(log_probabilities: Tensor, weights: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from robust_moe_kernels.modules import MoELayer, moe_layers
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
 
-from ..config import MIXES, ROUTINGS
-from .mixing import log_mixture
+from .mixing import MIXES, log_mixture
 
-__all__ = ["ExpertMixture", "NetworkExperts"]
+__all__ = ["ROUTINGS", "ExpertMixture", "NetworkExperts"]
+
+ROUTINGS = ("soft", "top_k", "hard")  # all experts, the best k, the best
 
 
 class NetworkExperts(nn.Module):

@@ -9,13 +9,30 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .normalize import Normalize
+from robust_moe.models.config import MODELS, ModelConfig
+from robust_moe.models.images import ImageSpec
+from robust_moe.models.normalize import Normalize
+from robust_moe.settings import ConfigError, setting
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "GlobalAveragePool",
+    "ResNet",
+    "ResNet18Config",
+    "ResNet50Config",
+    "ResNetConfig",
+    "ResNetSmallConfig",
+]
+
+WIDTH = "channels of the first stage; each further stage doubles them"
+BLOCKS = "residual blocks of each stage"
 
 
 class BasicBlock(nn.Module):
@@ -68,6 +85,24 @@ class Bottleneck(nn.Module):
         return self.relu(out + skip)
 
 
+class GlobalAveragePool(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d(1)``, bit for bit: [B, C, H, W] -> [B, C, 1, 1].
+
+    The gradient is one launch on a GPU. PyTorch's own, of channels-last maps, is three, and is contiguous: the layer
+    before it has to turn it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            means = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)  # the gradient then is channels-last too
+        else:
+            means = x.mean((2, 3))
+        return means[:, :, None, None]
+
+
 class ResNet(nn.Module):
     """Images float [B, C, H, W] in [0, 1] -> logits [B, num_classes].
 
@@ -97,7 +132,7 @@ class ResNet(nn.Module):
         for i, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
             stage, channels = _stage(block, channels, width * 2**i, count, stride=1 if i == 0 else 2)
             self.add_module(name, stage)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -135,3 +170,60 @@ def _stage(
         downsample = _shortcut(channels, out, stride)
     first = block(channels, planes, stride, downsample)
     return nn.Sequential(first, *(block(out, planes) for _ in range(count - 1))), out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(ModelConfig):
+    """A CIFAR-style residual network (3x3 stem, no max-pool), input normalisation inside."""
+
+    normalizes: ClassVar[bool] = True
+
+    width: int = setting(64, WIDTH, at_least=1)
+    blocks: tuple[int, ...] = setting((2, 2, 2, 2), BLOCKS, at_least=1)
+
+    def check(self) -> None:
+        super().check()
+        if not self.blocks:
+            raise ConfigError("blocks: expected a list of counts >= 1, got []")
+
+    def check_images(self, images: ImageSpec, alone: bool) -> None:
+        least = 2 ** (len(self.blocks) - 1) + alone  # alone: the last maps have more than a pixel
+        if images.image_size < least:
+            why = ", the last one's not to a single pixel in a mixture of networks" if alone else ""
+            raise ValueError(
+                f"image_size: expected >= {least} pixels for {len(self.blocks)} stages, each but the first halving "
+                f"it{why}, got {images.image_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNet18Config(ResNetConfig):
+    """ResNet-18: 11.2 M parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNet50Config(ResNetConfig):
+    """ResNet-50: 23.5 M parameters."""
+
+    blocks: tuple[int, ...] = setting((3, 4, 6, 3), BLOCKS, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetSmallConfig(ResNetConfig):
+    """0.60 M parameters; one block a stage but the last, which has the two that ``layer4.1`` needs."""
+
+    width: int = setting(16, WIDTH, at_least=1)
+    blocks: tuple[int, ...] = setting((1, 1, 1, 2), BLOCKS, at_least=1)
+
+
+@MODELS.register("resnet_small", ResNetSmallConfig)
+@MODELS.register("resnet18", ResNet18Config)
+def basic(images: ImageSpec, width: int, blocks: Sequence[int]) -> ResNet:
+    """A residual network of :class:`BasicBlock`."""
+    return ResNet(BasicBlock, blocks, width, images.num_classes, images.mean, images.std)
+
+
+@MODELS.register("resnet50", ResNet50Config)
+def bottleneck(images: ImageSpec, width: int, blocks: Sequence[int]) -> ResNet:
+    """A residual network of :class:`Bottleneck`."""
+    return ResNet(Bottleneck, blocks, width, images.num_classes, images.mean, images.std)

@@ -1,23 +1,43 @@
-"""Routers: an image in, one logit an expert out.
+"""Routers: an image in, one logit an expert out; the table of them.
 
-None has batch norms: an image's route does not depend on the others of its batch, nor on the mode. Like gates, routers
-compute in the precision of their own parameters, outside autocast: a rounding would decide the route.
+None here has batch norms: an image's route does not depend on the others of its batch, nor on the mode. Like gates,
+routers compute in the precision of their own parameters, outside autocast: a rounding would decide the route.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from robust_moe.models.images import ImageSpec
+from robust_moe.models.normalize import Normalize
+from robust_moe.settings import Config, Table, fixed
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import GapFcGate
 
-from .normalize import Normalize
+__all__ = ["ROUTERS", "Router", "RouterConfig"]
 
-__all__ = ["ROUTERS", "Router"]
+ROUTERS = Table("router")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(Config):
+    """Settings of a router: the base of those of each router in :data:`ROUTERS`.
+
+    A router is a module, or a function that makes one, from ``(images, num_experts, **its own settings)``; the module
+    maps float [B, C, S, S] in [0, 1], not normalised, to logits [B, num_experts] (:class:`Router` normalises).
+    """
+
+    table: ClassVar[Table] = ROUTERS
+
+    def build(self, images: ImageSpec, num_experts: int) -> nn.Module:
+        """The router of one mixture; weights from PyTorch's global generator."""
+        return type(self).owner(images, num_experts, **self.arguments(RouterConfig))
 
 
 class Router(nn.Module):
@@ -80,19 +100,17 @@ def _gap_fc(channels: int, size: int, experts: int) -> nn.Module:
     return nn.Sequential(*_stem(channels, 16, 32), GapFcGate(32, experts))
 
 
-def _router(body: Callable[[int, int, int], nn.Module]) -> Callable[..., Router]:
-    def build(channels: int, image_size: int, num_experts: int, mean: Sequence[float], std: Sequence[float]) -> Router:
-        return Router(body, channels, image_size, num_experts, mean, std)
-
-    return build
+def _build(images: ImageSpec, num_experts: int, body: Callable[[int, int, int], nn.Module]) -> Router:
+    return Router(body, images.channels, images.image_size, num_experts, images.mean, images.std)
 
 
-ROUTERS: dict[str, Callable[..., Router]] = {
+_BODIES: dict[str, Callable[[int, int, int], nn.Module]] = {
     # one linear layer on the pixels, as in the released code of the dual-model paper
-    "linear": _router(_linear),
+    "linear": _linear,
     # three strided convolutions, then a linear layer that still sees where in the image things are
-    "cnn": _router(_cnn),
+    "cnn": _cnn,
     # the GAP-FC gate of "Robust Experts" over two strided convolutions: pooled pixels alone would route by mean colour
-    "gap_fc": _router(_gap_fc),
+    "gap_fc": _gap_fc,
 }
-"""Name -> router from (channels, image_size, num_experts, mean, std)."""
+for _name, _body in _BODIES.items():
+    ROUTERS.register(_name, fixed(RouterConfig, body=_body))(_build)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
@@ -20,6 +17,7 @@ from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
+from robust_moe.settings import plain, read_yaml, replaced
 
 __all__ = ["Job", "expect_overrides", "make_jobs"]
 
@@ -72,8 +70,13 @@ class Job:
     def write(self) -> Path:
         """The file that a worker reads, in the job's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / JOB, dataclasses.asdict(self))
+        write_json(self.folder / JOB, self._to_dict())
         return self.folder / JOB
+
+    def _to_dict(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {key: part._to_dict() for key, part in self.parts.items()}
+        return {**own, "config": plain(self.config), "parts": parts}
 
     @classmethod
     def read(cls, file: Path) -> Job:
@@ -135,23 +138,44 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: a setting by which the runs ``names`` differ, or which the study decides itself.
     """
-    compared = {setting.partition("=")[0]: name for name in reversed(names) for setting in RUNS[name].settings}
+    compared = {key: name for name in reversed(names) for key, _ in _chosen(RUNS[name].settings)}
     compared |= {key: name for name in names for key in RUNS[name].parts}
-    load_config(None, overrides)  # settings that there are
-    for key, value in flatten(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))).items():
+    for key, value in _chosen(overrides):
         why = None
         if key == "data.root":
             why = "which --data-root gives"
         elif key in ("run.seed", "run.out"):
             why = "which differs from run to run (--seeds, --runs)"
-        elif key in ("model.moe.balance_weight", "model.dual.alpha"):
+        elif key in ("model.moe.balance.weight", "model.dual.alpha"):
             why = "which the claims are about"
-        elif key.startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
+        elif f"{key}.".startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
             why = f"as all is measured by PGD from one random start ({', '.join(MEASURED)} can be set)"
         elif key in compared and not key.startswith("eval.attack."):
             why = f"which makes the run {compared[key]} what it is"
         if why is not None:
-            raise ConfigError(f"{key}: expected no such override, {why}, got {value!r}")
+            raise ConfigError(f"{key}: expected no such override, {why}, got {str(value)!r}")
+
+
+def _chosen(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name, those of a section such as ``method={name: trades}`` or ``method=trades`` too."""
+    sections = {key.removesuffix(".name") for key in flatten(TrainConfig()) if key.endswith(".name")}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        said = flatten({key: read_yaml(value, key)}) if value.startswith("{") else {key: value}
+        for name, leaf in said.items():
+            yield f"{name}.name" if name in sections else name, leaf
+
+
+def _of_run(name: str, scale: Scale) -> TrainConfig:
+    """A run's configuration before overrides: where its method is another than the scale's settings are for, those
+    that both methods have stay."""
+    return config_from_dict(plain(load_config(None, list(scale.settings))), list(RUNS[name].settings), where="scale")
+
+
+def _has(config: TrainConfig, override: str) -> bool:
+    """Whether the configuration has a setting or a section of that name."""
+    key = override.partition("=")[0]
+    return any(f"{name}.".startswith(f"{key}.") for name in flatten(config))
 
 
 def make_jobs(
@@ -169,19 +193,23 @@ def make_jobs(
     """
     jobs: dict[tuple[str, int], Job] = {}
 
+    everyone = [*names, *{part for name in names for part in RUNS[name].parts.values()}]
+    own = {name: _of_run(name, scale) for name in everyone}
+    heeded = {item for item in overrides if any(_has(config, item) for config in own.values())}
+
     @functools.cache
-    def common(name: str) -> TrainConfig:  # read once a run: a configuration takes a quarter of a second
-        return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides])
+    def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
+        # of a setting that only other runs' methods have, such as method.beta, this run takes no notice
+        mine = [item for item in overrides if _has(own[name], item) or item not in heeded]
+        return config_from_dict(plain(own[name]), [*mine, *parts], where=name)
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:
             run = RUNS[name]
             parts = {key: add(part, seed) for key, part in run.parts.items()}
-            config = copy.deepcopy(common(name))
-            config.run.seed, config.run.out = seed, str(folder / name / f"seed-{seed}")
-            for key, part in parts.items():
-                *sections, field = key.split(".")
-                setattr(functools.reduce(getattr, sections, config), field, str(part.checkpoint))
+            weights = [f"{key}={part.checkpoint}" for key, part in parts.items()]
+            config = replaced(common(name, *weights), "run.seed", seed)
+            config = replaced(config, "run.out", str(folder / name / f"seed-{seed}"))
             jobs[name, seed] = Job(name, seed, config, data, scale.images, scale.sweep_images, run.trained, parts)
         return jobs[name, seed]
 

@@ -55,8 +55,7 @@ def load_data(settings: Sequence[str]) -> Splits:
     splits = load_splits(config.data, 0)
     classes = len(splits.test.class_names)
     if classes != CLASSES:
-        where = config.data.root or config.data.name
-        raise ConfigError(f"data: expected {CLASSES} classes, as CIFAR-10 has, got {classes} in {where}")
+        raise ConfigError(f"data: expected {CLASSES} classes, as CIFAR-10 has, got {classes} in {splits.test.name}")
     return splits
 
 

@@ -23,7 +23,7 @@ class Run:
 # are even on average and one expert is ahead by a little everywhere; at scale cpu it was the first of 99.8 % of the
 # images under AT and of 96 % under RT-ER, and what is said of experts and routes was said of one network.
 MIXTURE = ("model.mixture.num_experts=4", "model.mixture.routing=hard", "model.moe.balance=entropy_released")
-DUAL = (*MIXTURE, "model.dual.enabled=true", "model.dual.standard.experts=true")
+DUAL = (*MIXTURE, "model.dual.enabled=true", "model.dual.experts=true")
 # What is said of a model without any adversarial training is said of this radius; a scale may have a smaller one.
 PUBLISHED = ("eval.attack.eps=8/255", "eval.attack.alpha=2/255")
 BLOCK = ("model.moe.layers=[layer4.1]", "model.moe.num_experts=4", "method.name=pgd_at")

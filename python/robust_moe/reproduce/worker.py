@@ -24,7 +24,7 @@ from robust_moe.engine.experiment import cpu_threads, describe_data, load_experi
 from robust_moe.engine.rng import seed_all
 from robust_moe.engine.state import find_checkpoint
 from robust_moe.provenance import provenance
-from robust_moe.reproduce.jobs import Job
+from robust_moe.reproduce.jobs import MEASURED, Job
 from robust_moe.reproduce.measures import measure
 from robust_moe.reproduce.preparation import alone_in
 
@@ -64,7 +64,7 @@ def work(job: Job, reporter: Reporter) -> bool:
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         facts = {"parameters": parameters, "checkpoint": trained, "seconds": seconds}
-        attack = {**_attack(job.config), "eps": job.config.eval.attack.eps}
+        attack = {**_attack(job.config), "eps": str(job.config.eval.attack.eps)}
         job.finish({"measures": measures, "attack": attack, **facts, **provenance(device)})
     return True
 
@@ -80,7 +80,7 @@ def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _attack(config: TrainConfig) -> dict[str, Any]:
-    return {**config.eval.attack.steps_in_ball("eval.attack"), "seed": config.eval_seed}
+    return {**{name: config.eval.attack.arguments()[name] for name in MEASURED}, "seed": config.eval_seed}
 
 
 def _stop_with_parent() -> None:

@@ -150,7 +150,7 @@ def _apgd_step(
 ) -> Tensor:  # fmt: skip
     layout = dense_format(x)
     x, previous, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, previous, grad, x0))
-    chosen = APGD.choose(impl, x.device.type)
+    chosen = APGD.choose(impl, x)
     return chosen.apgd_step(x, previous, grad, x0, eta.contiguous(), eps, share, norm, nonfinite)
 
 
@@ -183,7 +183,7 @@ def _apgd_track(
     layout = dense_format(x)
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     rows = improved.contiguous(), fooled.contiguous()
-    APGD.choose(impl, x.device.type).apgd_track(x, grad, *rows, x_best, grad_best, x_fooled)
+    APGD.choose(impl, x).apgd_track(x, grad, *rows, x_best, grad_best, x_fooled)
 
 
 @torch.library.register_fake("robust_moe_kernels::apgd_track")

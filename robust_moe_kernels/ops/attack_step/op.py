@@ -143,7 +143,7 @@ def _pgd_step(
 ) -> Tensor:
     layout = dense_format(x)
     x, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, grad, x0))
-    return ATTACK_STEP.choose(impl, x.device.type).pgd_step(x, grad, x0, eps, alpha, norm, nonfinite)
+    return ATTACK_STEP.choose(impl, x).pgd_step(x, grad, x0, eps, alpha, norm, nonfinite)
 
 
 @torch.library.register_fake("robust_moe_kernels::pgd_step")
@@ -162,7 +162,7 @@ torch.library.define(
 @torch.library.impl("robust_moe_kernels::random_start", "default")
 def _random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream: int, norm: str, impl: str) -> Tensor:
     # A pixel's number is its place in the contiguous image, whatever the memory format.
-    chosen = ATTACK_STEP.choose(impl, x0.device.type)
+    chosen = ATTACK_STEP.choose(impl, x0)
     out = chosen.random_start(x0.contiguous(), sample_index.contiguous(), eps, seed, stream, norm)
     return out.contiguous(memory_format=dense_format(x0))
 

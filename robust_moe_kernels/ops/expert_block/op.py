@@ -6,13 +6,11 @@ Maps are channels-last rows sorted by expert; scales and shifts are [E, C]. None
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from robust_moe_kernels.dispatch import AUTO, ImplementationUnavailable, Op
-from robust_moe_kernels.layout import channels_last, channels_last_empty
+from robust_moe_kernels.dispatch import Op
+from robust_moe_kernels.layout import channels_last, channels_last_empty, dense, dense_format
 
 __all__ = [
     "EXPERT_BLOCK",
@@ -23,25 +21,13 @@ __all__ = [
     "norm_backward",
     "norm_finalise",
     "norm_finalise_backward",
+    "relu_backward",
     "scale_shift",
     "share_count",
     "sum_rows",
 ]
 
 EXPERT_BLOCK = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
-
-
-def _choose(impl: str, *operands: Tensor | None) -> ModuleType:
-    """The implementation for these operands: the first of the device's that can compute them, or the named one."""
-    tensors = [tensor for tensor in operands if tensor is not None]
-    device = tensors[0].device.type
-    module = EXPERT_BLOCK.choose(impl, device)
-    reason = module.why_not_case(*tensors)
-    if reason is None:
-        return module
-    if impl != AUTO:
-        raise ImplementationUnavailable(f"expert_block: impl={impl!r} cannot run: {reason}")
-    return EXPERT_BLOCK.choose("reference", device)
 
 
 _SHARES = 64  # most shares of one expert's pixels
@@ -76,6 +62,7 @@ _SCHEMAS = {
     "head_backward": f"(Tensor d_out, {_HEAD}, Tensor weights, str impl) -> (Tensor, Tensor)",
     "head_norm_backward": f"(Tensor d_out, {_HEAD}, Tensor weights, str impl) -> (Tensor, Tensor, Tensor)",
     "sum_rows": "(Tensor rows, Tensor other, Tensor inverse, int top_k, str impl) -> Tensor",
+    "relu_backward": "(Tensor d, Tensor? other, Tensor out, str impl) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"robust_moe_kernels::{_name}", _schema)
@@ -89,6 +76,7 @@ head_norm_backward = torch.ops.robust_moe_kernels.head_norm_backward
 norm_finalise = torch.ops.robust_moe_kernels.norm_finalise
 norm_finalise_backward = torch.ops.robust_moe_kernels.norm_finalise_backward
 sum_rows = torch.ops.robust_moe_kernels.sum_rows
+relu_backward = torch.ops.robust_moe_kernels.relu_backward
 
 
 @torch.library.impl("robust_moe_kernels::column_sums", "default")
@@ -101,7 +89,7 @@ def _column_sums(
     [2, shares, E, C] float64, the sums being those over the shares, in order: which pixels are in which share is the
     implementation's choice. ``share_count`` says how many shares there should be.
     """
-    return _choose(impl, value, other, scale, shift).column_sums(
+    return EXPERT_BLOCK.choose(impl, value, other, scale, shift).column_sums(
         channels_last(value), channels_last(other), offsets, scale, shift, shares
     )
 
@@ -128,7 +116,9 @@ def _norm_finalise(
     """
     parameters = (weight, bias, running_mean, running_var)
     dense = [tensor.contiguous() for tensor in (*parameters, tracked)]
-    return _choose(impl, *parameters).norm_finalise(shares.contiguous(), offsets, pixels, *dense, eps, momentum)
+    return EXPERT_BLOCK.choose(impl, *parameters).norm_finalise(
+        shares.contiguous(), offsets, pixels, *dense, eps, momentum
+    )
 
 
 @torch.library.register_fake("robust_moe_kernels::norm_finalise")
@@ -147,7 +137,9 @@ def _norm_finalise_backward(
     """From the sums of the gradient d after a batch norm of z and of d*z: [gradient of its weight, of its bias], and in
     training also [q, r] of the gradient before the norm, scale*d + q*z + r; all [E, C] in the dtype of scale."""
     tables = [table.contiguous() for table in (scale, mean, rstd)]
-    return _choose(impl, *tables).norm_finalise_backward(shares.contiguous(), offsets, pixels, *tables, training)
+    return EXPERT_BLOCK.choose(impl, *tables).norm_finalise_backward(
+        shares.contiguous(), offsets, pixels, *tables, training
+    )
 
 
 @torch.library.register_fake("robust_moe_kernels::norm_finalise_backward")
@@ -160,7 +152,7 @@ def _norm_finalise_backward_fake(
 @torch.library.impl("robust_moe_kernels::scale_shift", "default")
 def _scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool, impl: str) -> Tensor:
     """z*scale + shift, each row with its expert's [E, C]; then ReLU if asked."""
-    return _choose(impl, z, scale, shift).scale_shift(channels_last(z), offsets, scale, shift, relu)
+    return EXPERT_BLOCK.choose(impl, z, scale, shift).scale_shift(channels_last(z), offsets, scale, shift, relu)
 
 
 @torch.library.register_fake("robust_moe_kernels::scale_shift")
@@ -174,7 +166,7 @@ def _norm_backward(
     shift: Tensor | None, impl: str,
 ) -> Tensor:  # fmt: skip
     """p*d' + q*z + r, the gradient through a batch norm of z; d' is d where z*scale + shift > 0 (d itself without)."""
-    return _choose(impl, d, z, p, q, r, scale, shift).norm_backward(
+    return EXPERT_BLOCK.choose(impl, d, z, p, q, r, scale, shift).norm_backward(
         channels_last(d), channels_last(z), offsets, p, q, r, scale, shift
     )
 
@@ -196,7 +188,7 @@ def _head_forward(
 
     skip is the sample's map of x, or, with skip_scale and skip_shift, the row's own of x*skip_scale + skip_shift.
     """
-    chosen = _choose(impl, z, scale, shift, x, skip_scale, skip_shift, weights)
+    chosen = EXPERT_BLOCK.choose(impl, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_forward(
         channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse, offsets, weights
     )
@@ -216,7 +208,7 @@ def _head_backward(
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient at the ReLU's input [R, C, H, W], gradient of the weights [B, k])."""
-    chosen = _choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
+    chosen = EXPERT_BLOCK.choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_backward(
         channels_last(d_out), channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse,
         offsets, weights,
@@ -238,7 +230,7 @@ def _head_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As ``head_backward``, and on through the norms before the ReLU, which are in evaluation: (gradient of z, gradient
     of the skip's rows or, with skip_scale, of x, gradient of the weights [B, k])."""
-    chosen = _choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
+    chosen = EXPERT_BLOCK.choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_norm_backward(
         channels_last(d_out), channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse,
         offsets, weights,
@@ -257,10 +249,24 @@ def _head_norm_backward_fake(
 @torch.library.impl("robust_moe_kernels::sum_rows", "default")
 def _sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
     """[B, C, H, W]: the sum over a sample's k rows of rows + other, in slot order."""
-    chosen = _choose(impl, rows, other)
+    chosen = EXPERT_BLOCK.choose(impl, rows, other)
     return chosen.sum_rows(channels_last(rows), channels_last(other), inverse, top_k)
 
 
 @torch.library.register_fake("robust_moe_kernels::sum_rows")
 def _sum_rows_fake(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
     return channels_last_empty(rows, (inverse.shape[0] // top_k, *rows.shape[1:]))
+
+
+@torch.library.impl("robust_moe_kernels::relu_backward", "default")
+def _relu_backward(d: Tensor, other: Tensor | None, out: Tensor, impl: str) -> Tensor:
+    """The gradient before a ReLU that gave ``out`` [N, C, H, W]: d + other, the sum of what its two readers send, where
+    out is positive or NaN, and 0 elsewhere; in the memory format of out. One dtype, to which the sum is rounded."""
+    layout = dense_format(out)
+    d, other = (None if g is None else g.contiguous(memory_format=layout) for g in (d, other))
+    return EXPERT_BLOCK.choose(impl, d, other, out).relu_backward(d, other, dense(out))
+
+
+@torch.library.register_fake("robust_moe_kernels::relu_backward")
+def _relu_backward_fake(d: Tensor, other: Tensor | None, out: Tensor, impl: str) -> Tensor:
+    return torch.empty_like(out, memory_format=dense_format(out))

@@ -1,5 +1,6 @@
 """Grouped convolution of rows sorted by expert."""
 
+from robust_moe_kernels.ops.expert_conv import flops  # noqa: F401  registers what each product counts as
 from robust_moe_kernels.ops.expert_conv.op import (
     EXPERT_CONV,
     conv_dgrad,

@@ -21,6 +21,23 @@ def _reach(tap, outputs, inputs, stride, padding, dilation):
     return first, tl.maximum(last - first, 0), shift
 
 
+@triton.jit
+def _place(splits, taps_w):
+    """The program's expert, share of the expert's pixels, and filter tap (y, x)."""
+    expert, split = tl.program_id(2).to(tl.int64) // splits, tl.program_id(2).to(tl.int64) % splits
+    tap_y, tap_x = tl.program_id(1).to(tl.int64) // taps_w, tl.program_id(1).to(tl.int64) % taps_w
+    return expert, split, tap_y, tap_x
+
+
+@triton.jit
+def _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs):
+    """Writes the program's sums, [BLOCK_M, BLOCK_N] at channels i and o, to the target of its split, expert and tap."""
+    experts = tl.num_programs(2) // splits
+    tap = ((split * experts + expert) * taps_h + tap_y) * taps_w + tap_x
+    place = target_ptr + (tap * inputs + i)[:, None] * outputs + o[None, :]
+    tl.store(place, sums.to(target_ptr.dtype.element_ty), mask=(i < inputs)[:, None] & (o < outputs)[None, :])
+
+
 @triton.jit(do_not_specialize=("splits", *GEOMETRY))
 def divide_kernel(
     input_ptr,  # [*, in_h, in_w, inputs]
@@ -36,8 +53,7 @@ def divide_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M input and BLOCK_N output channels of one expert's filter tap, one share of its pixels."""
-    expert, split = tl.program_id(2).to(tl.int64) // splits, tl.program_id(2).to(tl.int64) % splits
-    tap_y, tap_x = tl.program_id(1).to(tl.int64) // taps_w, tl.program_id(1).to(tl.int64) % taps_w
+    expert, split, tap_y, tap_x = _place(splits, taps_w)
     first_y, count_y, shift_y = _reach(tap_y, out_h, in_h, stride_h, pad_h, dilation_h)
     first_x, count_x, shift_x = _reach(tap_x, out_w, in_w, stride_w, pad_w, dilation_w)
     begin = tl.load(offsets_ptr + expert)
@@ -66,10 +82,7 @@ def divide_kernel(
             other=0.0,
         )  # fmt: skip
         sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION)
-    experts = tl.num_programs(2) // splits
-    tap = ((split * experts + expert) * taps_h + tap_y) * taps_w + tap_x
-    place = target_ptr + (tap * inputs + i)[:, None] * outputs + o[None, :]
-    tl.store(place, sums.to(target_ptr.dtype.element_ty), mask=(i < inputs)[:, None] & (o < outputs)[None, :])
+    _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs)
 
 
 @triton.jit
@@ -114,8 +127,7 @@ def carry_kernel(
     lane gathers is read an iteration ahead and carried, so that the loads of an iteration depend on no other load of
     it and as many blocks are under way as there are stages.
     """
-    expert, split = tl.program_id(2).to(tl.int64) // splits, tl.program_id(2).to(tl.int64) % splits
-    tap_y, tap_x = tl.program_id(1).to(tl.int64) // taps_w, tl.program_id(1).to(tl.int64) % taps_w
+    expert, split, tap_y, tap_x = _place(splits, taps_w)
     first_y, count_y, shift_y = _reach(tap_y, out_h, in_h, stride_h, pad_h, dilation_h)
     first_x, count_x, shift_x = _reach(tap_x, out_w, in_w, stride_w, pad_w, dilation_w)
     begin = tl.load(offsets_ptr + expert)
@@ -174,7 +186,4 @@ def carry_kernel(
         target += target_step + tl.where(row_over, target_row, 0) + tl.where(x_over, target_x, 0)
         if GATHER:  # beyond the last pair a lane's row is still one of the expert's
             map_ = tl.load(sample_ptr + begin + row).to(tl.int32)
-    experts = tl.num_programs(2) // splits
-    tap = ((split * experts + expert) * taps_h + tap_y) * taps_w + tap_x
-    place = target_ptr + (tap * inputs + i)[:, None] * outputs + o[None, :]
-    tl.store(place, sums.to(target_ptr.dtype.element_ty), mask=(i < inputs)[:, None] & (o < outputs)[None, :])
+    _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs)

@@ -19,10 +19,11 @@ _ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_co
 why_not = native.why_not_cpu
 
 
-def why_not_case(x: Tensor, weight: Tensor) -> str | None:
+def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"the native convolution computes float32, not {x.dtype} with {weight.dtype}"
+    kinds = [tensor.dtype for tensor in operands]
+    if any(kind != torch.float32 for kind in kinds):
+        return f"the native convolution computes float32, not {' with '.join(map(str, kinds))}"
     return None
 
 
@@ -65,9 +66,7 @@ def _run(
         *sizes,
         filters.shape[3],
         filters.shape[4],
-        *geometry.stride,
-        *geometry.padding,
-        *geometry.dilation,
+        *geometry.numbers(),
         *filters.stride()[:3],
         _tap_stride(filters),
         _ALGORITHMS.index(algorithm),

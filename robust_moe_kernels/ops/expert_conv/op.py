@@ -8,7 +8,6 @@ function made of them. All maps are channels-last. No operation waits for the de
 from __future__ import annotations
 
 from collections.abc import Hashable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_tensor
-from robust_moe_kernels.dispatch import AUTO, ImplementationUnavailable, Op
-from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty
+from robust_moe_kernels.dispatch import AUTO, Op
+from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty, pair_of
 
 __all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]
 
@@ -65,9 +64,10 @@ def expert_conv(
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         ok = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(n) is int and n >= least for n in pair)
         expect(ok, name, f"two integers >= {least}", repr(pair))
-    size = Geometry(stride, padding, dilation).output_size(x.shape[2], x.shape[3], tuple(weight.shape[3:]))
+    geometry = Geometry(pair_of(stride), pair_of(padding), pair_of(dilation))
+    size = geometry.output_size(x.shape[2], x.shape[3], weight.shape[3:])
     expect(min(size) >= 1, "x", "maps that give an output of at least 1x1", f"{list(x.shape)} -> {list(size)}")
-    return _Conv.apply(x, weight, _checked(offsets, x.shape[0]), [*stride, *padding, *dilation], impl)
+    return _Conv.apply(x, weight, _checked(offsets, x.shape[0]), geometry, impl)
 
 
 def _checked(offsets: Tensor, rows: int) -> Tensor:
@@ -76,28 +76,6 @@ def _checked(offsets: Tensor, rows: int) -> Tensor:
         ok = int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())
         expect(ok, "offsets", f"numbers that rise from 0 to R = {rows}", offsets.tolist())
     return offsets.contiguous()
-
-
-def _geometry(numbers: list[int]) -> Geometry:
-    a, b, c, d, e, f = numbers
-    return Geometry((a, b), (c, d), (e, f))
-
-
-def _choose(impl: str, x: Tensor, weight: Tensor) -> ModuleType:
-    """The implementation for these operands: the first of the device's that can compute them, or the named one."""
-    device = x.device.type
-    if impl != AUTO:
-        module = EXPERT_CONV.choose(impl, device)
-        reason = module.why_not_case(x, weight)
-        if reason is not None:
-            raise ImplementationUnavailable(f"expert_conv: impl={impl!r} cannot run: {reason}")
-        return module
-    for name in EXPERT_CONV.order(device):
-        if EXPERT_CONV.why_not(name, device) is None:
-            module = EXPERT_CONV.choose(name, device)
-            if module.why_not_case(x, weight) is None:
-                return module
-    return EXPERT_CONV.choose("reference", device)
 
 
 _G = "int[] geometry, str impl"
@@ -119,46 +97,20 @@ torch.library.define(
 )
 
 
-def plan_key(
-    weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str = AUTO
-) -> Hashable | None:
-    """What a product's plan depends on beside ``offsets``: products with equal keys and offsets may share a plan.
-
-    A residual block's products mostly do: two convolutions of equal geometry and size of map have one key, whatever
-    ``sample`` they gather by; so has the input gradient of a convolution with stride 1 whose padding is half of what
-    its filter spans (3x3 with padding 1, 1x1 with none): it reads the same windows, taps in opposite order. Keys
-    differ where the channels call for another tile, and between a forward pass and an input gradient of any other
-    geometry.
-
-    Args:
-        weight: [E, O, I, kh, kw], the product's filters.
-        rows: R.
-        height, width: of the convolution's input map, for an input gradient too.
-        backward: whether the product is the input gradient.
-        geometry: stride, padding and dilation, each (vertical, horizontal).
-        impl: as the product's own.
-
-    Returns:
-        A hashable value, or None where products need no plan: pass them an empty list.
-    """
-    module = _choose(impl, weight, weight)
-    return module.plan_key(weight, rows, height, width, backward, _geometry(geometry))
-
-
 @torch.library.impl("robust_moe_kernels::expert_conv_plan", "default")
 def _plan(
     weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
 ) -> list[Tensor]:
-    module = _choose(impl, weight, weight)
-    return module.plan(weight, offsets, rows, height, width, backward, _geometry(geometry))
+    module = EXPERT_CONV.choose(impl, weight)
+    return module.plan(weight, offsets, rows, height, width, backward, Geometry.of_numbers(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_plan")
 def _plan_fake(
     weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
 ) -> list[Tensor]:
-    module = _choose(impl, weight, weight)
-    return module.plan_like(weight, offsets, rows, height, width, backward, _geometry(geometry))
+    module = EXPERT_CONV.choose(impl, weight)
+    return module.plan_like(weight, offsets, rows, height, width, backward, Geometry.of_numbers(geometry))
 
 
 @torch.library.impl("robust_moe_kernels::expert_conv_forward", "default")
@@ -166,8 +118,8 @@ def _forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
-    chosen = _choose(impl, x, weight)
-    return chosen.forward(channels_last(x), weight, offsets, sample, plan, _geometry(geometry))
+    chosen = EXPERT_CONV.choose(impl, x, weight)
+    return chosen.forward(channels_last(x), weight, offsets, sample, plan, Geometry.of_numbers(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_forward")
@@ -175,7 +127,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
-    return _geometry(geometry).output_like(x, weight, x.shape[0] if sample is None else sample.shape[0])
+    return Geometry.of_numbers(geometry).output_like(x, weight, x.shape[0] if sample is None else sample.shape[0])
 
 
 @torch.library.impl("robust_moe_kernels::expert_conv_dgrad", "default")
@@ -183,8 +135,8 @@ def _dgrad(
     d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
-    chosen = _choose(impl, d_out, weight)
-    return chosen.dgrad(channels_last(d_out), weight, offsets, plan, height, width, _geometry(geometry))
+    chosen = EXPERT_CONV.choose(impl, d_out, weight)
+    return chosen.dgrad(channels_last(d_out), weight, offsets, plan, height, width, Geometry.of_numbers(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_dgrad")
@@ -199,8 +151,8 @@ def _dgrad_fake(
 def _wgrad(
     x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: list[int], impl: str
 ) -> Tensor:
-    chosen = _choose(impl, x, weight)
-    return chosen.wgrad(channels_last(x), channels_last(d_out), offsets, sample, weight, _geometry(geometry))
+    chosen = EXPERT_CONV.choose(impl, x, weight)
+    return chosen.wgrad(channels_last(x), channels_last(d_out), offsets, sample, weight, Geometry.of_numbers(geometry))
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_wgrad")
@@ -210,17 +162,86 @@ def _wgrad_fake(
     return torch.empty_like(weight)
 
 
-conv_plan = torch.ops.robust_moe_kernels.expert_conv_plan
-conv_forward = torch.ops.robust_moe_kernels.expert_conv_forward
-conv_dgrad = torch.ops.robust_moe_kernels.expert_conv_dgrad
-conv_wgrad = torch.ops.robust_moe_kernels.expert_conv_wgrad
+_OPS = torch.ops.robust_moe_kernels
+
+
+def plan_key(
+    weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry, impl: str = AUTO
+) -> Hashable | None:
+    """What a product's plan depends on beside ``offsets``: products with equal keys and offsets may share a plan.
+
+    A residual block's products mostly do: two convolutions of equal geometry and size of map have one key, whatever
+    ``sample`` they gather by; so has the input gradient of a convolution with stride 1 whose padding is half of what
+    its filter spans (3x3 with padding 1, 1x1 with none): it reads the same windows, taps in opposite order. Keys
+    differ where the channels call for another tile, and between a forward pass and an input gradient of any other
+    geometry.
+
+    Args:
+        weight: [E, O, I, kh, kw], the product's filters.
+        rows: R.
+        height, width: of the convolution's input map, for an input gradient too.
+        backward: whether the product is the input gradient.
+        geometry: the convolution's.
+        impl: as the product's own.
+
+    Returns:
+        A hashable value, or None where products need no plan: pass them an empty list.
+    """
+    return EXPERT_CONV.choose(impl, weight).plan_key(weight, rows, height, width, backward, geometry)
+
+
+def conv_plan(
+    weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry,
+    impl: str = AUTO,
+) -> list[Tensor]:  # fmt: skip
+    """What products with the same ``plan_key`` (whose arguments these are) and ``offsets`` [E+1] share; may be []."""
+    return _OPS.expert_conv_plan(weight, offsets, rows, height, width, backward, geometry.numbers(), impl)
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry,
+    impl: str = AUTO,
+) -> Tensor:  # fmt: skip
+    """The convolution as it is: unchecked, not differentiable.
+
+    Args:
+        x: [N, I, H, W], the rows themselves or what they are gathered from.
+        weight: [E, O, I, kh, kw], dtype of x.
+        offsets: [E+1] int64, contiguous; rows ``offsets[e]:offsets[e+1]`` are expert e's.
+        sample: [R] int64, the row of x that each row is; None: rows are x in its order.
+        plan: what ``conv_plan`` made for this product or one that shares it; []: made here, where one is needed.
+        geometry: the convolution's.
+        impl: as of ``expert_conv``.
+
+    Returns:
+        [R, O, H', W'], channels-last.
+    """
+    return _OPS.expert_conv_forward(x, weight, offsets, sample, plan, geometry.numbers(), impl)
+
+
+def conv_dgrad(
+    d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: Geometry,
+    impl: str = AUTO,
+) -> Tensor:  # fmt: skip
+    """The rows' gradient [R, I, height, width], channels-last, from that of the output [R, O, H', W']; the other
+    arguments are those of ``conv_forward``."""
+    return _OPS.expert_conv_dgrad(d_out, weight, offsets, plan, height, width, geometry.numbers(), impl)
+
+
+def conv_wgrad(
+    x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: Geometry,
+    impl: str = AUTO,
+) -> Tensor:  # fmt: skip
+    """The filters' gradient, in the shape, dtype and memory order of ``weight``, whose numbers are not read; 0 for an
+    expert without rows. Arguments as of ``conv_forward`` and ``conv_dgrad``."""
+    return _OPS.expert_conv_wgrad(x, d_out, offsets, sample, weight, geometry.numbers(), impl)
 
 
 class _Conv(torch.autograd.Function):
     """``expert_conv`` without its checks; computes only the gradients that are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, geometry: list[int], impl: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, geometry: Geometry, impl: str) -> Tensor:
         ctx.save_for_backward(x, weight, offsets)
         ctx.geometry, ctx.impl = geometry, impl
         return conv_forward(x, weight, offsets, None, [], geometry, impl)

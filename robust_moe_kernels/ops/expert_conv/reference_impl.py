@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import Geometry, channels_last_empty
@@ -22,7 +23,7 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def why_not_case(x: Tensor, weight: Tensor) -> str | None:
+def why_not_case(*operands: Tensor) -> str | None:
     return None
 
 
@@ -67,7 +68,7 @@ def dgrad(
     expect(not plan, "plan", "no tensors: this implementation needs none", f"{len(plan)} tensors")
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     for expert, part in _segments(offsets):
-        d_x[part] = torch.nn.grad.conv2d_input(
+        d_x[part] = conv2d_input(
             d_x[part].shape, weight[expert], d_out[part], geometry.stride, geometry.padding, geometry.dilation
         )
     return d_x
@@ -79,7 +80,7 @@ def wgrad(
     rows = x if sample is None else x.index_select(0, sample)
     d_weight = torch.zeros_like(weight)
     for expert, part in _segments(offsets):
-        d_weight[expert] = torch.nn.grad.conv2d_weight(
+        d_weight[expert] = conv2d_weight(
             rows[part], weight[expert].shape, d_out[part], geometry.stride, geometry.padding, geometry.dilation
         )
     return d_weight

@@ -91,7 +91,9 @@ def builds() -> Iterator[Build]:
             for dtype in (_FLOAT16, _BFLOAT16, _FLOAT32) if preferred else (_FLOAT32,):
                 yield build(Choice(variant, narrow), dtype, flag, aligned=False, whole=False)
             # A single channel becomes a constant of the kernel.
-            ones = {"inputs": 1, "outputs": 1} if build is filter_build else {"columns" if flag else "depth": 1}
+            ones: dict[str, Any] = (
+                {"inputs": 1, "outputs": 1} if build is filter_build else {"columns" if flag else "depth": 1}
+            )
             yield build(Choice(variant, narrow), _FLOAT32, flag, aligned=False, whole=False, **ones)
 
 

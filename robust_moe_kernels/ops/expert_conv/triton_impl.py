@@ -36,6 +36,8 @@ thousands of bytes, hence "narrow". Not done: batch-norm sums in the epilogue.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -75,12 +77,13 @@ why_not = triton_support.why_not
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def why_not_case(x: Tensor, weight: Tensor) -> str | None:
+def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
+    kinds = [tensor.dtype for tensor in operands]
+    if kinds[0] == torch.bfloat16 and not operands[0].is_cuda:
         return "Triton's interpreter cannot multiply bfloat16 matrices"
-    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
-        return f"the Triton convolution computes float32, float16 and bfloat16, not {x.dtype} with {weight.dtype}"
+    if kinds[0] not in _DTYPES or any(kind != kinds[0] for kind in kinds):
+        return f"the Triton convolution computes float32, float16 and bfloat16, not {' with '.join(map(str, kinds))}"
     return None
 
 
@@ -153,7 +156,7 @@ def _run(
     across = triton.cdiv(case.columns, tile.n)
     index = offsets if sample is None else sample
     sizes = (*source.shape[2:], *weight.shape[3:], case.depth, case.columns)
-    flags = {"FORWARD": not backward, "GATHER": sample is not None, "MIRROR": case.mirror}
+    flags: dict[str, Any] = {"FORWARD": not backward, "GATHER": sample is not None, "MIRROR": case.mirror}
     flags |= {"PRECISION": precision(source.dtype), **tile.blocks(), **tile.options()}
     with on_device(source):
         if variant == "pointer":
@@ -189,7 +192,7 @@ def forward_by(
 ) -> Tensor:  # fmt: skip
     """``forward`` by a kernel and tile of ``product_candidates``, the plan by the same; None: the table's."""
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
-    case = Product.of(weight, out.shape[0], *x.shape[2:], False, geometry, choice)
+    case = Product.of(weight, out.shape[0], x.shape[2], x.shape[3], False, geometry, choice)
     return _run(case, x, weight, offsets, sample, plan, out, False)
 
 
@@ -235,14 +238,19 @@ def wgrad_by(
     splits = max(1, min(2 * gpu.multiprocessors // max(programs, 1), depth // (8 * tile.k)))
     parts = x.new_empty((splits, experts, *taps, inputs, outputs), dtype=weight.dtype if splits == 1 else torch.float32)
     carry = variant == "carry" and x.shape[0] * x.shape[2] * x.shape[3] < 2**31
-    flags = {"GATHER": sample is not None, "PRECISION": precision(x.dtype), **tile.blocks(), **tile.options()}
+    flags: dict[str, Any] = {
+        "GATHER": sample is not None,
+        "PRECISION": precision(x.dtype),
+        **tile.blocks(),
+        **tile.options(),
+    }
     if carry:
         flags |= {"EVEN_M": inputs % tile.m == 0, "EVEN_N": outputs % tile.n == 0}
     if parts.numel():
         with on_device(x):
             (carry_kernel if carry else divide_kernel)[across, taps[0] * taps[1], experts * splits](
                 x, offsets if sample is None else sample, offsets, d_out, parts, splits, inputs, outputs,
-                **sizes_of(weight, *x.shape[2:], geometry), **flags,
+                **sizes_of(weight, x.shape[2], x.shape[3], geometry), **flags,
             )  # fmt: skip
     d_weight = parts[0] if splits == 1 else parts.sum(0).to(weight.dtype)
     d_weight = d_weight.permute(0, 4, 3, 1, 2)

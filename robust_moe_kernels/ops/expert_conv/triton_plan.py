@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ PLAN_OPTIONS = {"num_warps": 4}
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own convolutions are told to (``torch.backends.cudnn``)."""
-    tf32 = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
 
 
@@ -43,10 +44,9 @@ def kind_of(dtype: torch.dtype, *channels: int) -> str:
 @cache
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return Gpu(
-        10 * properties.major + properties.minor, properties.shared_memory_per_block_optin,
-        properties.multi_processor_count, TensorDescriptor is not None,
-    )  # fmt: skip
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in PyTorch's stubs
+    capability = 10 * properties.major + properties.minor
+    return Gpu(capability, shared, properties.multi_processor_count, TensorDescriptor is not None)
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -61,17 +61,17 @@ def power_of_two(value: int, at_least: int) -> int:
     return max(at_least, triton.next_power_of_2(value))
 
 
-def _is_mirrored(geometry: Geometry, kernel: tuple[int, ...]) -> bool:
+def _is_mirrored(geometry: Geometry, kernel: Sequence[int]) -> bool:
     """Whether an input pixel's gradient reads the window of outputs that the output in its place reads of inputs, taps
     in opposite order: stride 1 and a padding of half of what the filter spans, e.g. 3x3 with padding 1."""
     spans = [dilation * (taps - 1) for dilation, taps in zip(geometry.dilation, kernel, strict=True)]
-    return tuple(geometry.stride) == (1, 1) and spans == [2 * padding for padding in geometry.padding]
+    return geometry.stride == (1, 1) and spans == [2 * padding for padding in geometry.padding]
 
 
 def sizes_of(weight: Tensor, height: int, width: int, geometry: Geometry) -> dict[str, int]:
     """What the kernels are told of a convolution of maps of that height and width, by the names of GEOMETRY."""
-    out_size = geometry.output_size(height, width, tuple(weight.shape[3:]))
-    numbers = (height, width, *out_size, *weight.shape[3:], *geometry.stride, *geometry.padding, *geometry.dilation)
+    out_size = geometry.output_size(height, width, weight.shape[3:])
+    numbers = (height, width, *out_size, *weight.shape[3:], *geometry.numbers())
     return dict(zip(GEOMETRY, numbers, strict=True))
 
 
@@ -97,7 +97,7 @@ class Product(NamedTuple):
         """The product of ``rows`` rows by these filters; height and width are the convolution's input map's."""
         experts, outputs, inputs, *kernel = weight.shape
         sizes = sizes_of(weight, height, width, geometry)
-        mirror = backward and _is_mirrored(geometry, tuple(kernel))
+        mirror = backward and _is_mirrored(geometry, kernel)
         forward = mirror or not backward
         parts, pixels = 1, sizes["out_h"] * sizes["out_w"]
         if not forward:

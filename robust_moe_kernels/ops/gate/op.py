@@ -70,7 +70,8 @@ def top_k_route(
     GPU a kernel less than one after the other."""
     mode = _checked_mode(logits, top_k, renormalize, straight_through)
     outputs = torch.ops.robust_moe_kernels.top_k_route(logits, top_k, mode, impl)
-    return GateOutput(*outputs[:_FIELDS]), Route(*outputs[_FIELDS:], top_k)
+    order, sample, inverse, offsets, invalid = outputs[_FIELDS:]
+    return GateOutput(*outputs[:_FIELDS]), Route(order, sample, inverse, offsets, invalid, top_k)
 
 
 def _checked_mode(logits: Tensor, top_k: int, renormalize: bool, straight_through: bool) -> int:
@@ -100,12 +101,12 @@ torch.library.define(
 
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    return _finite(GATE.choose(impl, logits.device.type).forward(logits.contiguous(), top_k, mode))
+    return _finite(GATE.choose(impl, logits).forward(logits.contiguous(), top_k, mode))
 
 
 @torch.library.impl(_SORTED, "default")
 def _forward_sorted(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    return _finite(GATE.choose(impl, logits.device.type).forward_sorted(logits.contiguous(), top_k, mode))
+    return _finite(GATE.choose(impl, logits).forward_sorted(logits.contiguous(), top_k, mode))
 
 
 def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -148,7 +149,7 @@ def _backward(
 ) -> Tensor:
     gradients = (d_scores, d_weights, d_mean_scores, d_mean_entropy, d_mean_square_lse)
     dense = (None if gradient is None else gradient.contiguous() for gradient in gradients)
-    chosen = GATE.choose(impl, logits.device.type)
+    chosen = GATE.choose(impl, logits)
     return chosen.backward(logits.contiguous(), scores.contiguous(), indices.contiguous(), *dense, mode)
 
 

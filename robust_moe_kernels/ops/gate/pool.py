@@ -62,7 +62,7 @@ torch.library.define(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """(logits [B, E], means of the maps [B, C])."""
     bias = None if bias is None else bias.contiguous()
-    return GATE.choose(impl, x.device.type).pool_linear(dense(x), weight.contiguous(), bias)
+    return GATE.choose(impl, x).pool_linear(dense(x), weight.contiguous(), bias)
 
 
 @torch.library.register_fake(_FORWARD)
@@ -76,7 +76,7 @@ def _backward(
 ) -> Tensor:
     """The gradient of x, in the dtype and memory format that x has."""
     d_x = _backward_fake(d_logits, weight, height, width, channels_last, dtype, impl)
-    GATE.choose(impl, weight.device.type).pool_linear_backward(d_logits.contiguous(), weight.contiguous(), d_x)
+    GATE.choose(impl, weight).pool_linear_backward(d_logits.contiguous(), weight.contiguous(), d_x)
     return d_x
 
 

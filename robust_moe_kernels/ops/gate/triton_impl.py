@@ -125,8 +125,8 @@ def builds() -> Iterator[Build]:
         signature = {**dict.fromkeys(stats, f"*{kind}"), "nonfinite_ptr": "*i32"}
         route = ("indices_ptr", "order_ptr", "sample_ptr", "inverse_ptr", "offsets_ptr")
         pairs = {**dict.fromkeys(route, "*i64"), "invalid_ptr": "*i32"}
-        sizes = dict.fromkeys(("programs", "rows", "experts", "top_k", "pairs"), "i32")
-        signature = {**signature, **pairs, **sizes, **dict.fromkeys(("SORT", "EXPERTS", "BLOCK"), "constexpr")}
+        numbers = dict.fromkeys(("programs", "rows", "experts", "top_k", "pairs"), "i32")
+        signature = {**signature, **pairs, **numbers, **dict.fromkeys(("SORT", "EXPERTS", "BLOCK"), "constexpr")}
         for sort, padded in ((False, 4), (True, 4), (True, 1024)):
             constants = {"SORT": sort, "EXPERTS": padded, "BLOCK": SORT_BLOCK}
             yield Build(gate_finish_kernel, signature, constants, _finish_options(padded))

@@ -107,7 +107,7 @@ torch.library.define("robust_moe_kernels::row_dot", f"(Tensor x, Tensor y, {_ROU
 def _dispatch(x: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int, impl: str) -> Tensor:
     x = dense(x)
     weights = None if weights is None else weights.contiguous()
-    return PERMUTE.choose(impl, x.device.type).dispatch(x, order, inverse, weights, top_k)
+    return PERMUTE.choose(impl, x).dispatch(x, order, inverse, weights, top_k)
 
 
 @torch.library.register_fake("robust_moe_kernels::dispatch")
@@ -119,7 +119,7 @@ def _dispatch_fake(x: Tensor, order: Tensor, inverse: Tensor, weights: Any, top_
 def _combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int, impl: str) -> Tensor:
     y = dense(y)
     weights = None if weights is None else weights.contiguous()
-    return PERMUTE.choose(impl, y.device.type).combine(y, order, inverse, weights, top_k)
+    return PERMUTE.choose(impl, y).combine(y, order, inverse, weights, top_k)
 
 
 @torch.library.register_fake("robust_moe_kernels::combine")
@@ -131,7 +131,7 @@ def _combine_fake(y: Tensor, order: Tensor, inverse: Tensor, weights: Any, top_k
 def _row_dot(x: Tensor, y: Tensor, order: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
     layout = dense_format(y)
     x, y = x.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
-    return PERMUTE.choose(impl, x.device.type).row_dot(x, y, order, inverse, top_k)
+    return PERMUTE.choose(impl, x).row_dot(x, y, order, inverse, top_k)
 
 
 @torch.library.register_fake("robust_moe_kernels::row_dot")

@@ -51,7 +51,8 @@ def sort_by_expert(indices: Tensor, num_experts: int, impl: str = AUTO) -> Route
     expect_dtype(indices, "indices", (torch.int64,))
     expect(indices.dim() == 2 and indices.shape[1] >= 1, "indices", "shape [B, k] with k >= 1", list(indices.shape))
     expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
-    return Route(*torch.ops.robust_moe_kernels.sort_by_expert(indices, num_experts, impl), indices.shape[1])
+    order, sample, inverse, offsets, invalid = torch.ops.robust_moe_kernels.sort_by_expert(indices, num_experts, impl)
+    return Route(order, sample, inverse, offsets, invalid, indices.shape[1])
 
 
 _NAME = "robust_moe_kernels::sort_by_expert"
@@ -60,7 +61,7 @@ torch.library.define(_NAME, "(Tensor indices, int num_experts, str impl) -> (Ten
 
 @torch.library.impl(_NAME, "default")
 def _sort_by_expert(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
-    chosen = ROUTING.choose(impl, indices.device.type)
+    chosen = ROUTING.choose(impl, indices)
     outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts, indices.shape[1])
     if indices.device.type == "cpu" and outputs[-1].item():
         raise ValueError(

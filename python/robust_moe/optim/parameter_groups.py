@@ -6,21 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from robust_moe.config import OptimConfig
 from robust_moe.weights import filters_and_matrices
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["parameter_groups", "regrouped"]
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The groups of ``config.weight_decay_on``: one of all parameters, or those that decay and those that do not.
+def parameter_groups(model: nn.Module, weight_decay_on: str) -> list[dict[str, Any]]:
+    """The groups of ``optim.weight_decay_on``: one of all parameters, or those that decay and those that do not.
 
     ``"weights"``: filters and matrices decay; biases and the scales and shifts of normalisations do not, as in ResNet
     recipes since He et al. (2019, arXiv:1812.01187, section 3.1), and neither do gates and routers, whose decay would
     pull every route towards a tie.
     """
-    groups = _split(model, config.weight_decay_on)
+    groups = _split(model, weight_decay_on)
     return [{"params": groups[0]}, *({"params": group, "weight_decay": 0.0} for group in groups[1:])]
 
 

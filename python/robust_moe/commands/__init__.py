@@ -1,0 +1,53 @@
+"""The commands of ``robust-moe``, a module each. A module, and PyTorch with it, is imported when its command runs: the
+list of commands is shown at once."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+__all__ = ["COMMANDS", "app"]
+
+COMMANDS = {  # name: (module, what the list says: the first sentence of its help)
+    "train": ("train", "Train, then evaluate the best checkpoint on the test images, and draw the figures."),
+    "eval": ("evaluate", "Clean and robust accuracy of a checkpoint, on the images of its configuration."),
+    "certify": ("certify", "Certified accuracy over the radius, by bounds on the network or by randomised smoothing."),
+    "config": ("config", "Every setting in force, with its unit, its meaning and where it came from."),
+    "reproduce": ("reproduce", "Put published claims to the test: train the models over several seeds, and measure."),
+    "env": ("env", "Versions, devices, and which implementation of every op can run here."),
+    "demo": ("demo", "Train a routed network and its dense twin on handwritten digits, and compare them."),
+}
+
+
+class Commands(TyperGroup):
+    """Lists :data:`COMMANDS` without importing them, and imports the one that is called."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: typer.Context, name: str) -> TyperCommand | None:
+        return TyperCommand(name, help=COMMANDS[name][1]) if name in COMMANDS else None
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        module = import_module(f"robust_moe.commands.{COMMANDS[name][0]}")
+        command = typer.main.get_command(module.app)
+        command.name = name
+        return name, command, rest
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Adversarial training and evaluation of mixture-of-experts vision models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _main() -> None:
+    pass

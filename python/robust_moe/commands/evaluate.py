@@ -1,0 +1,112 @@
+"""``robust-moe eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robust_moe.commands.shared import (
+    DryRun,
+    Imports,
+    Overrides,
+    Traceback,
+    console,
+    import_modules,
+    new_app,
+    one_line_errors,
+    show,
+)
+from robust_moe.config import ConfigError
+from robust_moe.dry_run import evaluation_facts
+from robust_moe.engine import Reporter
+from robust_moe.engine.experiment import checkpoint_file
+from robust_moe.evaluation import robustbench_json
+from robust_moe.files import replace_file
+from robust_moe.report import PRESETS, assess
+
+__all__ = ["app"]
+
+app = new_app()
+
+
+@app.command()
+@one_line_errors
+def evaluate_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or a run folder: its best.pt.", show_default=False)],
+    overrides: Overrides = None,
+    preset: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in PRESETS.items()) + ".")
+    ] = "quick",
+    n: Annotated[
+        int | None, typer.Option("--n", help="Only so many images, the first of every class.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="As eval.batch_size=...", show_default=False)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on where a killed evaluation was, or start anew.")
+    ] = True,
+    attack_steps: Annotated[int | None, typer.Option(help="As eval.attack.steps=...", show_default=False)] = None,
+    attack_eps: Annotated[
+        str | None, typer.Option(help="As eval.attack.eps=..., e.g. 8/255.", show_default=False)
+    ] = None,
+    attack_restarts: Annotated[int | None, typer.Option(help="As eval.attack.restarts=...", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="A result file of another model to show in the report; may be repeated.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
+    ] = None,
+    robustbench: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TITLE",
+            help="With --preset standard: write RobustBench's entry of that name beside the results too.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    imports: Imports = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Clean and robust accuracy of a checkpoint, on the images of its configuration.
+
+    Writes results as JSON, arrays of every image and an HTML report; the same command goes on after a kill.
+
+    Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), model.dual.alpha,
+    run.accelerator, run.threads.
+    """
+    settings = import_modules(imports, overrides)
+    for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):
+        if value is not None:
+            settings.append(f"eval.attack.{name}={value}")
+    if batch_size is not None:
+        settings.append(f"eval.batch_size={batch_size}")
+    if robustbench is not None and preset != "standard":
+        raise ConfigError(f"robustbench: expected --preset standard, which it is about, got {preset!r}")
+    file = checkpoint_file(checkpoint)
+    if dry_run:
+        for what, value in evaluation_facts(file, settings, preset=preset, split=split, count=n):
+            console().print(f"{what}: {value}", soft_wrap=True)
+        return
+    reporter = Reporter(console=console())
+    results, written = assess(
+        file,
+        out,
+        preset=preset,
+        overrides=settings,
+        split=split,
+        count=n,
+        resume=resume,
+        beside=beside or (),
+        reporter=reporter,
+    )
+    show(reporter.console, file.resolve().parent.name if file.stem == "best" else file.stem, results, written)
+    if robustbench is not None:
+        entry = written.with_name(f"{written.stem}-robustbench.json")
+        text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
+        replace_file(entry, f"{text}\n".encode())
+        reporter.console.print(f"RobustBench entry: {entry}", soft_wrap=True)

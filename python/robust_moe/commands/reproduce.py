@@ -1,0 +1,77 @@
+"""``robust-moe reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robust_moe.commands.shared import (
+    STOPPED,
+    Imports,
+    Overrides,
+    Traceback,
+    console,
+    import_modules,
+    new_app,
+    one_line_errors,
+)
+from robust_moe.engine import Reporter
+from robust_moe.reproduce import SCALES, STUDIES, claim_line, reproduce
+
+__all__ = ["app"]
+
+app = new_app()
+
+
+@app.command()
+@one_line_errors
+def run_study(
+    study: Annotated[str, typer.Argument(help=f"One of: {', '.join(STUDIES)}.", show_default=False)],
+    overrides: Overrides = None,
+    scale: Annotated[str, typer.Option(help=f"One of: {', '.join(SCALES)}.")] = "cpu",
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with train.parquet and test.parquet of CIFAR-10.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds every model is trained with.")] = 3,
+    jobs: Annotated[
+        int | None, typer.Option(help="Models at a time; default: one a CPU core, one on a GPU.", show_default=False)
+    ] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run folders; default: runs/study-SCALE, or one for these settings."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report; default: report-STUDY, in that of the runs.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with what is there, or start anew.")] = True,
+    imports: Imports = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Put published claims to the test: train the models over several seeds, and measure.
+
+    Leaves study.json, figures and summary.md. Ctrl-C saves and stops; the same command (without --fresh) goes on.
+    """
+    settings = import_modules(imports, overrides)
+    reporter = Reporter(console=console())
+    done = reproduce(
+        study,
+        scale,
+        data_root=data_root,
+        overrides=settings,
+        seeds=seeds,
+        workers=jobs,
+        runs=runs,
+        out=out,
+        resume=resume,
+        reporter=reporter,
+    )
+    for part in done.results["parts"].values():
+        reporter.line(part["title"])
+        for claim in part["claims"]:
+            reporter.line(f"  {claim_line(claim)}")
+    reporter.line(f"report: {done.path.with_name('summary.md')}")
+    if not done.finished:
+        raise typer.Exit(STOPPED)

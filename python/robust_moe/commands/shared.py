@@ -1,0 +1,112 @@
+"""What several commands share: options, the one-line errors, how results are shown."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from robust_moe.config import ConfigError
+from robust_moe.data import DataError
+from robust_moe.engine import CheckpointError
+from robust_moe.evaluation import attack_table, results_table
+from robust_moe.evaluation.tables import flag_lines, moe_table
+from robust_moe.settings import import_plugins
+
+__all__ = [
+    "STOPPED",
+    "DryRun",
+    "Imports",
+    "Overrides",
+    "Traceback",
+    "console",
+    "import_modules",
+    "new_app",
+    "one_line_errors",
+    "show",
+]
+
+# What a user can cause and mend: one line, exit status 2. Anything else is a fault of ours and keeps its traceback.
+USERS = (ConfigError, DataError, CheckpointError, FloatingPointError, ValueError, OSError)
+STOPPED = 130  # exit status of a run that SIGINT or SIGTERM stopped, as shells have it
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. run.epochs=3.", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and what it costs, and stop.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a module that registers components of your own, as from this folder; may be repeated. "
+        "A run remembers it.",
+        show_default=False,
+    ),
+]
+
+
+def new_app() -> typer.Typer:
+    """An application for one command."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output, or standard error, without guesses about colours."""
+    return Console(highlight=False, stderr=stderr)
+
+
+def import_modules(modules: Sequence[str] | None, overrides: Sequence[str] | None) -> list[str]:
+    """``overrides``, and the ``modules`` of ``--import`` as ``run.imports``, which a run keeps; they are imported.
+
+    Raises:
+        ConfigError: a module that cannot be imported.
+    """
+    chosen = list(overrides or [])
+    if modules:
+        import_plugins(modules)
+        chosen.append(f"run.imports=[{', '.join(modules)}]")
+    return chosen
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, whose :data:`USERS` errors end it with one line and exit status 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except USERS as error:
+            if kwargs.get("show_traceback"):
+                traceback.print_exc()
+            else:
+                text = " ".join(str(error).split())
+                console(stderr=True).print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+def show(to: Console, name: str, results: dict[str, Any], written: Path) -> None:
+    """The tables and warnings of an evaluation, and where its files are."""
+    to.print(_table(name, results))
+    if len(results["attacks"]) > 1:
+        to.print(attack_table(results))
+    if results["moe"] is not None:
+        to.print(moe_table(results))
+    for line in flag_lines(results):
+        to.print(line, soft_wrap=True)
+    to.print(f"results: {written}", soft_wrap=True)
+    to.print(f"report: {written.with_suffix('.html')}", soft_wrap=True)
+
+
+def _table(name: str, results: dict[str, Any]) -> Table:
+    data = results["data"]
+    return results_table([(name, results)], f"{data['name']}, {results['count']:,} {data['split']} images")

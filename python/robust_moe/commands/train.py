@@ -1,0 +1,63 @@
+"""``robust-moe train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from robust_moe.commands.shared import (
+    STOPPED,
+    DryRun,
+    Imports,
+    Overrides,
+    Traceback,
+    console,
+    import_modules,
+    new_app,
+    one_line_errors,
+    show,
+)
+from robust_moe.config import load_config, preset_names
+from robust_moe.dry_run import training_facts
+from robust_moe.engine import Reporter, Trainer
+from robust_moe.report import assess, draw
+
+__all__ = ["app"]
+
+app = new_app()
+
+
+@app.command()
+@one_line_errors
+def train(
+    config: Annotated[str, typer.Argument(help=f"A YAML file, or one of: {', '.join(preset_names())}.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on from last.pt, or start anew.")] = True,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on also with a changed configuration; says what changed.")
+    ] = False,
+    dry_run: DryRun = False,
+    imports: Imports = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Train, then evaluate the best checkpoint on the test images, and draw the figures.
+
+    Ctrl-C saves and stops; the same command goes on from there.
+    """
+    settings = load_config(config, import_modules(imports, overrides))
+    if dry_run:
+        for what, value in training_facts(settings):
+            console().print(f"{what}: {value}", soft_wrap=True)
+        return
+    reporter = Reporter(console=console())
+    trainer = Trainer(settings, reporter)
+    outcome = trainer.fit(resume=resume, override=override)
+    if not trainer.fabric.is_global_zero:
+        return
+    draw(outcome.folder)
+    if not outcome.finished:
+        raise typer.Exit(STOPPED)
+    results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
+    show(reporter.console, outcome.folder.name, results, written)
+    reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)

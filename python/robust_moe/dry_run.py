@@ -1,0 +1,129 @@
+"""What a command would run, and what that costs, without running it: the facts of ``--dry-run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.data import load_splits
+from robust_moe.engine.cost import passes_of_run
+from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
+from robust_moe.report import evaluation_stages
+
+__all__ = ["evaluation_facts", "training_facts"]
+
+Facts = list[tuple[str, str]]
+STATE = {"sgd": 1, "adam": 2, "adamw": 2}  # values an optimiser keeps for each weight
+
+
+def training_facts(config: TrainConfig) -> Facts:
+    """(what, value) of a training run: images, model, passes, operations, memory.
+
+    Operations are counted in a forward of one image, and memory is what a training pass of two images keeps for its
+    backward, times the batch; both on the CPU. A pass costs as much as a forward (:mod:`robust_moe.engine.cost`).
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as training would.
+    """
+    splits = load_splits(config.data, config.run.seed)
+    make_method(config)  # refuses what it cannot train
+    model = make_model(config, describe_data(splits.train))
+    train, val, test = len(splits.train), len(splits.val), len(splits.test)
+    facts = [
+        ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),
+        *_model(config, model, splits.train.images[:1]),
+        ("method", f"{config.method.name}, {config.run.epochs} epochs, {config.run.batch_size} images at a time"),
+    ]
+    flops = _flops(model, _image(splits.train.images, 1))
+    try:
+        passes = passes_of_run(config, train)
+        facts.append(("passes", f"{passes:,} of an image, {passes * flops:.3g} floating-point operations"))
+    except ConfigError:
+        facts.append(("passes", f"not counted for {config.method.name}"))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    kept = _kept(model.train(), _image(splits.train.images, 2)) / 2 * config.run.batch_size
+    copies = 2 + STATE.get(config.optim.name, 2)  # the weights, their gradients, the optimiser's state
+    text = f"about {_size(weights * copies + kept)}: {_size(weights * copies)} of weights, gradients and optimiser, "
+    facts.append(("memory", f"{text}{_size(kept)} of activations in float32"))
+    facts.append(("run folder", f"{config.run.out}{', which is there' if Path(config.run.out).exists() else ''}"))
+    return facts
+
+
+def evaluation_facts(
+    checkpoint: Path, overrides: list[str], *, preset: str = "quick", split: str = "test", count: int | None = None
+) -> Facts:
+    """(what, value) of an evaluation: images, model, attacks and their passes. Errors as those of
+    :func:`~robust_moe.report.assess`."""
+    config, model, splits, state = load_experiment(checkpoint, overrides)
+    images = getattr(splits, split)
+    n = len(images) if count is None else min(count, len(images))
+    flops = _flops(model, _image(images.images, 1).to(next(model.parameters()).device))
+    facts = [
+        ("data", f"{images.name}: {n:,} of {len(images):,} {split} images"),
+        *_model(config, model, images.images[:1]),
+        ("checkpoint", f"{checkpoint}, epoch {state['position']['epoch']}, step {state['position']['step']}"),
+    ]
+    whole = 0
+    for stage in evaluation_stages(config, model, preset):
+        forwards, backwards = stage.attack.passes
+        whole += n * (forwards + 2 * backwards)
+        facts.append((f"attack {stage.name}", f"at most {forwards:,} forwards and {backwards:,} backwards of an image"))
+    facts.append(("passes", f"at most {whole:,} of an image, {whole * flops:.3g} floating-point operations"))
+    return facts
+
+
+def _model(config: TrainConfig, model: nn.Module, images: Tensor) -> Facts:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = next(model.parameters()).device
+    flops = _flops(model, _image(images, 1).to(device))
+    size = "x".join(map(str, images.shape[1:]))
+    return [
+        ("model", f"{config.model.name} for {size} images: {parameters:,} parameters, {flops:.3g} operations a forward")
+    ]
+
+
+def _image(images: Tensor, count: int) -> Tensor:
+    batch = images[:count]
+    return batch if batch.is_floating_point() else batch.float() / 255
+
+
+@torch.no_grad()
+def _flops(model: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of a forward of one image, multiplication and addition counted apart."""
+    training = model.training
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(image)
+    finally:
+        model.train(training)
+    return counter.get_total_flops()
+
+
+def _kept(model: nn.Module, images: Tensor) -> int:
+    """Bytes that a training pass of ``images`` keeps for its backward, each storage once, the weights not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(images)
+    del outputs
+    return sum(seen.values())
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"

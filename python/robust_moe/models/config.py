@@ -1,0 +1,180 @@
+"""The section ``model``: a network, experts inside it, a mixture of networks, a dual model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from robust_moe.models.balance import BALANCE_LOSSES, BalanceConfig
+from robust_moe.models.gates import GATES, GateConfig
+from robust_moe.models.images import ImageSpec
+from robust_moe.models.routers import ROUTERS, RouterConfig
+from robust_moe.settings import Config, ConfigError, Table, setting
+
+__all__ = ["MODELS", "DualConfig", "MixtureConfig", "MoEConfig", "ModelConfig", "NetworkConfig"]
+
+MODELS = Table("model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(Config):
+    """Which blocks or convolutions become a mixture of experts, and how it routes (docs: FusedBlockMoE)."""
+
+    layers: tuple[str, ...] = setting((), "module names, e.g. [layer4.1]; empty: a dense model")
+    num_experts: int = setting(4, "E, experts of a layer", at_least=1)
+    top_k: int = setting(2, "k, experts a sample is sent to", at_least=1)
+    gate: GateConfig = setting(GATES["gap_fc"](), "what scores the experts")
+    renormalize: bool = setting(True, "divide the kept scores by their sum (k >= 2)")
+    straight_through: bool = setting(True, "k = 1: forward weight exactly 1, gradient through the score")
+    noise_std: float = setting(0.0, "standard deviation of the score noise in units of a row's own; 0: off", at_least=0)
+    init: Literal["fresh", "copy"] = setting(
+        "fresh", "fresh: experts initialised independently; copy: each starts as the replaced block"
+    )
+    balance: BalanceConfig = setting(
+        BALANCE_LOSSES["entropy"](), "balance loss of all routed layers, of model.mixture and of a dual model too"
+    )
+
+    def check(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"top_k: expected 1 <= k <= {self.num_experts}, got {self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(Config):
+    """E copies of the network, each with its own weights, behind a router on the image (docs: ExpertMixture).
+
+    Its balance loss is ``model.moe.balance``.
+    """
+
+    num_experts: int = setting(0, "E whole networks; 0: no mixture of networks", at_least=0)
+    router: RouterConfig = setting(ROUTERS["cnn"](), "what scores the networks")
+    routing: Literal["soft", "top_k", "hard"] = setting(
+        "soft", "soft: all E by their scores; top_k: the best k; hard: the best one"
+    )
+    top_k: int = setting(2, "k of routing top_k")
+    renormalize: bool = setting(True, "of top_k and hard: divide the kept scores by their sum")
+    straight_through: bool = setting(True, "of hard: forward weight exactly 1, gradient through the score")
+    mix: Literal["logits", "probabilities"] = setting(
+        "logits", "what is summed; probabilities are softmaxes, and the model returns the logarithm of their sum"
+    )
+    noise_std: float = setting(
+        0.0, "standard deviation of the score noise in training, in units of a row's own; 0: off", at_least=0
+    )
+
+    def check(self) -> None:
+        if self.num_experts > 0 and self.routing == "top_k" and not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(f"top_k: expected 1 <= k <= {self.num_experts}, got {self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(Config):
+    """One network, with experts inside it or as the expert of a mixture of networks."""
+
+    table: ClassVar[Table] = MODELS
+    normalizes: ClassVar[bool] = False  # whether the network subtracts mean and divides by std itself
+
+    init_from: str | None = setting(
+        None, "checkpoint or run folder that weights are taken from; in a dual model those of this half", path=True
+    )
+    moe: MoEConfig = setting(MoEConfig(), "experts inside the network")
+    mixture: MixtureConfig = setting(MixtureConfig(), "the network as the expert of a mixture of networks")
+
+    def check(self) -> None:
+        if self.mixture.num_experts > 0 and self.moe.layers:
+            # a routed layer inside a routed network would see, and record, a part of the batch only
+            raise ConfigError(f"moe.layers: expected none, as mixture.num_experts > 0, got {list(self.moe.layers)}")
+
+    def build(self, images: ImageSpec) -> nn.Module:
+        """The network alone, without experts: images -> logits [B, classes].
+
+        By default the registered class or function, called with ``images`` and the network's own settings. Where
+        ``normalizes`` is False the images that it gets are normalised already.
+        """
+        return type(self).owner(images, **self.arguments(ModelConfig))
+
+    def check_images(self, images: ImageSpec, alone: bool) -> None:
+        """Raise ValueError for images that the network cannot take.
+
+        alone: in training it may be sent a single image, as the expert of a mixture; a batch norm over maps of one
+        pixel cannot do with that.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualConfig(Config):
+    """F_D = (1 - alpha) F_S + alpha F_R: a standard and a robust model; the rest of ``model`` describes F_R."""
+
+    enabled: bool = setting(False, "whether there is a standard model beside the robust one")
+    alpha: float = setting(0.7, "share of the robust model; may be changed after training", at_least=0, at_most=1)
+    mix: Literal["logits", "probabilities"] = setting(
+        "probabilities", "what is summed; with probabilities the model returns the logarithm of their sum"
+    )
+    experts: bool = setting(
+        False, "the standard model has experts as the robust one: model.moe and model.mixture apply to it"
+    )
+    standard: NetworkConfig | None = setting(
+        None, "the standard model; without a name as model, but for what is set; null: as model, one dense network"
+    )
+
+    def check(self) -> None:
+        half = self.standard
+        if half is None:
+            return
+        if isinstance(half, ModelConfig) and half.dual != DualConfig():
+            raise ConfigError("standard.dual: expected nothing in a half of a dual model, got settings")
+        if half.moe.balance != MoEConfig().balance:
+            raise ConfigError(f"standard.moe.balance: expected none, as it is model.moe's, got {half.moe.balance.name}")
+        if self.experts and (half.moe.layers or half.mixture.num_experts > 0):
+            raise ConfigError("experts: expected false where the standard model has experts of its own, got true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(NetworkConfig):
+    """The section ``model``, and the base of the settings of each model in :data:`MODELS`.
+
+    A model from outside is a class or function that makes a module from ``(images, **its own settings)``, registered
+    with a subclass of this::
+
+        @dataclass(frozen=True, kw_only=True)
+        class MobileConfig(ModelConfig):
+            dropout: float = setting(0.2, "share of features set to zero", at_least=0, below=1)
+
+        @MODELS.register("mobile", MobileConfig)
+        def mobile(images: ImageSpec, dropout: float) -> nn.Module:
+            return torchvision.models.mobilenet_v3_small(num_classes=images.num_classes, dropout=dropout)
+
+    The module maps normalised images to logits: a :class:`~robust_moe.models.Normalize` is put in front of it, unless
+    the settings say ``normalizes: ClassVar[bool] = True``; then it gets images in [0, 1]. ``moe.layers`` are names of
+    submodules of that module.
+    """
+
+    dual: DualConfig = setting(DualConfig(), "a standard model beside the one described")
+
+    def check(self) -> None:
+        super().check()
+        if not (self.moe.balance.needs_noise and self.moe.balance.build()):
+            return
+        for key, half in self.halves():
+            used = {"moe": half.moe.layers, "mixture": half.mixture.num_experts > 0}
+            for section in (name for name, on in used.items() if on):
+                noise = getattr(half, section).noise_std
+                if noise == 0:
+                    raise ConfigError(
+                        f"{key}{section}.noise_std: expected > 0 for model.moe.balance={self.moe.balance.name}, which "
+                        f"is about the score noise, got {noise}"
+                    )
+
+    def standard(self) -> NetworkConfig:
+        """F_S of a dual model, described as a model of its own."""
+        dense = {"moe": MoEConfig(), "mixture": MixtureConfig()}
+        half = self.dual.standard or replace(self, **dense, dual=DualConfig(), init_from=None)
+        return replace(half, moe=self.moe, mixture=self.mixture) if self.dual.experts else half
+
+    def halves(self) -> Iterator[tuple[str, NetworkConfig]]:
+        """F_R, and F_S where there is one, with their places below ``model``."""
+        yield "", self
+        if self.dual.enabled:
+            yield "dual.standard.", self.standard()

@@ -1,0 +1,34 @@
+"""The table of gates: those of :mod:`robust_moe_kernels.modules`, and others from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from robust_moe.settings import Config, Table, fixed
+from robust_moe_kernels import modules
+
+__all__ = ["GATES", "GateConfig"]
+
+GATES = Table("gate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig(Config):
+    """Settings of a gate: the base of those of each gate in :data:`GATES`.
+
+    A gate is a module, or a function that makes one, from ``(in_channels, num_experts, **its own settings)``; the
+    module maps float [B, in_channels, H, W], any float dtype, to logits [B, num_experts].
+    """
+
+    table: ClassVar[Table] = GATES
+
+    def build(self, in_channels: int, num_experts: int) -> nn.Module:
+        """The gate of one layer; weights from PyTorch's global generator."""
+        return type(self).owner(in_channels, num_experts, **self.arguments(GateConfig))
+
+
+for _name, _gate in modules.GATES.items():
+    GATES.register(_name, fixed(GateConfig))(_gate)

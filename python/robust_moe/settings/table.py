@@ -1,0 +1,87 @@
+"""Tables of components: what a section's ``name`` chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from robust_moe.settings.config import Config
+from robust_moe.settings.errors import ConfigError, choose
+
+__all__ = ["Table", "fixed"]
+
+C = TypeVar("C")
+
+
+class Table(Mapping[str, type[Config]]):
+    """Components of one kind, as their settings by name: ``table["pgd"].owner`` is the component.
+
+    Args:
+        what: of the kind, in the singular, e.g. ``"attack"``.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._entries: dict[str, type[Config]] = {}
+
+    def register(self, name: str, config: type[Config] | None = None) -> Callable[[C], C]:
+        """A decorator that enters a component under ``name``.
+
+        Args:
+            config: its settings; None: the ``Config`` of the decorated class, and where it has none of its own, a
+                ``Config`` like the one that it inherits. Settings that are registered already are subclassed: each
+                name has settings of its own.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+
+        def enter(component: C) -> C:
+            settings = config or getattr(component, "Config", None)
+            if not (isinstance(settings, type) and issubclass(settings, Config)):
+                raise ConfigError(f"{self.what} {name!r}: expected a class with a Config inside, got {component!r}")
+            if name in self._entries and not _same(self._entries[name].owner, component):
+                taken = self._entries[name].owner
+                raise ConfigError(
+                    f"{self.what} {name!r}: expected a name that is free, got one that {taken.__module__}."
+                    f"{taken.__qualname__} has"
+                )
+            if config is None and "Config" not in vars(component):
+                settings = component.Config = _named_again(settings)
+                settings.__module__, settings.__qualname__ = component.__module__, f"{component.__qualname__}.Config"
+            elif vars(settings).get("name"):
+                settings = _named_again(settings)
+            settings.name, settings.owner = name, component
+            self._entries[name] = settings
+            return component
+
+        return enter
+
+    def choose(self, name: str, key: str) -> type[Config]:
+        """The settings under ``name``. Raises :class:`ConfigError`, with the nearest name, where there are none."""
+        return choose({entry: self._entries[entry] for entry in self}, name, key)
+
+    def __getitem__(self, name: str) -> type[Config]:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def fixed(config: type[Config], **arguments: Any) -> type[Config]:
+    """Settings as ``config``, of a component whose ``arguments`` are decided by its name."""
+    made = _named_again(config)
+    made.fixed = arguments
+    return made
+
+
+def _named_again(config: type[Config]) -> type[Config]:
+    return type(config.__name__, (config,), {"__module__": config.__module__, "__qualname__": config.__qualname__})
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two components are one, perhaps imported twice."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

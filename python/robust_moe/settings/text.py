@@ -1,0 +1,53 @@
+"""YAML whose scalars stay text: the field that a value is for, not the look of it, decides its type.
+
+PyYAML reads the file. Its guesses about scalars (``no`` is false, ``012`` is ten) are switched off; PyYAML is imported
+where something is read, so that the settings themselves need the standard library alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from robust_moe.settings.errors import ConfigError
+
+__all__ = ["Plain", "read_yaml"]
+
+
+class Plain(str):
+    """Text without quotes, whose meaning depends on the field that it is for. Quoted text is a ``str``."""
+
+    __slots__ = ()
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {}  # noqa: RUF012  PyYAML's own attribute: no scalar is anything but text
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+            seen = [key.value for key, _ in node.value]
+            twice = next((key for place, key in enumerate(seen) if key in seen[:place]), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    def scalar(loader: Any, node: Any) -> str:
+        return Plain(node.value) if node.style is None else str(node.value)
+
+    Loader.add_constructor("tag:yaml.org,2002:str", scalar)
+    return Loader
+
+
+def read_yaml(text: str, key: str) -> Any:
+    """Nested dicts and lists of :class:`Plain` and quoted text. Raises :class:`ConfigError` where ``text``, which
+    ``key`` names in the message, is no YAML."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        shown = " ".join(str(error).split())
+        raise ConfigError(f"{key}: {text if len(text) < 80 else 'the text'!r} is not readable YAML: {shown}") from error

@@ -1,0 +1,40 @@
+"""Who else sees, or changes, what a model computes: compilers, hooks, function transforms."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+__all__ = ["is_compiled", "is_hooked", "transformed"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of the model is compiled or scripted."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported for this: it takes a second
+    kinds = (torch.jit.ScriptModule, *(() if dynamo is None else (dynamo.OptimizedModule,)))
+    return any(
+        isinstance(module, kinds) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether anybody looks at what passes between the modules inside of the model."""
+    if nn.modules.module._has_any_global_hook():
+        return True
+    return any(getattr(m, name) for m in model.modules() if m is not model for name in _HOOKS)
+
+
+def transformed() -> bool:
+    """Whether somebody else intercepts operations too: function transforms, forward gradients, saved tensors' hooks,
+    tracing."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or torch.jit.is_tracing()
+    )

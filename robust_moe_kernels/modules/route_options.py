@@ -1,0 +1,55 @@
+"""How a mixture-of-experts layer routes: all of its options in one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.routing_record import RoutingRecord
+
+__all__ = ["Reroute", "RouteOptions"]
+
+
+class Reroute(Protocol):
+    """Replaces what a layer's gate decided. Hashable; equal ones do the same."""
+
+    def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        """(indices int64 [B, n], weights [B, n]) from the layer's options and its gate's decision; n need not be k."""
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """What a layer does with its gate's logits, tensors apart. Equal options route equal logits in the same way.
+
+    A recorded CUDA graph has the options of every layer fixed in it, so the object as a whole is part of the graph's
+    key (:mod:`robust_moe.graphs`): an option added here, or by a subclass, makes another key by itself.
+
+    Raises:
+        ValueError: an option out of range; the layer checks those that depend on its number of experts.
+    """
+
+    top_k: int = 2  # experts of a sample
+    renormalize: bool = True  # divide the k kept scores by their sum
+    straight_through: bool = True  # k = 1: forward weight exactly 1, gradient through the score
+    noise_std: float = 0.0  # of the score noise in training, in units of a row's own standard deviation; 0: none
+    fixed_expert: int | None = None  # takes every sample with weight 1, the gate unused
+    reroute: Reroute | None = None  # replaces what the gate decides
+
+    def __post_init__(self) -> None:
+        expect(type(self.top_k) is int, "top_k", "an integer", repr(self.top_k))
+        expect(self.noise_std >= 0, "noise_std", "a number >= 0", self.noise_std)
+
+    def expect_fits(self, num_experts: int) -> None:
+        """Raise :class:`ValueError` unless a layer of so many experts can route by these options."""
+        expect(1 <= self.top_k <= num_experts, "top_k", f"1 <= k <= num_experts = {num_experts}", self.top_k)
+        if self.fixed_expert is not None:
+            expect_expert(self.fixed_expert, num_experts, "fixed_expert")
+
+
+def expect_expert(index: int, num_experts: int, argument: str) -> None:
+    """Raise :class:`ValueError` unless ``index`` is the number of one of the experts."""
+    ok = type(index) is int and 0 <= index < num_experts
+    expect(ok, argument, f"an expert in 0..{num_experts - 1}", index)
