@@ -16,9 +16,9 @@
 // Panels of 64 channels instead of 128, or of 256, 128 or 512 tiles at once instead of 256: nothing, or slower. At 16
 // experts the rest is the filters' way from memory (151 MB) and their transforms: 14 ms, 20 ms with the transposition.
 //
-// Where filters are few, up to 128 channels, they are transformed once and a thread takes strips of 48 tiles from maps to
-// outputs within its second-level cache (one core of a Zen 4, forward, 128 maps): 128 channels at 16x16 pixels 54 -> 46,
-// 64 channels at 32x32 pixels 80 -> 73, of which 20 are fresh pages of the result.
+// Where filters are few, up to 128 channels, they are transformed once and a thread takes strips of 48 tiles from maps
+// to outputs within its second-level cache (one core of a Zen 4, forward, 128 maps): 128 channels at 16x16 pixels 54 ->
+// 46, 64 channels at 32x32 pixels 80 -> 73, of which 20 are fresh pages of the result.
 #include <algorithm>
 #include <vector>
 
