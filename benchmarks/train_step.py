@@ -132,8 +132,8 @@ def _with_loop(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain_trainer(config: TrainConfig, experts: int, count: int, device: torch.device) -> Callable[[int], object]:
-    plain = _with_loop(_model(config, experts, device)).to(memory_format=torch.contiguous_format)
+def _plain_trainer(experts: int, width: int, count: int, device: torch.device) -> Callable[[int], object]:
+    plain = _with_loop(_model(_config(experts, width), experts, device)).to(memory_format=torch.contiguous_format)
     return _plain_step(plain, _images(count, device))
 
 
@@ -141,14 +141,14 @@ def run(options: Options) -> list[Row]:
     count = options.batch or (8 if options.quick else 128 if options.device.type == "cuda" else 32)
     rows = []
     for experts in (4,) if options.quick else (4, 16):
-        config = _config(experts, width=16 if options.quick else 64)
+        width = 16 if options.quick else 64
         with ExitStack() as processes:
-            plain_trainer = (config, experts, count, options.device)
+            plain_trainer = (experts, width, count, options.device)
             if options.device.type == "cpu":
                 plain = processes.enter_context(own_process(_plain_trainer, *plain_trainer))
             else:
                 plain = _plain_trainer(*plain_trainer)
-            rows += _case(options, config, experts, count, plain)
+            rows += _case(options, _config(experts, width), experts, count, plain)
     return rows
 
 

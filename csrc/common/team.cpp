@@ -1,6 +1,8 @@
 #include "common/team.h"
 
+#if !defined(_WIN32)
 #include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -12,8 +14,6 @@ namespace rmk {
 namespace {
 
 std::atomic<Team> current{nullptr};
-
-void forget() { current = nullptr; }
 
 void run_by_own_threads(void (*body)(void*), void* data, int64_t threads) {
   std::vector<std::thread> workers;
@@ -29,8 +29,11 @@ void run_by_own_threads(void (*body)(void*), void* data, int64_t threads) {
 }  // namespace
 
 void set_team(Team team) {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget);
-  current = registered == 0 ? team : nullptr;
+#if !defined(_WIN32)  // which has no fork
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
+  if (registered != 0) team = nullptr;
+#endif
+  current = team;
 }
 
 void run_by_team(void (*body)(void*), void* data, int threads, int64_t useful) {
