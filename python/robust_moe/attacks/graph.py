@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks.capture import CudaCapturer
-from robust_moe.attacks.passes import Counts
+from robust_moe.attacks.passes import Counts, Passes
 from robust_moe.graphs import (
     Captured,
     Capturer,
@@ -33,11 +33,18 @@ from robust_moe.graphs import (
 )
 from robust_moe_kernels.modules import attack_mode
 
-if TYPE_CHECKING:
-    from robust_moe.attacks.base import StepAttack
-    from robust_moe.attacks.passes import Passes
+__all__ = ["Climber", "StepGraphs"]
 
-__all__ = ["StepGraphs"]
+
+class Climber(Protocol):
+    """An attack by gradient steps, whose settings are its plain attributes."""
+
+    steps: int
+    mode: str  # of the model
+
+    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        """All steps from the start ``x``: the last iterate first."""
+        ...
 
 
 class _Entry(NamedTuple):
@@ -74,7 +81,7 @@ class StepGraphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.graph,)  # graphs are neither copied nor pickled
 
-    def climb(self, attack: StepAttack, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+    def climb(self, attack: Climber, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
         """``attack.climb(passes, x, x0)``, replayed where it can be.
 
         Raises:
@@ -115,9 +122,7 @@ class StepGraphs:
         passes.counts.add(entry.counts)
         return tuple(found)
 
-    def _capture(
-        self, attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None
-    ) -> _Entry:
+    def _capture(self, attack: Climber, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None) -> _Entry:
         classes, counts = 0, Counts()
 
         def steps(x: Tensor, x0: Tensor, y: Tensor, *extras: Tensor) -> tuple[Tensor, ...]:
@@ -136,11 +141,11 @@ class StepGraphs:
         return _Entry(captured, classes, counts)
 
 
-def _settings(attack: StepAttack) -> dict[str, Any]:
+def _settings(attack: Climber) -> dict[str, Any]:
     return {name: value for name, value in vars(attack).items() if name not in ("seed", "graphs")}
 
 
-def _no_key(attack: StepAttack) -> str | None:
+def _no_key(attack: Climber) -> str | None:
     for name, value in _settings(attack).items():
         try:
             hash(value)
@@ -149,7 +154,7 @@ def _no_key(attack: StepAttack) -> str | None:
     return None
 
 
-def _key(attack: StepAttack, passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
+def _key(attack: Climber, passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
     return (
         tuple(_settings(attack).items()),
         getattr(passes.loss, "__func__", passes.loss),

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 
-if TYPE_CHECKING:
-    from robust_moe.attacks.base import Attack
+__all__ = ["Aim", "Counts", "Examined", "Passes"]
 
-__all__ = ["Counts", "Examined", "Passes"]
+
+class Aim(Protocol):
+    """What passes need to know of an attack."""
+
+    eot_iter: int  # draws over which a gradient is averaged
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Loss of each sample, [B], that the attack raises."""
+        ...
+
+    def fooled(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Whether the attack has won, bool [B]."""
+        ...
 
 
 @dataclass
@@ -51,7 +62,7 @@ class Passes:
 
     def __init__(
         self,
-        attack: Attack,
+        attack: Aim,
         model: nn.Module,
         y: Tensor,
         largest_label: int,
@@ -79,7 +90,7 @@ class Passes:
         other.y = y
         return other
 
-    def of(self, attack: Attack, y: Tensor) -> Passes:
+    def of(self, attack: Aim, y: Tensor) -> Passes:
         """Those of another attack on the same model, on a batch of labels ``y``; flag, room and counts are shared."""
         other = Passes(attack, self.model, y, self.largest_label, reads=self.reads, room=self.room, counts=self.counts)
         other.nonfinite = self.nonfinite
