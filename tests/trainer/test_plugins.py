@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ from typer.testing import CliRunner
 from robust_moe.attacks import ATTACKS
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, load_config, save_config
+from robust_moe.data import DATASETS
 from robust_moe.engine.checkpoint import load_checkpoint
 from robust_moe.methods import METHODS
+from robust_moe.models import GATES, MODELS, ROUTERS
 from robust_moe.settings import import_plugins
 
-TABLES = (ATTACKS, METHODS)
+TABLES = (ATTACKS, METHODS, MODELS, GATES, ROUTERS, DATASETS)
 NAME = "plugin_of_a_test"
 
 ATTACK = '''
@@ -64,6 +67,101 @@ class Noise(Method):
 '''
 
 
+MODEL = '''
+from dataclasses import dataclass
+
+from torch import nn
+
+from robust_moe.models import MODELS, ImageSpec, ModelConfig
+from robust_moe.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchesConfig(ModelConfig):
+    side: int = setting(4, "of a patch", unit="pixels", at_least=1)
+
+
+@MODELS.register("patches", PatchesConfig)
+def patches(images: ImageSpec, side: int) -> nn.Module:
+    """Any callable that returns a network."""
+    body = [nn.Conv2d(images.channels, 8, side, side), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(8, images.num_classes))
+'''
+
+GATE = '''
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from robust_moe.models import GATES, GateConfig
+from robust_moe.settings import setting
+
+
+@GATES.register("max_fc")
+class MaxGate(nn.Module):
+    """The largest value of each map, then a linear layer."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(GateConfig):
+        temperature: float = setting(1.0, "that logits are divided by", above=0)
+
+    def __init__(self, in_channels: int, num_experts: int, temperature: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_channels, num_experts)
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.amax((2, 3))) / self.temperature
+'''
+
+ROUTER = """
+from dataclasses import dataclass
+
+from torch import nn
+
+from robust_moe.models import ROUTERS, ImageSpec, Router, RouterConfig
+from robust_moe.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenConfig(RouterConfig):
+    hidden: int = setting(8, "units", at_least=1)
+
+
+@ROUTERS.register("hidden", HiddenConfig)
+def hidden_router(images: ImageSpec, num_experts: int, hidden: int) -> nn.Module:
+    def body(channels: int, size: int, experts: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, hidden), nn.ReLU(), nn.Linear(hidden, experts))
+
+    return Router(body, images.channels, images.image_size, num_experts, images.mean, images.std)
+"""
+
+DATA = '''
+from dataclasses import dataclass
+
+import torch
+
+from robust_moe.data import DATASETS, DataSet, ImageSet
+from robust_moe.settings import setting
+
+
+@DATASETS.register("stripes")
+class Stripes(DataSet):
+    """Two classes: stripes that lie and stripes that stand."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(DataSet.Config):
+        width: int = setting(2, "of a stripe", unit="pixels", at_least=1)
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        line = (torch.arange(8) // self.config.width % 2 * 255).to(torch.uint8)
+        standing, lying = line.expand(1, 8, 8), line[:, None].expand(1, 8, 8)
+        images, labels = torch.stack([lying, standing] * 40), torch.arange(80) % 2
+        whole = ImageSet(images, labels, ("lying", "standing"), "stripes")
+        return whole, whole
+'''
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder of a user; what a plug-in registers is forgotten afterwards."""
@@ -88,19 +186,29 @@ def forget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "chosen", "kept"),
+    ("source", "section", "chosen", "kept"),
     [
-        (ATTACK, ("method.attack=half-pgd", "method.attack.share=0.25"), {"name": "half-pgd", "share": 0.25}),
-        (METHOD, ("method=noise", "method.std=0.05"), {"name": "noise", "std": 0.05}),
+        (ATTACK, "method.attack", ("method.attack=half-pgd", "method.attack.share=0.25"), {"share": 0.25}),
+        (METHOD, "method", ("method=noise", "method.std=0.05"), {"std": 0.05}),
+        (MODEL, "model", ("model=patches", "model.side=2", "model.moe.layers=[]"), {"side": 2}),
+        (GATE, "model.moe.gate", ("model.moe.gate=max_fc", "model.moe.gate.temperature=2"), {"temperature": 2.0}),
+        (
+            ROUTER,
+            "model.mixture.router",
+            ("model.moe.layers=[]", "model.mixture.num_experts=2", "model.mixture.router={name: hidden, hidden: 4}"),
+            {"hidden": 4},
+        ),
+        (DATA, "data", ("data={name: stripes, width: 1}", "model.moe.layers=[]"), {"width": 1}),
     ],
+    ids=["attack", "method", "model", "gate", "router", "data"],
 )
-def test_a_plugin_is_trained_evaluated_and_resumed(tiny, folder, source, chosen, kept):
+def test_a_plugin_is_trained_evaluated_and_resumed(tiny, folder, source, section, chosen, kept):
     (folder / f"{NAME}.py").write_text(source)
     save_config(tiny("run.epochs=2", "run.max_steps=2"), folder / "run.yaml")
     done = run("train", "run.yaml", "--import", NAME, *chosen)
     assert done.exit_code == 0, done.output
     written = (folder / "run" / "config.yaml").read_text()
-    assert NAME in written and kept["name"] in written
+    assert NAME in written
 
     forget()
     done = run("eval", "run", "--n", 10)  # the checkpoint names the module
@@ -112,8 +220,8 @@ def test_a_plugin_is_trained_evaluated_and_resumed(tiny, folder, source, chosen,
 
     forget()
     again = load_config(folder / "run" / "config.yaml")  # config.yaml names it as well
-    section = again.method if source is METHOD else again.method.attack
-    assert {"name": section.name} | {name: section.values()[name] for name in kept if name != "name"} == kept
+    values = functools.reduce(getattr, section.split("."), again).values()
+    assert {name: values[name] for name in kept} == kept
 
     forget()
     (folder / f"{NAME}.py").unlink()
