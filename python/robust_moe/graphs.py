@@ -59,7 +59,9 @@ class Capturer(Protocol):
 class HasCaptured(Protocol):
     """What is kept of a graph, the graph among it."""
 
-    captured: Captured
+    @property
+    def captured(self) -> Captured:
+        """The graph."""
 
 
 Entry = TypeVar("Entry", bound=HasCaptured)

@@ -34,7 +34,7 @@ GUESSED = "null no 012 1_0 1e3 2026-01-01 ~ 0x1F [a] {a} = << 1:30 .inf ! & - ?"
 
 class Tool:
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(Settings):
         table: ClassVar[Table] = TOOLS
         length: Fraction = setting("1/3", "from end to end", at_least=0)
 
@@ -283,9 +283,9 @@ def test_an_optional_section_with_nothing_around_it_needs_a_name():
 
 
 def test_what_a_component_is_called_with():
-    assert Saw.Config(teeth=9).arguments(Tool.Config) == {"teeth": 9, "kind": "rip"}
+    assert Saw.Config(teeth=9).own_arguments(Tool.Config) == {"teeth": 9, "kind": "rip"}
     named = fixed(Saw.Config, handle="long")(length=3)
-    assert named.arguments(Tool.Config) == {"handle": "long", "teeth": 20, "kind": "rip"}
+    assert named.own_arguments(Tool.Config) == {"handle": "long", "teeth": 20, "kind": "rip"}
 
 
 def test_where_a_setting_comes_from():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Passes:
         counts: Counts | None = None,
     ) -> None:
         self.model, self.y, self.largest_label = model, y, largest_label
-        self.loss = attack.loss
+        self.loss: Callable[..., Tensor] = attack.loss
         self.extras: tuple[Tensor, ...] = ()
         self.classes = 0  # of the last forward
         self.draws = attack.eot_iter
@@ -109,7 +110,7 @@ class Passes:
         not finite in it, and :meth:`settle` at the end of the climb what the losses were.
         """
         x = x.detach().requires_grad_(True)
-        total = None
+        total: Tensor | None = None
         for _ in range(self.draws):
             logits = self.logits(x)
             loss = self.loss(logits, self.y, *self.extras)
@@ -118,6 +119,7 @@ class Passes:
             self._sums.append(whole.detach())
             grad = self.gradient(whole, x)
             total = grad if total is None else total + grad
+        assert total is not None  # there is a draw
         return Examined(logits.detach(), loss.detach(), total if self.draws == 1 else total / self.draws)
 
     def notice(self, grad: Tensor) -> None:
@@ -131,7 +133,7 @@ class Passes:
             self.nonfinite |= ~torch.isfinite(torch.stack(self._sums)).all()
             self._sums.clear()
 
-    def gradient(self, output: Tensor, x: Tensor, **options) -> Tensor:
+    def gradient(self, output: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of
         ``torch.autograd.grad``. Zero where the output does not depend on ``x`` through anything with a gradient."""
         self.counts.backward += len(x)

@@ -109,11 +109,11 @@ def remove(jobs: Sequence[Job], folder: Path) -> None:
     names = {job.run for job in jobs}
     followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
     paths = {job.folder for job in jobs} | {folder / name / job.folder.name for name in followers for job in jobs}
-    paths = sorted(path for path in paths if path.exists())
+    there = sorted(path for path in paths if path.exists())
     with ExitStack() as held:
-        for path in paths:
+        for path in there:
             held.enter_context(alone_in(path))
-        for path in paths:
+        for path in there:
             shutil.rmtree(path)
 
 
