@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from robust_moe.attacks import losses
 from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.modules import experts, folded_conv, gates, norm_folding, norm_learning
 from robust_moe_kernels.ops import OPS
@@ -203,7 +204,8 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
             norm_learning,
         ):  # fake tensors are of a class of their own, and no other operations
             enter(mock.patch.object(module, "is_plain", lambda tensor: isinstance(tensor, Tensor)))
-        enter(mock.patch.object(gates, "FUSED", {*gates.FUSED, "cpu"}))
+        for module in (gates, losses):
+            enter(mock.patch.object(module, "FUSED", {*module.FUSED, "cpu"}))
         enter(mock.patch.dict(experts._ENGINE, cpu=("triton", experts._ENGINE["cuda"][1])))
         yield
 

@@ -20,7 +20,7 @@ from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.passes import Passes
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
-from robust_moe.methods import PGDAdversarialTraining
+from robust_moe.methods import PGDAdversarialTraining, Standard
 from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe.provenance import provenance
 
@@ -77,12 +77,13 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
                 launches.take()
                 x = method.attack.step(x, passes.examine(x).grad, images)
             step = launches.take()
+    training = Standard.Config().build(config.model)  # on given images, as the attack's are by then
     optimizer = config.optim.build(model, fused=True)  # as the trainer has it on a GPU
     for _ in range(2):  # the first allocates the momentum
         launches.take()
         with autocast():
-            loss, _ = method.classify(model, model, images, batch.labels)
-        loss.backward()
+            (update,) = training.updates(model, batch, 0)
+        update.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {"PGD step": step, "training pass": launches.take()}

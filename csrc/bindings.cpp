@@ -5,6 +5,7 @@
 
 #include "apgd/apgd.h"
 #include "attack_step/attack_step.h"
+#include "attack_step/cross_entropy.h"
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
 #include "gate/gate.h"
@@ -46,6 +47,24 @@ StartArgs start_args(bool l2, Address x0, Address sample_index, Address out, int
           stream,
           image_dtype,
           l2,
+          1};
+}
+
+CrossEntropyArgs cross_entropy_args(Address logits, Address labels, Address loss, int64_t samples, int64_t classes,
+                                    int dtype) {
+  return {at<void>(logits), at<const int64_t>(labels), at<void>(loss), samples, classes, dtype, 1};
+}
+
+CrossEntropyBackwardArgs cross_entropy_backward_args(Address d_loss, int64_t stride, Address logits, Address labels,
+                                                     Address d_logits, int64_t samples, int64_t classes, int dtype) {
+  return {at<void>(d_loss),
+          stride,
+          at<void>(logits),
+          at<const int64_t>(labels),
+          at<void>(d_logits),
+          samples,
+          classes,
+          dtype,
           1};
 }
 
@@ -231,6 +250,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("pgd_step_cpu", on_cpu(pgd_step_cpu, step_args), NoGil());
   m.def("random_start_cpu", on_cpu(random_start_cpu, start_args), NoGil());
+  m.def("cross_entropy_cpu", on_cpu(cross_entropy_cpu, cross_entropy_args), NoGil());
+  m.def("cross_entropy_backward_cpu", on_cpu(cross_entropy_backward_cpu, cross_entropy_backward_args), NoGil());
   m.def("apgd_step_cpu", on_cpu(apgd_step_cpu, apgd_step_args), NoGil());
   m.def("apgd_track_cpu", on_cpu(apgd_track_cpu, apgd_track_args), NoGil());
   m.def("gate_forward_cpu", on_cpu(gate_forward_cpu, gate_args), NoGil());
@@ -252,6 +273,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef RMK_CUDA
   m.def("pgd_step_cuda", on_cuda(pgd_step_cuda, step_args), NoGil());
   m.def("random_start_cuda", on_cuda(random_start_cuda, start_args), NoGil());
+  m.def("cross_entropy_cuda", on_cuda(cross_entropy_cuda, cross_entropy_args), NoGil());
+  m.def("cross_entropy_backward_cuda", on_cuda(cross_entropy_backward_cuda, cross_entropy_backward_args), NoGil());
   m.def("apgd_step_cuda", on_cuda(apgd_step_cuda, apgd_step_args), NoGil());
   m.def("apgd_track_cuda", on_cuda(apgd_track_cuda, apgd_track_args), NoGil());
   m.def("gate_blocks", &gate_blocks);

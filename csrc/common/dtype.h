@@ -38,6 +38,8 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();  // a constant, which code for the GPU may use too
+template <typename A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();  // likewise
 
 RMK_HOST_DEVICE inline float load(const float* p) { return *p; }
 RMK_HOST_DEVICE inline double load(const double* p) { return *p; }

@@ -1,5 +1,5 @@
-// What becomes of sums over an expert's pixels, and the sum of a sample's rows: the small ends of a routed block. The
-// specification is robust_moe_kernels/ops/expert_block/reference_impl.py.
+// What becomes of sums over an expert's pixels, the sum of a sample's rows and the gradient through a ReLU: the small
+// ends of a routed block. The specification is robust_moe_kernels/ops/expert_block/reference_impl.py.
 #pragma once
 
 #include <cstdint>
@@ -58,5 +58,17 @@ struct SumRowsArgs {
 };
 
 void sum_rows_cpu(const SumRowsArgs& args);
+
+// out = value > 0 or NaN: d + other, else 0, for `size` elements; other may be null.
+struct ReluBackwardArgs {
+  const float* d;
+  const float* other;
+  const float* value;
+  float* out;
+  int64_t size;
+  int threads;
+};
+
+void relu_backward_cpu(const ReluBackwardArgs& args);
 
 }  // namespace rmk

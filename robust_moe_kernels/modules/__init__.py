@@ -22,6 +22,7 @@ from robust_moe_kernels.modules.route_control import (
 )
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.modules.shared_launches import shared_launches
 
 __all__ = [
     "BALANCE_LOSSES",
@@ -47,4 +48,5 @@ __all__ = [
     "moe_layers",
     "replace_blocks",
     "rerouted",
+    "shared_launches",
 ]

@@ -12,6 +12,7 @@ from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
 from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
+from robust_moe_kernels.modules.shared_launches import shared_launches
 
 __all__ = ["MODES", "attack_mode"]
 
@@ -62,5 +63,5 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             for block in blocks:
                 block.folded = block.fold() if mode == "eval" else None
-            with backbone_folded(model) if mode == "eval" else nullcontext():
+            with shared_launches(model), backbone_folded(model) if mode == "eval" else nullcontext():
                 yield

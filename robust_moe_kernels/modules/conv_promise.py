@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv
+from robust_moe_kernels.modules.twins import version
 
 __all__ = ["Blank", "Promise", "State"]
 
@@ -54,7 +55,7 @@ class Promise:
 
     def __init__(self, x: Tensor, arguments: tuple[Any, ...], call: Call, state: State) -> None:
         self.x, self.arguments, self.call, self.state = x, arguments, call, state
-        self.version = _version(x)
+        self.version = version(x)
         self.folded: FoldedConv | None = None
         self.other: Tensor | None = None
         self.other_version = 0
@@ -79,7 +80,7 @@ class Promise:
 
     def add(self, other: Tensor) -> None:
         """What is promised is the sum with ``other`` from here on."""
-        self.other, self.other_version = other, _version(other)
+        self.other, self.other_version = other, version(other)
 
     def compute(self, relu: bool = False) -> Tensor:
         with self.state.entered():
@@ -98,15 +99,15 @@ class Promise:
         """From here on the promised tensor is this one, whatever becomes of it in place. ``weakly``: it is the tensor
         that carries the promise, which must not keep it alive."""
         self._value = weakref.ref(value) if weakly else lambda: value
-        self.value_version = _version(value)
+        self.value_version = version(value)
 
     def is_open(self) -> bool:
         """Whether what was promised can still be computed otherwise: nothing that it is made of has changed since."""
         if self.closed:
             return False
-        kept = self.value is None or _version(self.value) == self.value_version
-        kept = kept and (self.other is None or _version(self.other) == self.other_version)
-        return kept and _version(self.x) == self.version and self.state.key == State(self.x.device.type).key
+        kept = self.value is None or version(self.value) == self.value_version
+        kept = kept and (self.other is None or version(self.other) == self.other_version)
+        return kept and version(self.x) == self.version and self.state.key == State(self.x.device.type).key
 
     def is_valid(self) -> bool:
         """Whether the convolution will raise no error, which is its own to raise, in its own words."""
@@ -131,7 +132,3 @@ class Blank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
         return ctx.saved_tensors[0].expand(ctx.size), None, None
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -82,8 +82,8 @@ def compiled(tmp_path_factory) -> dict[str, Compiled]:
 # 65536: the most that launch bounds allow here, for kernels that keep several loads under way or sum in double. What
 # only streams keeps to 64, for four blocks and more.
 CEILINGS = {
-    "apgd_cuda": 64, "attack_step_cuda": 64, "gate_cuda": 128, "head_cuda": 128, "norms_cuda": 128,
-    "permute_cuda": 64, "pool_cuda": 128, "routing_cuda": 64, "sums_cuda": 80,
+    "apgd_cuda": 64, "attack_step_cuda": 64, "cross_entropy_cuda": 96, "gate_cuda": 128, "head_cuda": 128,
+    "norms_cuda": 128, "permute_cuda": 64, "pool_cuda": 128, "routing_cuda": 64, "sums_cuda": 80,
 }  # fmt: skip
 L2_CEILING = 128  # of the l2 forms in those files: a block goes over its image several times
 
@@ -154,6 +154,8 @@ WIDE = [
     ("pool_cuda", "pool_kernelILi8ENS_8BFloat16Ef", 1, 0),
     ("pool_cuda", "spread_kernelILi8ENS_8BFloat16Ef", 2, 1),
     ("sums_cuda", "sum_rows_kernelILi8ENS_8BFloat16E", 2, 1),
+    ("sums_cuda", "relu_backward_kernelILi4EfE", 3, 1),
+    ("sums_cuda", "relu_backward_kernelILi8ENS_8BFloat16E", 3, 1),
 ]
 
 

@@ -529,7 +529,7 @@ def test_the_configuration_decides():
         config = load_config(None, [f"method.attack.graph={text}"]).method.attack
         assert config.build().graphs.graph is value or config.build().graphs.graph == "auto" == value
     assert PGD.Config().build().graphs.graph == "auto"
-    with pytest.raises(ConfigError, match=r"attack\.graph: expected auto, true or false, got 'maybe'"):
+    with pytest.raises(ConfigError, match=r"attack\.graph: expected one of auto, true, false, got 'maybe'"):
         load_config(None, ["eval.attack.graph=maybe"])
 
 

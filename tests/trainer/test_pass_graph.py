@@ -286,7 +286,7 @@ def test_an_interrupt_in_a_capture_leaves_the_model_as_found(tiny):
 def test_the_configuration_decides(tiny):
     for text, value in (("auto", "auto"), ("true", True), ("false", False)):
         assert tiny(f"run.graph={text}").run.graph == value
-    with pytest.raises(ConfigError, match=r"run\.graph: expected auto, true or false, got 'maybe'"):
+    with pytest.raises(ConfigError, match=r"run\.graph: expected one of auto, true, false, got 'maybe'"):
         tiny("run.graph=maybe")
     with pytest.raises(ValueError, match=r"run\.graph: expected 'auto', True or False, got 1"):
         Engine(tiny(), 1)

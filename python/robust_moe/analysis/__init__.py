@@ -13,7 +13,7 @@ from robust_moe.analysis.bounds import (
     mixture_slope,
     moe_radius,
 )
-from robust_moe.analysis.certify import Certificate, certify_mixture
+from robust_moe.analysis.certify import Certificate, certify_mixture, network_graphs
 from robust_moe.analysis.empirical import estimate_lipschitz, estimate_radius
 from robust_moe.analysis.enclosure import Box, ball, gradient_bounds, layer_bounds, linear_bounds
 from robust_moe.analysis.graph import Graph, lower
@@ -28,6 +28,7 @@ from robust_moe.analysis.lipschitz import (
 )
 from robust_moe.analysis.reach import router_reach
 from robust_moe.analysis.smoothing import ABSTAIN, Smoothed, SmoothedCertificate, clopper_pearson_lower
+from robust_moe.analysis.time_limit import OutOfTime, TimeLimit
 
 __all__ = [
     "ABSTAIN",
@@ -35,9 +36,11 @@ __all__ = [
     "Certificate",
     "Graph",
     "MixtureJacobian",
+    "OutOfTime",
     "Probabilities",
     "Smoothed",
     "SmoothedCertificate",
+    "TimeLimit",
     "ball",
     "certify_mixture",
     "class_margins",
@@ -57,6 +60,7 @@ __all__ = [
     "mixture_margin",
     "mixture_slope",
     "moe_radius",
+    "network_graphs",
     "norm_product",
     "pair_rows",
     "router_reach",

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from robust_moe.analysis import bounds
 from robust_moe.analysis.enclosure import METHODS, Box
+from robust_moe.analysis.graph import Graph, lower
 from robust_moe.analysis.layers import expect_plain
-from robust_moe.analysis.parts import Data, HardMixture, NetworkPart, Part, SoftMixture, make_part
+from robust_moe.analysis.parts import Data, HardMixture, NetworkPart, Part, SoftMixture, is_mixture, make_part
 from robust_moe_kernels.checks import expect, expect_images
 
-__all__ = ["KINDS", "STANDARDS", "Certificate", "certify_mixture"]
+__all__ = ["KINDS", "STANDARDS", "Certificate", "certify_mixture", "network_graphs"]
 
 KINDS = ("global", "local", "range")
 STANDARDS = ("bounded", "any")
@@ -58,10 +59,12 @@ def certify_mixture(
     - "local": the same with constants on a ball, capped at its radius; the best ball is found by bisection;
     - "range": margins bounded from below on a ball; the largest ball on which they are positive, by bisection.
 
+    Networks with routed layers have "range" only (:mod:`~robust_moe.analysis.routed`): the others' radii are 0.
+
     Args:
-        model: a network that :func:`~robust_moe.analysis.graph.lower` takes; a mixture of such (``gate``,
-            ``experts.networks``, ``experts.domain``, see :mod:`~robust_moe.analysis.parts`), soft or hard; or a dual
-            of two of these, with ``standard``, ``robust``, ``alpha`` and ``mix``.
+        model: a network that :func:`~robust_moe.analysis.graph.lower` takes; a mixture of such, without routed layers
+            (``gate``, ``experts.networks``, ``experts.domain``, see :mod:`~robust_moe.analysis.parts`), soft or hard;
+            or a dual of two of these, with ``standard``, ``robust``, ``alpha`` and ``mix``.
         x: float32 or float64 [B, ...], in ``domain``. y: int64 labels [B]; an image the model gets wrong has radius 0.
         kinds: which of them to try.
         method: how values are enclosed, one of ``enclosure.METHODS``; "crown" is the tightest and dearest.
@@ -109,6 +112,16 @@ def certify_mixture(
             radii[kind] = _search(local if kind == "local" else positive, start, max_radius, steps)
     best = torch.stack(list(radii.values())).amax(0)
     return Certificate(best, radii, domain, slack, _provenance(whole, kinds, method, slack, max_radius))
+
+
+def network_graphs(model: nn.Module, shape: tuple[int, ...]) -> list[Graph]:
+    """Every network that :func:`certify_mixture` bounds in ``model``, lowered for images of ``shape``: its own, those
+    of a dual model's halves, a mixture's router and experts. Raises as ``lower``, before any bound is computed."""
+    if _is_dual(model):
+        return network_graphs(model.standard, shape) + network_graphs(model.robust, shape)
+    if is_mixture(model):
+        return [lower(network, shape) for network in (model.gate, *model.experts.networks)]
+    return [lower(model, shape)]
 
 
 class _Dual:
@@ -175,7 +188,7 @@ def _provenance(
         parts["robust"] = whole.robust
         if whole.standard is not None:
             parts["standard"] = whole.standard
-    told = {name: _DESCRIBED[type(part)] for name, part in parts.items()}
+    told = {name: _DESCRIBED[type(part)] + _routed(part) for name, part in parts.items()}
     if isinstance(whole, _Dual):
         told["dual"] = f"(1 - α) F_S + α F_R, α = {whole.alpha:g}"
         if whole.standard is None:
@@ -189,6 +202,11 @@ def _provenance(
         if any(isinstance(part, HardMixture) for part in parts.values()):
             told["covers"] += ", and a hard router's logits too"
     return told
+
+
+def _routed(part) -> str:
+    routed = isinstance(part, NetworkPart) and part.graph.routed
+    return "; routed layers: weights bounded by pairs of the gate's logits; no global or local constants" * routed
 
 
 _DESCRIBED = {

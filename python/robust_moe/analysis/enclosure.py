@@ -14,9 +14,10 @@ from torch import Tensor
 
 from robust_moe.analysis.graph import Add, Affine, Graph, Input, Relu
 from robust_moe.analysis.rounding import UNDERFLOW, gamma
+from robust_moe.analysis.routed import Mix, Mixed, Weights, relaxed_mix, weight_bounds
 from robust_moe_kernels.checks import expect, expect_shape, expect_tensor
 
-__all__ = ["METHODS", "Box", "ball", "gradient_bounds", "layer_bounds", "linear_bounds"]
+__all__ = ["METHODS", "Box", "ball", "expect_continuous", "gradient_bounds", "layer_bounds", "linear_bounds"]
 
 METHODS = ("ibp", "crown-ibp", "crown")
 
@@ -88,18 +89,64 @@ def layer_bounds(graph: Graph, images: Box, method: str = "ibp") -> list[Box]:
         elif isinstance(node, Relu):
             source = boxes[node.source]
             box = Box.between(source.low.clamp_min(0), source.high.clamp_min(0))
+        elif isinstance(node, Weights):
+            low, high = weight_bounds(_leads(graph, boxes, node.source, method), node.top_k, node.renormalize)
+            box = Box.between(low, high)
+            box = Box(box.centre, torch.where(high > 0, box.radius, 0.0))
+        elif isinstance(node, Mix):
+            box = _mixed(node, boxes)
         else:
             first, second = boxes[node.first], boxes[node.second]
             centre = first.centre + second.centre
             error = gamma(2) * (first.magnitude + second.magnitude)
             box = Box(centre, first.radius + second.radius + error)
         boxes.append(box)
-        if method == "crown" and i in read and not isinstance(node, Input):
+        if method == "crown" and i in read and not isinstance(node, Input) and _matters(graph, boxes, i):
             spec = torch.eye(graph.size(i), dtype=torch.float64, device=box.centre.device)
-            low = linear_bounds(graph, boxes, spec, node=i).view_as(box.centre)
-            high = -linear_bounds(graph, boxes, -spec, node=i).view_as(box.centre)
+            low = linear_bounds(graph, boxes, spec, i).view_as(box.centre)
+            high = -linear_bounds(graph, boxes, -spec, i).view_as(box.centre)
             boxes[i] = Box.between(torch.maximum(low, box.low), torch.minimum(high, box.high))
     return boxes
+
+
+def _matters(graph: Graph, boxes: list[Box], node: int) -> bool:
+    """Whether it is no part of an expert that no image is sent to, whose bounds would be for nothing."""
+    weights, expert = graph.experts.get(node, (None, 0))
+    return weights is None or bool((boxes[weights].high[:, expert] > 0).any())
+
+
+def _leads(graph: Graph, boxes: list[Box], node: int, method: str) -> Tensor:
+    """Lower bounds of a node's differences v_i − v_j at [b, i, j]; [B, n, n]."""
+    box = boxes[node]
+    size = box.magnitude
+    low = box.low[:, :, None] - box.high[:, None] - gamma(2) * (size[:, :, None] + size[:, None])
+    if method == "ibp":
+        return low
+    eye = torch.eye(graph.size(node), dtype=torch.float64, device=low.device)
+    pairs = (eye[:, None] - eye).flatten(0, 1)
+    return torch.maximum(low, linear_bounds(graph, boxes, pairs, node).view_as(low))
+
+
+def _relaxed_mix(node: Mix, boxes: list[Box]) -> Mixed:
+    low, high = (torch.stack([getattr(boxes[i], end) for i in node.experts], 1) for end in ("low", "high"))
+    return relaxed_mix(*boxes[node.weights], low, high, node.convex)
+
+
+def _mixed(node: Mix, boxes: list[Box]) -> Box:
+    """What the affine map gives, and no more than the hull of the experts that may be chosen."""
+    mixed = _relaxed_mix(node, boxes)
+    experts = [boxes[i] for i in node.experts]
+    shares = mixed.coefficients.view(*mixed.coefficients.shape, *[1] * (mixed.lift.dim() - 1)).unbind(1)
+    centre, radius, size = mixed.lift, mixed.error, mixed.lift.abs() + mixed.error
+    for share, box in zip(shares, experts, strict=True):
+        centre, radius, size = centre + share * box.centre, radius + share * box.radius, size + share * box.magnitude
+    box = Box(centre, radius + gamma(len(experts) + 4) * size + UNDERFLOW)
+    if not node.convex:
+        return box
+    ever = (boxes[node.weights].high > 0).view(len(centre), -1, *[1] * (centre.dim() - 1))
+    low = torch.stack([expert.low for expert in experts], 1).masked_fill(~ever, torch.inf).amin(1)
+    high = torch.stack([expert.high for expert in experts], 1).masked_fill(~ever, -torch.inf).amax(1)
+    return Box.between(torch.maximum(box.low, low), torch.minimum(box.high, high))
 
 
 def _affine(node: Affine, box: Box, size: int) -> Box:
@@ -144,7 +191,10 @@ def linear_bounds(graph: Graph, boxes: list[Box], spec: Tensor, node: int | None
         if i not in pending:
             continue
         coefficients, part = pending.pop(i), graph.nodes[i]
-        if isinstance(part, Affine | Relu):
+        if isinstance(part, Mix):
+            for source in part.experts:
+                slack = slack + UNDERFLOW * (1 + total(boxes[source].magnitude[:, None]))
+        elif isinstance(part, Affine | Relu | Weights):
             slack = slack + UNDERFLOW * (1 + total(boxes[part.source].magnitude[:, None]))
         if isinstance(part, Affine):
             shape, size = graph.shapes[part.source], max(graph.size(part.source), graph.size(i))
@@ -164,6 +214,17 @@ def linear_bounds(graph: Graph, boxes: list[Box], spec: Tensor, node: int | None
             sizes = total(constant.abs()) + total(coefficients.abs() * boxes[part.source].magnitude[:, None])
             slack = slack + gamma(graph.size(i)) * (sizes + bound.abs())
             give(part.source, up * slope_low + down * slope_high)
+        elif isinstance(part, Mix):
+            mixed = _relaxed_mix(part, boxes)
+            constant = coefficients * mixed.lift[:, None]
+            error = total(coefficients.abs() * mixed.error[:, None])
+            bound = bound + total(constant) - error
+            slack = slack + gamma(graph.size(i)) * (total(constant.abs()) + error + bound.abs())
+            for source, share in zip(part.experts, mixed.coefficients.unbind(1), strict=True):
+                if bool(share.any()):
+                    scaled = coefficients * share.view(-1, *[1] * (coefficients.dim() - 1))
+                    slack = slack + gamma(2) * total(scaled.abs() * boxes[source].magnitude[:, None])
+                    give(source, scaled)
         elif isinstance(part, Add):
             give(part.first, coefficients)
             give(part.second, coefficients)
@@ -188,6 +249,12 @@ def _relaxed(box: Box) -> tuple[Tensor, Tensor, Tensor]:
     return slope_low, slope_high, torch.where(active | dead, 0.0, UNDERFLOW - chord * low)
 
 
+def expect_continuous(graph: Graph) -> None:
+    """Raise ValueError for a network with routed layers."""
+    wanted = "a network without routed layers: where a route changes its output jumps, and no Lipschitz constant holds"
+    expect(not graph.routed, "model", wanted, "one with them")
+
+
 @torch.no_grad()
 def gradient_bounds(graph: Graph, spec: Tensor, boxes: list[Box] | None = None) -> Box:
     """Every gradient of spec · output that the images meet; a box [B, S, *input] (B = 1 without ``boxes``).
@@ -198,7 +265,11 @@ def gradient_bounds(graph: Graph, spec: Tensor, boxes: list[Box] | None = None) 
     linear, so on a convex set the largest ℓ1 norm in the box is an ℓ∞ Lipschitz constant.
 
     spec: [S, outputs].
+
+    Raises:
+        ValueError: a network with routed layers, which is not continuous.
     """
+    expect_continuous(graph)
     expect(spec.dim() == 2 and spec.shape[1] == graph.outputs, "spec", f"shape [S, {graph.outputs}]", list(spec.shape))
     last = len(graph.nodes) - 1
     spec = spec.double()

@@ -1,9 +1,9 @@
-"""A network as a graph of affine maps, ReLUs and sums, which is what bounds are propagated through."""
+"""A network as a graph of affine maps, ReLUs, sums and routed layers, which is what bounds are propagated through."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from robust_moe.analysis.layers import CHAINS, LAYERS, Linear, expect_plain
+from robust_moe.analysis.routed import Mix, Weights
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import MoELayer, attack_mode
+from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, attack_mode
 
-__all__ = ["Add", "Affine", "Graph", "Input", "Relu", "lower"]
+__all__ = ["Add", "Affine", "Graph", "Input", "Node", "Relu", "lower"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,21 @@ class Add:
     second: int
 
 
+Node = Input | Affine | Relu | Add | Weights | Mix
+
+
 @dataclass(frozen=True)
 class Graph:
     """Nodes in the order of computation; the first is the input, the last the output [B, outputs]."""
 
-    nodes: tuple[Input | Affine | Relu | Add, ...]
+    nodes: tuple[Node, ...]
     shapes: tuple[torch.Size, ...]  # of each node, without the batch
+    experts: dict[int, tuple[int, int]] = field(default_factory=dict)  # node inside an expert -> (its Weights, which)
+
+    @property
+    def routed(self) -> bool:
+        """Whether a gate decides anything in it."""
+        return any(isinstance(node, Mix) for node in self.nodes)
 
     @property
     def outputs(self) -> int:
@@ -77,9 +87,10 @@ def lower(model: nn.Module, shape: tuple[int, ...]) -> Graph:
     """The graph of ``model`` in *evaluation* mode, for inputs [B, *shape]; parameters as they are now, in float64.
 
     Layers: those in :data:`~robust_moe.analysis.layers.LAYERS`; between them ``+``, ``relu``, ``flatten(1)``, means
-    over height and width, in place or not. So Sequentials of them, the residual networks and routers of
-    :mod:`robust_moe.models`, and what else ``torch.fx`` can trace into these. Mixtures are not networks:
-    :mod:`robust_moe.analysis.certify` puts their parts together. The model is left as found.
+    over height and width, in place or not; and ``FusedBlockMoE`` and ``FusedConvMoE`` whose gates and experts are made
+    of these. So Sequentials of them, the residual networks and routers of :mod:`robust_moe.models`, and what else
+    ``torch.fx`` can trace into these. Mixtures of networks are not networks: :mod:`robust_moe.analysis.certify` puts
+    their parts together. The model is left as found.
 
     Raises:
         ValueError: another layer, operation or argument, named; modules with hooks; an operation in place on the
@@ -93,7 +104,7 @@ def lower(model: nn.Module, shape: tuple[int, ...]) -> Graph:
         last = builder.read(builder.module(model, builder.append(Input(), torch.Size(shape)), ""))
     ok = len(builder.shapes[last]) == 1
     expect(ok, "model", "an output of shape [B, outputs]", f"[B, {', '.join(map(str, builder.shapes[last]))}]")
-    return Graph(tuple(builder.nodes[: last + 1]), tuple(builder.shapes[: last + 1]))
+    return Graph(tuple(builder.nodes[: last + 1]), tuple(builder.shapes[: last + 1]), builder.experts)
 
 
 def _where(name: str) -> str:
@@ -109,12 +120,13 @@ class _Builder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.nodes: list[Input | Affine | Relu | Add] = []
+        self.nodes: list[Node] = []
         self.shapes: list[torch.Size] = []
         self.memory: list[int] = []  # of each node: the first node that is, or may be, in the same memory
         self.stale: set[int] = set()
+        self.experts: dict[int, tuple[int, int]] = {}
 
-    def append(self, node: Input | Affine | Relu | Add, out: torch.Size, view_of: int | None = None) -> int:
+    def append(self, node: Node, out: torch.Size, view_of: int | None = None) -> int:
         """``view_of``: a node whose memory this one shares."""
         self.nodes.append(node)
         self.shapes.append(out)
@@ -154,7 +166,10 @@ class _Builder:
 
     def module(self, module: nn.Module | None, source: int, name: str) -> int:
         """``module`` applied to a node: one layer, a chain of modules, or what its forward does with modules."""
-        where, known = _where(name), f"a layer among {', '.join(kind.__name__ for kind in LAYERS)}"
+        where, known = (
+            _where(name),
+            f"a layer among {', '.join(kind.__name__ for kind in (*LAYERS, FusedBlockMoE, FusedConvMoE))}",
+        )
         expect(module is not None, where, known, "NoneType")
         assert module is not None
         if type(module) in LAYERS:
@@ -171,6 +186,8 @@ class _Builder:
             for part in CHAINS[type(module)](module):
                 source = self.module(module._modules[part], source, f"{name}.{part}" if name else part)
             return source
+        if type(module) in (FusedBlockMoE, FusedConvMoE):
+            return self.mixture(module, source, where, name)
         opaque = isinstance(module, MoELayer) or next(module.children(), None) is None
         expect(not opaque, where, known, type(module).__name__)
         try:
@@ -195,6 +212,31 @@ class _Builder:
             else:
                 place[node] = self.call(node, place)
         raise AssertionError("a traced forward ends in an output")
+
+    def mixture(self, layer: MoELayer, source: int, where: str, name: str) -> int:
+        """A routed layer: the gate's logits, the weights they give, every expert, and their sum."""
+        free = layer.fixed_expert is None and layer.reroute is None
+        expect(free, where, "a routed layer whose gate decides", "one with a fixed expert or an imposed route")
+        logits = self.module(layer.gate, source, f"{name}.gate")
+        count, shape = layer.num_experts, self.shapes[logits]
+        expect(
+            shape == (count,),
+            f"{where}.gate",
+            f"logits [B, {count}], one an expert",
+            f"[B, {', '.join(map(str, shape))}]",
+        )
+        one_is_all = layer.top_k == 1 and layer.straight_through
+        renormalize = layer.renormalize or one_is_all
+        weights = self.append(Weights(self.read(logits), layer.top_k, renormalize), torch.Size((count,)))
+        outputs = []
+        for number in range(count):
+            first, expert, inner = len(self.nodes), layer.expert(number), f"{name}.expert({number})"
+            for part in expert.modules():
+                expect_plain(part, _where(inner))
+            outputs.append(self.module(expert, source, inner))
+            self.experts |= dict.fromkeys(range(first, len(self.nodes)), (weights, number))
+        mix = Mix(weights, tuple(map(self.read, outputs)), renormalize or layer.top_k == count)
+        return self.append(mix, self.shapes[outputs[0]])
 
     def call(self, node: fx.Node, place: dict[fx.Node, int]) -> int:
         """A call that is no module's. Every argument is looked at: one that is not understood is refused."""

@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from robust_moe.analysis.rounding import UNDERFLOW
 from robust_moe.models.normalize import Normalize
+from robust_moe.models.resnet import GlobalAveragePool
 from robust_moe.models.routers import Router
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.gates import ConvGapGate, GapFcGate
@@ -133,6 +134,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, torch.Size], Map | str | None]] = {
     nn.BatchNorm2d: _norm,
     nn.AvgPool2d: _average,
     nn.AdaptiveAvgPool2d: _pool,
+    GlobalAveragePool: _pool,
     nn.Flatten: _flatten,
     nn.Identity: lambda layer, shape: None,
     nn.Dropout: lambda layer, shape: None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_moe.analysis.enclosure import Box, gradient_bounds, layer_bounds, linear_bounds
+from robust_moe.analysis.enclosure import Box, expect_continuous, gradient_bounds, layer_bounds, linear_bounds
 from robust_moe.analysis.graph import Add, Affine, Graph, Input, Relu
 from robust_moe.analysis.rounding import ABSOLUTE, RELATIVE, UNDERFLOW, gamma
 from robust_moe_kernels.checks import expect, expect_tensor
@@ -80,8 +80,9 @@ def norm_product(graph: Graph, spec: Tensor) -> Tensor:
 
     ‖A‖∞→∞ is the largest ℓ1 norm of a row; a ReLU's constant is 1; constants of summands add up. The last affine layer
     is taken together with ``spec`` [S, outputs], which keeps margins from paying twice what classes share. Cheap for
-    any network; :func:`lipschitz_constants` is never larger.
+    any network without routed layers; :func:`lipschitz_constants` is never larger.
     """
+    expect_continuous(graph)
     constants: list[float] = []
     for node in graph.nodes:
         if isinstance(node, Input):

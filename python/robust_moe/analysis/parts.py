@@ -63,7 +63,7 @@ class NetworkPart:
         classes = self.graph.outputs
         expect(classes >= 2, "model", "at least 2 classes", classes)
         self.others = other_classes(data.y, classes)
-        self.margin = self.over(data.around(0.0)).low
+        self.margin = self.over(data.around(0.0), gradients=False).low
 
     def over(self, images: Box | None, gradients: bool = True) -> Margins:
         """Margins over the images; ``None``: anywhere."""
@@ -77,17 +77,21 @@ class NetworkPart:
         )
         return Margins(low, high, constants)
 
-    def slope(self, images: Box | None) -> Tensor:
-        """How fast the margins may fall, [B, J]."""
-        return self.over(images).lipschitz
+    def slope(self, images: Box | None) -> Tensor | None:
+        """How fast the margins may fall, [B, J]; ``None``: no bound, as they jump where a routed layer's choice
+        changes."""
+        return None if self.graph.routed else self.over(images).lipschitz
 
     def low(self, radius: Tensor) -> Tensor:
         """Lower bounds of the margins over the images within ``radius`` [B], [B, J]."""
         return self.over(self.data.around(radius), gradients=False).low
 
     def radius(self, images: Box | None, within: Tensor | float, slack: float) -> Tensor:
-        """The closed form, with constants that hold on the images, which lie within ``within``; [B]."""
-        return bounds.moe_radius(self.margin - slack, self.slope(images), within)
+        """The closed form, with constants that hold on the images, which lie within ``within``; [B], 0 without."""
+        slope = self.slope(images)
+        if slope is None:
+            return self.margin.new_zeros(len(self.margin))
+        return bounds.moe_radius(self.margin - slack, slope, within)
 
 
 class _Mixture:
@@ -100,6 +104,8 @@ class _Mixture:
         classes = [expert.graph.outputs for expert in self.experts]
         expect(len(set(classes)) == 1, "model.experts", "networks of one number of classes", classes)
         self.router = lower(mixture.gate, tuple(data.x.shape[1:]))
+        plain = not any(graph.routed for graph in (self.router, *(expert.graph for expert in self.experts)))
+        expect(plain, "model", "a mixture of networks without routed layers of their own", "one with them")
         outputs = self.router.outputs
         expect(outputs == len(self.experts), "model.gate", f"{len(self.experts)} logits, one an expert", outputs)
         self.routing = _enclose(self.router, data.around(0.0), data, gradients=False)  # at x itself

@@ -39,8 +39,8 @@ class CudaCapturer:
         Args:
             function: of tensors on one device, to tensors; reads nothing on the host. It has run on such inputs before.
             inputs: of the first replay as well.
-            beside: an earlier :class:`CudaGraph`, whose memory may be shared. Sound, since one replay ends before the next begins,
-                inputs lie outside of it and outputs are never released to it.
+            beside: an earlier graph whose memory may be shared. Sound, since one replay ends before the next begins,
+                inputs lie outside of it and outputs are never released to it. None of another kind is shared with.
 
         Raises:
             RuntimeError: the function waits for the device, or does what a graph cannot hold.

@@ -123,7 +123,8 @@ class StepGraphs:
         def steps(x: Tensor, x0: Tensor, y: Tensor, *extras: Tensor) -> tuple[Tensor, ...]:
             nonlocal classes, counts
             mine = copy.copy(passes)
-            mine.y, mine.extras, mine.nonfinite, mine._sums = y, extras, torch.zeros_like(passes.nonfinite), []
+            mine.y, mine.extras, mine.nonfinite, mine._losses = y, extras, torch.zeros_like(passes.nonfinite), []
+            mine._one = None  # made inside the graph: what lies outside may be gone when it is replayed
             mine.counts = counts = Counts()  # of the last run: there may be several
             with attack_mode(passes.model, attack.mode):  # again: folds inside the graph
                 found = attack.climb(mine, x, x0)

@@ -71,7 +71,8 @@ class Passes:
         self.counts = Counts() if counts is None else counts
         self._fooled = attack.fooled
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=y.device)
-        self._sums: list[Tensor] = []  # of the losses of each draw, until they are settled
+        self._one: Tensor | None = None
+        self._losses: list[Tensor] = []  # of each draw, until they are settled
 
     def on(self, y: Tensor) -> Passes:
         """The same on another batch, of labels ``y``; the flag is shared."""
@@ -114,10 +115,12 @@ class Passes:
         for _ in range(self.draws):
             logits = self.logits(x)
             loss = self.loss(logits, self.y, *self.extras)
-            # the sum keeps each sample's gradient independent of the batch size and away from fp16 underflow
-            whole = loss.sum()
-            self._sums.append(whole.detach())
-            grad = self.gradient(whole, x)
+            self._losses.append(loss.detach())
+            # ones, the gradient of a sum, keep each sample's gradient independent of the batch size and away from fp16
+            # underflow; the sum itself would be a launch more
+            if self._one is None or self._one.dtype != loss.dtype:
+                self._one = loss.new_ones(())
+            grad = self.gradient(loss, x, grad_outputs=self._one.expand_as(loss))
             total = grad if total is None else total + grad
         assert total is not None  # there is a draw
         return Examined(logits.detach(), loss.detach(), total if self.draws == 1 else total / self.draws)
@@ -127,11 +130,11 @@ class Passes:
         self.nonfinite |= ~torch.isfinite(grad).all()
 
     def settle(self) -> None:
-        """Set the flag if a loss was not finite in any pass since the last call (or their sum overflowed): where only
-        it is lost, a margin's say, finite gradients go on from there."""
-        if self._sums:
-            self.nonfinite |= ~torch.isfinite(torch.stack(self._sums)).all()
-            self._sums.clear()
+        """Set the flag if a loss was not finite in any pass since the last call: where only it is lost, a margin's say,
+        finite gradients go on from there."""
+        if self._losses:
+            self.nonfinite |= ~torch.isfinite(torch.cat(self._losses)).all()
+            self._losses.clear()
 
     def gradient(self, output: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of

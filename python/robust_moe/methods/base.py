@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.data import Batch
+from robust_moe.graphs import several_processes
 from robust_moe.methods.options import LabelSmoothing
 from robust_moe.methods.table import METHODS
 from robust_moe.methods.weight_perturbation import WeightPerturbation
 from robust_moe.models.config import ModelConfig
 from robust_moe.settings import Config as Settings
 from robust_moe.settings import ConfigError, Table, setting
-from robust_moe_kernels.modules import balance_loss, moe_layers
+from robust_moe_kernels.modules import balance_loss, moe_layers, shared_launches
 
 __all__ = ["TRAINING", "Forward", "Method", "Objective", "Scored", "Update"]
 
@@ -147,6 +148,7 @@ class Method(ABC):
             forward = model
         for objective in self.objectives(model, batch, step_seed, forward):
             restore = None
+            objective = replace(objective, compute=partial(_in_few_launches, model, objective.compute))
             try:
                 with _training_only(model, objective.trains):
                     learned = None if learn is None else learn(objective)
@@ -197,6 +199,11 @@ class Method(ABC):
         """Continue from :meth:`state_dict`. Raises KeyError for one of another method."""
         if state:
             raise KeyError(f"method: expected no state for {type(self).__name__}, got {', '.join(state)}")
+
+
+def _in_few_launches(model: nn.Module, compute: Callable[..., Scored], *inputs: Tensor) -> Scored:
+    with shared_launches(model, casts=several_processes() is None):
+        return compute(*inputs)
 
 
 def full(logits: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from robust_moe.settings import ConfigError, setting
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "GlobalAveragePool",
     "ResNet",
     "ResNet18Config",
     "ResNet50Config",
@@ -84,6 +85,24 @@ class Bottleneck(nn.Module):
         return self.relu(out + skip)
 
 
+class GlobalAveragePool(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d(1)``, bit for bit: [B, C, H, W] -> [B, C, 1, 1].
+
+    The gradient is one launch on a GPU. PyTorch's own, of channels-last maps, is three, and is contiguous: the layer
+    before it has to turn it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            means = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)  # the gradient then is channels-last too
+        else:
+            means = x.mean((2, 3))
+        return means[:, :, None, None]
+
+
 class ResNet(nn.Module):
     """Images float [B, C, H, W] in [0, 1] -> logits [B, num_classes].
 
@@ -113,7 +132,7 @@ class ResNet(nn.Module):
         for i, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
             stage, channels = _stage(block, channels, width * 2**i, count, stride=1 if i == 0 else 2)
             self.add_module(name, stage)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -161,10 +161,21 @@ def _chosen(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
     sections = {key.removesuffix(".name") for key in flatten(TrainConfig()) if key.endswith(".name")}
     for item in overrides:
         key, _, value = item.partition("=")
-        if value.startswith("{"):
-            yield from flatten({key: read_yaml(value, key)}).items()
-        else:
-            yield f"{key}.name" if key in sections else key, value
+        said = flatten({key: read_yaml(value, key)}) if value.startswith("{") else {key: value}
+        for name, leaf in said.items():
+            yield f"{name}.name" if name in sections else name, leaf
+
+
+def _of_run(name: str, scale: Scale) -> TrainConfig:
+    """A run's configuration before overrides: where its method is another than the scale's settings are for, those
+    that both methods have stay."""
+    return config_from_dict(plain(load_config(None, list(scale.settings))), list(RUNS[name].settings), where="scale")
+
+
+def _has(config: TrainConfig, override: str) -> bool:
+    """Whether the configuration has a setting or a section of that name."""
+    key = override.partition("=")[0]
+    return any(f"{name}.".startswith(f"{key}.") for name in flatten(config))
 
 
 def make_jobs(
@@ -182,9 +193,15 @@ def make_jobs(
     """
     jobs: dict[tuple[str, int], Job] = {}
 
+    everyone = [*names, *{part for name in names for part in RUNS[name].parts.values()}]
+    own = {name: _of_run(name, scale) for name in everyone}
+    heeded = {item for item in overrides if any(_has(config, item) for config in own.values())}
+
     @functools.cache
     def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
-        return load_config(None, [*scale.settings, *RUNS[name].settings, *overrides, *parts])
+        # of a setting that only other runs' methods have, such as method.beta, this run takes no notice
+        mine = [item for item in overrides if _has(own[name], item) or item not in heeded]
+        return config_from_dict(plain(own[name]), [*mine, *parts], where=name)
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:

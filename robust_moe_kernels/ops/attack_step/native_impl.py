@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robust_moe_kernels import native
 
-__all__ = ["pgd_step", "random_start", "why_not"]
+__all__ = ["cross_entropy", "cross_entropy_backward", "pgd_step", "random_start", "why_not"]
 
 why_not = native.why_not_cuda
 
@@ -54,3 +54,18 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
         native.dtype_code(x0),
     )
     return out
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    loss = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    addresses = (logits.data_ptr(), y.data_ptr(), loss.data_ptr())
+    native.run("cross_entropy", logits, *addresses, *logits.shape, native.dtype_code(logits))
+    return loss
+
+
+def cross_entropy_backward(d_loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    d_logits = torch.empty_like(logits)
+    addresses = (logits.data_ptr(), y.data_ptr(), d_logits.data_ptr())
+    gradient = (d_loss.data_ptr(), d_loss.stride(0))
+    native.run("cross_entropy_backward", logits, *gradient, *addresses, *logits.shape, native.dtype_code(logits))
+    return d_logits

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pgd_step", "random_start", "why_not"]
+__all__ = ["cross_entropy", "cross_entropy_backward", "pgd_step", "random_start", "why_not"]
 
 _TWO_POW_MINUS_24 = 2.0**-24
 _TINY = 1e-12  # below this norm a vector is taken as zero
@@ -98,3 +99,13 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
     last = _words(sample_index, block, seed, stream)[:, 0, 0]
     length = eps * (_uniform(last, torch.float64) + _TWO_POW_MINUS_24) ** (1.0 / max(size, 1))
     return (x0 + normal * (_per_sample(length, x0) / _l2_norm(normal)).to(x0.dtype)).clamp(0.0, 1.0)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
+
+
+def cross_entropy_backward(d_loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    shares = F.softmax(logits.to(d_loss.dtype), 1)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return (d_loss[:, None] * (shares - (classes == y[:, None]).to(shares.dtype))).to(logits.dtype)

@@ -17,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from robust_moe_kernels import triton_support
+from robust_moe_kernels.ops.attack_step import triton_loss
+from robust_moe_kernels.ops.attack_step.triton_loss import cross_entropy, cross_entropy_backward
 from robust_moe_kernels.triton_support import Build, clamp, flag_nonfinite, flag_pointer, on_device, scalar
 
-__all__ = ["builds", "pgd_step", "random_start", "why_not"]
+__all__ = ["builds", "cross_entropy", "cross_entropy_backward", "pgd_step", "random_start", "why_not"]
 
 why_not = triton_support.why_not
 
@@ -251,6 +253,7 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
 
 def builds() -> Iterator[Build]:
     """Every configuration that is launched, for the compile test."""
+    yield from triton_loss.builds()
     pairs = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
     for (image, grad), flag in product(pairs, (False, True)):
         signature = {"x_ptr": f"*{image}", "grad_ptr": f"*{grad}", "x0_ptr": f"*{image}", "out_ptr": f"*{image}"}

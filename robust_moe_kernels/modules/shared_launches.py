@@ -1,0 +1,185 @@
+"""What the layers of a model do each by itself and could do together.
+
+A launch costs the same however little it does. In training each batch norm counts its batches by one. Under autocast
+each convolution and linear layer converts its weights by one and their gradients by another; in an attack, where the
+weights are frozen and autocast keeps no copy, it does so again in every step. That is some sixty launches of a
+ResNet-18's training pass where three are enough. And a ReLU that two layers read, as at the end of a residual block,
+waits for the sum of their gradients, which its own backward can add.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robust_moe_kernels.modules.experts import StackedConv2d
+from robust_moe_kernels.modules.interception import is_compiled, transformed
+from robust_moe_kernels.modules.norm_learning import is_plain
+from robust_moe_kernels.modules.twins import Twins, through_relu
+
+__all__ = ["shared_launches"]
+
+
+@contextmanager
+def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
+    """Inside, forwards of ``model`` in this thread, and their backwards, take fewer launches, with the same numbers.
+
+    Batch norms' counters (``num_batches_tracked``) move when the context is left, or when anything else asks for one.
+    Under autocast the weights of ``nn.Conv2d`` and ``nn.Linear`` are converted together when the first is used, and
+    their gradients together once the last has arrived; likewise the filters of stacked experts. A weight that is
+    replaced or changed in place is left to autocast from then on. In training mode a ReLU adds the gradients of two
+    readers itself (in evaluation :func:`~robust_moe_kernels.modules.attack_mode` sees to it). A model with compiled or
+    scripted parts runs as it is.
+
+    Args:
+        model: whose forwards run inside.
+        casts: whether weights are converted together. Not where gradients are sent to other processes as they arrive:
+            they would all arrive at the end.
+    """
+    if is_compiled(model):
+        yield
+        return
+    mode = _Shared(model, casts)
+    try:
+        with mode:
+            yield
+    finally:
+        mode.count()
+        mode.casts.clear()
+        if mode.twins is not None:
+            mode.twins.clear()
+
+
+class _Cast(NamedTuple):
+    value: Tensor
+    version: int  # of the weight that it was made of
+
+
+class _Shared(TorchFunctionMode):
+    def __init__(self, model: nn.Module, casts: bool) -> None:
+        super().__init__()
+        self.counters = {
+            id(module.num_batches_tracked): module.num_batches_tracked
+            for module in model.modules()
+            # without a momentum a norm divides by its counter, on the host
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            and module.num_batches_tracked is not None
+            and module.momentum is not None
+        }
+        self.seen: Counter[int] = Counter()  # batches that the counters are behind
+        self.weights: dict[int, list[Tensor]] = {}  # by each weight: those that are converted with it
+        self.casts: dict[tuple[int, torch.dtype], _Cast] = {}
+        self.twins = Twins() if model.training else None
+        if casts:
+            for kinds in ((nn.Conv2d, nn.Linear), (StackedConv2d,)):
+                layers = [module for module in model.modules() if isinstance(module, kinds)]
+                self._together(weight for layer in layers for weight in layer.parameters(recurse=False))
+
+    def _together(self, weights: Iterable[Tensor]) -> None:
+        group = [weight for weight in weights if weight.dtype == torch.float32 and not weight.is_inference()]
+        once = list({id(weight): weight for weight in group}.values())
+        self.weights |= {id(weight): once for weight in once}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not args or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if id(args[0]) in self.counters:
+            if func is Tensor.add_ and len(args) == 2 and args[1] == 1 and not kwargs:
+                self.seen[id(args[0])] += 1
+                return args[0]
+            self.count()
+        elif func is Tensor.to:
+            if len(args) == 2 and not kwargs and id(args[0]) in self.weights and isinstance(args[1], torch.dtype):
+                cast = self._cast(args[0])
+                return cast if cast.dtype == args[1] else func(*args)
+        elif func is torch.conv2d or func is F.linear:
+            args = tuple(self._cast(value) if id(value) in self.weights else value for value in args)
+        if self.twins is not None:
+            if func is F.relu:
+                return self._relu(*args, **kwargs)
+            if func is torch.conv2d or func is torch.ops.robust_moe_kernels.pool_linear:
+                args = (self.twins.reader(args[0]), *args[1:])
+        return func(*args, **kwargs)
+
+    def _relu(self, x: Tensor, inplace: bool = False) -> Tensor:
+        plain = x.dim() != 4 or x.is_leaf or x._is_view() or not is_plain(x)
+        if plain or not torch.is_grad_enabled() or transformed():
+            return F.relu(x, inplace)
+        out, twin = _Relu.apply(x, inplace)
+        self.twins.put(out, twin)
+        return out
+
+    def count(self) -> None:
+        """Moves the counters by the batches that they are behind."""
+        for times in set(self.seen.values()):
+            torch._foreach_add_([self.counters[key] for key, seen in self.seen.items() if seen == times], times)
+        self.seen.clear()
+
+    def _cast(self, weight: Tensor) -> Tensor:
+        """What autocast would make of a weight; itself where it makes nothing, where the weight was changed, and where
+        no gradient is asked for: then what is made must not be found by a forward that asks."""
+        kind = weight.device.type
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return weight
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return weight
+        dtype = torch.get_autocast_dtype(kind)
+        if (id(weight), dtype) not in self.casts:
+            weights = [other for other in self.weights[id(weight)] if other.device == weight.device]
+            with torch.autocast(kind, enabled=False):
+                values = _Converted.apply(dtype, *weights)
+            found = zip(weights, values, strict=True)
+            self.casts |= {(id(other), dtype): _Cast(value, other._version) for other, value in found}
+        cast = self.casts[id(weight), dtype]
+        return cast.value if cast.version == weight._version else weight
+
+
+class _Relu(torch.autograd.Function):
+    """A ReLU of a map that is differentiated; returns it twice (:class:`~robust_moe_kernels.modules.twins.Twins`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        if inplace:
+            ctx.mark_dirty(x)
+        out = x.relu_() if inplace else x.relu()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out)
+        return out, out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor | None, d_twin: Tensor | None) -> tuple[Tensor | None, None]:
+        (out,) = ctx.saved_tensors
+        d, d_twin = (d_twin, None) if d is None else (d, d_twin)
+        return None if d is None else through_relu(d, d_twin, out), None
+
+
+class _Converted(torch.autograd.Function):
+    """Tensors, all of one dtype, in another; one multi-tensor launch each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.kind = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(_convert(list(tensors), dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradients are to have gradients
+            return (None, *(None if gradient is None else gradient.to(ctx.kind) for gradient in gradients))
+        found = iter(_convert([gradient for gradient in gradients if gradient is not None], ctx.kind))
+        return (None, *(None if gradient is None else next(found) for gradient in gradients))
+
+
+def _convert(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    converted = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if converted:
+        torch._foreach_copy_(converted, tensors)
+    return converted
