@@ -117,10 +117,11 @@ def certify_mixture(
 def network_graphs(model: nn.Module, shape: tuple[int, ...]) -> list[Graph]:
     """Every network that :func:`certify_mixture` bounds in ``model``, lowered for images of ``shape``: its own, those
     of a dual model's halves, a mixture's router and experts. Raises as ``lower``, before any bound is computed."""
+    whole: Any = model  # duals and mixtures are known by their attributes
     if _is_dual(model):
-        return network_graphs(model.standard, shape) + network_graphs(model.robust, shape)
+        return network_graphs(whole.standard, shape) + network_graphs(whole.robust, shape)
     if is_mixture(model):
-        return [lower(network, shape) for network in (model.gate, *model.experts.networks)]
+        return [lower(network, shape) for network in (whole.gate, *whole.experts.networks)]
     return [lower(model, shape)]
 
 
@@ -204,7 +205,7 @@ def _provenance(
     return told
 
 
-def _routed(part) -> str:
+def _routed(part: Part) -> str:
     routed = isinstance(part, NetworkPart) and part.graph.routed
     return "; routed layers: weights bounded by pairs of the gate's logits; no global or local constants" * routed
 

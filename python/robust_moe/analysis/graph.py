@@ -186,7 +186,7 @@ class _Builder:
             for part in CHAINS[type(module)](module):
                 source = self.module(module._modules[part], source, f"{name}.{part}" if name else part)
             return source
-        if type(module) in (FusedBlockMoE, FusedConvMoE):
+        if isinstance(module, MoELayer) and type(module) in (FusedBlockMoE, FusedConvMoE):
             return self.mixture(module, source, where, name)
         opaque = isinstance(module, MoELayer) or next(module.children(), None) is None
         expect(not opaque, where, known, type(module).__name__)
@@ -259,7 +259,7 @@ class _Builder:
         if kind == "flatten":
             ok = ok and given.get("start_dim") == 1 and given.get("end_dim", -1) in (-1, dims - 1)
         elif kind == "mean":
-            over = given.get("dim")
+            over: Any = given.get("dim")
             ok = ok and dims == 4 and isinstance(over, tuple | list) and all(type(d) is int for d in over)
             ok = ok and sorted(d % 4 for d in over) == [2, 3]
         expect(ok, "model", wanted, node.format_node())
