@@ -26,6 +26,7 @@ class Counts:
     backward: int = 0
 
     def add(self, other: Counts) -> None:
+        """Grow by another's."""
         self.forward += other.forward
         self.backward += other.backward
 
@@ -87,6 +88,7 @@ class Passes:
         return other
 
     def logits(self, x: Tensor) -> Tensor:
+        """The model's logits [B, classes] of ``x``: one forward, whose output is checked against batch and labels."""
         logits = self.model(x)
         self.counts.forward += len(x)
         ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
