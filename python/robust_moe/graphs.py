@@ -65,6 +65,7 @@ class HasCaptured(Protocol):
 
 
 Entry = TypeVar("Entry", bound=HasCaptured)
+Value = TypeVar("Value")
 
 
 class Known(Generic[Entry]):
@@ -94,7 +95,7 @@ class Known(Generic[Entry]):
         return next((entry.captured for entry in self.graphs.values()), None)
 
 
-def _put(table: OrderedDict, key: Hashable, value: object, capacity: int) -> None:
+def _put(table: OrderedDict[Hashable, Value], key: Hashable, value: Value, capacity: int) -> None:
     table[key] = value
     table.move_to_end(key)
     while len(table) > capacity:

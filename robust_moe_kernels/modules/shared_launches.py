@@ -87,7 +87,9 @@ class _Shared(TorchFunctionMode):
         once = list({id(weight): weight for weight in group}.values())
         self.weights |= {id(weight): once for weight in once}
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if not args or torch.compiler.is_compiling():
             return func(*args, **kwargs)

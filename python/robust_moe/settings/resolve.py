@@ -63,7 +63,7 @@ def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, ke
 
 def _resolve(
     kind: type[Config], layers: Sequence[Layer], default: Config | None, key: str, around: tuple[_Around, ...]
-) -> Resolved:
+) -> Resolved[Any]:
     layers = [Layer(_section(tree, kind, key, where), where) for tree, where in layers]
     like_around = default is None and kind.table is not None
     if like_around:
