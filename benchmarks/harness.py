@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from robust_moe.provenance import provenance
-from robust_moe_kernels.kept_memory import KEPT
 
 __all__ = ["Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
 
@@ -127,8 +126,7 @@ def compare(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Largest amount of memory allocated at once during ``run``, above what was there before: through PyTorch, and on a
-    CPU what is mapped for large results."""
+    """Largest amount of memory allocated through PyTorch at once during ``run``, above what was there before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -136,8 +134,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    KEPT.release()
-    kept = KEPT.held
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -145,7 +141,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak + KEPT.held - kept
+    return peak
 
 
 def show(rows: list[Row]) -> None:

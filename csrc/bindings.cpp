@@ -6,6 +6,8 @@
 #include "apgd/apgd.h"
 #include "attack_step/attack_step.h"
 #include "attack_step/cross_entropy.h"
+#include "common/heap.h"
+#include "common/team.h"
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
 #include "gate/gate.h"
@@ -265,6 +267,10 @@ PYBIND11_MODULE(_C, m) {
 #ifdef RMK_CUDA
   m.def("sort_by_expert_cuda", &sort_cuda, NoGil());
 #endif
+  m.def(
+      "set_team", [](Address team) { set_team(reinterpret_cast<Team>(team)); },
+      "Address of GOMP_parallel in the OpenMP runtime whose threads to use; 0: threads of our own.");
+  m.def("keep_freed_memory", &keep_freed_memory);
   m.def("cpu_isa", [] { return kernels().name; }, "Instruction set of the convolution kernels in use.");
   m.def("expert_conv_forward_cpu", &expert_conv<expert_conv_forward_cpu>, NoGil());
   m.def("expert_conv_dgrad_cpu", &expert_conv<expert_conv_dgrad_cpu>, NoGil());

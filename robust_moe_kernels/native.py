@@ -5,8 +5,11 @@ The extension knows no tensor type. It takes addresses, sizes and a dtype code; 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -18,9 +21,23 @@ try:
 except ImportError as error:
     _import_error = str(error)
 
+
+def _team() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch computes with, whose threads the extension shares
+    (csrc/common/team.h); 0 where it computes with none, or with one that has no such function."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+if _extension is not None:
+    _extension.set_team(_team())
+
 __all__ = [
-    "address", "dtype_code", "extension", "has_cuda", "on_device", "on_gpu", "run", "stream", "threads", "why_not_cpu",
-    "why_not_cuda",
+    "address", "dtype_code", "extension", "has_cuda", "keep_freed_memory", "on_device", "on_gpu", "run", "stream",
+    "threads", "why_not_cpu", "why_not_cuda",
 ]  # fmt: skip
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
@@ -63,6 +80,21 @@ def dtype_code(tensor: torch.Tensor) -> int:
 def address(tensor: torch.Tensor | None) -> int:
     """Where a tensor's elements begin; 0, a null pointer, for ``None``."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def keep_freed_memory() -> bool:
+    """From now on, let this process keep the memory of freed tensors for the next ones; returns whether it will.
+
+    C's allocator maps every block above 32 MB anew, and the first touch of fresh pages is slow: of a map of 64 channels
+    at 32x32 pixels, 128 images, 16 ms where a convolution takes 55. Measured with two threads, a pass of an attack on
+    a ResNet-18 with four experts became 1.07 times as fast, a training pass with sixteen 1.11 times, whose peak of
+    resident memory rose by 6 %, and by 11 % with batches of changing size. What is freed stays with the process.
+
+    Nothing is done where the environment already tells the allocator (``MALLOC_MMAP_THRESHOLD_``,
+    ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``), where it is not glibc's, or without the compiled extension.
+    """
+    told = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    return _extension is not None and not any(map(os.environ.get, told)) and _extension.keep_freed_memory()
 
 
 def threads() -> int:

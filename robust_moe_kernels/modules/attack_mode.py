@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from robust_moe_kernels import native
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
 from robust_moe_kernels.modules.norm_folding import backbone_folded
@@ -34,6 +35,9 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     zero may have another sign. It is the same in every forward, but for those without gradients that come before the
     model's first with gradients, from which it is learned.
 
+    With a model on the CPU the process keeps freed memory from then on (:func:`~.native.keep_freed_memory`, which says
+    how to prevent that): an attack allocates the same large maps again and again.
+
     Flags are restored one submodule and one parameter at a time, so a partly frozen model or a batch norm held in eval
     mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last forward. May be
     nested, but not entered by two threads at once on one model, whose flags these are. Gradients are enabled inside,
@@ -47,6 +51,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         ValueError: another mode.
     """
     expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
+    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        native.keep_freed_memory()
     with ExitStack() as put_back:  # each on its own: what one module refuses does not keep the others from theirs
         for layer in moe_layers(model).values():
             put_back.callback(setattr, layer, "routing", layer.routing)

@@ -19,10 +19,10 @@ COMMON = (
     f"method.attack.eps={EPS}",
     f"method.attack.alpha={ALPHA}",
     f"method.attack.steps={STEPS}",
-    f"method.beta={BETA}",
     "model.moe.layers=[]",
     "model.moe.balance=none",
 )
+WEIGHED = (f"method.beta={BETA}",)
 MIXTURE = ("model.mixture.num_experts=3", "model.moe.balance=none")
 
 
@@ -94,7 +94,7 @@ def assert_same_update(model, reference, got, wanted):
 def test_trades(tiny, batch):
     model = network()
     reference = copy.deepcopy(model)
-    _, got = update(tiny("method.name=trades", *COMMON), model, batch)
+    _, got = update(tiny("method.name=trades", *WEIGHED, *COMMON), model, batch)
     with torch.no_grad():
         clean = reference(batch.images)
     x = ascend(lambda x: kl(clean, reference(x)), batch.images, batch.index, 5)
@@ -105,7 +105,7 @@ def test_trades(tiny, batch):
 def test_mart(tiny, batch):
     model = network()
     reference = copy.deepcopy(model)
-    _, got = update(tiny("method.name=mart", *COMMON), model, batch)
+    _, got = update(tiny("method.name=mart", *WEIGHED, *COMMON), model, batch)
     x = ascend(lambda x: ce(reference(x), batch.labels), batch.images, batch.index, 5)
     f, g = reference(batch.images), reference(x)
     p, q = f.softmax(1), g.softmax(1)
@@ -186,7 +186,7 @@ def soft(model, x):
 def test_rt_er_as_the_paper_defines_it(tiny, batch, routing, whole):
     model = mixture(routing)
     reference = copy.deepcopy(model)
-    _, got = update(tiny("method.name=rt_er", *COMMON, *MIXTURE), model, batch)
+    _, got = update(tiny("method.name=rt_er", *WEIGHED, *COMMON, *MIXTURE), model, batch)
     order, second = chosen(reference, batch.images, 1)
     target = second.detach()
 
@@ -201,7 +201,7 @@ def test_rt_er_as_the_paper_defines_it(tiny, batch, routing, whole):
 def test_rt_er_as_released_has_two_adversaries_and_the_other_divergence(tiny, batch):
     model = mixture()
     reference = copy.deepcopy(model)
-    _, got = update(tiny("method.name=rt_er", "method.form=released", *COMMON, *MIXTURE), model, batch)
+    _, got = update(tiny("method.name=rt_er", *WEIGHED, "method.form=released", *COMMON, *MIXTURE), model, batch)
     order, second = chosen(reference, batch.images, 1)
     x = ascend(lambda x: ce(hard(reference, x), batch.labels), batch.images, batch.index, 5)
     x2 = ascend(
@@ -215,7 +215,7 @@ def dual():
     return DualModel(network(), mixture(), alpha=0.7)
 
 
-DUAL = ("model.dual.enabled=true", "method.name=jtdmoe", *COMMON, *MIXTURE)
+DUAL = ("model.dual.enabled=true", "method.name=jtdmoe", *WEIGHED, *COMMON, *MIXTURE)
 
 
 def test_jtdmoe_upper_level_is_the_cross_entropy_of_mixed_probabilities(tiny, batch):
@@ -231,7 +231,7 @@ def test_jtdmoe_lower_level_of_the_paper_is_rt_er_of_the_robust_half(tiny, batch
     model = dual()
     reference = copy.deepcopy(model)
     _, got = update(tiny(*DUAL), model, batch)
-    _, wanted = update(tiny("method.name=rt_er", *COMMON, *MIXTURE), reference.robust, batch)
+    _, wanted = update(tiny("method.name=rt_er", *WEIGHED, *COMMON, *MIXTURE), reference.robust, batch)
     torch.testing.assert_close(got.loss, wanted.loss, rtol=0, atol=0)
     for one, two in zip(model.parameters(), reference.parameters(), strict=True):
         assert (one.grad is None) == (two.grad is None)
@@ -253,7 +253,7 @@ def test_advmoe_levels(tiny, batch, level):
     model = mixture()
     reference = copy.deepcopy(model)
     number = ("experts", "router").index(level)
-    _, got = update(tiny("method.name=advmoe", *COMMON, *MIXTURE), model, batch, number)
+    _, got = update(tiny("method.name=advmoe", *WEIGHED, *COMMON, *MIXTURE), model, batch, number)
     with torch.no_grad():
         clean, routes = hard(reference, batch.images), reference.gate(batch.images)
     x = ascend(

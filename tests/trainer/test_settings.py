@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import string
 from dataclasses import FrozenInstanceError, dataclass, replace
 from fractions import Fraction
@@ -322,6 +324,16 @@ def test_a_component_without_settings_of_its_own_has_those_it_inherits():
         made = table[name](length="1/2")
         assert (made.name, made.owner.Config, made.values()) == (name, table[name], {"length": Fraction(1, 2)})
     assert (Tool.Config.name, Tool.Config.owner) == ("", None)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_and_pickles_are_equal(again: Any):
+    from robust_moe.config import load_config, preset_names
+
+    for made in (Box(tool=Saw.Config(teeth=11)), *(load_config(preset) for preset in preset_names())):
+        assert again(made) == made
+        assert type(again(made)) is type(made)
+    assert type(again(load_config(None, ["eval.attack=apgd-t"]).eval.attack)).name == "apgd-t"
 
 
 def test_a_key_that_stands_twice_is_refused():

@@ -52,6 +52,14 @@ class Config:
     def check(self) -> None:
         """Raise :class:`ConfigError`, its message beginning with a field's name, where fields do not go together."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the name: a class that is registered a second time cannot be found by its own."""
+        cls = type(self)
+        if cls.table is None or cls.table.get(cls.name) is not cls:
+            return _made, (cls, self.values())
+        family = next(base for base in cls.__mro__ if base.__dict__.get("table") is not None)
+        return _registered, (family, cls.name, self.values())
+
     def values(self) -> dict[str, Any]:
         """The settings by name, sections as they are."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -61,6 +69,14 @@ class Config:
         that ``base``, which every component of the kind has, does not have."""
         common = field_types(base)
         return dict(self.fixed) | {name: value for name, value in self.values().items() if name not in common}
+
+
+def _made(cls: type[C], values: Mapping[str, Any]) -> C:
+    return cls(**values)
+
+
+def _registered(family: type[Config], name: str, values: Mapping[str, Any]) -> Config:
+    return family.table[name](**values)
 
 
 def replaced(config: C, key: str, value: Any) -> C:

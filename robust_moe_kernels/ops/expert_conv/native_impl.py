@@ -9,7 +9,6 @@ from torch import Tensor
 
 from robust_moe_kernels import native
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.kept_memory import KEPT
 from robust_moe_kernels.layout import Geometry, channels_last_empty
 
 __all__ = ["dgrad", "forward", "plan", "plan_key", "plan_like", "wgrad", "why_not", "why_not_case"]
@@ -169,7 +168,7 @@ def wgrad_by(
     geometry: Geometry,
 ) -> Tensor:
     filters = _uniform_taps(weight)
-    d_weight = KEPT.empty_like(filters)
+    d_weight = torch.empty_like(filters)
     sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
     _run(
         "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry, algorithm,

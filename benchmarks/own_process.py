@@ -1,0 +1,64 @@
+"""A variant that is timed in a process of its own: what another one asks of its process, such as to keep freed memory,
+it does not profit from."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from benchmarks.harness import peak_bytes
+
+__all__ = ["OwnProcess", "own_process"]
+
+Step = Callable[[int], object]
+
+
+class OwnProcess:
+    """The caller's end: runs the step, or measures its memory, and waits for it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def _ask(self, what: str, number: int) -> Any:
+        self._connection.send((what, number))
+        return self._connection.recv()  # EOFError where the process has ended; it has printed why
+
+    def __call__(self, number: int) -> None:
+        self._ask("run", number)
+
+    def peak_bytes(self, number: int) -> int:
+        """As the harness's."""
+        return self._ask("peak", number)
+
+
+def _serve(connection: Connection, threads: int, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    step = make(*arguments)
+    while (request := connection.recv()) is not None:
+        what, number = request
+        if what == "peak":
+            connection.send(peak_bytes(lambda number=number: step(number), torch.device("cpu")))
+        else:
+            step(number)
+            connection.send(None)
+
+
+@contextmanager
+def own_process(make: Callable[..., Step], *arguments: Any) -> Iterator[OwnProcess]:
+    """The CPU step that ``make(*arguments)``, a function of a module, makes in a fresh process of as many threads."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, torch.get_num_threads(), make, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield OwnProcess(ours)
+        ours.send(None)
+    finally:
+        ours.close()
+        process.join()

@@ -1,0 +1,47 @@
+// What the products of Winograd's algorithm share: winograd_rows_cpu.cpp, winograd_wgrad_cpu.cpp.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "expert_conv/expert_conv.h"
+
+namespace rmk {
+
+constexpr int64_t kFrequencies = 16;
+constexpr int64_t kScratch =
+    int64_t{2} << 20;  // floats of transformed maps at once: 8 MB, well inside a last-level cache
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Distance between frequencies: a power of two would put all sixteen into one set of the first-level cache.
+inline int64_t spread(int64_t size) { return round_up(size, 16) + 16; }
+
+// A map cut into tiles of 2x2 pixels.
+struct Tiles {
+  int64_t height, width, rows, columns;
+  Tiles(int64_t h, int64_t w) : height(h), width(w), rows((h + 1) / 2), columns((w + 1) / 2) {}
+  int64_t count() const { return rows * columns; }
+};
+
+// Rows of one expert.
+struct Segment {
+  int64_t expert, first_row, last_row;
+  int64_t rows() const { return last_row - first_row; }
+};
+
+// Experts in order, in groups of at most `limit` rows; an expert is cut only where it alone has more.
+std::vector<std::vector<Segment>> groups_of_rows(const ConvArgs& a, int64_t limit);
+
+// Addresses of the square of `side` pixels at (y, x) of a map [height, width, channels]; null outside.
+template <typename T>
+void square(T* map, int64_t height, int64_t width, int64_t channels, int64_t y, int64_t x, int64_t side, T** pixels) {
+  for (int64_t i = 0; i < side; ++i) {
+    for (int64_t j = 0; j < side; ++j) {
+      const bool inside = y + i >= 0 && y + i < height && x + j >= 0 && x + j < width;
+      *pixels++ = inside ? map + ((y + i) * width + x + j) * channels : nullptr;
+    }
+  }
+}
+
+}  // namespace rmk
