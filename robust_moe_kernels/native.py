@@ -116,7 +116,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Makes a GPU tensor's device current, so that a kernel is launched where its data is."""
     return torch.cuda.device(tensor.device)
 

@@ -82,7 +82,7 @@ def why_not(device_type: str) -> str | None:
     return f"Triton kernels are written for CUDA devices, not {device_type}"
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
+def on_device(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the tensor's device current, so that a kernel is launched where its data is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 

@@ -17,7 +17,7 @@ from robust_moe.analysis import ABSTAIN, Graph, Smoothed, certify_mixture, netwo
 from robust_moe.analysis.graph import Relu
 from robust_moe.config import ConfigError, choose
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import moe_layers
+from robust_moe_kernels.modules import MoELayer, moe_layers
 
 __all__ = ["CERTIFIERS", "Certified", "Certifier", "Deterministic", "Noise", "Search", "Smoothing", "make_certifier"]
 
@@ -96,7 +96,7 @@ class Deterministic(Certifier):
         self.model, self.by, self.search = model, by, search
         self.settings = asdict(search)
         kinds = _KINDS.get(by, ("range",))
-        self._given = {"kinds": kinds, "method": "crown" if by == "lipschitz" else by}
+        self._given: dict[str, Any] = {"kinds": kinds, "method": "crown" if by == "lipschitz" else by}
         if by == "lipschitz" and any(_routed(layer) for layer in moe_layers(model).values()):
             raise ConfigError(
                 "by: expected a network without routed layers for 'lipschitz', as no Lipschitz constant holds where a"
@@ -196,7 +196,7 @@ def make_certifier(
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
-def _routed(layer: nn.Module) -> bool:
+def _routed(layer: MoELayer) -> bool:
     """Whether it is a layer inside a network; the others are mixtures of networks."""
     return not hasattr(layer.experts, "networks")
 

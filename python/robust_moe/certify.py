@@ -122,11 +122,12 @@ class _Certification:
 
     def run(self, journal: Journal) -> dict[str, Any]:
         """What a result file says, but for its curve, checkpoint and data set."""
-        given = {"device": device_of(self.model), "batch_size": 1, "seed": 0}
+        given: dict[str, Any] = {"device": device_of(self.model), "batch_size": 1, "seed": 0}
         given |= {"journal": journal, "task": self.reporter.task}
         batches = Batches(self.images.images, self.images.labels, self.index, **given)
         self.reporter.line(self._estimate(batches))
-        records, seen = [], Counter()
+        records: list[dict[str, Any]] = []
+        seen: Counter[str] = Counter()
         for rows, record, advance in batches.over(
             "image", np.arange(len(batches)), lambda rows: self._record(*batches.take(rows)), "certifying"
         ):

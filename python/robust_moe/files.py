@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows, whose locks are another module's
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 __all__ = ["lock", "replace_file", "replacing"]
 
@@ -50,11 +50,11 @@ def lock(file: BinaryIO) -> bool:
     """Whether no other open file of that name has the lock, which ``file`` then keeps until it is closed. A file system
     without locks is taken to have none."""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if sys.platform == "win32":
             file.seek(2**62)  # far beyond what is read: a locked byte cannot be
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

@@ -59,10 +59,13 @@ class Capturer(Protocol):
 class HasCaptured(Protocol):
     """What is kept of a graph, the graph among it."""
 
-    captured: Captured
+    @property
+    def captured(self) -> Captured:
+        """The graph."""
 
 
 Entry = TypeVar("Entry", bound=HasCaptured)
+Value = TypeVar("Value")
 
 
 class Known(Generic[Entry]):
@@ -92,7 +95,7 @@ class Known(Generic[Entry]):
         return next((entry.captured for entry in self.graphs.values()), None)
 
 
-def _put(table: OrderedDict, key: Hashable, value: object, capacity: int) -> None:
+def _put(table: OrderedDict[Hashable, Value], key: Hashable, value: Value, capacity: int) -> None:
     table[key] = value
     table.move_to_end(key)
     while len(table) > capacity:

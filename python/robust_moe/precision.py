@@ -13,7 +13,8 @@ __all__ = ["full_precision", "switches"]
 
 def switches() -> dict[str, Any]:
     """What decides how fp32 products are made, by name."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends: Any = torch.backends  # whose types leave out the operations
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
     ops = {"cuda.matmul": cuda.matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn}
     return {**ops, "mkldnn.matmul": mkldnn.matmul, "mkldnn.conv": mkldnn.conv}
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 __all__ = ["StopSignals"]
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers
 
 
 class StopSignals(ABC):
@@ -16,7 +19,7 @@ class StopSignals(ABC):
     go where they went before."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    _before: dict[signal.Signals, object]
+    _before: dict[signal.Signals, Handler | None]  # None: one that Python did not install
 
     def __enter__(self) -> Self:
         self._before = {}
@@ -26,7 +29,7 @@ class StopSignals(ABC):
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # None: one that Python did not install and cannot put back
+            if handler is not None:  # None cannot be put back
                 signal.signal(number, handler)
 
     @abstractmethod

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,15 @@ from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
 
-__all__ = ["Experts", "StackedBatchNorm2d", "StackedConv2d", "engine_computes", "engine_dtype", "keep_statistics"]
+__all__ = [
+    "ExpertModule",
+    "Experts",
+    "StackedBatchNorm2d",
+    "StackedConv2d",
+    "engine_computes",
+    "engine_dtype",
+    "keep_statistics",
+]
 
 
 def _stack(tensor: Tensor, num_experts: int) -> Tensor:
@@ -69,6 +77,29 @@ def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
     return (
         dtype in dtypes and all(tensor.dtype in allowed for tensor in (x, *parameters)) and _runs(impl, x.device.type)
     )
+
+
+class ExpertModule(Protocol):
+    """A module that a :class:`~robust_moe_kernels.modules.MoELayer` sends samples to: :class:`Experts`, or whole
+    networks."""
+
+    in_channels: int  # of the maps that the experts take
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """At least one; their device and dtype are those of the input."""
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """All of x [B, C, H, W] through one expert."""
+
+    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
+        """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k]."""
+
+    def extract(self, expert: int) -> nn.Module:
+        """One expert as an ordinary module, with its own copy of the parameters."""
 
 
 class Experts(nn.Module, ABC):

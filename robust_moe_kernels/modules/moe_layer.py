@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect, expect_dtype
-from robust_moe_kernels.modules.experts import Experts, StackedConv2d
+from robust_moe_kernels.modules.experts import ExpertModule, Experts, StackedConv2d
 from robust_moe_kernels.modules.gates import Gate, build_gate, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
@@ -62,7 +62,7 @@ class MoELayer(nn.Module):
 
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
-        experts: E stacked experts, or any module with their ``num_experts``, ``in_channels``, ``one`` and ``mix``.
+        experts: E stacked experts, or any :class:`~robust_moe_kernels.modules.experts.ExpertModule`.
         top_k: k, 1 <= k <= E.
         renormalize: divide the k kept scores by their sum.
         straight_through: for k = 1, forward weight exactly 1 and the score's gradient.
@@ -87,7 +87,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         gate: nn.Module,
-        experts: Experts,
+        experts: ExpertModule,
         top_k: int = 2,
         renormalize: bool = True,
         straight_through: bool = True,
@@ -111,6 +111,13 @@ class MoELayer(nn.Module):
     def num_experts(self) -> int:
         """E."""
         return self.experts.num_experts
+
+    @property
+    def last_routing(self) -> RoutingRecord:
+        """``routing`` after a forward. Raises RuntimeError where there was none."""
+        if self.routing is None:
+            raise RuntimeError("layer: expected a forward first, got none")
+        return self.routing
 
     @property
     def route_options(self) -> RouteOptions:
@@ -185,7 +192,7 @@ class MoELayer(nn.Module):
         if init == "fresh":
             experts.reset()
         layer = cls(built, experts, **options).to(like.device, like.dtype)
-        layer.experts.requires_grad_(like.requires_grad)
+        experts.requires_grad_(like.requires_grad)
         return layer
 
 

@@ -38,7 +38,7 @@ from robust_moe_kernels.modules.norm_learning import Operators, Watch, is_plain
 __all__ = ["backbone_folded"]
 
 _IN_PLACE = {torch.relu_, Tensor.relu_, Tensor.add_, Tensor.__iadd__}
-_KIND: dict[Callable, str] = {F.batch_norm: "norm"}
+_KIND: dict[Callable[..., Any], str] = {F.batch_norm: "norm"}
 _KIND |= dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), "relu")
 _KIND |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__), "add")
 # What asks a tensor for its form and not for its numbers: a promise answers these.
@@ -105,7 +105,9 @@ class _Folding(TorchFunctionMode):
         self.promises.clear()
         self.folded.twins.clear()
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or func in _FORM:
             return func(*args, **kwargs)
@@ -126,7 +128,7 @@ class _Folding(TorchFunctionMode):
             self.watch.read(kind, tensors, out, args[1] if kind == "norm" and len(args) > 1 else None)
         return out
 
-    def _answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = _KIND.get(func, "")
         out = None
         if func is torch.conv2d:
@@ -135,7 +137,7 @@ class _Folding(TorchFunctionMode):
             out = {"norm": self._norm, "relu": self._relu, "add": self._add}[kind](args, kwargs, func in _IN_PLACE)
         return self._otherwise(func, args, kwargs) if out is None else out
 
-    def _otherwise(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _otherwise(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function itself, of the tensors that were promised to it."""
         if self.promises and func not in _PURE and _tensors((args, kwargs)):
             for _, promise in list(self.promises.values()):  # it might change what they are to be computed from
@@ -191,7 +193,7 @@ class _Folding(TorchFunctionMode):
 
     # --- what extends them ---
 
-    def _conv(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def _conv(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if kwargs or len(args) != 7 or not is_plain(args[0]):
             return None
         x, weight, bias, *form = args
@@ -237,7 +239,7 @@ class _Folding(TorchFunctionMode):
                     self.operators.__enter__()  # above no mode that may be left before the attack is
         return self.how != ""
 
-    def _norm(self, args: tuple, kwargs: dict, _: bool) -> Tensor | None:
+    def _norm(self, args: tuple[Any, ...], kwargs: dict[str, Any], _: bool) -> Tensor | None:
         promise = self._open(args[0], folded=False) if args else None
         norm = _norm_of(args, kwargs)
         if promise is None or norm is None or (promise.value is not None and not promise.careful):
@@ -257,7 +259,7 @@ class _Folding(TorchFunctionMode):
             return self._computed(longer)
         return longer.compute()
 
-    def _relu(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
+    def _relu(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool) -> Tensor | None:
         promise = self._open(args[0], folded=True) if args else None
         if promise is None or len(args) > 2 or kwargs.keys() - {"inplace"}:
             return None
@@ -268,7 +270,7 @@ class _Folding(TorchFunctionMode):
             promise.keep(out)  # for whoever reads the tensor under its old name
         return out
 
-    def _add(self, args: tuple, kwargs: dict, in_place: bool) -> Tensor | None:
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool) -> Tensor | None:
         if kwargs or len(args) != 2:
             return None
         first, second = args
@@ -314,7 +316,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _norm_of(args: tuple, kwargs: dict) -> Norm | None:
+def _norm_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
     """The numbers of a call of ``F.batch_norm`` in evaluation, as ``BatchNorm2d`` makes it; ``None`` otherwise."""
     if len(args) != 3 or kwargs.get("training", False) or args[1] is None or args[2] is None:
         return None

@@ -203,7 +203,9 @@ class Operators(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # refusing to be compiled would import the compiler, which takes a second
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.watch is not None and not torch.compiler.is_compiling():
             self.watch.operator(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))

@@ -87,7 +87,9 @@ class _Shared(TorchFunctionMode):
         once = list({id(weight): weight for weight in group}.values())
         self.weights |= {id(weight): once for weight in once}
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if not args or torch.compiler.is_compiling():
             return func(*args, **kwargs)
@@ -104,17 +106,17 @@ class _Shared(TorchFunctionMode):
             args = tuple(self._cast(value) if id(value) in self.weights else value for value in args)
         if self.twins is not None:
             if func is F.relu:
-                return self._relu(*args, **kwargs)
+                return self._relu(self.twins, *args, **kwargs)
             if func is torch.conv2d or func is torch.ops.robust_moe_kernels.pool_linear:
                 args = (self.twins.reader(args[0]), *args[1:])
         return func(*args, **kwargs)
 
-    def _relu(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def _relu(self, twins: Twins, x: Tensor, inplace: bool = False) -> Tensor:
         plain = x.dim() != 4 or x.is_leaf or x._is_view() or not is_plain(x)
         if plain or not torch.is_grad_enabled() or transformed():
             return F.relu(x, inplace)
         out, twin = _Relu.apply(x, inplace)
-        self.twins.put(out, twin)
+        twins.put(out, twin)
         return out
 
     def count(self) -> None:

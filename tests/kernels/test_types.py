@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[2] / "robust_moe_kernels"
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*(ROOT / "robust_moe_kernels").rglob("*.py"), *(ROOT / "python" / "robust_moe").rglob("*.py")])
 
 
 @pytest.mark.parametrize("package", ["robust_moe_kernels", "robust_moe"])
@@ -56,6 +57,6 @@ class Thing:
     assert untyped(source) == ["half", "nothing", "inner", "static"]
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_function_says_its_types(path):
     assert untyped(path.read_text()) == []

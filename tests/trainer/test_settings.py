@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from robust_moe.settings import Config as Settings
 from robust_moe.settings import (
-    Config,
     ConfigError,
     Layer,
     Plain,
@@ -36,7 +36,7 @@ GUESSED = "null no 012 1_0 1e3 2026-01-01 ~ 0x1F [a] {a} = << 1:30 .inf ! & - ?"
 
 class Tool:
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(Settings):
         table: ClassVar[Table] = TOOLS
         length: Fraction = setting("1/3", "from end to end", at_least=0)
 
@@ -61,7 +61,7 @@ class Saw(Tool):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Box(Config):
+class Box(Settings):
     tool: Tool.Config = setting(Hammer.Config(weight=2), "the one inside")
     label: str = setting("", "on the lid")
     place: str | None = setting(None, "where it stands", path=True)
@@ -218,7 +218,7 @@ def test_what_is_written_is_read_back_equal(made: Box):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair(Config):
+class Pair(Settings):
     other: Tool.Config | None = setting(None, "a second tool; without a name one like the first")
 
 
@@ -285,9 +285,9 @@ def test_an_optional_section_with_nothing_around_it_needs_a_name():
 
 
 def test_what_a_component_is_called_with():
-    assert Saw.Config(teeth=9).arguments(Tool.Config) == {"teeth": 9, "kind": "rip"}
+    assert Saw.Config(teeth=9).own_arguments(Tool.Config) == {"teeth": 9, "kind": "rip"}
     named = fixed(Saw.Config, handle="long")(length=3)
-    assert named.arguments(Tool.Config) == {"handle": "long", "teeth": 20, "kind": "rip"}
+    assert named.own_arguments(Tool.Config) == {"handle": "long", "teeth": 20, "kind": "rip"}
 
 
 def test_where_a_setting_comes_from():

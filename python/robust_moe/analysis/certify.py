@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe.analysis import bounds
-from robust_moe.analysis.enclosure import METHODS
+from robust_moe.analysis.enclosure import METHODS, Box
 from robust_moe.analysis.graph import Graph, lower
 from robust_moe.analysis.layers import expect_plain
-from robust_moe.analysis.parts import Data, HardMixture, NetworkPart, SoftMixture, is_mixture, make_part
+from robust_moe.analysis.parts import Data, HardMixture, NetworkPart, Part, SoftMixture, is_mixture, make_part
 from robust_moe_kernels.checks import expect, expect_images
 
 __all__ = ["KINDS", "STANDARDS", "Certificate", "certify_mixture", "network_graphs"]
@@ -116,10 +117,11 @@ def certify_mixture(
 def network_graphs(model: nn.Module, shape: tuple[int, ...]) -> list[Graph]:
     """Every network that :func:`certify_mixture` bounds in ``model``, lowered for images of ``shape``: its own, those
     of a dual model's halves, a mixture's router and experts. Raises as ``lower``, before any bound is computed."""
+    whole: Any = model  # duals and mixtures are known by their attributes
     if _is_dual(model):
-        return network_graphs(model.standard, shape) + network_graphs(model.robust, shape)
+        return network_graphs(whole.standard, shape) + network_graphs(whole.robust, shape)
     if is_mixture(model):
-        return [lower(network, shape) for network in (model.gate, *model.experts.networks)]
+        return [lower(network, shape) for network in (whole.gate, *whole.experts.networks)]
     return [lower(model, shape)]
 
 
@@ -128,19 +130,20 @@ class _Dual:
 
     def __init__(self, model: nn.Module, data: Data, standard: str) -> None:
         expect_plain(model, "model")
-        self.alpha, self.mix = float(model.alpha), model.mix
+        dual: Any = model  # known by its attributes, see _is_dual
+        self.alpha, self.mix = float(dual.alpha), str(dual.mix)
         any_standard = standard == "any"
-        ok = not any_standard or model.mix == "probabilities"
-        expect(ok, "model.mix", "'probabilities' with standard='any'", repr(model.mix))
-        self.robust = make_part(model.robust, data, model.mix, "model.robust")
-        self.standard = None if any_standard else make_part(model.standard, data, model.mix, "model.standard")
+        ok = not any_standard or self.mix == "probabilities"
+        expect(ok, "model.mix", "'probabilities' with standard='any'", repr(self.mix))
+        self.robust = make_part(dual.robust, data, self.mix, "model.robust")
+        self.standard = None if any_standard else make_part(dual.standard, data, self.mix, "model.standard")
 
     def low(self, radius: Tensor) -> Tensor:
         floor = -1.0 if self.standard is None else self.standard.low(radius)
         low = (1 - self.alpha) * floor + self.alpha * self.robust.low(radius)
         return low - 1e-12 * (1 + low.abs())
 
-    def radius(self, images, within: Tensor | float, slack: float) -> Tensor:
+    def radius(self, images: Box | None, within: Tensor | float, slack: float) -> Tensor:
         slope, margin = self.robust.slope(images), self.robust.margin
         if self.standard is None:
             if slope is None:
@@ -176,10 +179,14 @@ def _search(attempt: Callable[[Tensor], Tensor], start: Tensor, largest: float, 
     return best
 
 
-def _provenance(whole, kinds: Sequence[str], method: str, slack: float, max_radius: float) -> dict[str, str]:
-    parts = {"model": whole}
-    if isinstance(whole, _Dual):
-        parts = {"robust": whole.robust}
+def _provenance(
+    whole: Part | _Dual, kinds: Sequence[str], method: str, slack: float, max_radius: float
+) -> dict[str, str]:
+    parts: dict[str, Part] = {}
+    if not isinstance(whole, _Dual):
+        parts["model"] = whole
+    else:
+        parts["robust"] = whole.robust
         if whole.standard is not None:
             parts["standard"] = whole.standard
     told = {name: _DESCRIBED[type(part)] + _routed(part) for name, part in parts.items()}
@@ -198,7 +205,7 @@ def _provenance(whole, kinds: Sequence[str], method: str, slack: float, max_radi
     return told
 
 
-def _routed(part) -> str:
+def _routed(part: Part) -> str:
     routed = isinstance(part, NetworkPart) and part.graph.routed
     return "; routed layers: weights bounded by pairs of the gate's logits; no global or local constants" * routed
 

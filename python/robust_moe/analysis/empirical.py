@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ def estimate_lipschitz(
             gradient.
     """
     expect_images(x, "x")
-    inside = x.numel() == 0 or bool(((x >= 0) & (x <= 1)).all())
-    expect(inside, "x", "pixels in [0, 1]", f"{x.min():g} to {x.max():g}" if x.numel() else "none")
+    ok = x.numel() == 0 or bool(((x >= 0) & (x <= 1)).all())
+    expect(ok, "x", "pixels in [0, 1]", f"{x.min():g} to {x.max():g}" if x.numel() else "none")
     expect_length("eps", eps)
     for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1)):
         expect_number(name, value, Integral)
@@ -77,7 +78,7 @@ def estimate_lipschitz(
 
 
 def estimate_radius(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, *, probabilities: bool = True, **search
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, *, probabilities: bool = True, **search: Any
 ) -> Tensor:
     """min(eps, min_j m_j(x) / L̂_j) with estimated L̂_j: an *estimate* of a radius, not a certificate; float64 [B].
 

@@ -155,6 +155,7 @@ def _affine(node: Affine, box: Box, size: int) -> Box:
         return Box(centre, radius)
     scale = node.linear(box.magnitude, True)
     if node.bias is not None:
+        assert node.bias_size is not None
         centre, scale = centre + node.bias, scale + node.bias_size
     return Box(centre, radius + gamma(size) * scale + UNDERFLOW)
 
@@ -193,11 +194,12 @@ def linear_bounds(graph: Graph, boxes: list[Box], spec: Tensor, node: int | None
         if isinstance(part, Mix):
             for source in part.experts:
                 slack = slack + UNDERFLOW * (1 + total(boxes[source].magnitude[:, None]))
-        elif not isinstance(part, Add):
+        elif isinstance(part, Affine | Relu | Weights):
             slack = slack + UNDERFLOW * (1 + total(boxes[part.source].magnitude[:, None]))
         if isinstance(part, Affine):
             shape, size = graph.shapes[part.source], max(graph.size(part.source), graph.size(i))
             if part.bias is not None:
+                assert part.bias_size is not None
                 bound = bound + total(coefficients * part.bias)
                 slack = slack + gamma(size) * (total(coefficients.abs() * part.bias_size) + bound.abs())
             if not part.exact:
@@ -231,8 +233,8 @@ def linear_bounds(graph: Graph, boxes: list[Box], spec: Tensor, node: int | None
         bound = (
             bound + total(coefficients * images.centre[:, None]) - total(coefficients.abs() * images.radius[:, None])
         )
-        size = total(coefficients.abs() * images.magnitude[:, None])
-        slack = slack + gamma(graph.size(0)) * (size + bound.abs()) + UNDERFLOW
+        sizes = total(coefficients.abs() * images.magnitude[:, None])
+        slack = slack + gamma(graph.size(0)) * (sizes + bound.abs()) + UNDERFLOW
     return bound - slack * (1 + 1e-6)  # the slack's own rounding
 
 

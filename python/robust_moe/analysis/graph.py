@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +166,12 @@ class _Builder:
 
     def module(self, module: nn.Module | None, source: int, name: str) -> int:
         """``module`` applied to a node: one layer, a chain of modules, or what its forward does with modules."""
-        where = _where(name)
+        where, known = (
+            _where(name),
+            f"a layer among {', '.join(kind.__name__ for kind in (*LAYERS, FusedBlockMoE, FusedConvMoE))}",
+        )
+        expect(module is not None, where, known, "NoneType")
+        assert module is not None
         if type(module) in LAYERS:
             try:
                 made = LAYERS[type(module)](module, self.shapes[source])
@@ -180,11 +186,10 @@ class _Builder:
             for part in CHAINS[type(module)](module):
                 source = self.module(module._modules[part], source, f"{name}.{part}" if name else part)
             return source
-        if type(module) in (FusedBlockMoE, FusedConvMoE):
+        if isinstance(module, MoELayer) and type(module) in (FusedBlockMoE, FusedConvMoE):
             return self.mixture(module, source, where, name)
-        known = ", ".join(kind.__name__ for kind in (*LAYERS, FusedBlockMoE, FusedConvMoE))
-        opaque = module is None or isinstance(module, MoELayer) or next(module.children(), None) is None
-        expect(not opaque, where, f"a layer among {known}", type(module).__name__)
+        opaque = isinstance(module, MoELayer) or next(module.children(), None) is None
+        expect(not opaque, where, known, type(module).__name__)
         try:
             traced = _Tracer().trace(module)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
@@ -246,16 +251,15 @@ class _Builder:
             made = Add(self.read(inputs[0]), self.read(inputs[1]))
             return self.write(made, inputs[0]) if kind == "add_" else self.append(made, self.shapes[inputs[0]])
         source, dims = inputs[0], len(self.shapes[inputs[0]]) + 1
-        names = {"flatten": ("start_dim", "end_dim"), "mean": ("dim", "keepdim")}.get(kind, ())
-        names = ("inplace",) if node.target is F.relu else names
-        given = dict(zip(names, node.args[1:], strict=False))
+        names = ("inplace",) if node.target is F.relu else _ARGUMENTS.get(kind or "", ())
+        given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False))
         ok = len(node.args) <= 1 + len(names) and not set(node.kwargs) - (set(names) - set(given))
         given |= node.kwargs
         ok = ok and not any(isinstance(value, fx.Node) for value in given.values())
         if kind == "flatten":
             ok = ok and given.get("start_dim") == 1 and given.get("end_dim", -1) in (-1, dims - 1)
         elif kind == "mean":
-            over = given.get("dim")
+            over: Any = given.get("dim")
             ok = ok and dims == 4 and isinstance(over, tuple | list) and all(type(d) is int for d in over)
             ok = ok and sorted(d % 4 for d in over) == [2, 3]
         expect(ok, "model", wanted, node.format_node())
@@ -276,6 +280,9 @@ _CALLS = {
     **dict.fromkeys([torch.flatten, "flatten"], "flatten"),
     **dict.fromkeys([torch.mean, "mean"], "mean"),
 }
+
+
+_ARGUMENTS: dict[str, tuple[str, ...]] = {"flatten": ("start_dim", "end_dim"), "mean": ("dim", "keepdim")}
 
 
 class _Value(fx.Proxy):

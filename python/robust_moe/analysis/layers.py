@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,80 +41,92 @@ def _dims(shape: torch.Size, *allowed: int) -> None:
     expect(len(shape) in allowed, "input", wanted, f"[B, {', '.join(map(str, shape))}]")
 
 
-def _double(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().double()
+def _double(value: Tensor) -> Tensor:
+    return value.detach().double()
 
 
-def _linear(layer: nn.Linear, shape: torch.Size):
+class Map(NamedTuple):
+    """A x + b."""
+
+    linear: Linear
+    constant: Tensor | None = None  # b, broadcast to the output
+    size: Tensor | None = None  # what b was computed from, in magnitude; None: b itself
+    exact: bool = False  # moves numbers and computes none
+
+
+def _linear(layer: nn.Linear, shape: torch.Size) -> Map:
     weight = _double(layer.weight)
-    return lambda x, absolute: F.linear(x, weight.abs() if absolute else weight), _double(layer.bias)
+    bias = None if layer.bias is None else _double(layer.bias)
+    return Map(lambda x, absolute: F.linear(x, weight.abs() if absolute else weight), bias)
 
 
-def _conv(layer: nn.Conv2d, shape: torch.Size):
+def _conv(layer: nn.Conv2d, shape: torch.Size) -> Map:
     _dims(shape, 3)
     expect(layer.padding_mode == "zeros", "padding_mode", "'zeros'", repr(layer.padding_mode))
-    weight, bias = _double(layer.weight), _double(layer.bias)
-    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    bias = None if bias is None else bias[:, None, None]
-    return lambda x, absolute: F.conv2d(x, weight.abs() if absolute else weight, None, *settings), bias
+    weight = _double(layer.weight)
+    bias = None if layer.bias is None else _double(layer.bias)[:, None, None]
+    settings: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return Map(lambda x, absolute: F.conv2d(x, weight.abs() if absolute else weight, None, *settings), bias)
 
 
-def _norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, shape: torch.Size):
+def _norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, shape: torch.Size) -> Map:
     """Channels are the first dimension after the batch, whatever follows."""
     _dims(shape, *((3,) if isinstance(layer, nn.BatchNorm2d) else (1, 2)))
     expect(shape[0] == layer.num_features, "batch norm", f"{layer.num_features} channels", shape[0])
-    expect(layer.running_mean is not None, "batch norm", "running statistics", "none (track_running_stats=False)")
-    scale = (_double(layer.running_var) + layer.eps).rsqrt()
+    mean, variance = layer.running_mean, layer.running_var
+    if mean is None or variance is None:
+        raise ValueError("batch norm: expected running statistics, got none (track_running_stats=False)")
+    scale = (_double(variance) + layer.eps).rsqrt()
     scale = scale if layer.weight is None else scale * _double(layer.weight)
     lost = layer.weight is not None and bool(((scale.abs() < _SMALLEST) & (layer.weight != 0)).any())
     expect(not lost, "batch norm", f"factors of 0 or above {_SMALLEST:g}", "one that underflows")
-    moved = -_double(layer.running_mean) * scale
+    moved = -_double(mean) * scale
     beta = torch.zeros_like(moved) if layer.bias is None else _double(layer.bias)
     return _scaled(scale, moved + beta, moved.abs() + beta.abs(), (-1, *[1] * (len(shape) - 1)))
 
 
-def _normalize(layer: Normalize, shape: torch.Size):
+def _normalize(layer: Normalize, shape: torch.Size) -> Map:
     _dims(shape, 3)
     scale = 1 / _double(layer.std)
     shift = -_double(layer.mean) * scale
     return _scaled(scale, shift, shift.abs(), scale.shape)
 
 
-def _scaled(scale: Tensor, shift: Tensor, shift_size: Tensor, shape: tuple[int, ...]):
+def _scaled(scale: Tensor, shift: Tensor, shift_size: Tensor, shape: tuple[int, ...]) -> Map:
     scale, shift, shift_size = scale.reshape(shape), shift.reshape(shape), (shift_size + UNDERFLOW).reshape(shape)
-    return lambda x, absolute: x * (scale.abs() if absolute else scale), shift, shift_size
+    return Map(lambda x, absolute: x * (scale.abs() if absolute else scale), shift, shift_size)
 
 
-def _average(layer: nn.AvgPool2d, shape: torch.Size):
+def _average(layer: nn.AvgPool2d, shape: torch.Size) -> Map:
     divisor = layer.divisor_override
     expect(divisor is None or divisor > 0, "divisor_override", "None or a count > 0", divisor)
     return _pool(layer, shape)
 
 
-def _pool(layer: nn.Module, shape: torch.Size):
+def _pool(layer: nn.Module, shape: torch.Size) -> Map:
     _dims(shape, 3)
-    return (lambda x, absolute: layer(x),)
+    return Map(lambda x, absolute: layer(x))
 
 
-def _flatten(layer: nn.Flatten, shape: torch.Size):
+def _flatten(layer: nn.Flatten, shape: torch.Size) -> Map:
     expect(layer.start_dim % (len(shape) + 1) != 0, "start_dim", "not the batch", layer.start_dim)
-    return lambda x, absolute: layer(x), None, None, True
+    return Map(lambda x, absolute: layer(x), exact=True)
 
 
-def _gap_fc(layer: GapFcGate, shape: torch.Size):
+def _gap_fc(layer: GapFcGate, shape: torch.Size) -> Map:
     _dims(shape, 3)
-    linear, bias = _linear(layer.fc, shape)
-    return lambda x, absolute: linear(x.mean((2, 3)), absolute), bias
+    fc = _linear(layer.fc, shape)
+    return fc._replace(linear=lambda x, absolute: fc.linear(x.mean((2, 3)), absolute))
 
 
-def _conv_gap(layer: ConvGapGate, shape: torch.Size):
-    linear, bias = _conv(layer.conv, shape)
-    return lambda x, absolute: linear(x, absolute).mean((2, 3)), None if bias is None else bias.flatten()
+def _conv_gap(layer: ConvGapGate, shape: torch.Size) -> Map:
+    conv = _conv(layer.conv, shape)
+    bias = None if conv.constant is None else conv.constant.flatten()
+    return Map(lambda x, absolute: conv.linear(x, absolute).mean((2, 3)), bias)
 
 
-# What each layer becomes on an input [B, *shape]: (linear map[, constant[, its size[, exact]]]); "relu" or "relu_" (in
-# place); None for nothing at all.
-LAYERS: dict[type[nn.Module], Callable[[Any, torch.Size], Any]] = {
+# What each layer becomes on an input [B, *shape]: a map; "relu" or "relu_" (in place); None for nothing at all.
+LAYERS: dict[type[nn.Module], Callable[[Any, torch.Size], Map | str | None]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     nn.ReLU: lambda layer, shape: "relu_" if layer.inplace else "relu",

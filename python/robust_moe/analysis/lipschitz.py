@@ -89,8 +89,8 @@ def norm_product(graph: Graph, spec: Tensor) -> Tensor:
             constants.append(1.0)
         elif isinstance(node, Affine):
             ones = torch.ones(1, *graph.shapes[node.source], dtype=torch.float64, device=spec.device)
-            rows = 1.0 if node.exact else node.linear(ones, True).max().item() * (1 + gamma(graph.size(node.source)))
-            constants.append(constants[node.source] * (rows + UNDERFLOW) + UNDERFLOW)
+            row = 1.0 if node.exact else node.linear(ones, True).max().item() * (1 + gamma(graph.size(node.source)))
+            constants.append(constants[node.source] * (row + UNDERFLOW) + UNDERFLOW)
         elif isinstance(node, Relu):
             constants.append(constants[node.source])
         elif isinstance(node, Add):

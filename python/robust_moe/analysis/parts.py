@@ -8,7 +8,7 @@ A part is a plain network or a mixture of networks. A mixture is known by its at
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from robust_moe.analysis.lipschitz import (
 from robust_moe.analysis.reach import router_reach
 from robust_moe_kernels.checks import expect
 
-__all__ = ["MIXES", "Data", "HardMixture", "Margins", "NetworkPart", "SoftMixture", "is_mixture", "make_part"]
+__all__ = ["MIXES", "Data", "HardMixture", "Margins", "NetworkPart", "Part", "SoftMixture", "is_mixture", "make_part"]
 
 MIXES = ("probabilities", "logits")
 
@@ -98,11 +98,12 @@ class _Mixture:
     """A router and its experts."""
 
     def __init__(self, model: nn.Module, data: Data, mix: str) -> None:
+        mixture: Any = model  # known by its attributes
         self.data, self.mix = data, mix
-        self.experts = [NetworkPart(network, data, mix) for network in model.experts.networks]
+        self.experts = [NetworkPart(network, data, mix) for network in mixture.experts.networks]
         classes = [expert.graph.outputs for expert in self.experts]
         expect(len(set(classes)) == 1, "model.experts", "networks of one number of classes", classes)
-        self.router = lower(model.gate, tuple(data.x.shape[1:]))
+        self.router = lower(mixture.gate, tuple(data.x.shape[1:]))
         plain = not any(graph.routed for graph in (self.router, *(expert.graph for expert in self.experts)))
         expect(plain, "model", "a mixture of networks without routed layers of their own", "one with them")
         outputs = self.router.outputs
@@ -183,7 +184,10 @@ def is_mixture(model: nn.Module) -> bool:
     return hasattr(model, "gate") and hasattr(getattr(model, "experts", None), "networks")
 
 
-def make_part(model: nn.Module, data: Data, mix: str | None, name: str) -> NetworkPart | SoftMixture | HardMixture:
+Part = NetworkPart | SoftMixture | HardMixture
+
+
+def make_part(model: nn.Module, data: Data, mix: str | None, name: str) -> Part:
     """The part that ``model`` is; ``mix``: of what the margins must be differences (None: whatever suits the model).
 
     Raises:
@@ -192,16 +196,17 @@ def make_part(model: nn.Module, data: Data, mix: str | None, name: str) -> Netwo
     if not is_mixture(model):
         return NetworkPart(model, data, mix or "logits")
     expect_plain(model, name)
-    expect_plain(model.experts, f"{name}.experts")
+    mixture: Any = model  # known by its attributes
+    expect_plain(mixture.experts, f"{name}.experts")
     free = getattr(model, "fixed_expert", None) is None and getattr(model, "reroute", None) is None
     expect(free, name, "a mixture whose router decides", "one with a fixed expert or an imposed route")
-    count, domain = len(model.experts.networks), model.experts.domain
-    if model.top_k >= count:
+    count, domain = len(mixture.experts.networks), mixture.experts.domain
+    if mixture.top_k >= count:
         ok = mix in (None, domain)
         expect(ok, f"{name}.experts.domain", f"{mix!r}, which the dual model mixes", repr(domain))
         return SoftMixture(model, data, domain)
-    expect(model.top_k == 1, f"{name}.top_k", f"1 (hard) or {count} (soft, all experts)", model.top_k)
-    weight = model.renormalize or model.straight_through
+    expect(mixture.top_k == 1, f"{name}.top_k", f"1 (hard) or {count} (soft, all experts)", mixture.top_k)
+    weight = mixture.renormalize or mixture.straight_through
     expect(weight, name, "a hard mixture that gives its expert weight 1", "one that scales by the score")
     ok = mix != "logits" or domain == "logits"
     expect(ok, f"{name}.experts.domain", "'logits', which the dual model mixes", repr(domain))

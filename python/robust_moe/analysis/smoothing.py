@@ -105,9 +105,10 @@ class Smoothed:
         _count("select", select, 1)
         _count("samples", samples, 1)
         _share("alpha", alpha)
-        classes, bounds = [], []
+        classes: list[int] = []
+        bounds: list[float] = []
         for image, noise in self._images(x, "certify", index):
-            chosen = self._counts(image, noise, select).argmax().item()
+            chosen = int(self._counts(image, noise, select).argmax())
             hits = self._counts(image, noise, samples)[chosen].item()
             bound = clopper_pearson_lower(int(hits), samples, alpha)
             classes.append(chosen if bound > 0.5 else ABSTAIN)
@@ -157,7 +158,8 @@ class Smoothed:
     def _counts(self, image: Tensor, noise: torch.Generator, samples: int) -> Tensor:
         """How often each class was the model's on noisy copies, int64 [classes] on the host."""
         counts = torch.zeros(self.num_classes, dtype=torch.int64, device=image.device)
-        pending, held = [], 0
+        pending: list[Tensor] = []
+        held = 0
         for done in range(0, samples, _DRAW):
             drawn = torch.randn(_DRAW, *image.shape, generator=noise)[
                 : samples - done
@@ -180,11 +182,11 @@ class Smoothed:
         return torch.bincount(logits.argmax(1), minlength=self.num_classes)
 
 
-def _count(name: str, value: object, least: int) -> None:
+def _count(name: str, value: int, least: int) -> None:
     expect_number(name, value, Integral)
     expect(value >= least, name, f"a count >= {least}", value)
 
 
-def _share(name: str, value: object) -> None:
+def _share(name: str, value: float) -> None:
     expect_number(name, value)
     expect(0 < value < 1, name, "a number between 0 and 1", value)

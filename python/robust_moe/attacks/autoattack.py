@@ -36,7 +36,7 @@ def _member(name: str, eps: float, steps: int, **settings: Any) -> Attack:
 
 
 def members(
-    eps: float, norm: str = "Linf", version: str = "standard", seed: int = 0, *, steps: int = 100, **settings
+    eps: float, norm: str = "Linf", version: str = "standard", seed: int = 0, *, steps: int = 100, **settings: Any
 ) -> dict[str, Attack]:
     """The attacks of a version by name, each with the seed that it has in :class:`AutoAttack`; ``settings``:
     ``restarts`` and ``mode``.
@@ -133,10 +133,11 @@ class AutoAttack(Attack):
         versions = (*VERSIONS, "custom")
         expect(version in versions, "version", f"one of {', '.join(versions)}", repr(version))
         if version == "custom":
-            expect(bool(attacks), "attacks", "at least one with version='custom'", attacks)
-            settings = {"norm": norm, "restarts": restarts, "mode": mode}
+            given = attacks or ()
+            expect(bool(given), "attacks", "at least one with version='custom'", attacks)
+            settings: dict[str, Any] = {"norm": norm, "restarts": restarts, "mode": mode}
             own = {"eps": float(eps), "norm": norm, "mode": mode}
-            self.attacks = _named(attacks, own, seed, lambda name: _member(name, eps, steps, **settings))
+            self.attacks = _named(given, own, seed, lambda name: _member(name, eps, steps, **settings))
         else:
             expect(attacks is None, "attacks", f"None with version={version!r} (use 'custom')", attacks)
             self.attacks = members(eps, norm, version, seed, steps=steps, restarts=restarts, mode=mode)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Number, Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.losses import cross_entropy
 from robust_moe.attacks.passes import Counts, Passes
 from robust_moe.attacks.table import ATTACKS
-from robust_moe.settings import Config, ConfigError, Table, setting
+from robust_moe.settings import Config as Settings
+from robust_moe.settings import ConfigError, Table, setting
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.attack_mode import MODES, attack_mode
 
@@ -38,13 +39,13 @@ class Found(NamedTuple):
     loss: Tensor  # [B], of the images, or the highest on the way to them
 
 
-def expect_number(name: str, value: object, kind: type[Number] = Real) -> None:
+def expect_number(name: str, value: object, kind: type[object] = Real) -> None:
     """Refuse text, booleans and tensors; ``kind``: Real or Integral."""
     ok = isinstance(value, kind) and not isinstance(value, bool)
     expect(ok, name, "an integer" if kind is Integral else "a number", repr(value))
 
 
-def expect_length(name: str, value: object) -> None:
+def expect_length(name: str, value: float) -> None:
     """Refuse what is no finite number >= 0."""
     expect_number(name, value)
     expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
@@ -106,7 +107,7 @@ class Attack(ABC):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(Settings):
         """What every attack in a configuration has: a ball in pixel space; images are in [0, 1]."""
 
         table: ClassVar[Table] = ATTACKS
@@ -292,7 +293,7 @@ class StepAttack(Attack):
             "auto", "on a GPU, replay the steps as one CUDA graph; auto: where possible"
         )
 
-    def __init__(self, *, best: bool = False, graph: str | bool = "auto", **settings) -> None:
+    def __init__(self, *, best: bool = False, graph: str | bool = "auto", **settings: Any) -> None:
         super().__init__(**settings)
         self.best = best
         self.graphs = StepGraphs(graph)
@@ -313,7 +314,7 @@ class StepAttack(Attack):
 
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
         """Costs ``steps`` forwards and backwards a restart, and one forward more where iterates are compared."""
-        worst = None
+        worst: Judged | None = None
         for restart in range(self.restarts):
             x, *seen = self.graphs.climb(self, passes, self.start(x0, sample_index, seed, restart), x0)
             if seen:
@@ -321,12 +322,13 @@ class StepAttack(Attack):
             if self.restarts == 1 and not self.best:
                 return x
             worst = keep_worse(worst, Judged(x, *passes.score(x)))
+        assert worst is not None  # there is a restart
         return worst.images
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
         """All steps from the start ``x``: the last iterate, and with ``best`` the worst before it as :class:`Judged`
         has it. Draws on nothing but its arguments, so that it may be captured as a CUDA graph."""
-        worst = None
+        worst: Judged | None = None
         for _ in range(self.steps):
             seen = passes.examine(x)
             if self.best:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from robust_moe.graphs import Captured
+
 __all__ = ["CudaCapturer"]
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -28,7 +30,7 @@ class CudaCapturer:
             return "the caller is recording a CUDA graph already"
         return None
 
-    def capture(self, function: Function, inputs: tuple[Tensor, ...], beside: CudaGraph | None) -> CudaGraph:
+    def capture(self, function: Function, inputs: tuple[Tensor, ...], beside: Captured | None) -> CudaGraph:
         """``function(*inputs)`` as a graph.
 
         Runs the function on a stream of its own first, once to set up what libraries keep for each stream and once
@@ -38,11 +40,12 @@ class CudaCapturer:
             function: of tensors on one device, to tensors; reads nothing on the host. It has run on such inputs before.
             inputs: of the first replay as well.
             beside: an earlier graph whose memory may be shared. Sound, since one replay ends before the next begins,
-                inputs lie outside of it and outputs are never released to it.
+                inputs lie outside of it and outputs are never released to it. None of another kind is shared with.
 
         Raises:
             RuntimeError: the function waits for the device, or does what a graph cannot hold.
         """
+        shared = beside if isinstance(beside, CudaGraph) else None
         device = inputs[0].device
         static = tuple(torch.empty_like(tensor) for tensor in inputs)
         graph = torch.cuda.CUDAGraph()
@@ -56,11 +59,11 @@ class CudaCapturer:
                 with _host_waits_refused():
                     function(*static)
             torch.cuda.current_stream().wait_stream(stream)
-            pool = None if beside is None else beside.graph.pool()
+            pool = shared.graph.pool() if shared else None
             # thread_local: what other threads do meanwhile (a loader's pinned memory) is none of the capture's business
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = function(*static)
-        return CudaGraph(graph, static, outputs, torch.cuda.Event() if beside is None else beside.done)
+        return CudaGraph(graph, static, outputs, shared.done if shared else torch.cuda.Event())
 
 
 class CudaGraph:

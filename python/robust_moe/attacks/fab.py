@@ -228,7 +228,8 @@ class FAB(Attack):
         seen, label, classes = logits.detach(), y[:, None], logits.shape[1]
         # each label's other classes, one at a time: classes - 1 backwards, not one for every logit
         rivals = [target] if target is not None else [(y + shift) % classes for shift in range(1, classes)]
-        best, nearest = None, None
+        best: _Boundary | None = None
+        nearest: Tensor | None = None
         for number, rival in enumerate(rivals, 1):
             # the gap's own gradient, which is known, goes in below the logits: autograd has that many nodes less
             weights = torch.zeros_like(seen).scatter_(1, rival[:, None], 1.0).scatter_(1, label, -1.0)
@@ -239,13 +240,14 @@ class FAB(Attack):
                 return found
             dual = normal.flatten(1).abs().sum(1) if self.norm == "Linf" else _length(normal.flatten(1), "L2")
             away = found.gap.abs() / (dual + 1e-12)
-            if best is None:
+            if best is None or nearest is None:  # the first
                 best, nearest = found, away
                 continue
             closer = away < nearest
             nearest = torch.where(closer, away, nearest)
             gap = torch.where(closer, found.gap, best.gap)
             best = _Boundary(found.logits, gap, torch.where(per_sample(closer, x), normal, best.normal))
+        assert best is not None  # there is a rival
         return best
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from robust_moe.attacks.base import StepAttack
 from robust_moe.attacks.pgd import PGD
@@ -42,6 +42,6 @@ class FGSM(PGD):
         norm: str = "Linf",
         alpha: float | None = None,
         random_start: bool = False,
-        **settings,
+        **settings: Any,
     ) -> None:
         super().__init__(eps, 1, eps if alpha is None else alpha, norm, random_start, **settings)

@@ -117,10 +117,10 @@ class StepGraphs:
                 return found
         known.put(key, entry)
         passes.expect_labels_below(entry.classes)
-        nonfinite, *found = entry.captured.replay(inputs)
+        nonfinite, *rest = entry.captured.replay(inputs)
         passes.nonfinite |= nonfinite
         passes.counts.add(entry.counts)
-        return tuple(found)
+        return tuple(rest)
 
     def _capture(self, attack: Climber, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None) -> _Entry:
         classes, counts = 0, Counts()

@@ -10,6 +10,7 @@ They work on every model in which ``moe_layers`` finds a layer, be its experts b
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class MoEAttack(PGD):
         graph: str | bool = "auto",
     ) -> None:
         expect(loss in LOSSES, "loss", f"one of {', '.join(LOSSES)}", repr(loss))
-        options = {"loss": loss, "eot_iter": eot_iter, "mode": mode, "graph": graph}
+        options: dict[str, Any] = {"loss": loss, "eot_iter": eot_iter, "mode": mode, "graph": graph}
         super().__init__(eps, steps, alpha, norm, random_start, restarts, seed, **options)
 
     @property
@@ -113,14 +114,14 @@ class ExpertPGD(MoEAttack):
         others: see :class:`MoEAttack`.
     """
 
-    def __init__(self, eps: float, steps: int, *args, freeze_weights: bool = True, **settings) -> None:
+    def __init__(self, eps: float, steps: int, *args: Any, freeze_weights: bool = True, **settings: Any) -> None:
         super().__init__(eps, steps, *args, **settings)
         self.freeze_weights = freeze_weights
 
     def prepare(self, passes: Passes) -> None:
         routes = last_routes(passes.model).values()
-        held = [(route.indices, route.weights) if self.freeze_weights else (route.indices,) for route in routes]
-        passes.extras = tuple(tensor for route in held for tensor in route)
+        held = [(route.indices, route.weights if self.freeze_weights else None) for route in routes]
+        passes.extras = tuple(tensor for route in held for tensor in route if tensor is not None)
         passes.loss = self._loss
 
     def _loss(self, logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class RouterAttack(MoEAttack):
         others: see :class:`MoEAttack`.
     """
 
-    def __init__(self, eps: float, steps: int, *args, soft_gradient: bool = False, **settings) -> None:
+    def __init__(self, eps: float, steps: int, *args: Any, soft_gradient: bool = False, **settings: Any) -> None:
         super().__init__(eps, steps, *args, **settings)
         self.soft_gradient = soft_gradient
 
@@ -198,10 +199,10 @@ class JointPGD(RouterAttack):
         self,
         eps: float,
         steps: int,
-        *args,
+        *args: Any,
         router_weight: float = 1.0,
         soft_gradient: bool = True,
-        **settings,
+        **settings: Any,
     ) -> None:
         super().__init__(eps, steps, *args, soft_gradient=soft_gradient, **settings)
         expect_length("router_weight", router_weight)
@@ -227,7 +228,7 @@ class _Gates:
         images."""
         found = []
         for layer in self.layers:
-            logits = layer.routing.logits.detach()
+            logits = layer.last_routing.logits.detach()
             # as the gate ranks them, also where a caller's routes replace its choice
             found.append(logits.sort(dim=1, descending=True, stable=True).indices[:, : layer.top_k])
             spread = logits.double().std(dim=1, correction=0, keepdim=True)
@@ -238,7 +239,7 @@ class _Gates:
         # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing
         router = (0 * logits).nan_to_num().sum(1)
         for layer, selected, spread in zip(self.layers, clean[::2], clean[1::2], strict=True):
-            h = layer.routing.logits
+            h = layer.last_routing.logits
             h = h if h.dtype == torch.float64 else h.float()
             router = router + router_margin(h / spread.to(h.dtype), selected, CUSHION)
         return self.attack.objective(logits, y, router)

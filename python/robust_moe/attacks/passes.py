@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Counts:
     backward: int = 0
 
     def add(self, other: Counts) -> None:
+        """Grow by another's."""
         self.forward += other.forward
         self.backward += other.backward
 
@@ -72,7 +74,7 @@ class Passes:
         counts: Counts | None = None,
     ) -> None:
         self.model, self.y, self.largest_label = model, y, largest_label
-        self.loss = attack.loss
+        self.loss: Callable[..., Tensor] = attack.loss
         self.extras: tuple[Tensor, ...] = ()
         self.classes = 0  # of the last forward
         self.draws = attack.eot_iter
@@ -97,6 +99,7 @@ class Passes:
         return other
 
     def logits(self, x: Tensor) -> Tensor:
+        """The model's logits [B, classes] of ``x``: one forward, whose output is checked against batch and labels."""
         logits = self.model(x)
         self.counts.forward += len(x)
         ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
@@ -121,7 +124,7 @@ class Passes:
         not finite in it, and :meth:`settle` at the end of the climb what the losses were.
         """
         x = x.detach().requires_grad_(True)
-        total = None
+        total: Tensor | None = None
         for _ in range(self.draws):
             logits = self.logits(x)
             loss = self.loss(logits, self.y, *self.extras)
@@ -132,6 +135,7 @@ class Passes:
                 self._one = loss.new_ones(())
             grad = self.gradient(loss, x, grad_outputs=self._one.expand_as(loss))
             total = grad if total is None else total + grad
+        assert total is not None  # there is a draw
         return Examined(logits.detach(), loss.detach(), total if self.draws == 1 else total / self.draws)
 
     def notice(self, grad: Tensor) -> None:
@@ -145,7 +149,7 @@ class Passes:
             self.nonfinite |= ~torch.isfinite(torch.cat(self._losses)).all()
             self._losses.clear()
 
-    def gradient(self, output: Tensor, x: Tensor, **options) -> Tensor:
+    def gradient(self, output: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of
         ``torch.autograd.grad``. Zero where the output does not depend on ``x`` through anything with a gradient."""
         self.counts.backward += len(x)

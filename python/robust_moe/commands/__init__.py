@@ -25,14 +25,17 @@ COMMANDS = {  # name: (module, what the list says: the first sentence of its hel
 class Commands(TyperGroup):
     """Lists :data:`COMMANDS` without importing them, and imports the one that is called."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    # ctx: of Click or of Typer's own copy of it, as the version of Typer has it
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, name: str) -> TyperCommand | None:
+    def get_command(self, ctx: Any, name: str) -> TyperCommand | None:
         return TyperCommand(name, help=COMMANDS[name][1]) if name in COMMANDS else None
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
+        assert name is not None  # or there was an error
         module = import_module(f"robust_moe.commands.{COMMANDS[name][0]}")
         command = typer.main.get_command(module.app)
         command.name = name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def _read_file(source: str | Path) -> Layer:
     return Layer(tree, str(source))
 
 
-def _read_overrides(overrides: list[str] | None) -> Layer:
+def _read_overrides(overrides: Sequence[str] | None) -> Layer:
     """One layer of all overrides: of two for one key the later counts."""
     tree: dict[str, Any] = {}
     for item in overrides or []:
@@ -75,12 +75,12 @@ def _read_overrides(overrides: list[str] | None) -> Layer:
     return Layer(tree, "override")
 
 
-def resolve_config(source: str | Path | None = None, overrides: list[str] | None = None) -> Resolved:
+def resolve_config(source: str | Path | None = None, overrides: Sequence[str] | None = None) -> Resolved[TrainConfig]:
     """As :func:`load_config`, with where every setting that was chosen comes from."""
     return _resolve([] if source is None else [_read_file(source)], overrides)
 
 
-def _resolve(layers: list[Layer], overrides: list[str] | None) -> Resolved:
+def _resolve(layers: list[Layer], overrides: Sequence[str] | None) -> Resolved[TrainConfig]:
     layers = [*layers, _read_overrides(overrides)] if overrides else layers
     installed_plugins()
     for tree, _ in layers:
@@ -96,7 +96,7 @@ def _modules(imports: Any) -> list[str]:
     return [str(name) for name in imports] if isinstance(imports, (list, tuple)) else []
 
 
-def load_config(source: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
+def load_config(source: str | Path | None = None, overrides: Sequence[str] | None = None) -> TrainConfig:
     """Defaults, then the YAML file or preset ``source``, then ``overrides`` such as ``["run.epochs=3"]``.
 
     Raises :class:`ConfigError` for an unreadable file, an unknown key, a value of the wrong type or out of range.
@@ -104,7 +104,9 @@ def load_config(source: str | Path | None = None, overrides: list[str] | None = 
     return resolve_config(source, overrides).config
 
 
-def config_from_dict(tree: dict[str, Any], overrides: list[str] | None = None, where: str = "config") -> TrainConfig:
+def config_from_dict(
+    tree: dict[str, Any], overrides: Sequence[str] | None = None, where: str = "config"
+) -> TrainConfig:
     """A configuration from the nested dict that a checkpoint keeps, with ``key=value`` overrides on top."""
     return _resolve([Layer(tree, where)], overrides).config
 

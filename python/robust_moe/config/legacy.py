@@ -16,7 +16,7 @@ __all__ = ["modernised"]
 Tree = dict[str, Any]
 
 
-def _of(table: Table, name: object, tree: Tree, shared: tuple[str, ...]) -> Tree:
+def _of(table: Table, name: str, tree: Tree, shared: tuple[str, ...]) -> Tree:
     """Those of the ``shared`` settings, which a union of components had, that the component ``name`` has."""
     known = field_types(table[name]) if name in table else ()
     return {key: tree[key] for key in shared if key in tree and key in known}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from robust_moe.attacks import PGD, Attack
@@ -23,7 +24,7 @@ __all__ = [
 class EvalConfig(Config):
     """What is measured on validation images while training and on test images at the end."""
 
-    attack: Attack.Config = setting(PGD.Config(steps=20, alpha="2/255"), "whose images are scored")
+    attack: Attack.Config = setting(PGD.Config(steps=20, alpha=Fraction(2, 255)), "whose images are scored")
     every: int = setting(1, "between validations", unit="epochs", at_least=1)
     batch_size: int = setting(256, "of a forward", unit="images", at_least=1)
     limit: int | None = setting(None, "validate on the first n images only; null: all", unit="images", at_least=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +51,16 @@ class AugmentDraw(NamedTuple):
 
     def select(self, index: slice) -> AugmentDraw:
         """The draw of some of the images."""
-        return AugmentDraw(*(v[index] if isinstance(v, Tensor) else v for v in self))
+        return self._replace(**{name: value[index] for name, value in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> AugmentDraw:
         """On another device, in one copy that the host does not wait for."""
-        moved = iter(send([v for v in self if isinstance(v, Tensor)], torch.device(device)))
-        return AugmentDraw(*(next(moved) if isinstance(v, Tensor) else v for v in self))
+        tensors = self._tensors()
+        moved: dict[str, Any] = dict(zip(tensors, send(list(tensors.values()), torch.device(device)), strict=True))
+        return self._replace(**moved)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
 
 def draw_augmentation(

@@ -10,7 +10,8 @@ from typing import ClassVar
 from robust_moe.data.augment import AugmentConfig
 from robust_moe.data.image_kind import IMAGE_KINDS
 from robust_moe.data.image_set import DataError, ImageSet
-from robust_moe.settings import Config, Table, choose, setting
+from robust_moe.settings import Config as Settings
+from robust_moe.settings import Table, choose, setting
 
 __all__ = ["DATASETS", "DataSet", "FolderDataSet"]
 
@@ -35,7 +36,7 @@ class DataSet(ABC):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(Settings):
         """Which images, and how they are split."""
 
         table: ClassVar[Table] = DATASETS

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # float32 [B, C, H, W] in [0, 1]
     labels: Tensor  # int64 [B]
-    index: Tensor  # int64 [B]: positions in the image set
+    index: Tensor  # type: ignore[assignment]  # int64 [B]: positions in the image set; hides tuple.index
 
 
 class BatchLoader:
@@ -111,9 +111,9 @@ class BatchLoader:
             images, labels, index = self._gather(whole[mine])
             if self.augment is not None:
                 # drawn for the global batch: an image changes in the same way however many ranks share the work
-                draw = draw_augmentation(
-                    self.augment, len(whole), *images.shape[2:], generator(self.seed, "augment", epoch, number)
-                )
+                height, width = images.shape[2:]
+                draws = generator(self.seed, "augment", epoch, number)
+                draw = draw_augmentation(self.augment, len(whole), height, width, draws)
                 if self._mirrored is not None:
                     draw = draw._replace(flip=self._mirrored[whole] ^ bool(epoch % 2))
                 images = apply_augmentation(images, draw.select(mine))

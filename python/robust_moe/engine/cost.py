@@ -77,7 +77,7 @@ def _pieces(method: Method.Config, steps: int) -> list[tuple[int, int]]:
     """(steps of the attack, batches trained with them) of a run of ``steps`` batches."""
     schedule = method.attack_steps_schedule if isinstance(method, StepsSchedule) else ()
     if not schedule:
-        schedule = [(0.0, getattr(method.attack, "steps", 1) if isinstance(method, AttackOptions) else 0)]
+        schedule = ((0.0, getattr(method.attack, "steps", 1) if isinstance(method, AttackOptions) else 0),)
     # as the method has it: batch s belongs to the last piece whose share is at most s / steps
     starts = [next(s for s in range(steps + 1) if s == steps or s / steps >= share) for share, _ in schedule]
     ends = [*starts[1:], steps]

@@ -71,4 +71,8 @@ class CrashGuard:
         raise kind(f"{text}; the state is in {crash}, {kept}") from cause
 
     def mean_of_processes(self, values: Tensor) -> Tensor:
-        return self.fabric.all_reduce(values, reduce_op="mean") if self.fabric.world_size > 1 else values
+        if self.fabric.world_size == 1:
+            return values
+        mean = self.fabric.all_reduce(values, reduce_op="mean")
+        assert isinstance(mean, Tensor)  # as the values
+        return mean

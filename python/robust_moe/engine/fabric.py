@@ -8,6 +8,7 @@ from types import FrameType
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.engine.experiment import resolve_device
@@ -68,6 +69,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
     networks = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
     ddp = "ddp_find_unused_parameters_true" if networks else "ddp"
     strategy = "auto" if run.devices == 1 else ddp
+    assert run.precision != "auto"  # it is resolved
     return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)
 
 
@@ -90,4 +92,6 @@ class StopRequest(StopSignals):
         if not at_interval:
             return False
         flag = torch.tensor(float(self.requested), device=self.fabric.device)
-        return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+        asked = self.fabric.all_reduce(flag, reduce_op="sum")
+        assert isinstance(asked, Tensor)  # as the flag
+        return bool(asked > 0)

@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,8 @@ from robust_moe.graphs import (
     precisions,
     several_processes,
 )
-from robust_moe_kernels.modules import moe_layers
-
-if TYPE_CHECKING:
-    from robust_moe.methods import Objective, Scored
+from robust_moe.methods.base import Objective, Scored
+from robust_moe_kernels.modules import RoutingRecord, moe_layers
 
 __all__ = ["PassGraphs"]
 
@@ -42,7 +40,7 @@ class _Left:
     same tensors, with new values in them."""
 
     grads: list[Tensor | None]  # of every parameter
-    routing: list[Any]  # every MoE layer's record
+    routing: list[RoutingRecord | None]  # every MoE layer's record
     names: list[str]  # of the logs, in the order of the outputs
 
     def take(self, model: nn.Module) -> None:
@@ -61,6 +59,7 @@ class _Left:
 class _Entry(NamedTuple):
     captured: Captured
     left: _Left
+    trained: tuple[bool, ...]  # of every parameter, whether it is
 
 
 class PassGraphs:
@@ -100,7 +99,8 @@ class PassGraphs:
         capturer: Capturer | None = None,
     ) -> None:
         expect_choice(graph, "run.graph")
-        self.model, self.graph, self.capturer = model, graph, CudaCapturer() if capturer is None else capturer
+        self.model, self.graph = model, graph
+        self.capturer: Capturer = CudaCapturer() if capturer is None else capturer
         self._backward, self._finish, self._reason = backward, finish, reason
         self._known: Known[_Entry] = Known()
         self._kind: Hashable = None  # what all of the graphs have in common
@@ -115,21 +115,24 @@ class PassGraphs:
         if reason is not None:
             self._tell(reason)
             return None
+        inputs = objective.inputs
+        assert inputs is not None  # or there is a reason
         kind = (
             places(self.model),
             tuple(module.training for module in self.model.modules()),
-            precisions(objective.inputs[0].device.type),
+            precisions(inputs[0].device.type),
         )
         if kind != self._kind:
             self._known, self._kind = Known(), kind
-        key = (forms(objective.inputs), tuple(parameter.requires_grad for parameter in self.model.parameters()))
+        trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        key = (forms(inputs), trained)
         entry = self._known.graphs.get(key)
         if entry is None:
-            another_shape = any(trained == key[1] for _, trained in self._known.graphs)
+            another_shape = any(other.trained == trained for other in self._known.graphs.values())
             if (another_shape and self.graph is not True) or not self._known.see(key):
                 return None
             try:
-                entry = self._capture(objective)
+                entry = self._capture(objective, inputs, trained)
             except Exception as error:  # a model may fail in any way
                 self._known.refuse()
                 warnings.warn(
@@ -138,7 +141,7 @@ class PassGraphs:
                 )
                 return None
         self._known.put(key, entry)
-        loss, *values = entry.captured.replay(objective.inputs)
+        loss, *values = entry.captured.replay(inputs)
         entry.left.put(self.model)
         return loss, dict(zip(entry.left.names, values, strict=True))
 
@@ -154,7 +157,7 @@ class PassGraphs:
             self._told.add(reason)
             warnings.warn(f"run.graph: the training pass runs step by step and not as a CUDA graph: {reason}")
 
-    def _capture(self, objective: Objective) -> _Entry:
+    def _capture(self, objective: Objective, inputs: tuple[Tensor, ...], trained: tuple[bool, ...]) -> _Entry:
         compute, left = objective.compute, _Left()
 
         def training_pass(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -171,7 +174,7 @@ class PassGraphs:
 
         with buffers_kept(self.model), _pass_kept(self.model):
             # memory of its own: the gradients are read after the replay, when an attack's graph may already have run
-            return _Entry(self.capturer.capture(training_pass, objective.inputs, None), left)
+            return _Entry(self.capturer.capture(training_pass, inputs, None), left, trained)
 
 
 @contextmanager
@@ -194,7 +197,7 @@ def _pass_kept(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def _detached(record: Any) -> Any:
+def _detached(record: RoutingRecord | None) -> RoutingRecord | None:
     """A layer's record without its graph."""
     if record is None:
         return None

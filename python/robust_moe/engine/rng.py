@@ -21,7 +21,9 @@ def seed_all(seed: int) -> None:
 def rng_state() -> dict[str, Any]:
     """States of the global generators, loadable with ``weights_only=True``."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    state = np.random.get_state()  # noqa: NPY002
+    assert isinstance(state, tuple)  # a dictionary is another generator's, or asked for
+    name, keys, position, has_gauss, cached = state
     return {
         "python": [version, list(words), gauss],
         "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

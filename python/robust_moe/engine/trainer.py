@@ -135,7 +135,7 @@ class Trainer:
         precision = fabric.strategy.precision
         self.state = RunState(config, data, self.model, optimizer, precision, self.method, average)
         lines = 0
-        if checkpoint is not None:
+        if source is not None and checkpoint is not None:
             lines, changed = self.state.load_state_dict(
                 checkpoint, source, fabric.global_rank, fabric.device, override=override
             )
@@ -263,7 +263,7 @@ class Trainer:
         if last or state.epoch % config.run.checkpoint_every == 0:
             self._save("last.pt")
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float | None]:
         """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images."""
         epoch, result = self.state.epoch + 1, None
         average = self.state.average

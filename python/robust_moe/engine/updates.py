@@ -126,6 +126,9 @@ class Updater:
         elif self.measures:
             grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
+        else:
+            return {}
+        assert norm is not None  # Fabric has none only where it clips by value
         return {"grad_norm": norm.detach()} if self.measures else {}
 
     def _expect_modes(self, modes: list[bool]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import Attack, Crafted, attack_mode
+from robust_moe.attacks import PGD, Attack, Crafted, attack_mode
 from robust_moe.attacks.base import StepAttack
 from robust_moe.data import Batch
 from robust_moe.methods.base import Method, accuracy, full
@@ -50,7 +50,7 @@ class AdversarialMethod(Method):
             """Passes of an image that the attack costs besides what the method makes of it: a forward and the gradient
             to the image, each step. Raises :class:`ConfigError` for an attack whose passes are not counted."""
             attack = self.attack
-            if attack.name != "pgd":
+            if type(attack) is not PGD.Config:
                 raise ConfigError(f"method.attack.name: expected 'pgd' to count passes of, got {attack.name!r}")
             again = attack.restarts if attack.restarts > 1 else 0
             return 2 * attack_steps * attack.restarts * attack.eot_iter + again
@@ -69,6 +69,7 @@ class AdversarialMethod(Method):
             attack = self.attack
             for share, steps, alpha in self._pieces:
                 if self.progress >= share:
+                    assert isinstance(attack, PGD)  # StepsSchedule refuses others
                     attack.steps, attack.alpha = steps, alpha
         return attack.craft(model, batch.images, batch.labels, batch.index, seed=seed)
 
@@ -97,6 +98,7 @@ def _pieces(config: AdversarialMethod.Config, attack: Attack) -> list[tuple[floa
     schedule = config.attack_steps_schedule if isinstance(config, StepsSchedule) else ()
     if not schedule:
         return []
+    assert isinstance(attack, PGD)  # StepsSchedule refuses others
     path, longest = attack.alpha * attack.steps, LONGEST * attack.eps
     if path == 0 and attack.eps > 0:
         raise ConfigError(

@@ -49,6 +49,8 @@ class AdversarialRouters(AdversarialMethod):
             super().check()
             self.expect_single_pgd()
 
+    attack: RoutePGD
+
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
         super().__init__(config, model, devices)
         expect_experts(model, config.name)

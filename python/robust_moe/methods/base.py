@@ -18,7 +18,8 @@ from robust_moe.methods.options import LabelSmoothing
 from robust_moe.methods.table import METHODS
 from robust_moe.methods.weight_perturbation import WeightPerturbation
 from robust_moe.models.config import ModelConfig
-from robust_moe.settings import Config, ConfigError, Table, setting
+from robust_moe.settings import Config as Settings
+from robust_moe.settings import ConfigError, Table, setting
 from robust_moe_kernels.modules import balance_loss, moe_layers, shared_launches
 
 __all__ = ["TRAINING", "Forward", "Method", "Objective", "Scored", "Update"]
@@ -78,7 +79,7 @@ class Method(ABC):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(Settings):
         """What every method has."""
 
         table: ClassVar[Table] = METHODS

@@ -48,7 +48,7 @@ class FastAdversarialTraining(AdversarialMethod):
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
         super().__init__(config, model, devices)  # self.attack: the guard's
-        eps = self.attack.eps
+        eps = float(config.attack.eps)
         self.fgsm = FGSM(eps, config.attack.norm, 1.25 * eps, random_start=True, mode=config.attack_mode)
         self.guard = config.overfit_guard
         self.with_pgd = False  # train on PGD's images until the next comparison

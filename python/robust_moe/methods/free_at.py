@@ -64,8 +64,10 @@ class FreeAdversarialTraining(Method):
                 logs=probed_gain(self.step, model, batch, images.detach()) if replay + 1 == self.replays else {},
             )
             # by now the engine has run the backward; the weights' gradients of the last replay are checked there
-            nonfinite = nonfinite | ~torch.isfinite(images.grad).all()
-            delta = (delta + self.eps * images.grad.sign()).clamp(-self.eps, self.eps)
+            grad = images.grad
+            assert grad is not None
+            nonfinite = nonfinite | ~torch.isfinite(grad).all()
+            delta = (delta + self.eps * grad.sign()).clamp(-self.eps, self.eps)
         self.delta = delta
 
     def _start(self, images: Tensor) -> Tensor:

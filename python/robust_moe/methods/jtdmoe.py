@@ -59,13 +59,14 @@ class JointDual(RTER):
         super().__init__(config, model, devices)
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
-        robust = list(model.robust.parameters())
+        robust, standard = model.get_submodule("robust"), model.get_submodule("standard")
+        weights = list(robust.parameters())
         if self.form == "paper":
-            yield self.robust(model.robust, batch, step_seed, model.robust, robust)
+            yield self.robust(robust, batch, step_seed, robust, weights)
         else:
-            yield self._all_experts(model.robust, batch, step_seed, robust)
-        standard = None if self.form == "paper" else list(model.standard.parameters())
-        yield Objective(lambda: self._upper(model, forward, batch), trains=standard)
+            yield self._all_experts(robust, batch, step_seed, weights)
+        trains = None if self.form == "paper" else list(standard.parameters())
+        yield Objective(lambda: self._upper(model, forward, batch), trains=trains)
 
     def _all_experts(self, model: nn.Module, batch: Batch, seed: int, trains: list[nn.Parameter]) -> Objective:
         images, nonfinite = self.craft(model, batch, seed)

@@ -55,7 +55,7 @@ def second_experts(model: nn.Module) -> dict[str, Tensor]:
     """Each layer's second-ranked expert of each sample in the last forward, int64 [B], by the gate's logits without
     noise."""
     ranked = {
-        name: layer.routing.clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
+        name: layer.last_routing.clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
         for name, layer in moe_layers(model).items()
     }
     return {name: indices[:, 1] for name, indices in ranked.items()}
@@ -126,12 +126,13 @@ class SecondExpertPGD(PGD):
 
 def gate_logits(model: nn.Module) -> tuple[Tensor, ...]:
     """Each layer's gate logits [B, E] of the last forward, on its graph."""
-    return tuple(layer.routing.logits for layer in moe_layers(model).values())
+    return tuple(layer.last_routing.logits for layer in moe_layers(model).values())
 
 
 def gate_divergence(logits: tuple[Tensor, ...], clean: tuple[Tensor, ...]) -> Tensor:
     """Sum over the layers of KL(softmax(clean) ‖ softmax(logits)), [B]; ``clean`` is a constant."""
-    return sum(kl_divergence(one, other.detach()) for one, other in zip(logits, clean, strict=True))
+    layers = [kl_divergence(one, other.detach()) for one, other in zip(logits, clean, strict=True)]
+    return sum(layers[1:], layers[0])
 
 
 class RoutePGD(PGD):
@@ -162,5 +163,5 @@ class _Gates:
         self.layers: list[MoELayer] = list(moe_layers(model).values())
 
     def objective(self, logits: Tensor, y: Tensor, clean: Tensor, *gates: Tensor) -> Tensor:
-        now = tuple(layer.routing.logits for layer in self.layers)
+        now = tuple(layer.last_routing.logits for layer in self.layers)
         return kl_divergence(logits, clean) + gate_divergence(now, gates)

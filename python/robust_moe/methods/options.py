@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from robust_moe.attacks import PGD, Attack
@@ -28,7 +29,7 @@ class LabelSmoothing(Config):
 class AttackOptions(Config):
     """Of methods that train on adversarial images."""
 
-    attack: Attack.Config = setting(PGD.Config(alpha="2/255"), "that makes the adversarial images")
+    attack: Attack.Config = setting(PGD.Config(alpha=Fraction(2, 255)), "that makes the adversarial images")
     attack_mode: Literal["eval", "train"] = setting("eval", "the model's mode while adversarial images are made")
 
     def expect_attack(self, why: str, **expected: Collection[Any]) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from robust_moe.attacks import PGD
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import AdversarialMethod, pair_logs
@@ -42,6 +43,8 @@ class Trades(AdversarialMethod):
 
         def passes(self, attack_steps: int) -> int:
             return 1 + self.climb(attack_steps) + self.trained(2 * TRAINING)  # the attack's target; both images
+
+    attack: PGD
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
         super().__init__(config, model, devices, loss="kl")

@@ -61,7 +61,7 @@ class BalanceLoss(ABC):
         def build(self) -> WeightedBalance | None:
             if self.weight == 0:
                 return None
-            return WeightedBalance(self.weight, type(self).owner(**self.arguments(BalanceLoss.Config)))
+            return WeightedBalance(self.weight, type(self).owner(**self.own_arguments(BalanceLoss.Config)))
 
     @abstractmethod
     def __call__(self, routing: RoutingRecord) -> Tensor:

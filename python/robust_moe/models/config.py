@@ -93,7 +93,7 @@ class NetworkConfig(Config):
         By default the registered class or function, called with ``images`` and the network's own settings. Where
         ``normalizes`` is False the images that it gets are normalised already.
         """
-        return type(self).owner(images, **self.arguments(ModelConfig))
+        return type(self).owner(images, **self.own_arguments(ModelConfig))
 
     def check_images(self, images: ImageSpec, alone: bool) -> None:
         """Raise ValueError for images that the network cannot take.
@@ -169,8 +169,9 @@ class ModelConfig(NetworkConfig):
 
     def standard(self) -> NetworkConfig:
         """F_S of a dual model, described as a model of its own."""
-        dense = {"moe": MoEConfig(), "mixture": MixtureConfig()}
-        half = self.dual.standard or replace(self, **dense, dual=DualConfig(), init_from=None)
+        half = self.dual.standard or replace(
+            self, moe=MoEConfig(), mixture=MixtureConfig(), dual=DualConfig(), init_from=None
+        )
         return replace(half, moe=self.moe, mixture=self.mixture) if self.dual.experts else half
 
     def halves(self) -> Iterator[tuple[str, NetworkConfig]]:

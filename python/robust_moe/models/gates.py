@@ -27,7 +27,7 @@ class GateConfig(Config):
 
     def build(self, in_channels: int, num_experts: int) -> nn.Module:
         """The gate of one layer; weights from PyTorch's global generator."""
-        return type(self).owner(in_channels, num_experts, **self.arguments(GateConfig))
+        return type(self).owner(in_channels, num_experts, **self.own_arguments(GateConfig))
 
 
 for _name, _gate in modules.GATES.items():

@@ -73,11 +73,11 @@ class NetworkExperts(nn.Module):
             return self._mix_all(x, route, weights)
         counts = route.counts.tolist()
         segments = dispatch(x, route).split(counts)
-        rows = [self._run(expert, rows) for expert, rows in enumerate(segments) if len(rows)]
-        if not rows:  # an empty batch still has an output shape
+        outputs = [self._run(expert, rows) for expert, rows in enumerate(segments) if len(rows)]
+        if not outputs:  # an empty batch still has an output shape
             return self.one(0, x)
-        self._expect_one_shape(rows)
-        rows = self._in_domain(torch.cat(rows))
+        self._expect_one_shape(outputs)
+        rows = self._in_domain(torch.cat(outputs))
         if self.domain == "logits":
             return combine(rows, route, weights)
         pairs = rows.index_select(0, route.inverse).unflatten(0, weights.shape)

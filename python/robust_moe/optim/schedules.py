@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from robust_moe.settings import Config, ConfigError, Table, setting
+from robust_moe.settings import Config as Settings
+from robust_moe.settings import ConfigError, Table, setting
 
 __all__ = [
     "SCHEDULES",
@@ -43,7 +44,7 @@ class Schedule(ABC):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(Settings):
         """What every schedule has: nothing."""
 
         table: ClassVar[Table] = SCHEDULES
@@ -56,7 +57,9 @@ class Schedule(ABC):
             """The schedule with these settings."""
             return self.owner(self)
 
-    def __init__(self, config: Any) -> None:
+    config: Config
+
+    def __init__(self, config: Config) -> None:
         self.config = config
 
     @abstractmethod
@@ -85,6 +88,8 @@ class Polynomial(Schedule):
         """The form of the decay."""
 
         power: float = setting(1.0, "exponent of the decay to zero", above=0)
+
+    config: Config
 
     def rate(self, lr: float, place: Place) -> float:
         return lr * (1.0 - place.share) ** self.config.power
@@ -119,6 +124,8 @@ class MultiStep(Schedule):
             if not (ok and shares):
                 raise ConfigError(f"milestones: expected strictly rising shares in (0, 1), got {list(shares)}")
 
+    config: Config
+
     def rate(self, lr: float, place: Place) -> float:
         return lr * self.config.factor ** sum(place.share >= milestone for milestone in self.config.milestones)
 
@@ -135,6 +142,8 @@ class Bounded(Schedule):
         def expect_peak(self, lr: float) -> None:
             if self.lr_min > lr:
                 raise ConfigError(f"lr_min: expected a rate in [0, lr = {lr}], got {self.lr_min}")
+
+    config: Config
 
     @abstractmethod
     def height(self, place: Place) -> float:
@@ -156,6 +165,8 @@ class Cyclic(Bounded):
 
         cycle_epochs: float = setting(10.0, "from one lowest rate to the next", unit="epochs", at_least=SHORTEST_CYCLE)
 
+    config: Config
+
     def height(self, place: Place) -> float:
         begin = 0.5 if place.warmed_up else 0.0
         position = (place.epochs / self.config.cycle_epochs + begin) % 1.0
@@ -174,6 +185,8 @@ class OneCycle(Bounded):
 
         rise: float = setting(0.3, "share of the run in which the rate climbs", at_least=0, below=1)
         fall: Literal["linear", "cosine"] = setting("linear", "how the rate comes down in the rest of the run")
+
+    config: Config
 
     def height(self, place: Place) -> float:
         rise = 0.0 if place.warmed_up else self.config.rise

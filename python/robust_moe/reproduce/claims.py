@@ -63,7 +63,7 @@ def verdict(margins: Sequence[float]) -> str:
     if len(margins) < ENOUGH:
         return UNDECIDED
     spread = Spread(tuple(margins))
-    if abs(spread.mean) <= 2 * spread.sd / math.sqrt(spread.n):
+    if spread.sd is None or abs(spread.mean) <= 2 * spread.sd / math.sqrt(spread.n):
         return UNDECIDED
     if all(margin > 0 for margin in margins):
         return HELD

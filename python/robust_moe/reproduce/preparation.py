@@ -69,6 +69,7 @@ def data_digest(splits: Splits) -> str:
 
 
 def describe(splits: Splits) -> dict[str, Any]:
+    """Name, shape of an image and counts of the splits, as a result file has them."""
     counts = {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
     return {"name": splits.test.name, "shape": list(splits.test.images.shape[1:]), **counts}
 
@@ -109,15 +110,16 @@ def remove(jobs: Sequence[Job], folder: Path) -> None:
     names = {job.run for job in jobs}
     followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
     paths = {job.folder for job in jobs} | {folder / name / job.folder.name for name in followers for job in jobs}
-    paths = sorted(path for path in paths if path.exists())
+    there = sorted(path for path in paths if path.exists())
     with ExitStack() as held:
-        for path in paths:
+        for path in there:
             held.enter_context(alone_in(path))
-        for path in paths:
+        for path in there:
             shutil.rmtree(path)
 
 
 def default_workers(job: Job) -> int:
+    """Runs at a time: as many as the CPU's cores suffice for; on a GPU one."""
     if resolve_device(job.config.run.accelerator).type != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -103,8 +103,13 @@ def reproduce(
     jobs = make_jobs(names, size, range(seeds), folder, settings, content)
     expect_runnable(jobs, splits)
     workers = workers or default_workers(jobs[0])
-    described = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
-    asked = {"study": study, "scale": described, "overrides": list(overrides), "seeds": list(range(seeds))}
+    described: dict[str, Any] = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
+    asked: dict[str, Any] = {
+        "study": study,
+        "scale": described,
+        "overrides": list(overrides),
+        "seeds": list(range(seeds)),
+    }
     asked |= {"jobs": workers, "data": {**describe(splits), "sha256": content}}
     with alone_in(folder):
         if not resume:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ class Config:
     name: ClassVar[str] = ""  # under which the component is registered
     owner: ClassVar[Any] = None  # the component: a class or a function
     fixed: ClassVar[Mapping[str, Any]] = {}  # arguments of the component that this name decides
+    _types: ClassVar[dict[str, Any]]  # what :func:`field_types` has found, once for each class
 
     def __post_init__(self) -> None:
         kinds = field_types(type(self))
@@ -64,7 +64,7 @@ class Config:
         """The settings by name, sections as they are."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def arguments(self, base: type[Config]) -> dict[str, Any]:
+    def own_arguments(self, base: type[Config]) -> dict[str, Any]:
         """What the owner is called with, by name: the arguments that the component's name decides, and the settings
         that ``base``, which every component of the kind has, does not have."""
         common = field_types(base)
@@ -85,11 +85,14 @@ def replaced(config: C, key: str, value: Any) -> C:
     return dataclasses.replace(config, **{name: replaced(getattr(config, name), below, value) if below else value})
 
 
-@functools.cache
 def field_types(cls: type[Config]) -> dict[str, Any]:
     """The resolved type of every field of ``cls``, by name and in order."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    known = vars(cls).get("_types")  # not an inherited one
+    if known is None:
+        hints = typing.get_type_hints(cls)
+        known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        cls._types = known
+    return known
 
 
 def plain(config: Config) -> dict[str, Any]:

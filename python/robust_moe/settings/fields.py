@@ -57,6 +57,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def is_union(kind: Any) -> bool:
+    """Whether a type is one of several, as ``int | None`` is."""
     return get_origin(kind) in (Union, types.UnionType)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from robust_moe.settings.config import Config, field_types
 from robust_moe.settings.errors import ConfigError
@@ -25,10 +25,10 @@ class Layer(NamedTuple):
     where: str  # the source, for errors, e.g. a file's path or "override"
 
 
-class Resolved(NamedTuple):
+class Resolved(NamedTuple, Generic[C]):
     """Settings, and where each came from."""
 
-    config: Any
+    config: C
     origins: dict[str, str]  # dotted key -> the ``where`` of a layer, for settings that some layer chose
 
 
@@ -40,7 +40,7 @@ class _Around(NamedTuple):
     key: str
 
 
-def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, key: str = "") -> Resolved:
+def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, key: str = "") -> Resolved[C]:
     """The settings of type ``kind`` that ``layers`` describe, later ones over earlier ones.
 
     Where a layer gives a section another component's ``name``, the settings that both components inherit from one class
@@ -63,7 +63,7 @@ def resolve(kind: type[C], layers: Sequence[Layer], default: C | None = None, ke
 
 def _resolve(
     kind: type[Config], layers: Sequence[Layer], default: Config | None, key: str, around: tuple[_Around, ...]
-) -> Resolved:
+) -> Resolved[Any]:
     layers = [Layer(_section(tree, kind, key, where), where) for tree, where in layers]
     like_around = default is None and kind.table is not None
     if like_around:

@@ -47,8 +47,10 @@ class Table(Mapping[str, type[Config]]):
                     f"{taken.__qualname__} has"
                 )
             if config is None and "Config" not in vars(component):
-                settings = component.Config = _named_again(settings)
-                settings.__module__, settings.__qualname__ = component.__module__, f"{component.__qualname__}.Config"
+                settings = _named_again(settings)
+                owner: Any = component  # a class, as it has a Config
+                settings.__module__, settings.__qualname__ = owner.__module__, f"{owner.__qualname__}.Config"
+                owner.Config = settings
             elif vars(settings).get("name"):
                 settings = _named_again(settings)
             settings.name, settings.owner = name, component

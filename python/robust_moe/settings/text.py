@@ -7,7 +7,7 @@ where something is read, so that the settings themselves need the standard libra
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from robust_moe.settings.errors import ConfigError
 
@@ -25,7 +25,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {}  # noqa: RUF012  PyYAML's own attribute: no scalar is anything but text
+        yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # no scalar is anything but text
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
             seen = [key.value for key, _ in node.value]

@@ -91,6 +91,7 @@ def _constants(classes: int) -> dict[str, int]:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Loss of each sample [B], in float32 at least, from logits [B, classes] and int64 labels [B]."""
     samples, classes = logits.shape
     loss = logits.new_empty(samples, dtype=torch.promote_types(logits.dtype, torch.float32))
     if samples:
@@ -100,6 +101,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy_backward(d_loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    """Gradient to the logits [B, classes], in their dtype, from that to each sample's loss [B]."""
     samples, classes = logits.shape
     d_logits = torch.empty_like(logits)
     if samples:

@@ -263,7 +263,8 @@ def _relu_backward(d: Tensor, other: Tensor | None, out: Tensor, impl: str) -> T
     """The gradient before a ReLU that gave ``out`` [N, C, H, W]: d + other, the sum of what its two readers send, where
     out is positive or NaN, and 0 elsewhere; in the memory format of out. One dtype, to which the sum is rounded."""
     layout = dense_format(out)
-    d, other = (None if g is None else g.contiguous(memory_format=layout) for g in (d, other))
+    d = d.contiguous(memory_format=layout)
+    other = None if other is None else other.contiguous(memory_format=layout)
     return EXPERT_BLOCK.choose(impl, d, other, out).relu_backward(d, other, dense(out))
 
 

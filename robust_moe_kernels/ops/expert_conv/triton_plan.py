@@ -58,6 +58,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def power_of_two(value: int, at_least: int) -> int:
+    """The next power of two that is no smaller than either."""
     return max(at_least, triton.next_power_of_2(value))
 
 

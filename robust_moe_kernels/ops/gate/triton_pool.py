@@ -87,6 +87,7 @@ def _sizes(maps: Tensor, experts: int) -> tuple[int, int, int, int, int]:
 
 
 def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(logits [B, E], means over height and width [B, C]) of x [B, C, H, W], both in the dtype of the weight [E, C]."""
     batch, experts = x.shape[0], weight.shape[0]
     logits, means = weight.new_empty(batch, experts), weight.new_empty(batch, x.shape[1])
     if batch:
