@@ -18,7 +18,7 @@ from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, load_experiment
 from robust_moe.engine.state import NEUTRAL
-from robust_moe.evaluation.scorer import evaluate
+from robust_moe.evaluation import accuracy
 from robust_moe.files import replace_file
 from robust_moe.reproduce.preparation import data_digest
 from robust_moe.settings import plain
@@ -100,7 +100,7 @@ def _measure(run: Run, config: TrainConfig, splits: Splits) -> dict[str, Any]:
     }
     with cpu_threads(config.run.threads):
         _, model, _, _ = load_experiment(Path(config.run.out) / "last.pt", splits=splits)
-        found = {name: evaluate(model, images, attack, batch_size=250) for name, attack in attacks.items()}
+        found = {name: accuracy(model, images, attack, batch_size=250) for name, attack in attacks.items()}
     return {"images": len(images), "clean": found["pgd20"].clean, **{name: one.robust for name, one in found.items()}}
 
 

@@ -20,10 +20,8 @@ from robust_moe.config import ConfigError
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
 from robust_moe.engine.progress import Reporter
-from robust_moe.evaluation import Journal, identity, predict, wilson_interval
-from robust_moe.evaluation.batches import Batches
+from robust_moe.evaluation import Journal, StagedEvaluation, identity, predict, wilson_interval
 from robust_moe.evaluation.certified import OUTCOMES, certified_curve, plot_certified
-from robust_moe.evaluation.scorer import device_of
 from robust_moe.files import replace_file, replacing
 from robust_moe.provenance import provenance
 from robust_moe.report import SPLITS
@@ -122,15 +120,16 @@ class _Certification:
 
     def run(self, journal: Journal) -> dict[str, Any]:
         """What a result file says, but for its curve, checkpoint and data set."""
-        given: dict[str, Any] = {"device": device_of(self.model), "batch_size": 1, "seed": 0}
-        given |= {"journal": journal, "task": self.reporter.task}
-        batches = Batches(self.images.images, self.images.labels, self.index, **given)
-        self.reporter.line(self._estimate(batches))
+        loop = StagedEvaluation(
+            *(self.model, self.images.images, self.images.labels, self.index),
+            batch_size=1,
+            journal=journal,
+            task=self.reporter.task,
+        )
+        self.reporter.line(self._estimate(loop))
         records: list[dict[str, Any]] = []
         seen: Counter[str] = Counter()
-        for rows, record, advance in batches.over(
-            "image", np.arange(len(batches)), lambda rows: self._record(*batches.take(rows)), "certifying"
-        ):
+        for rows, record, advance in loop.batches("image", lambda batch: self._record(*batch), title="certifying"):
             records.append({"label": self.images.labels[rows[0]].item(), **record})
             seen[record["outcome"]] += 1
             late = f", {seen['timeout']} out of time" if seen["timeout"] else ""
@@ -148,10 +147,10 @@ class _Certification:
             "mean_radius": float(np.mean([record["radius"] for record in records])),
             "outcomes": {outcome: seen[outcome] for outcome in OUTCOMES},
             "images": {name: [record[name] for record in records] for name in columns},
-            "seconds": batches.seconds,
+            "seconds": loop.seconds,
             "settings": self.settings,
             "identity": self.identity,
-            **provenance(given["device"]),
+            **provenance(loop.device),
         }
 
     def _record(self, x: Tensor, y: Tensor, index: Tensor) -> dict[str, Any]:
@@ -168,12 +167,12 @@ class _Certification:
                 found = Certified(0.0, "timeout")
         return {"index": index.item(), "prediction": predicted.item(), **found._asdict()}
 
-    def _estimate(self, batches: Batches) -> str:
+    def _estimate(self, loop: StagedEvaluation) -> str:
         """What the images that are left will cost, in words."""
-        left = sum(batches.journal.get(f"image/{number}") is None for number in range(len(batches)))
+        left = sum(loop.journal.get(f"image/{number}") is None for number in range(len(loop)))
         if not left:
             return "no image is left to certify"
-        x, y, _ = batches.take(np.arange(1))
+        x, y, _ = loop.take(np.arange(1))
         limit = math.inf if self.limit is None else self.limit
         try:
             with TimeLimit(self.limit):

@@ -13,7 +13,7 @@ from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import load_splits
 from robust_moe.engine.cost import passes_of_run
 from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
-from robust_moe.report import evaluation_stages
+from robust_moe.evaluation import preset_stages
 
 __all__ = ["evaluation_facts", "training_facts"]
 
@@ -69,7 +69,7 @@ def evaluation_facts(
         ("checkpoint", f"{checkpoint}, epoch {state['position']['epoch']}, step {state['position']['step']}"),
     ]
     whole = 0
-    for stage in evaluation_stages(config, model, preset):
+    for stage in preset_stages(model, config.eval.attack, preset, config.eval_seed, "eval.attack"):
         forwards, backwards = stage.attack.passes
         whole += n * (forwards + 2 * backwards)
         facts.append((f"attack {stage.name}", f"at most {forwards:,} forwards and {backwards:,} backwards of an image"))

@@ -17,8 +17,8 @@ from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation import (
     LayerRouting,
+    accuracy,
     attack_table,
-    evaluate,
     make_results,
     make_samples,
     plan,
@@ -62,7 +62,7 @@ def grey(levels: list[int], labels: list[int]) -> ImageSet:
 def test_accuracies_by_hand():
     # half is 127.5; eps = 0.1 moves a grey image by 25.5 levels towards the other class
     images = grey([10, 110, 145, 240, 240, 120], [0, 0, 1, 1, 0, 1])
-    result = evaluate(Brightness(), images, PGD(0.1, 3, 0.1), batch_size=4)
+    result = accuracy(Brightness(), images, PGD(0.1, 3, 0.1), batch_size=4)
     assert result.clean_mask.tolist() == [True, True, True, True, False, False]
     assert result.robust_mask.tolist() == [True, False, False, True, False, False]
     assert (result.count, result.clean, result.robust) == (6, 4 / 6, 2 / 6)  # over all six, not over the four
@@ -75,7 +75,7 @@ def test_a_misclassified_image_is_never_robust():
             moved = (x * 255 - (x * 255).round()).abs().amax((1, 2, 3)) > 1e-3
             return torch.where(moved[:, None], 1.0, -1.0) * super().forward(x)
 
-    result = evaluate(Contrary(), grey([240, 250], [1, 1]), PGD(0.05, 1))
+    result = accuracy(Contrary(), grey([240, 250], [1, 1]), PGD(0.05, 1))
     assert (result.clean, result.robust) == (0.0, 0.0)
 
 
@@ -86,7 +86,7 @@ def test_scoring_is_in_eval_mode_full_precision_and_leaves_the_model_alone(tiny)
     flags = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.autocast("cpu", torch.bfloat16):
-        result = evaluate(model, image_set(), PGD(0.1, 2), batch_size=7)
+        result = accuracy(model, image_set(), PGD(0.1, 2), batch_size=7)
         labels, nonfinite = predict(model, torch.rand(5, 1, 8, 8))
     assert [module.training for module in model.modules()] == flags
     for name, value in model.state_dict().items():
@@ -167,8 +167,8 @@ def test_scores_on_a_gpu_are_fp32():
 def test_independent_of_batch_size(tiny):
     torch.manual_seed(0)
     model = make_model(tiny(), DATA).eval()
-    whole = evaluate(model, image_set(), PGD(0.02, 2), batch_size=30)
-    parts = evaluate(model, image_set(), PGD(0.02, 2), batch_size=4)
+    whole = accuracy(model, image_set(), PGD(0.02, 2), batch_size=30)
+    parts = accuracy(model, image_set(), PGD(0.02, 2), batch_size=4)
     assert torch.equal(whole.clean_mask, parts.clean_mask)
     assert torch.equal(whole.robust_mask, parts.robust_mask)
     assert whole.routing == parts.routing
@@ -178,7 +178,7 @@ def test_routing_counts_are_those_of_the_layer(tiny):
     torch.manual_seed(0)
     model = make_model(tiny("model.moe.num_experts=3"), DATA).eval()
     images = image_set()
-    result = evaluate(model, images, PGD(0.1, 1), batch_size=8)
+    result = accuracy(model, images, PGD(0.1, 1), batch_size=8)
     with torch.no_grad():
         model(images.images.float() / 255)
     indices = model.get_submodule("layer2.1").routing.indices
@@ -204,12 +204,12 @@ def test_nan_never_counts_as_robust_or_even_as_wrong():
         model.scale.fill_(torch.nan)
     for attack in (None, PGD(0.1, 1)):
         with pytest.raises(FloatingPointError, match=r"NaN or infinity for \d+ image.*never counts as robust"):
-            evaluate(model, grey([10, 240], [0, 1]), attack)
+            accuracy(model, grey([10, 240], [0, 1]), attack)
 
 
 def test_empty_set_is_refused():
     with pytest.raises(ValueError, match="images: expected at least one image"):
-        evaluate(Brightness(), grey([1], [0]).subset(torch.tensor([], dtype=torch.int64)))
+        accuracy(Brightness(), grey([1], [0]).subset(torch.tensor([], dtype=torch.int64)))
 
 
 def test_wilson_interval_solves_its_equation():

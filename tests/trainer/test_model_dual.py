@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import ExpertPGD, RouterPGD
+from robust_moe.attacks import PGD, ExpertPGD, RouterPGD
 from robust_moe.config import (
     TrainConfig,
     load_config,
@@ -235,7 +235,7 @@ def test_a_dual_model_can_be_evaluated_and_attacked(experts: bool):
     with torch.no_grad():
         y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 10
-    found = evaluate_moe(model, x, y, index, eps=0.1, steps=2)
+    found = evaluate_moe(model, x, y, index, attack=PGD.Config(eps=0.1, steps=2))
     assert list(found["layers"]) == (["standard", "robust"] if experts else ["robust"])
     assert found["sa"] == pytest.approx(0.8)
     assert found["union"] <= min(found["ra"], found["ra_e"], found["ra_r"]) <= found["sa"]

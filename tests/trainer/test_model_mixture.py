@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_moe.attacks import ExpertPGD, JointPGD, RouterPGD
+from robust_moe.attacks import PGD, ExpertPGD, JointPGD, RouterPGD
 from robust_moe.engine import load_checkpoint, save_checkpoint
 from robust_moe.engine.checkpoint import load_model_state
 from robust_moe.evaluation.moe import evaluate_moe
@@ -383,7 +383,7 @@ def test_it_can_be_evaluated(routing: str, mix: str):
     with torch.no_grad():
         y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 10
-    found = evaluate_moe(model, x, y, torch.arange(6), eps=0.1, steps=2)
+    found = evaluate_moe(model, x, y, torch.arange(6), attack=PGD.Config(eps=0.1, steps=2))
     assert found["sa"] == pytest.approx(5 / 6)
     assert found["union"] <= min(found[name] for name in ("ra", "ra_e", "ra_r", "joint", "transfer")) <= found["sa"]
     layer = found["layers"]["model"]

@@ -24,10 +24,10 @@ from robust_moe.evaluation import (
     curve_radii,
     error_curve,
     evaluate_moe,
-    study_moe,
+    run_moe,
     wilson_interval,
 )
-from robust_moe.evaluation.moe_study import RANDOM_POINTS
+from robust_moe.evaluation.moe_numbers import RANDOM_POINTS
 from robust_moe.evaluation.routing_measures import (
     disagreement,
     expert_sets,
@@ -44,6 +44,10 @@ from robust_moe_kernels.modules import (
     replace_blocks,
     rerouted,
 )
+
+
+def pgd(eps: float, steps: int = 20, **settings) -> PGD.Config:
+    return PGD.Config(eps=eps, steps=steps, **settings)
 
 
 def two_experts(top_k: int = 1) -> MoELayer:
@@ -72,7 +76,7 @@ def points() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def by_hand() -> dict:
-    return evaluate_moe(two_experts(), *points(), eps=0.1, steps=10, seed=3)
+    return evaluate_moe(two_experts(), *points(), attack=pgd(0.1, 10), seed=3)
 
 
 def test_accuracies(by_hand):
@@ -89,7 +93,7 @@ def test_accuracies(by_hand):
 
 def test_every_attack_is_a_stage_with_masks_passes_and_its_ball():
     model, (x, y, index) = two_experts(), points()
-    numbers, stages = study_moe(model, x, y, index, eps=0.1, steps=10, seed=3, batch_size=2)
+    numbers, stages = run_moe(model, x, y, index, attack=pgd(0.1, 10), seed=3, batch_size=2)
     assert [stage.stage.name for stage in stages] == ["ra", "ra_e", "ra_r", "joint", "transfer"]
     right = [True, True, True, False, True]
     robust = {"ra": [0, 4, 2], "ra_e": [0, 4, 2], "ra_r": [0, 4, 1], "joint": [0, 4]}
@@ -112,19 +116,20 @@ def test_every_attack_is_a_stage_with_masks_passes_and_its_ball():
 def test_all_settings_of_the_attack_are_those_of_every_attack():
     model, (x, y, index) = two_experts(), points()
     given = {"restarts": 3, "loss": "margin", "eot_iter": 2, "steps": 4, "alpha": 0.01}
-    numbers, stages = study_moe(model, x, y, index, eps=0.1, **given, graph=False)
+    numbers, stages = run_moe(model, x, y, index, attack=pgd(0.1, **given, graph=False))
     assert {name: numbers["settings"][name] for name in given} == {**given, "alpha": "1/100"}
     for stage in stages:
         attack = stage.stage.attack
         assert (attack.restarts, attack.loss_name, attack.eot_iter, attack.steps) == (3, "margin", 2, 4)
-    _, (ra, *_) = study_moe(model, x, y, index, eps=0.1, steps=4, random_start=False)
+    _, (ra, *_) = run_moe(model, x, y, index, attack=pgd(0.1, 4, random_start=False))
     images = PGD(0.1, 4, random_start=False)(model, x, y)
     np.testing.assert_array_equal(ra.prediction, model(images).argmax(1))
     with pytest.raises(ValueError, match="loss: expected one of ce, margin, dlr, got 'kl'"):
-        study_moe(model, x, y, index, eps=0.1, loss="kl")
+        run_moe(model, x, y, index, attack=pgd(0.1, 20, loss="kl"))
     counting = [Counting(model), Counting(model)]
     for one, restarts in zip(counting, (1, 3), strict=True):
-        error_curve(one, x, y, index, eps_values=[0.1], steps=4, restarts=restarts, eot_iter=2, loss="dlr")
+        attack = pgd(0.1, 4, restarts=restarts, eot_iter=2, loss="dlr")
+        error_curve(one, x, y, index, attack=attack, eps_values=[0.1])
     images = [one.images - 1 - 10 for one in counting]  # one shows the classes; two scores of five
     assert images == [5 * 8, 3 * 5 * (8 + 1)]
 
@@ -177,7 +182,7 @@ def test_clean_routes_undo_an_attack_that_went_through_the_router():
     model = two_experts()
     model.straight_through = True
     x, y, index = (tensor[2:3] for tensor in points())
-    found = evaluate_moe(model, x, y, index, eps=0.1, steps=10)
+    found = evaluate_moe(model, x, y, index, attack=pgd(0.1, 10))
     layer = found["layers"]["model"]
     assert (found["sa"], found["ra"], layer["route_flips"], layer["routing_change"]) == (1.0, 0.0, 1.0, 1.0)
     assert layer["protocols"]["clean_route_on_adversarial"] == {"clean": 1.0, "robust": 1.0}
@@ -189,7 +194,7 @@ def test_clean_routes_undo_an_attack_that_went_through_the_router():
 def test_lipschitz_estimates_of_linear_functions():
     """Without a flip, logits move by (−10, 10) a pixel a, gate logits by (20, −20) a pixel b; PGD goes all the way."""
     x, y, index = (tensor[[0, 4]] for tensor in points())
-    found = evaluate_moe(two_experts(), x, y, index, eps=0.05, steps=10)
+    found = evaluate_moe(two_experts(), x, y, index, attack=pgd(0.05, 10))
     assert found["lipschitz"]["points"] == RANDOM_POINTS + 5
     for name, slope in (("mean", 10), ("max", 10)):
         assert found["lipschitz"][name] == pytest.approx(slope * math.sqrt(2), rel=1e-4)
@@ -307,7 +312,7 @@ def labelled(model: nn.Module, count: int = 13) -> tuple[Tensor, Tensor, Tensor]
     return x, y, index
 
 
-SETTINGS = {"eps": 0.03, "steps": 3}
+SETTINGS = {"attack": pgd(0.03, 3)}
 
 
 @pytest.mark.parametrize(("top_k", "experts"), [(1, 3), (2, 3), (3, 3), (1, 1)])
@@ -415,7 +420,7 @@ class Told:
 def test_progress_names_every_stage():
     model = network()
     told = Told()
-    evaluate_moe(model, *labelled(model), **SETTINGS, batch_size=5, task=told)
+    run_moe(model, *labelled(model), **SETTINGS, batch_size=5, task=told)
     stages = 1 + 5 + 1 + 2 * (3 + 3)  # clean, attacks, random points; of two layers three experts and three protocols
     assert [stage[1:] for stage in told.stages] == [[5, 5, 3]] * stages
     titles, totals, done = zip(*(stage[0] for stage in told.stages), strict=True)
@@ -427,7 +432,7 @@ def test_progress_names_every_stage():
 
 def test_progress_of_the_curve():
     told = Told()
-    error_curve(linear([-10, 0, 5], [10, 0, -5]), *points(), eps_values=[0.01, "8/255"], steps=1, task=told)
+    error_curve(linear([-10, 0, 5], [10, 0, -5]), *points(), attack=pgd(0, 1), eps_values=[0.01, "8/255"], task=told)
     assert told.stages == [[("curve 1/2: eps 1/100", 5, 0), 5], [("curve 2/2: eps 8/255", 5, 0), 5]]
 
 
@@ -435,11 +440,11 @@ def test_progress_of_the_curve():
 
 
 def moe_study(model: nn.Module, **settings) -> dict:
-    return evaluate_moe(model, *labelled(network()), **SETTINGS, batch_size=5, **settings)
+    return run_moe(model, *labelled(network()), **SETTINGS, batch_size=5, **settings)[0]
 
 
 def curve_study(model: nn.Module, **settings) -> dict:
-    return error_curve(model, *labelled(network()), eps_values=[0.01, 0.03], steps=3, batch_size=5, **settings)
+    return error_curve(model, *labelled(network()), **SETTINGS, eps_values=[0.01, 0.03], batch_size=5, **settings)
 
 
 @pytest.mark.parametrize("study", [moe_study, curve_study])
@@ -522,13 +527,13 @@ def test_whole_networks_mixed_softly():
         alone = outputs.argmax(2) == y[:, None]
     y[0] = (y[0] + 1) % 5
     alone[0] = (outputs.argmax(2) == y[:, None])[0]
-    found = evaluate_moe(model, x, y, torch.arange(6), eps=0.0, steps=2)
+    found = evaluate_moe(model, x, y, torch.arange(6), attack=pgd(0.0, 2))
     assert {found[name] for name in ("sa", "ra", "ra_e", "ra_r", "joint", "union")} == {5 / 6}
     layer = found["layers"]["model"]
     assert [row["clean"] for row in layer["single_experts"]] == pytest.approx(alone.double().mean(0).tolist())
     first = torch.nn.functional.one_hot(indices[:, 0], 3).double().mean(0)
     assert layer["first"]["clean"] == pytest.approx(first.tolist())
-    attacked = evaluate_moe(model, x, y, torch.arange(6), eps=0.5, steps=5)
+    attacked = evaluate_moe(model, x, y, torch.arange(6), attack=pgd(0.5, 5))
     assert attacked["ra"] < 5 / 6
     assert attacked["union"] <= min(attacked[name] for name in ("ra", "ra_e", "ra_r", "joint", "transfer"))
 
@@ -553,17 +558,21 @@ def test_nan_stops_the_evaluation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y, i: (x[:0], y[:0], i[:0]), "images: expected [n, C, H, W] with n >= 1, got [0, 1, 1, 2]"),
-        (lambda x, y, i: (x[0], y, i), "images: expected [n, C, H, W] with n >= 1, got [1, 1, 2]"),
-        (lambda x, y, i: (255 * x, y, i), "x: expected finite pixels in [0, 1], got values from 25.5 to 229.5"),
-        (lambda x, y, i: (x, y + 1, i), "labels: expected labels below 2, the number of logits, got 2"),
-        (lambda x, y, i: (x, y[:4], i), "y: expected labels of shape [5], got shape [4]"),
-        (lambda x, y, i: (x, y, i.int()), "sample_index: expected int64 positions, got torch.int32"),
+        (lambda x, y, i: (x[:0], y[:0], i[:0]), "images: expected at least one image to evaluate on, got an empty set"),
+        (lambda x, y, i: (x[0], y, i), "images: expected shape [n, C, H, W], got shape [1, 1, 2]"),
+        (
+            lambda x, y, i: (255 * x, y, i),
+            "images: expected finite pixels in [0, 1], got values from 25.5 to 229.5; divide them by 255, or give them "
+            "as uint8",
+        ),
+        (lambda x, y, i: (x, y + 1, i), "labels: expected 0..1, as many as logits, got 2..2"),
+        (lambda x, y, i: (x, y[:4], i), "labels: expected int64 of shape [5], got torch.int64 of shape [4]"),
+        (lambda x, y, i: (x, y, i.int()), "index: expected int64 of shape [5], got torch.int32 of shape [5]"),
     ],
 )
 def test_bad_inputs(function, change, message):
     with pytest.raises(ValueError) as error:
-        function(two_experts(), *change(*points()), **({"eps": 0.1} if function is evaluate_moe else {}))
+        function(two_experts(), *change(*points()), attack=pgd(0.1, 20))
     assert str(error.value) == message
 
 
@@ -576,19 +585,19 @@ def test_the_curve_of_a_linear_model():
     distances = torch.tensor([0.01, 0.03, 0.05, 0.07, -0.02])  # the last on the wrong side
     x = torch.stack([0.5 + distances, torch.full((5,), 0.3)], 1).view(-1, 1, 1, 2)
     y, index = torch.ones(5, dtype=torch.int64), torch.arange(5)
-    found = error_curve(model, x, y, index, steps=5)
+    found = error_curve(model, x, y, index, attack=pgd(0, 5))
     assert found["eps"] == pytest.approx([level / 255 for level in range(1, 21)])
     assert found["robust"] == [(distances > eps).double().mean().item() for eps in found["eps"]]
     assert found["attack"]["steps"] == 5
-    few = error_curve(model, x, y, index, eps_values=["0", "4/255", 0.06], steps=5, batch_size=2)
+    few = error_curve(model, x, y, index, attack=pgd(0, 5), eps_values=["0", "4/255", 0.06], batch_size=2)
     assert few["robust"] == [0.8, 0.6, 0.2]
 
 
 def test_the_curve_of_a_mixture_is_its_attack_at_each_radius():
     model = network()
     inputs = labelled(model)
-    curve = error_curve(model, *inputs, eps_values=[0.01, 0.03], steps=3, seed=2)
-    expected = [evaluate_moe(model, *inputs, eps=eps, steps=3, seed=2)["ra"] for eps in (0.01, 0.03)]
+    curve = error_curve(model, *inputs, attack=pgd(0, 3), eps_values=[0.01, 0.03], seed=2)
+    expected = [evaluate_moe(model, *inputs, attack=pgd(eps, 3), seed=2)["ra"] for eps in (0.01, 0.03)]
     assert curve["robust"] == expected
 
 

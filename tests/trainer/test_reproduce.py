@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from robust_moe.attacks import PGD
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, flatten
 from robust_moe.data import Parquet
@@ -47,7 +48,7 @@ TINY = (
     "run.batch_size=32",
 )
 SEEDS = (0, 1)
-ATTACK = {"eps": 0.1, "steps": 2, "seed": 0}
+ATTACK = PGD.Config(eps=0.1, steps=2)
 
 
 def quiet():
@@ -85,9 +86,9 @@ def test_measures_are_those_of_an_evaluation(finished):
     """On a mixture of networks: the numbers of evaluate_moe, attack by attack."""
     _, jobs = finished
     _, model, splits, _ = load_experiment(jobs["mixture-rt-er", 0].checkpoint)
-    found = measure(model, splits.test, ATTACK, count=40, sweep_count=1)
+    found = measure(model, splits.test, ATTACK, seed=0, count=40, sweep_count=1)
     index = torch.arange(40)
-    oracle = evaluate_moe(model, splits.test, splits.test.labels, index, **ATTACK)
+    oracle = evaluate_moe(model, splits.test, splits.test.labels, index, attack=ATTACK)
     layer = oracle["layers"]["model"]
     for name in ("sa", "ra", "ra_e", "ra_r"):
         assert found[name] == oracle[name], name
@@ -107,7 +108,7 @@ def test_a_dual_model_is_swept_and_put_together_from_its_parts(finished):
     assert [point["alpha"] for point in found["sweep"]] == list(ALPHAS)
     whole = jobs["mixture-rt-er", 1]
     _, robust, splits, _ = load_experiment(whole.checkpoint)
-    alone = measure(robust, splits.test, {**ATTACK, "seed": 1}, count=40, sweep_count=40)
+    alone = measure(robust, splits.test, ATTACK, seed=1, count=40, sweep_count=40)
     end = found["sweep"][-1]
     assert (end["sa"], end["ra"]) == (alone["sa"], alone["ra"])  # at alpha 1 it is F_R
     at = next(point for point in found["sweep"] if point["alpha"] == 0.7)
@@ -116,7 +117,7 @@ def test_a_dual_model_is_swept_and_put_together_from_its_parts(finished):
     _, joint, splits, _ = load_experiment(jobs["dual-joint", 0].checkpoint)
     assert {name for name, _ in joint.robust.named_parameters()} == {name for name, _ in robust.named_parameters()}
     assert {name for name, _ in joint.standard.named_parameters()} == {name for name, _ in robust.named_parameters()}
-    swept = measure(joint, splits.test, ATTACK, count=1, sweep_count=20, alphas=(0.2,))
+    swept = measure(joint, splits.test, ATTACK, seed=0, count=1, sweep_count=20, alphas=(0.2,))
     assert [point["alpha"] for point in swept["sweep"]] == [0.2, 0.7]
     assert joint.alpha == 0.7
 
@@ -135,7 +136,7 @@ def test_the_best_of_several_is_scored_where_it_was_not_chosen():
 def test_second_experts_are_those_of_the_clean_image(finished):
     _, jobs = finished
     _, model, splits, _ = load_experiment(jobs["mixture-at", 0].checkpoint)
-    found = measure(model, splits.test, ATTACK, count=40, sweep_count=1)
+    found = measure(model, splits.test, ATTACK, seed=0, count=40, sweep_count=1)
     images, labels = splits.test.images[:40].float() / 255, splits.test.labels[:40]
     with torch.no_grad():
         model(images)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import APGD, PGD, Attack, Counts, Square
-from robust_moe.evaluation import Stage, run_suite
-from robust_moe.evaluation.sanity import Flag, batch_dependent, curve_flag, probe_flags, randomised, square_stronger
-from robust_moe.evaluation.stages import StageResult
+from robust_moe.evaluation import Flag, Stage, StageResult, run_suite
+from robust_moe.evaluation.sanity import batch_dependent, curve_flag, probe_flags, randomised, square_stronger
 
 EPS = 0.1
 PROBE = (

@@ -462,7 +462,7 @@ def test_further_attacks_make_one_worst_case(victim):
         (lambda model: Returns(model, lambda x, y: (y, x)), r"model: expected a tensor of logits \(wrap .*'tuple'"),
         (
             lambda model: Returns(model, lambda x, y: x.mul_(0.5) is None or y),
-            "model: expected its input left as it is",
+            "model: expected its input left unchanged",
         ),
     ],
 )

@@ -20,6 +20,7 @@ from robust_moe.data.transfer import send
 from robust_moe.engine.experiment import make_method
 from robust_moe.engine.meters import Meter
 from robust_moe.engine.updates import Updater
+from robust_moe.evaluation import accuracy, staged
 from robust_moe.methods import PGDAdversarialTraining
 from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe_kernels.modules import experts
@@ -82,9 +83,9 @@ def test_a_batch_is_copied_without_waiting(resident, monkeypatch):
     assert not seen.reads
 
 
-def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
-    """Loader, attack, training pass, optimiser and meters, with a routed layer; what the host reads would fail on this
-    device anyway."""
+@pytest.fixture
+def engine_on_meta(monkeypatch):
+    """A routed layer runs on the device that holds no values: what the host reads fails there."""
     enabled, autocast = torch.is_autocast_enabled, torch.autocast  # neither is defined for such a device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cuda": kind != "meta" and enabled(kind))
     monkeypatch.setattr(
@@ -92,6 +93,11 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
     )
     monkeypatch.setitem(experts._ENGINE, "meta", experts._ENGINE["cuda"])
     monkeypatch.setattr(experts, "_runs", lambda *_: True)  # the ops answer with their fake implementations
+
+
+def test_three_steps_of_training_copy_no_more_than_their_batches(engine_on_meta):
+    """Loader, attack, training pass, optimiser and meters, with a routed layer; what the host reads would fail on this
+    device anyway."""
     attack = PGD.Config(eps="8/255", alpha="2/255", steps=2, graph=False)
     model = ResNet18Config(width=8, moe=MoEConfig(layers=["layer4.1"], balance=BALANCE_LOSSES["entropy"]()))
     config = TrainConfig(model=model, method=PGDAdversarialTraining.Config(attack=attack))
@@ -114,6 +120,30 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(monkeypatch):
     assert seen.copies == [("cpu to meta", False)] * 2 * 3
     assert not seen.reads
     assert all(value.device.type == "meta" for value in meter.sums.values())
+
+
+def test_a_validation_is_read_at_its_end_only(engine_on_meta, monkeypatch):
+    """Images, attack, scores and routing: one copy a batch that the host does not wait for, nothing read before the
+    end, and then flags, masks and the experts of a layer once each."""
+    read, batches = [], []
+    monkeypatch.setattr(staged, "refuse_nonfinite", lambda bad, what: read.append(bad.shape))
+    monkeypatch.setattr(
+        Tensor, "cpu", lambda self: read.append(self.shape) or torch.zeros(self.shape, dtype=self.dtype)
+    )
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self.shape) or [[0.5] * 4, [0.25] * 4])
+    model = ResNet18Config(width=8, moe=MoEConfig(layers=["layer4.1"]))
+    network = build_model(model, num_classes=10, channels=3, image_size=32).to("meta")
+
+    def on_batch(count: int) -> None:
+        batches.append((count, list(read)))
+
+    with Transfers() as seen:
+        result = accuracy(network, image_set(20), PGD(8 / 255, 2, graph=False), batch_size=8, on_batch=on_batch)
+    assert seen.copies == [("cpu to meta", False)] * 3
+    assert not seen.reads
+    assert batches == [(8, []), (8, []), (4, [])]
+    assert read == [(), (20,), (20,), (2, 4)]
+    assert result.routing["layer4.1"].first == [0.25] * 4
 
 
 def test_what_is_sent_arrives():

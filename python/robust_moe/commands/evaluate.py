@@ -23,9 +23,9 @@ from robust_moe.config import ConfigError
 from robust_moe.dry_run import evaluation_facts
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
-from robust_moe.evaluation import robustbench_json
+from robust_moe.evaluation import PRESETS, robustbench_json
 from robust_moe.files import replace_file
-from robust_moe.report import PRESETS, assess
+from robust_moe.report import assess
 
 __all__ = ["app"]
 

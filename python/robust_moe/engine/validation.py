@@ -10,7 +10,8 @@ from torch import nn
 
 from robust_moe.config import TrainConfig
 from robust_moe.data import Splits
-from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, routing_shares
+from robust_moe.evaluation.accuracy import EvalResult, accuracy, routing_shares
+from robust_moe.evaluation.scorer import LayerRouting
 from robust_moe.seeding import derive_seed
 
 __all__ = ["Validation"]
@@ -32,7 +33,7 @@ class Validation:
 
     def accuracy(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> EvalResult:
         """On the validation images, of which there must be some."""
-        return evaluate(model, self.val, self.attack, **self.how, on_batch=on_batch)
+        return accuracy(model, self.val, self.attack, **self.how, on_batch=on_batch)
 
     def routing(self, model: nn.Module, validated: EvalResult | None) -> Iterator[tuple[str, str, LayerRouting]]:
         """(split, layer, shares of the clean images) of every MoE layer; test images are routed, never scored."""

@@ -1,10 +1,12 @@
 """Evaluation: attacks in turn under one scorer, sanity checks, result files, figures."""
 
-from robust_moe.evaluation.batches import Task
+from robust_moe.evaluation.accuracy import EvalResult, accuracy, routing_shares
 from robust_moe.evaluation.curve import curve_radii, error_curve
 from robust_moe.evaluation.html_report import write_report
-from robust_moe.evaluation.moe import evaluate_moe, study_moe
+from robust_moe.evaluation.moe import evaluate_moe, run_moe
+from robust_moe.evaluation.outcome import Flag, Stage, StageResult, SuiteResult
 from robust_moe.evaluation.plots import plot_comparison, plot_routing, plot_training
+from robust_moe.evaluation.presets import PRESETS, PresetEvaluation, preset_stages
 from robust_moe.evaluation.results import (
     make_results,
     make_samples,
@@ -14,27 +16,32 @@ from robust_moe.evaluation.results import (
     write_results,
 )
 from robust_moe.evaluation.robustbench import robustbench_json
-from robust_moe.evaluation.sanity import Flag, curve_flag
-from robust_moe.evaluation.scorer import EvalResult, LayerRouting, evaluate, predict, routing_shares
-from robust_moe.evaluation.stages import Stage, SuiteResult, identity, plan
+from robust_moe.evaluation.sanity import curve_flag
+from robust_moe.evaluation.scorer import LayerRouting, predict
+from robust_moe.evaluation.staged import StagedEvaluation, Task
+from robust_moe.evaluation.stages import identity, plan
 from robust_moe.evaluation.store import Journal, ResumeError
 from robust_moe.evaluation.suite import run_suite, with_stages
 from robust_moe.evaluation.tables import attack_table, results_table
 
 __all__ = [
+    "PRESETS",
     "EvalResult",
     "Flag",
     "Journal",
     "LayerRouting",
+    "PresetEvaluation",
     "ResumeError",
     "Stage",
+    "StageResult",
+    "StagedEvaluation",
     "SuiteResult",
     "Task",
+    "accuracy",
     "attack_table",
     "curve_flag",
     "curve_radii",
     "error_curve",
-    "evaluate",
     "evaluate_moe",
     "identity",
     "make_results",
@@ -44,13 +51,14 @@ __all__ = [
     "plot_routing",
     "plot_training",
     "predict",
+    "preset_stages",
     "read_results",
     "results_table",
     "robustbench_json",
     "routing_shares",
+    "run_moe",
     "run_suite",
     "samples_file",
-    "study_moe",
     "wilson_interval",
     "with_stages",
     "write_report",

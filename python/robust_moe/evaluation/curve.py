@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_moe.attacks import PGD
-from robust_moe.config import parse_fraction
 from robust_moe.data import ImageSet
-from robust_moe.evaluation.batches import Task
+from robust_moe.evaluation.moe_stages import attack_settings
+from robust_moe.evaluation.staged import StagedEvaluation, Task, share
 from robust_moe.evaluation.store import Journal
-from robust_moe.evaluation.study import Study, share
+from robust_moe.settings import parse_fraction
 
 __all__ = ["curve_radii", "error_curve"]
 
@@ -36,14 +36,8 @@ def error_curve(
     labels: Tensor,
     index: Tensor,
     *,
+    attack: PGD.Config,
     eps_values: Sequence[str | float | Fraction] | None = None,
-    norm: str = "Linf",
-    steps: int = 20,
-    restarts: int = 1,
-    random_start: bool = True,
-    loss: str = "ce",
-    eot_iter: int = 1,
-    graph: str | bool = "auto",
     seed: int = 0,
     batch_size: int = 256,
     journal: Journal | None = None,
@@ -56,25 +50,29 @@ def error_curve(
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits; left exactly as found.
-        images, labels, index, batch_size, journal, task: see :func:`~robust_moe.evaluation.moe.study_moe`.
+        images, labels, index, batch_size, journal, task: see :func:`~robust_moe.evaluation.moe.run_moe`.
+        attack: settings of every attack but radius and step.
         eps_values: radii >= 0, such as ``"8/255"``; None: those of :func:`curve_radii`.
-        norm, steps, restarts, random_start, loss, eot_iter, graph, seed: of every attack, see
-            :class:`~robust_moe.attacks.PGD`.
+        seed: of every attack.
 
     Returns:
-        ``{"eps": radii, "robust": shares of all n images, right as they are and attacked, "attack": settings}``.
+        ``{"eps": radii, "robust": shares of all n images, correct when clean and attacked, "attack": settings}``.
 
     Raises:
         ValueError: a bad input. FloatingPointError: a logit or a gradient is NaN or infinite.
     """
     radii = curve_radii() if eps_values is None else [parse_fraction(eps, "eps_values") for eps in eps_values]
-    given = {"norm": norm, "steps": steps, "restarts": restarts, "random_start": random_start}
-    given |= {"loss": loss, "eot_iter": eot_iter, "seed": seed}
-    study = Study("curve", model, images, labels, index, batch_size, seed, given, journal, task)
-    study.stages_in_all = len(radii)
-    attacks = {eps: PGD(float(eps), **given, graph=graph) for eps in radii}
+    settings = {name: value for name, value in attack_settings(attack).items() if name not in ("eps", "alpha")}
+    images = images.images if isinstance(images, ImageSet) else images
+    run = StagedEvaluation(
+        *(model, images, labels, index), name="curve", batch_size=batch_size, seed=seed, journal=journal, task=task
+    )
+    run.classes()  # refuses labels that the model has no logit for
+    run.claim("curve", settings)
+    run.stages_in_all = len(radii)
+    attacks = {eps: attack.build(seed=seed, eps=float(eps), alpha=None) for eps in radii}
     return {
         "eps": [float(eps) for eps in radii],
-        "robust": [share(study.clean_and_robust(f"eps {eps}", attacks[eps])[1]) for eps in radii],
-        "attack": {"name": "pgd", **given, "alpha": f"2.5 eps / {steps}"},
+        "robust": [share(run.clean_and_robust(f"eps {eps}", each)[1]) for eps, each in attacks.items()],
+        "attack": {"name": "pgd", **settings, "seed": seed, "alpha": f"2.5 eps / {attack.steps}"},
     }

@@ -101,7 +101,8 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
 
 
 def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", title: str | None = None) -> None:
-    """Share of the ``split``'s images that each expert is sent, a row an expert, a column an epoch, a map a layer.
+    """Share of the ``split``'s images that each expert receives: one map per layer, one row per expert, one column per
+    epoch.
 
     From a run's ``"routing"`` lines. An image is sent to top_k experts, so an expert's share is top_k / E when all are
     used alike; the colour scale is centred there.

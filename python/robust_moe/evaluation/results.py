@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from robust_moe.evaluation.stages import AUTOATTACK, StageResult, SuiteResult, describe_attack
+from robust_moe.evaluation.outcome import AUTOATTACK, StageResult, SuiteResult
+from robust_moe.evaluation.stages import describe_attack
 from robust_moe.files import replace_file
 from robust_moe.provenance import provenance
 
@@ -56,7 +57,7 @@ def make_results(
 ) -> dict[str, Any]:
     """The result file's content, plain types.
 
-    ``robust`` is the share, of all n images, of those right as they are and after every attack; ``autoattack`` that
+    ``robust`` is the share, of all n images, of those correct when clean and after every attack; ``autoattack`` that
     after AutoAttack's attacks alone, which start anew with all right images; those on a mixture are each given all
     images, for their routes, and ``broken`` counts the right ones. ``robust_after`` of an attack counts all
     that ran before it, ``alone`` it only (null where it was given what another of its ``chain`` left). Passes are a
@@ -115,7 +116,7 @@ def _attack(result: StageResult) -> dict[str, Any]:
 
 
 def make_samples(suite: SuiteResult) -> dict[str, np.ndarray]:
-    """What happened to every image, in the order of the images: ``index``, ``label``, ``clean`` (right as it is),
+    """What happened to every image, in the order of the images: ``index``, ``label``, ``clean`` (correct),
     ``robust`` (and after every attack), ``prediction/clean``; for each attack ``attacked/NAME``, ``broken/NAME``,
     ``adversarial_prediction/NAME``; and a few broken images under ``examples/``."""
     samples = {"index": suite.index, "label": suite.label, "clean": suite.clean, "prediction/clean": suite.prediction}

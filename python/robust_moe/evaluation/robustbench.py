@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 from robust_moe.attacks.autoattack import members
+from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import FORMAT
-from robust_moe.evaluation.stages import AUTOATTACK, describe_attack
+from robust_moe.evaluation.stages import describe_attack
 
 __all__ = ["robustbench_json"]
 

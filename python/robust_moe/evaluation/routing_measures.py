@@ -1,6 +1,8 @@
-"""Measures of routing, a number an image: how routes change, how close they are to it, how much it would matter."""
+"""Per-image routing metrics: change of routes, margin to a change, effect of a change."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ __all__ = [
     "expert_use",
     "gradient_share",
     "quantiles",
+    "routes",
     "routing_change",
     "top_k_margin",
 ]
@@ -37,14 +40,27 @@ def expert_sets(indices: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(len(indices), num_experts, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
 
 
+def routes(layers: Mapping[str, MoELayer]) -> dict[str, Tensor]:
+    """Of the last forward, for each layer: ``first/NAME``, int64 [B], the expert of the highest weight, and
+    ``sets/NAME``, bool [B, E], all selected ones."""
+    found = {}
+    for name, layer in layers.items():
+        indices = layer.routing.indices  # [B, k], highest weight first
+        found[f"first/{name}"] = indices[:, 0]
+        found[f"sets/{name}"] = expert_sets(indices, layer.num_experts)
+    return found
+
+
 def expert_use(sets: Tensor, first: Tensor) -> LayerRouting:
-    """Where a layer sends n images, from their selected experts, bool [n, E], and first choices, int64 [n]."""
-    best = first.bincount(minlength=sets.shape[1]).double() / len(first)
-    return LayerRouting(selected=sets.double().mean(0).tolist(), first=best.tolist())
+    """Where a layer sends n images, from their selected experts, bool [n, E], and first choices, int64 [n]. Reads the
+    host once."""
+    counts = torch.stack([sets.sum(0), expert_sets(first[:, None], sets.shape[1]).sum(0)])
+    selected, best = (counts.double() / len(first)).tolist()
+    return LayerRouting(selected=selected, first=best)
 
 
 def by_class(sets: Tensor, labels: Tensor, classes: int) -> list[list[float]]:
-    """For each class, the share of its images that each expert is sent; zeros for a class without images.
+    """For each class, the share of its images that each expert receives; zeros for a class without images.
 
     Args:
         sets: the selected experts, bool [n, E].
@@ -76,7 +92,7 @@ def distance(first: Tensor, second: Tensor, norm: str) -> Tensor:
 
 @torch.no_grad()
 def disagreement(layer: MoELayer, x: Tensor, record: RoutingRecord) -> Tensor:
-    """How far apart the experts' outputs are where the gate's weight is, float64 [B].
+    """Spread of the experts' outputs, weighted by the gate, relative to their mean, float64 [B].
 
     sqrt(Σ_i s_i ‖e_i(x) − ē‖²) / ‖ē‖ with ē = Σ_i s_i e_i(x), s being the gate's scores over all E experts and x the
     layer's input [B, C, H, W]: 0 where experts are copies, so that no route matters. Runs every expert on every image.
@@ -95,7 +111,7 @@ def gradient_share(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Tensor:
     """Share of a layer's routing in the gradient of the loss to the image, float64 [B] in [0, 1].
 
     Of the two terms of a mixture's Jacobian, Σ_i s_i ∇e_i and Σ_i (e_i − ē) ∇s_i, the second is the experts'
-    disagreement times what the gate gives in to. Here both as the gradient of the cross-entropy: with the routes held
+    disagreement times the gate's sensitivity. Here both as the gradient of the cross-entropy: with the routes held
     (g_e), and what the soft gradient of this layer's gate adds (g_r): ‖g_r‖ / (‖g_r‖ + ‖g_e‖), 0 where both are 0.
     Two forwards and backwards, after a forward of ``x`` itself.
     """

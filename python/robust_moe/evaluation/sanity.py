@@ -6,12 +6,10 @@ Each check is a function that returns a :class:`Flag`; a raised one says what wa
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +17,19 @@ from torch import Tensor, nn
 from robust_moe.attacks import PGD, Square
 from robust_moe.attacks.base import ordinary
 from robust_moe.attacks.losses import cross_entropy, margin
+from robust_moe.evaluation.outcome import Flag, StageResult
 from robust_moe.evaluation.scorer import predict, score, scoring_mode
 from robust_moe_kernels.modules import attack_mode
 
-if TYPE_CHECKING:
-    from robust_moe.evaluation.stages import StageResult
+__all__ = ["curve_flag", "probe_flags", "result_flags"]
 
-__all__ = ["Flag", "curve_flag", "probe_flags", "result_flags"]
-
-NOISE = 1e-3  # of the logits' spread: what other sums, of another batch size or by atomic adds, may move them by
-RISE = 0.03  # in robust accuracy, and two images at least: what the luck of a step may give
+NOISE = 1e-3  # largest change of logits, over their spread, explained by another order of sums
+RISE = 0.03  # largest rise of robust accuracy explained by chance (and at least 2 images are needed to raise a flag)
 RADII = (0.5, 1.0, 2.0)  # times eps, each attacked with STEPS[1] steps
 STEPS = (5, 10, 20)  # at eps
-SQUARE = 0.002  # of all images, broken by Square alone, from which AutoAttack's authors too warn of masked gradients
-BOUNDED = 32  # outputs, all of them from 0 to 1, that logits do not give by chance
-LISTED = 5  # accuracies that a message names one by one; of more, the ends and the largest rise
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One check."""
-
-    name: str
-    raised: bool
-    message: str  # what was found; if raised, what it means
-    value: float | None  # what was measured; None: not measured, and the message says why
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+SQUARE = 0.002  # largest share of images broken by Square alone without a warning, as in AutoAttack's own code
+BOUNDED = 32  # outputs: logits of so many are not all between 0 and 1 by chance
+LISTED = 5  # accuracies that a message lists; of more it names both ends and the largest rise
 
 
 def probe_flags(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str) -> list[Flag]:

@@ -1,4 +1,4 @@
-"""What an evaluation consists of and gives: its attacks, their settings, all that a result depends on, the result."""
+"""The attacks of an evaluation, their settings, and all that a result depends on."""
 
 from __future__ import annotations
 
@@ -7,28 +7,21 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import Attack, AutoAttack, Counts
+from robust_moe.attacks import Attack, AutoAttack
 from robust_moe.attacks.autoattack import members
 from robust_moe.attacks.graph import StepGraphs
-from robust_moe.evaluation.sanity import Flag
-from robust_moe.evaluation.scorer import LayerRouting, device_of, precision
+from robust_moe.evaluation.outcome import AUTOATTACK, Stage
+from robust_moe.evaluation.scorer import device_of, precision
 from robust_moe_kernels import __version__, moe_layers
 from robust_moe_kernels.checks import expect
 
 __all__ = [
-    "AUTOATTACK",
-    "MOE",
-    "Stage",
-    "StageResult",
-    "SuiteResult",
     "as_fraction",
     "describe_attack",
     "digest",
@@ -38,56 +31,7 @@ __all__ = [
     "plan",
 ]
 
-AUTOATTACK = "autoattack"  # the chain of its attacks
-MOE = "moe"  # begins the chains of the attacks on mixtures, which start anew each
 _LENGTHS = ("eps", "alpha")  # given as fractions of the pixel range
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One attack of an evaluation."""
-
-    name: str
-    attack: Attack
-    chain: str  # attacks of one chain go on with the images that its earlier ones left; each chain starts anew
-
-
-@dataclass(frozen=True, eq=False)
-class StageResult:
-    """What one attack did. Masks are in the order of the images."""
-
-    stage: Stage
-    attacked: np.ndarray  # bool [n]: it was given the image
-    broken: np.ndarray  # bool [n]: and of one that is right as it is, made one that the model misclassifies
-    prediction: np.ndarray  # int64 [n], of what it made; the clean one where not attacked
-    robust_after: float  # share of all n images that neither this nor an earlier attack broke
-    alone: float | None  # share of all n images robust against this attack; None: it saw those left by another
-    counts: Counts  # passes, all images together
-    seconds: float
-    reach: float  # largest distance from an image, in the norm of the evaluation
-    low: float  # smallest and largest pixel
-    high: float
-
-
-@dataclass(frozen=True, eq=False)
-class SuiteResult:
-    """Accuracies over all n images, and where they come from. Masks are in the order of the images."""
-
-    index: np.ndarray  # int64 [n], positions in the data set
-    label: np.ndarray  # int64 [n]
-    prediction: np.ndarray  # int64 [n], of the images as they are
-    robust: np.ndarray | None  # bool [n]: right as it is and after every attack; None: no attack
-    stages: list[StageResult]
-    chains: dict[str, np.ndarray]  # bool [n], by chain: right as it is and after the chain's attacks
-    flags: list[Flag]
-    routing: dict[str, LayerRouting]  # by layer, of the images as they are
-    examples: dict[str, np.ndarray]  # K broken images, for pictures
-    seconds: float  # of all work, in all sessions
-
-    @property
-    def clean(self) -> np.ndarray:
-        """bool [n]: right as it is."""
-        return self.prediction == self.label
 
 
 def plan(name: str, attack: Attack, version: str | None = None, seed: int = 0) -> list[Stage]:
@@ -168,7 +112,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for name, tensor in tensors.items():
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element may have stride 0
         whole.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return whole.hexdigest()
 

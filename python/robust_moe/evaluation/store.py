@@ -17,7 +17,7 @@ from robust_moe.files import lock
 
 __all__ = ["Journal", "ResumeError"]
 
-FORMAT = 2
+FORMAT = 3
 _ARRAY = "__array__"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,19 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import Counts
-from robust_moe.evaluation.batches import Batches, Task
-from robust_moe.evaluation.sanity import Flag, probe_flags, result_flags
-from robust_moe.evaluation.scorer import LayerRouting, RoutingCounter, device_of, predict, refuse_nonfinite, score
-from robust_moe.evaluation.stages import Stage, StageResult, SuiteResult, expect_ball, identity
+from robust_moe.data import Batch
+from robust_moe.evaluation.accuracy import used_experts
+from robust_moe.evaluation.outcome import Flag, Stage, StageResult, SuiteResult
+from robust_moe.evaluation.routing_measures import routes
+from robust_moe.evaluation.sanity import probe_flags, result_flags
+from robust_moe.evaluation.scorer import LayerRouting, refuse_nonfinite, score
+from robust_moe.evaluation.staged import StagedEvaluation, Task, joined
+from robust_moe.evaluation.stages import expect_ball
 from robust_moe.evaluation.store import Journal
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["run_suite", "with_stages"]
 
 EXAMPLES = 16  # broken images kept for pictures
 PROBED = 64  # images that the sanity checks look at
+NOTHING = {  # what an attack finds of no images
+    "prediction": np.empty(0, np.int64),
+    "spent": np.empty((0, 3)),
+    **{name: np.empty(0) for name in ("reach", "low", "high")},
+}
 
 
 def run_suite(
@@ -42,7 +50,7 @@ def run_suite(
 ) -> SuiteResult:
     """Attack ``model`` on every image that is still robust, stage by stage, and score everything in float32.
 
-    An image is robust when it is classified right as it is and after every attack; shares are of all n. Results depend
+    An image is robust when the model is correct on it and on every attack's image; shares are of all n. Results depend
     on (seed, index, stage) and not on where an earlier call stopped: with a journal of the same identity, what it
     holds is not computed again. A model that draws random numbers draws the same in every call; PyTorch's generators
     are left as found.
@@ -64,19 +72,16 @@ def run_suite(
         ResumeError: the journal has another suite's batches.
         FloatingPointError: a logit or a gradient is NaN or infinite: it would count as robust, or as broken.
     """
-    index = torch.arange(len(images)) if index is None else index
-    _check(images, labels, index, stages, norm, batch_size)
+    _check(images, stages, norm)
+    loop = StagedEvaluation(model, images, labels, index, batch_size=batch_size, seed=seed, journal=journal, task=task)
     expect_ball(stages, eps, norm)
-    work = {"batch_size": batch_size, "seed": seed, "journal": journal, "task": task}
-    run = _Run(model, Batches(images, labels, index, device=device_of(model), **work), eps, norm)
-    if journal is not None:
-        settings = {"eps": eps, "norm": norm, "seed": seed, "batch_size": batch_size}
-        journal.claim("suite", identity(model, images, labels, stages, settings, index))
+    loop.claim("suite", {"eps": eps, "norm": norm}, stages)
+    run = _Suite(loop, eps, norm)
     flags = run.probe()
     run.clean()
     results = [run.attack(stage) for stage in stages]
     return SuiteResult(
-        index=index.numpy(force=True),
+        index=loop.index.numpy(force=True),
         label=run.label,
         prediction=run.prediction,
         robust=run.robust if stages else None,
@@ -85,7 +90,7 @@ def run_suite(
         flags=[*flags, *result_flags(results, eps, norm, images[0].numel())],
         routing=run.routing,
         examples=run.examples(),
-        seconds=run.batches.seconds,
+        seconds=loop.seconds,
     )
 
 
@@ -109,55 +114,40 @@ def with_stages(suite: SuiteResult, stages: Sequence[StageResult], eps: float, n
     )
 
 
-def _check(images: Tensor, labels: Tensor, index: Tensor, stages: Sequence[Stage], norm: str, batch_size: int) -> None:
-    expect(len(images) > 0, "images", "at least one image to evaluate on", "an empty set")
-    expect(images.ndim == 4, "images", "shape [n, C, H, W]", f"shape {list(images.shape)}")
-    expect(images.dtype in (torch.uint8, torch.float32), "images", "uint8 or float32", images.dtype)
+def _check(images: Tensor, stages: Sequence[Stage], norm: str) -> None:
+    expect(images.dtype != torch.float64, "images", "uint8 or float32", images.dtype)
     expect(norm in ("Linf", "L2"), "norm", "Linf or L2", repr(norm))
-    expect(batch_size >= 1, "batch_size", "a count >= 1", batch_size)
-    for name, tensor in (("labels", labels), ("index", index)):
-        ok = tensor.dtype == torch.int64 and tensor.shape == images.shape[:1]
-        expect(ok, name, f"int64 of shape [{len(images)}]", f"{tensor.dtype} of shape {list(tensor.shape)}")
-    if images.dtype != torch.uint8:
-        low, high = (bound.item() for bound in images.aminmax())
-        hint = "; divide them by 255, or give them as uint8" if high > 1 else ""
-        expect(low >= 0 and high <= 1, "images", "finite pixels in [0, 1]", f"values from {low:g} to {high:g}{hint}")
     names = [stage.name for stage in stages]
     expect(len(set(names)) == len(names), "stages", "a name of its own for each", ", ".join(names))
 
 
-class _Run:
-    """The state of one evaluation."""
+class _Suite:
+    """The stages of a suite, and which images are still robust."""
 
-    def __init__(self, model: nn.Module, batches: Batches, eps: float, norm: str) -> None:
-        self.model, self.batches, self.eps, self.norm = model, batches, eps, norm
-        self.label = batches.labels.numpy(force=True)
+    def __init__(self, loop: StagedEvaluation, eps: float, norm: str) -> None:
+        self.loop, self.model, self.eps, self.norm = loop, loop.model, eps, norm
+        self.label = loop.labels.numpy(force=True)
         self.prediction = np.empty_like(self.label)
         self.robust = np.ones(len(self.label), dtype=bool)
         self.chains: dict[str, np.ndarray] = {}
         self.routing: dict[str, LayerRouting] = {}
-        self._examples: list[tuple[int, int, np.ndarray]] = []  # row, prediction, attacked
+        self._examples: list[tuple[int, int, np.ndarray]] = []  # row, prediction, adversarial image
 
     def probe(self) -> list[Flag]:
         """The sanity checks that need no result."""
-        count = len(self.label)
         # from all over the data set, which may be in the order of its classes
-        rows = np.random.default_rng(derive_seed(self.batches.seed, "probe")).permutation(count)[:PROBED]
-        x, y, _ = self.batches.take(np.sort(rows))
-        largest = int(self.label.max())
+        rows = np.random.default_rng(derive_seed(self.loop.seed, "probe")).permutation(len(self.label))[:PROBED]
+        x, y, _ = self.loop.take(np.sort(rows))
 
         def compute() -> dict[str, Any]:
             logits = self._first_logits(x)
-            ok = logits.ndim == 2 and len(logits) == len(x)
-            expect(ok, "model", f"logits of shape [{len(x)}, classes]", f"shape {list(logits.shape)}")
-            classes = logits.shape[1]
-            in_range = int(self.label.min()) >= 0 and largest < classes
-            expect(in_range, "labels", f"0..{classes - 1}, as many as logits", f"{self.label.min()}..{largest}")
+            self.loop.expect_labels(logits)
+            expect(len(logits) == len(x), "model", f"logits of {len(x)} images", f"shape {list(logits.shape)}")
             refuse_nonfinite((~torch.isfinite(logits).all(1)).sum(), "clean images")
             return {"flags": [flag.plain() for flag in probe_flags(self.model, x, y, self.eps, self.norm)]}
 
-        with self.batches.task("sanity checks", len(x), 0) as advance:
-            record = self.batches.once("sanity", compute)
+        with self.loop.task("sanity checks", len(x), 0) as advance:
+            record = self.loop.once("sanity", compute)
             advance(len(x))
         return [Flag(**flag) for flag in record["flags"]]
 
@@ -175,103 +165,64 @@ class _Run:
                 f"model: expected one that takes float32 images, got weights of {kinds} ({error}); wrap it in one that "
                 "casts its input"
             ) from error
-        expect(torch.equal(given, x), "model", "its input left as it is", "a model that writes to it")
+        expect(torch.equal(given, x), "model", "its input left unchanged", "a model that writes to it")
         return logits
 
     def clean(self) -> None:
-        """Predictions and routing of the images as they are."""
-        everything = np.arange(len(self.label))
-        counts: dict[str, np.ndarray] = {}  # [2, E]
+        """Predictions and routing of the clean images."""
+        layers = moe_layers(self.model)
+        parts: list[dict[str, Any]] = []
 
-        def compute(rows: np.ndarray) -> dict[str, Any]:
-            x, _, _ = self.batches.take(rows)
-            counter = RoutingCounter(self.model)
-            predicted = self._predict(x, "clean images")
-            counter.add()
-            routed = {name: tensor.tolist() for name, tensor in counter.counts.items()}
-            return {"prediction": predicted, "routing": routed}
+        def look(batch: Batch) -> dict[str, Tensor]:
+            return {"prediction": self.loop.logits(batch.images, "clean images").argmax(1), **routes(layers)}
 
-        for rows, record, advance in self.batches.over("clean", everything, compute):
-            self.prediction[rows] = record["prediction"]
+        for rows, found, advance in self.loop.batches("clean", look):
+            self.prediction[rows] = found["prediction"]
             self.robust[rows] = self.prediction[rows] == self.label[rows]
-            for name, added in record["routing"].items():
-                counts[name] = counts.get(name, 0) + np.array(added)
-            done = rows[-1] + 1
-            advance(len(rows), note=f"clean {self.robust[:done].mean():.1%}")
-        for name, total in counts.items():
-            selected, first = (total / len(self.label)).tolist()
-            self.routing[name] = LayerRouting(selected, first)
+            parts.append(found)
+            advance(len(rows), note=f"clean {self.robust[: rows[-1] + 1].mean():.1%}")
+        names = [f"{kind}/{name}" for kind in ("first", "sets") for name in layers]
+        self.routing = used_experts({name: joined([part[name] for part in parts]) for name in names}, layers)
 
     def attack(self, stage: Stage) -> StageResult:
         """One attack on what its chain has left."""
         first = stage.chain not in self.chains
         left = self.chains.setdefault(stage.chain, self.prediction == self.label)
-        attacked = left.copy()
-        broken, prediction = np.zeros_like(left), self.prediction.copy()
-        counts, seconds, reach, low, high = Counts(), 0.0, 0.0, 1.0, 0.0
+        attacked = np.flatnonzero(left)
+        parts = [NOTHING]
 
-        def compute(rows: np.ndarray) -> dict[str, Any]:
-            x, y, index = self.batches.take(rows)
-            made, began = Counts(), time.perf_counter()
-            images = stage.attack(self.model, x, y, index, room=self.batches.batch_size, counts=made)
-            took = time.perf_counter() - began
-            predicted = self._predict(images, f"{stage.name}'s images")
-            wrong = np.flatnonzero(predicted != self.label[rows])[: EXAMPLES - len(self._examples)]
-            delta = (images.double() - x.double()).flatten(1)
-            far = delta.abs().amax() if self.norm == "Linf" else torch.linalg.vector_norm(delta, dim=1).amax()
-            bounds = torch.stack([far, images.min().double(), images.max().double()]).tolist()
-            return {
-                "prediction": predicted,
-                "forward": made.forward,
-                "backward": made.backward,
-                "attack_seconds": took,
-                "bounds": bounds,
-                "examples": wrong,
-                "adversarial": images[torch.from_numpy(wrong).to(images.device)].numpy(force=True),
-            }
+        def look(batch: Batch) -> dict[str, Tensor]:
+            images, found = self.loop.attacked(stage.attack, batch, self.norm)
+            prediction = self.loop.logits(images, f"{stage.name}'s images").argmax(1)
+            wrong = (prediction != batch.labels).nonzero()[:, 0][: EXAMPLES - len(self._examples)]
+            return {"prediction": prediction, **found, "examples": wrong, "adversarial": images[wrong]}
 
-        for rows, record, advance in self.batches.over(
-            f"attack/{stage.name}", np.flatnonzero(left), compute, stage.name
-        ):
-            prediction[rows] = record["prediction"]
-            wrong = rows[record["prediction"] != self.label[rows]]
-            broken[wrong] = True
+        for rows, found, advance in self.loop.batches(f"attack/{stage.name}", look, attacked, stage.name):
+            wrong = rows[found["prediction"] != self.label[rows]]
             left[wrong] = self.robust[wrong] = False
-            counts.add(Counts(record["forward"], record["backward"]))
-            seconds += record["attack_seconds"]
-            far, least, most = record["bounds"]
-            reach, low, high = max(reach, far), min(low, least), max(high, most)
-            for place, adversarial in zip(record["examples"], record["adversarial"], strict=True):
-                self._examples.append((rows[place], record["prediction"][place], adversarial))
+            for place, adversarial in zip(found["examples"], found["adversarial"], strict=True):
+                self._examples.append((rows[place], found["prediction"][place], adversarial))
+            parts.append(found)
             advance(len(rows), note=f"robust {self.robust.mean():.1%}")
-        return StageResult(
-            stage=stage,
-            attacked=attacked,
-            broken=broken,
-            prediction=prediction,
+        return StageResult.of(
+            stage,
+            self.prediction,
+            self.label,
+            attacked,
+            {name: np.concatenate([part[name] for part in parts]) for name in NOTHING},
             robust_after=float(self.robust.mean()),
             alone=float(left.mean()) if first else None,
-            counts=counts,
-            seconds=seconds,
-            reach=reach,
-            low=low,
-            high=high,
         )
 
     def examples(self) -> dict[str, np.ndarray]:
-        """The first broken images, as they are and attacked."""
+        """The first broken images, clean and adversarial."""
         rows = np.array([row for row, _, _ in self._examples], dtype=np.int64)
-        none = np.empty((0, *self.batches.images.shape[1:]), np.float32)
+        none = np.empty((0, *self.loop.images.shape[1:]), np.float32)
         return {
-            "index": self.batches.index.numpy(force=True)[rows],
+            "index": self.loop.index.numpy(force=True)[rows],
             "label": self.label[rows],
             "prediction": self.prediction[rows],
             "adversarial_prediction": np.array([found for _, found, _ in self._examples], dtype=np.int64),
-            "clean": self.batches.take(rows)[0].numpy(force=True) if len(rows) else none,
+            "clean": self.loop.take(rows).images.numpy(force=True) if len(rows) else none,
             "adversarial": np.stack([image for _, _, image in self._examples]) if len(rows) else none,
         }
-
-    def _predict(self, x: Tensor, what: str) -> np.ndarray:
-        predicted, nonfinite = predict(self.model, x)
-        refuse_nonfinite(nonfinite.sum(), what)
-        return predicted.numpy(force=True)

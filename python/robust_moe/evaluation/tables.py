@@ -8,13 +8,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from robust_moe.evaluation.stages import AUTOATTACK, MOE
+from robust_moe.evaluation.outcome import AUTOATTACK, MOE
 
 __all__ = ["attack_name", "attack_table", "flag_lines", "moe_table", "results_table"]
 
 
 def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
-    """A row a (name, results): accuracies in percent with their 95 % intervals."""
+    """One row per (name, results): accuracies in percent with their 95 % intervals."""
     attacks = dict.fromkeys(attack_name(results) for _, results in rows)
     table = Table(title=title, caption=f"robust: {'; '.join(attacks)}. [95 % interval]".replace("[", r"\["))
     for column in ("run", "weights", "clean %", "robust %", "seconds"):
@@ -31,7 +31,7 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
 
 
 def attack_table(results: Mapping[str, Any]) -> Table:
-    """A row an attack: what it was given and broke, what it cost."""
+    """One row per attack: images attacked and broken, and its cost."""
     table = Table(
         title="attacks, each on what its predecessors left; AutoAttack, and every attack on a mixture, starts anew"
     )
@@ -56,12 +56,12 @@ def attack_table(results: Mapping[str, Any]) -> Table:
 
 
 def moe_table(results: Mapping[str, Any]) -> Table:
-    """A row each for SA, RA, RA-E, RA-R and the worst case of all attacks, in percent with 95 % intervals."""
+    """One row each for SA, RA, RA-E, RA-R and the worst case of all attacks, in percent with 95 % intervals."""
     table = Table(title="mixture of experts under PGD")
     table.add_column("images right", no_wrap=True)
     table.add_column("%", justify="right", no_wrap=True)
     names = {
-        "sa": "SA: as they are",
+        "sa": "SA: clean",
         "ra": "RA: model attacked",
         "ra_e": "RA-E: experts attacked, routes held",
         "ra_r": "RA-R: router attacked",

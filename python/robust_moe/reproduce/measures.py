@@ -1,22 +1,22 @@
 """What a study measures of a trained model: accuracy under attack, routing, single experts, a sweep over alpha.
 
-The measures are those of :mod:`robust_moe.evaluation.moe`, with fewer attacks: a study scores some thirty models.
+The stages are those of :mod:`robust_moe.evaluation.moe_stages`; a study scores some thirty models with a few of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD, Attack, ExpertPGD, RouterPGD
+from robust_moe.attacks import PGD
 from robust_moe.data import Batch, ImageSet
-from robust_moe.evaluation.routing_measures import expert_sets, routing_change
-from robust_moe.evaluation.scorer import LayerRouting
-from robust_moe.evaluation.study import Study, only_expert, share
+from robust_moe.evaluation.moe_stages import MoEStages
+from robust_moe.evaluation.routing_measures import expert_use, routing_change
+from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.methods.moe_attacks import clean_second_experts, held
 from robust_moe.models import DualModel
 from robust_moe_kernels.checks import expect
@@ -30,15 +30,16 @@ ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the robust model for which 
 def measure(
     model: nn.Module,
     images: ImageSet,
-    attack: dict[str, Any],
+    attack: PGD.Config,
     *,
+    seed: int,
     count: int,
     sweep_count: int,
     batch_size: int = 256,
     alphas: Sequence[float] = ALPHAS,
 ) -> dict[str, Any]:
-    """Shares of the images, as plain types. All attacks are PGD with the same settings; an image counts as robust if it
-    is right as it is and attacked.
+    """Shares of the images, as plain types. All attacks are PGD with the same settings; an image counts as robust if
+    the model is correct on the clean and on the adversarial image.
 
     ``sa`` clean and ``ra`` under PGD. With one routed layer also ``ra_e`` (through the experts, on the clean route),
     ``ra_r`` (on the router), ``union`` (against all three); ``flips`` and ``change`` by attack: share of images whose
@@ -52,7 +53,8 @@ def measure(
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits; left as found.
         images: the whole set; the first ``count`` of every class in their shares are used.
-        attack: settings of :class:`~robust_moe.attacks.PGD`, ``seed`` among them.
+        attack: settings of every attack.
+        seed: of every attack.
         count, sweep_count: images; of a dual model, every point of whose sweep is an attack, the latter.
 
     Raises:
@@ -60,10 +62,12 @@ def measure(
         FloatingPointError: a logit or an attack's gradient is NaN or infinite.
     """
 
-    def study(number: int) -> Study:
+    def run(number: int) -> StagedEvaluation:
         index = images.head_index(number)
         chosen = images.subset(index)
-        return Study("study", model, chosen, chosen.labels, index, batch_size, attack["seed"], attack)
+        return StagedEvaluation(
+            *(model, chosen.images, chosen.labels, index), name="measures", batch_size=batch_size, seed=seed
+        )
 
     layers = moe_layers(model)
     for name, layer in layers.items():
@@ -71,67 +75,53 @@ def measure(
         expect(free, name or "model", "routes of its own", "imposed ones")
     with attack_mode(model):
         if isinstance(model, DualModel):
-            return _sweep(study(sweep_count), model, attack, sorted({*alphas, model.alpha}))
+            return _sweep(run(sweep_count), model, attack, sorted({*alphas, model.alpha}))
         if len(layers) == 1:
-            return _routed(study(count), next(iter(layers.values())), attack)
-        return _accuracy(study(count), attack)
+            return _routed(run(count), layers, attack)
+        return _accuracy(run(count), attack)
 
 
-def _accuracy(study: Study, attack: dict[str, Any]) -> dict[str, Any]:
-    clean, robust = study.clean_and_robust("ra", PGD(**attack))
-    return {"sa": share(clean), "ra": share(robust), "images": len(study)}
+def _accuracy(run: StagedEvaluation, attack: PGD.Config) -> dict[str, Any]:
+    clean, robust = run.clean_and_robust("ra", attack.build(seed=run.seed))
+    return {"sa": share(clean), "ra": share(robust), "images": len(run)}
 
 
-def _sweep(study: Study, model: DualModel, attack: dict[str, Any], alphas: Sequence[float]) -> dict[str, Any]:
+def _sweep(run: StagedEvaluation, model: DualModel, attack: PGD.Config, alphas: Sequence[float]) -> dict[str, Any]:
     own, points = model.alpha, []
     try:
         for model.alpha in alphas:
-            clean, robust = study.clean_and_robust(f"alpha {model.alpha}", PGD(**attack))
+            clean, robust = run.clean_and_robust(f"alpha {model.alpha}", attack.build(seed=run.seed))
             points.append({"alpha": model.alpha, "sa": share(clean), "ra": share(robust)})
     finally:
         model.alpha = own
     here = next(point for point in points if point["alpha"] == own)
-    return {"sa": here["sa"], "ra": here["ra"], "alpha": own, "sweep": points, "images": len(study)}
+    return {"sa": here["sa"], "ra": here["ra"], "alpha": own, "sweep": points, "images": len(run)}
 
 
-def _routed(study: Study, layer: MoELayer, attack: dict[str, Any]) -> dict[str, Any]:
-    attacks: dict[str, Attack] = {"ra": PGD(**attack), "ra_e": ExpertPGD(**attack), "ra_r": RouterPGD(**attack)}
-
-    def look(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        right = study.right(images, labels)
-        indices = layer.routing.indices
-        return {"right": right, "first": indices[:, 0], "sets": expert_sets(indices, layer.num_experts)}
-
-    clean = study.over("clean", lambda batch: look(batch.images, batch.labels))
-
-    def attacked(by: Attack) -> Callable[[Batch], dict[str, Tensor]]:
-        return lambda batch: look(study.attacked(by, batch), batch.labels)
-
-    found = {name: study.over(name, attacked(by)) for name, by in attacks.items()}
-    robust = {name: clean["right"] & seen["right"] for name, seen in found.items()}
-    changes = {name: routing_change(clean["sets"], seen["sets"]) for name, seen in found.items()}
-    singles = [_single(study, layer, expert, attack) for expert in range(layer.num_experts)]
-    second = study.clean_and_robust("second", PGD(**attack), lambda batch: _on_second(study.model, batch))
-    first = (clean["first"].bincount(minlength=layer.num_experts).double() / len(study)).tolist()
-    use = LayerRouting(selected=clean["sets"].double().mean(0).tolist(), first=first)
+def _routed(run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Config) -> dict[str, Any]:
+    stages = MoEStages(run, layers, attack)
+    ((name, layer),) = layers.items()
+    clean = stages.clean_stage()
+    found = {each: stages.attack_stage(each) for each in stages.attacks}
+    robust = {each: clean["right"] & seen["right"] for each, seen in found.items()}
+    changes = {each: routing_change(clean[f"sets/{name}"], seen[f"sets/{name}"]) for each, seen in found.items()}
+    singles = [stages.single_stage(name, expert) for expert in range(layer.num_experts)]
+    second = run.clean_and_robust("second", stages.pgd(), lambda batch: _on_second(run.model, batch))
+    use = expert_use(clean[f"sets/{name}"], clean[f"first/{name}"])
     return {
         "sa": share(clean["right"]),
-        **{name: share(mask) for name, mask in robust.items()},
+        **{each: share(mask) for each, mask in robust.items()},
         "union": share(torch.stack(list(robust.values())).all(0)),
-        "flips": {name: share(change > 0) for name, change in changes.items()},
-        "change": {name: change.mean().item() for name, change in changes.items()},
+        "flips": {each: share(change > 0) for each, change in changes.items()},
+        "change": {each: change.mean().item() for each, change in changes.items()},
         "first": use.first,
         "selected": use.selected,
         "collapsed": use.collapsed,
         "single_experts": [_shares(*masks) for masks in singles],
         "best_single": best_of_halves(torch.stack([masks[1] for masks in singles])),
         "second": _shares(*second),
-        "images": len(study),
+        "images": len(run),
     }
-
-
-def _single(study: Study, layer: MoELayer, expert: int, attack: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return study.clean_and_robust(f"expert {expert}", PGD(**attack), lambda _: only_expert(layer, expert))
 
 
 def _shares(clean: Tensor, robust: Tensor) -> dict[str, float]:
@@ -139,8 +129,8 @@ def _shares(clean: Tensor, robust: Tensor) -> dict[str, float]:
 
 
 def best_of_halves(masks: Tensor) -> float:
-    """Share that the best of several is right on, without the luck of being chosen: bool [E, n >= 2]; chosen on every
-    other image, scored on the rest, mean over the images of both ways round."""
+    """Share that the best of several is right on, without selection bias: from bool [E, n >= 2]; chosen on every other
+    image, scored on the rest, mean over the images of both ways round."""
     halves = masks[:, ::2], masks[:, 1::2]
     scored = [score[choice.sum(1).argmax()] for choice, score in (halves, halves[::-1])]
     return share(torch.cat(scored))

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_moe.config import TrainConfig
 from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
@@ -55,7 +54,8 @@ def work(job: Job, reporter: Reporter) -> bool:
         measures = measure(
             model,
             splits.test,
-            _attack(job.config),
+            job.config.eval.attack,
+            seed=job.config.eval_seed,
             count=job.images,
             sweep_count=job.sweep_images,
             batch_size=job.config.eval.batch_size,
@@ -64,7 +64,8 @@ def work(job: Job, reporter: Reporter) -> bool:
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         facts = {"parameters": parameters, "checkpoint": trained, "seconds": seconds}
-        attack = {**_attack(job.config), "eps": str(job.config.eval.attack.eps)}
+        settings = job.config.eval.attack.arguments() | {"eps": str(job.config.eval.attack.eps)}
+        attack = {**{name: settings[name] for name in MEASURED}, "seed": job.config.eval_seed}
         job.finish({"measures": measures, "attack": attack, **facts, **provenance(device)})
     return True
 
@@ -77,10 +78,6 @@ def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:
     seed_all(job.config.run.seed)
     model = make_model(job.config, describe_data(splits.train))
     return model.to(resolve_device(job.config.run.accelerator)).eval(), {}
-
-
-def _attack(config: TrainConfig) -> dict[str, Any]:
-    return {**{name: config.eval.attack.arguments()[name] for name in MEASURED}, "seed": config.eval_seed}
 
 
 def _stop_with_parent() -> None:

@@ -26,7 +26,7 @@ from robust_moe.evaluation.routing_measures import QUANTILES
 __all__ = ["moe_sections"]
 
 SHARES = {
-    "sa": ("SA", "right as they are"),
+    "sa": ("SA", "right on the clean images"),
     "ra": ("RA", "right under an attack on the whole model"),
     "ra_e": ("RA-E", "right under an attack through the experts chosen for the clean image, its route held fixed"),
     "ra_r": ("RA-R", "right under an attack that pushes the chosen experts out of the router's selection"),
@@ -95,7 +95,7 @@ def _protocols(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def _natural_routing(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    label = "Heat map: share of the images, as they are, sent to each expert"
+    label = "Heat map: share of the clean images sent to each expert"
     shares = {layer: measures["selected"] for layer, measures in layers.items()}
     yield Figure(figures.inline_svg(figures.routing_map(shares), "routing", label), f"{label[10:].capitalize()}.")
     rows = [

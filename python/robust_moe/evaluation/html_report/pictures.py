@@ -39,7 +39,7 @@ def example_section(results: Mapping[str, Any], samples: Mapping[str, np.ndarray
             for name in ("index", "label", "prediction", "adversarial_prediction")
         )
         pictures = (
-            (clean[number], f"image {index}, a {named(label)}, as it is"),
+            (clean[number], f"image {index}, a {named(label)}, clean"),
             (0.5 + factor * (adversarial[number] - clean[number]), f"its perturbation, {factor:g} times magnified"),
             (adversarial[number], f"image {index} attacked, taken for {named(after)}"),
         )
@@ -49,7 +49,7 @@ def example_section(results: Mapping[str, Any], samples: Mapping[str, np.ndarray
     channels = "" if clean.shape[1] in (1, 3) else f" Pictures show the mean of {clean.shape[1]} channels."
     text = Text(
         "text",
-        f"{len(examples)} images that an attack broke: as they are, the perturbation × {factor:g} around grey (grey is "
+        f"{len(examples)} images that an attack broke: clean, the perturbation × {factor:g} around grey (grey is "
         f"no change; the largest change of a value is {largest:.3g}), and attacked.{channels}",
     )
     return Section("examples", "Adversarial examples", [text, Examples(examples)])

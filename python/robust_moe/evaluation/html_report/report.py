@@ -62,10 +62,11 @@ def write_report(
         example_section(results, samples),
         settings_section(results),
     ]
+    origin = results["checkpoint"] or results["model"]["name"]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(PAGE).render(
         title=f"{results['model']['name']}: robustness report",
-        subtitle=f"{results['checkpoint']}, {results['data']['split']} images of {results['data']['name']}",
+        subtitle=f"{origin}, {results['data']['split']} images of {results['data']['name']}",
         cards=headline(results),
         raised=[flag for flag in results["flags"] if flag["raised"]],
         sections=[part for part in parts if isinstance(part, Section)],

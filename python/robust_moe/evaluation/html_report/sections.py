@@ -22,7 +22,7 @@ from robust_moe.evaluation.html_report.blocks import (
     settings_table,
     span,
 )
-from robust_moe.evaluation.stages import AUTOATTACK
+from robust_moe.evaluation.outcome import AUTOATTACK
 
 __all__ = ["attack_section", "curve_section", "flag_section", "headline", "settings_section", "tradeoff_section"]
 
@@ -38,7 +38,7 @@ def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The cards at the top: what it is, its number, notes, and how it looks (a CSS class)."""
     count = len(results["attacks"])
     cards = [
-        ("Clean accuracy (SA)", percent(results["clean"]), [_sure(results, "clean"), "right as they are"], "clean")
+        ("Clean accuracy (SA)", percent(results["clean"]), [_sure(results, "clean"), "of the clean images"], "clean")
     ]
     if count:
         notes = [_sure(results, "robust"), f"worst case over {count} attack{'s' * (count > 1)}, of all images"]

@@ -1,0 +1,110 @@
+"""Clean and robust accuracy and routing, without waiting for the device: what validation measures while training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks import Attack
+from robust_moe.data import Batch, ImageSet
+from robust_moe.evaluation.routing_measures import expert_use, routes
+from robust_moe.evaluation.scorer import LayerRouting, score
+from robust_moe.evaluation.staged import StagedEvaluation, share
+from robust_moe_kernels.modules import moe_layers
+
+__all__ = ["EvalResult", "accuracy", "routing_shares", "used_experts"]
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult:
+    """Accuracies over all N images, as shares in [0, 1]."""
+
+    count: int  # N
+    clean: float  # share correct on the clean image
+    robust: float | None  # share correct on the clean and on the adversarial image, of all N; None: no attack
+    clean_mask: Tensor  # bool [N], in the order of the image set
+    robust_mask: Tensor | None  # bool [N]
+    routing: dict[str, LayerRouting] = field(default_factory=dict)  # by layer name, on the clean images
+    seconds: float = 0.0  # wall clock
+
+
+def accuracy(
+    model: nn.Module,
+    images: ImageSet,
+    attack: Attack | None = None,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Clean and robust accuracy of ``model`` over every image of ``images``.
+
+    An image counts as robust when both it and its adversarial version are classified right: it lies in the ball itself,
+    so this is the worst of the points tried. The share is over all N images. The host reads the device at the end only,
+    as far as the attack lets it.
+
+    Args:
+        model: maps [B, C, H, W] in [0, 1] to logits; left exactly as found.
+        images: N images; the position in it is the counter of the attack's random start.
+        attack: None: clean accuracy only.
+        batch_size: images a forward; changes nothing but speed (up to the rounding of the model's own kernels).
+        device: where the images go; None: where the model's parameters are.
+        on_batch: called after each batch with the number of its images.
+
+    Raises:
+        ValueError: ``images`` is empty.
+        FloatingPointError: a logit or an attack's gradient is NaN or infinite.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image to evaluate on, got an empty set")
+    began = time.perf_counter()
+    task = None if on_batch is None else lambda *_: nullcontext(lambda advance=1, note=None: on_batch(advance))
+    run = StagedEvaluation(
+        model, images.images, images.labels, batch_size=batch_size, device=device, task=task, waits=False
+    )
+    layers = moe_layers(model)
+
+    def look(batch: Batch) -> dict[str, Tensor]:
+        found = {"clean": run.right(batch.images, batch.labels), **routes(layers)}
+        if attack is not None:
+            found["robust"] = found["clean"] & run.right(run.craft(attack, batch), batch.labels)
+        return found
+
+    found = run.over("accuracy", look)
+    clean = found["clean"].cpu()
+    robust = found["robust"].cpu() if attack is not None else None
+    return EvalResult(
+        count=len(images),
+        clean=share(clean),
+        robust=None if robust is None else share(robust),
+        clean_mask=clean,
+        robust_mask=robust,
+        routing=used_experts(found, layers),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def routing_shares(
+    model: nn.Module, images: ImageSet, *, batch_size: int = 256, device: str | torch.device | None = None
+) -> dict[str, LayerRouting]:
+    """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run)."""
+    layers = moe_layers(model)
+    if not layers or len(images) == 0:
+        return {}
+    run = StagedEvaluation(model, images.images, images.labels, batch_size=batch_size, device=device, waits=False)
+
+    def look(batch: Batch) -> dict[str, Tensor]:
+        score(model, batch.images)  # whatever the logits are
+        return routes(layers)
+
+    return used_experts(run.over("routing", look), layers)
+
+
+def used_experts(found: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, LayerRouting]:
+    """By layer, where n images went, from what :func:`~robust_moe.evaluation.routing_measures.routes` found."""
+    return {name: expert_use(found[f"sets/{name}"], found[f"first/{name}"]) for name in layers}
