@@ -136,14 +136,14 @@ def evaluate(
     if names and len(labels):
         largest = int(labels.max())
         expect(largest < len(names), "class_names", f"more than {largest}, the largest label", f"{len(names)} names")
-    files = {}
+    files: dict[str, Path | None] = {}
     for name, path in (("results", results), ("report", report)):
-        files[name] = None if path is None else Path(path).expanduser()
-        expect(path is None or not files[name].is_dir(), name, "a file to write", f"the folder {path}")
+        file = files[name] = None if path is None else Path(path).expanduser()
+        expect(file is None or not file.is_dir(), name, "a file to write", f"the folder {path}")
     same = files["results"] is not None and files["results"] == files["report"]
     expect(not same, "report", "another file than results", str(report))
     reporter = Reporter(enabled=progress)
-    facts = {
+    facts: dict[str, dict[str, Any]] = {
         "model": {"name": type(model).__name__},
         "data": {"name": "images", "split": "given", "image_size": min(images.shape[2:]), "classes": names},
         "settings": {"checkpoint": None, "checkpoint_sha256": None},
@@ -163,11 +163,16 @@ def evaluate(
 
 def _in_ball(attack: Attack.Config | str | None, eps: str | float | Fraction, norm: str) -> Attack.Config:
     """Settings of ``attack`` with that ball."""
-    ball = {"eps": as_fraction(eps) if type(eps) is float and eps == eps and abs(eps) < 1e9 else eps, "norm": norm}
+    ball: dict[str, Any] = {
+        "eps": as_fraction(eps) if type(eps) is float and eps == eps and abs(eps) < 1e9 else eps,
+        "norm": norm,
+    }
     if attack is None:
         return PGD.Config(steps=20, **ball)
     if isinstance(attack, str):
-        return ATTACKS.choose(attack, "attack")(**ball)
+        made = ATTACKS.choose(attack, "attack")(**ball)
+        assert isinstance(made, Attack.Config)
+        return made
     if not isinstance(attack, Attack.Config):
         raise ConfigError(f"attack: expected an attack's Config, its name or None, got {attack!r}")
     return dataclasses.replace(attack, **ball)

@@ -49,12 +49,14 @@ def work(job: Job, reporter: Reporter) -> bool:
     else:
         splits = load_splits(job.config.data, job.config.run.seed)
     began = time.perf_counter()
+    attack = job.config.eval.attack
+    assert isinstance(attack, PGD.Config)  # expect_overrides refuses any other
     with cpu_threads(job.config.run.threads):
         model, trained = _model(job, splits)
         measures = measure(
             model,
             splits.test,
-            job.config.eval.attack,
+            attack,
             seed=job.config.eval_seed,
             count=job.images,
             sweep_count=job.sweep_images,
@@ -64,9 +66,9 @@ def work(job: Job, reporter: Reporter) -> bool:
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         facts = {"parameters": parameters, "checkpoint": trained, "seconds": seconds}
-        settings = job.config.eval.attack.arguments() | {"eps": str(job.config.eval.attack.eps)}
-        attack = {**{name: settings[name] for name in MEASURED}, "seed": job.config.eval_seed}
-        job.finish({"measures": measures, "attack": attack, **facts, **provenance(device)})
+        settings = attack.arguments() | {"eps": str(attack.eps)}
+        measured = {**{name: settings[name] for name in MEASURED}, "seed": job.config.eval_seed}
+        job.finish({"measures": measures, "attack": measured, **facts, **provenance(device)})
     return True
 
 
