@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robust_moe.attacks import PGD
 from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
