@@ -163,8 +163,8 @@ def evaluate(
 
 def _in_ball(attack: Attack.Config | str | None, eps: str | float | Fraction, norm: str) -> Attack.Config:
     """Settings of ``attack`` with that ball."""
-    simple = type(eps) is float and abs(eps) < 1e9  # 8 / 255 is 8/255 in the results
-    ball: dict[str, Any] = {"eps": as_fraction(eps) if simple else eps, "norm": norm}
+    simple = isinstance(eps, float) and abs(eps) < 1e9  # 8 / 255 is 8/255 in the results
+    ball: dict[str, Any] = {"eps": as_fraction(float(eps)) if simple else eps, "norm": norm}
     if attack is None:
         return PGD.Config(steps=20, **ball)
     if isinstance(attack, str):
