@@ -169,12 +169,12 @@ class PresetEvaluation:
 
     def _run(self, journal: Journal) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(results, samples), of which the journal keeps every batch."""
-        how = {"index": self.index, **self.how, "journal": journal}
-        ball = {"eps": float(self.attack.eps), "norm": self.attack.norm}
+        how: dict[str, Any] = {"index": self.index, **self.how, "journal": journal}
+        ball: dict[str, Any] = {"eps": float(self.attack.eps), "norm": self.attack.norm}
         suite = run_suite(self.model, self.images, self.labels, self.stages, **ball, **how)
         moe = curve = None
         if self.preset == "moe":
-            common = {"images": self.images, "labels": self.labels, "attack": self.attack, **how}
+            common: dict[str, Any] = {"images": self.images, "labels": self.labels, "attack": self.attack, **how}
             suite, moe = self._moe(suite, common)
             curve = error_curve(self.model, eps_values=curve_radii(self.attack.eps), **common)
             flags = [*suite.flags, curve_flag(curve, len(self.labels))]
