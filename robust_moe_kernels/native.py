@@ -25,11 +25,12 @@ except ImportError as error:
 def _team() -> int:
     """Address of GOMP_parallel in the OpenMP runtime that PyTorch computes with, whose threads the extension shares
     (csrc/common/team.h); 0 where it computes with none, or with one that has no such function."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
+    for name in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):  # a preloaded runtime comes first
+        try:
+            return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError, TypeError):
+            continue
+    return 0
 
 
 if _extension is not None:

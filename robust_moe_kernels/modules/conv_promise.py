@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv
-from robust_moe_kernels.modules.twins import version
+from robust_moe_kernels.modules.interception import version
 
 __all__ = ["Blank", "Promise", "State"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry, pair_of
-from robust_moe_kernels.modules.twins import Twins, is_batched, through_relu
+from robust_moe_kernels.modules.interception import is_batched
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
@@ -80,7 +80,6 @@ class FoldedConv:
         norm: its norm's.
         table: what :func:`scales_and_shifts` made of bias and norm; None: made here.
         rows: a dictionary that an attack's convolutions share (:meth:`rows`); None: one of its own.
-        twins: where an output with a ReLU leaves its twin; None: it has none.
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class FoldedConv:
         norm: Norm,
         table: tuple[Tensor, Tensor] | None = None,
         rows: dict[Any, Any] | None = None,
-        twins: Twins | None = None,
     ) -> None:
         self._numbers = _numbers(weight, bias, norm)
         self._versions = [tensor._version for tensor in self._numbers]
@@ -101,7 +99,6 @@ class FoldedConv:
         self._engine: Tensor | None = None
         self._table: tuple[Tensor, Tensor] | None = None
         self._rows = {} if rows is None else rows
-        self._twins = twins
 
     def is_of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
         """Whether these are the numbers that this was made of, unchanged."""
@@ -147,10 +144,7 @@ class FoldedConv:
         """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for."""
         how = fuses(x, dtype)
         if how:
-            out, twin = _Fused.apply(x, other, self, call, relu, dtype, how)
-            if self._twins is not None and relu and out.requires_grad:
-                self._twins.put(out, twin)
-            return out
+            return _Fused.apply(x, other, self, call, relu, dtype, how)
         filters, shift = self.tensors(dtype)
         out = torch.conv2d(x, filters, shift, *call)
         if other is not None:
@@ -199,8 +193,7 @@ class Call(NamedTuple):
 
 class _Fused(torch.autograd.Function):
     """Convolution, shift, addition and ReLU save one map, the ReLU's output, for the backward, which computes the
-    gradients to x and other alone; differentiable any number of times. Returns the output and, of one with a ReLU, its
-    twin: the same numbers for another reader."""
+    gradients to x and other alone; differentiable any number of times."""
 
     @staticmethod
     def forward(
@@ -212,14 +205,14 @@ class _Fused(torch.autograd.Function):
         relu: bool,
         dtype: torch.dtype,
         how: str,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.conv, ctx.call, ctx.how, ctx.kind = conv, call, how, x.dtype
         if how == "kernel":
             x = x.to(dtype)
             out = _by_kernel(x, other, conv, call, relu)
             ctx.save_for_backward(x, out if relu else None)
-            return out, out.detach() if relu else None
+            return out
         filters, shift = conv.tensors(torch.float32)
         last = _channels_last(x) or _channels_last(filters)  # the format that conv2d would answer in
         rows = x.contiguous(memory_format=torch.channels_last)
@@ -234,17 +227,16 @@ class _Fused(torch.autograd.Function):
             out.relu_()  # not oneDNN's own, within the convolution: it makes zero of NaN, which an attack has to see
         out = out.contiguous(memory_format=_DENSE[last])
         ctx.save_for_backward(x, out if relu else None)
-        return out, out.detach() if relu else None
+        return out
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor | None, d_twin: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
         conv, call = ctx.conv, ctx.call
-        d, d_twin = (d_twin, None) if d is None else (d, d_twin)
         if d is None:
             return (None,) * 7
         if out is not None:
-            d = through_relu(d, d_twin, out)
+            d = torch.ops.aten.threshold_backward(d, out, 0)
         d_x = None
         if ctx.needs_input_grad[0]:
             filters, _ = conv.tensors(x.dtype)

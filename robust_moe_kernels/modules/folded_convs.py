@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.folded_conv import FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_knowledge import Known
-from robust_moe_kernels.modules.twins import Twins
 
 __all__ = ["FoldedConvs", "frozen"]
 
@@ -31,7 +30,6 @@ class FoldedConvs:
         }
         self._norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         self._rows: dict[Any, Any] = {}  # see FoldedConv.rows
-        self.twins = Twins()  # of their outputs
         self.made: dict[tuple[int, int], FoldedConv | None] = {}
 
     def of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
@@ -43,7 +41,7 @@ class FoldedConvs:
             self._make()
         if key not in self.made:
             unseen = _has_no_versions(weight, bias, norm)
-            self.made[key] = None if unseen else FoldedConv(weight, bias, norm, None, self._rows, self.twins)
+            self.made[key] = None if unseen else FoldedConv(weight, bias, norm, None, self._rows)
         folded = self.made[key]
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.made[key] = folded = None
@@ -71,7 +69,7 @@ class FoldedConvs:
         if len(places) == 1:  # otherwise one by one
             tables = scales_and_shifts([(bias, norm) for _, bias, norm in found])
             for (weight, bias, norm), table in zip(found, tables, strict=True):
-                self.made[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table, self._rows, self.twins)
+                self.made[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table, self._rows)
 
 
 def _has_no_versions(weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:

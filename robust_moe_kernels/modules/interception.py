@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["is_compiled", "is_hooked", "transformed"]
+__all__ = ["is_batched", "is_compiled", "is_hooked", "transformed", "version"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -38,3 +38,13 @@ def transformed() -> bool:
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch.jit.is_tracing()
     )
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; -1 where that is not counted."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def is_batched(d: Tensor) -> bool:
+    """Many gradients at once, as of ``is_grads_batched``: the package's operations take one."""
+    return torch._C._functorch.is_batchedtensor(d) or torch._C._functorch.is_legacy_batchedtensor(d)

@@ -107,6 +107,14 @@ class MoELayer(nn.Module):
         self.routing: RoutingRecord | None = None
         self._route_options = options
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(
+            getattr(type(self), name, None), _Option
+        ):  # a reroute may be a module, but is no part of this one
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def num_experts(self) -> int:
         """E."""

@@ -103,7 +103,6 @@ class _Folding(TorchFunctionMode):
                 with nullcontext() if error[0] is None else suppress(RuntimeError):  # not to hide the error by another
                     tensor.data = promise.get().detach()
         self.promises.clear()
-        self.folded.twins.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,8 +144,6 @@ class _Folding(TorchFunctionMode):
                 promise.closed = True
         if self.promises:
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
-        if func is torch.ops.robust_moe_kernels.pool_linear:
-            args = (self.folded.twins.reader(args[0]), *args[1:])
         return func(*args, **kwargs)
 
     # --- promises ---
@@ -203,7 +200,7 @@ class _Folding(TorchFunctionMode):
             return None
         if x.device != weight.device or not frozen(weight, bias) or transformed():
             return None
-        promise = Promise(self.folded.twins.reader(self._real(x)), args[1:], call, State(x.device.type))
+        promise = Promise(self._real(x), args[1:], call, State(x.device.type))
         if not promise.is_valid():
             return None
         promise.careful = self.how == "careful" or self.known.chain_of(weight) is None
@@ -281,7 +278,7 @@ class _Folding(TorchFunctionMode):
             return None
         if second.shape != first.shape or second.dtype != first.dtype or second.device != first.device:
             return None
-        other = self.folded.twins.reader(self._real(second))
+        other = self._real(second)
         if promise.value is not None:  # careful: the sum for whoever may read it, and the fused one for a ReLU
             out = promise.value.add_(other) if in_place else promise.value + other
             longer = promise.extended(other=other, then="relu")

@@ -67,7 +67,10 @@ class _Same:
     """What an attribute was, by identity; callables are not kept alive: a bound method would keep its model so."""
 
     def __init__(self, value: Any) -> None:
-        self.get = weakref.ref(value) if callable(value) else lambda: value
+        try:
+            self.get = weakref.ref(value) if callable(value) else lambda: value
+        except TypeError:  # it cannot be referred to weakly, e.g. operator.itemgetter
+            self.get = lambda: value
 
     def __eq__(self, other: object) -> bool:
         mine, theirs = self.get(), other.get() if isinstance(other, _Same) else None

@@ -3,8 +3,7 @@
 A launch costs the same however little it does. In training each batch norm counts its batches by one. Under autocast
 each convolution and linear layer converts its weights by one and their gradients by another; in an attack, where the
 weights are frozen and autocast keeps no copy, it does so again in every step. That is some sixty launches of a
-ResNet-18's training pass where three are enough. And a ReLU that two layers read, as at the end of a residual block,
-waits for the sum of their gradients, which its own backward can add.
+ResNet-18's training pass where three are enough.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robust_moe_kernels.modules.experts import StackedConv2d
-from robust_moe_kernels.modules.interception import is_compiled, transformed
-from robust_moe_kernels.modules.norm_learning import is_plain
-from robust_moe_kernels.modules.twins import Twins, through_relu
+from robust_moe_kernels.modules.interception import is_batched, is_compiled
 
 __all__ = ["shared_launches"]
 
@@ -34,9 +31,9 @@ def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
     Batch norms' counters (``num_batches_tracked``) move when the context is left, or when anything else asks for one.
     Under autocast the weights of ``nn.Conv2d`` and ``nn.Linear`` are converted together when the first is used, and
     their gradients together once the last has arrived; likewise the filters of stacked experts. A weight that is
-    replaced or changed in place is left to autocast from then on. In training mode a ReLU adds the gradients of two
-    readers itself (in evaluation :func:`~robust_moe_kernels.modules.attack_mode` sees to it). A model with compiled or
-    scripted parts runs as it is.
+    replaced or changed in place is left to autocast from then on (not one that is changed in place through ``.data``,
+    which PyTorch does not count as a change). Frozen weights are converted apart from the others, without a graph. A
+    model with compiled or scripted parts runs as it is.
 
     Args:
         model: whose forwards run inside.
@@ -53,13 +50,12 @@ def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
     finally:
         mode.count()
         mode.casts.clear()
-        if mode.twins is not None:
-            mode.twins.clear()
 
 
 class _Cast(NamedTuple):
     value: Tensor
     version: int  # of the weight that it was made of
+    address: int  # of its memory
 
 
 class _Shared(TorchFunctionMode):
@@ -75,8 +71,7 @@ class _Shared(TorchFunctionMode):
         }
         self.seen: Counter[int] = Counter()  # batches that the counters are behind
         self.weights: dict[int, list[Tensor]] = {}  # by each weight: those that are converted with it
-        self.casts: dict[tuple[int, torch.dtype], _Cast] = {}
-        self.twins = Twins() if model.training else None
+        self.casts: dict[tuple[int, torch.dtype, bool], _Cast] = {}  # by the weight, and whether it is trained
         if casts:
             for kinds in ((nn.Conv2d, nn.Linear), (StackedConv2d,)):
                 layers = [module for module in model.modules() if isinstance(module, kinds)]
@@ -93,31 +88,18 @@ class _Shared(TorchFunctionMode):
         kwargs = kwargs or {}
         if not args or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if id(args[0]) in self.counters:
-            if func is Tensor.add_ and len(args) == 2 and args[1] == 1 and not kwargs:
-                self.seen[id(args[0])] += 1
-                return args[0]
+        if func is Tensor.add_ and id(args[0]) in self.counters and len(args) == 2 and args[1] == 1 and not kwargs:
+            self.seen[id(args[0])] += 1
+            return args[0]
+        if self.seen and any(id(tensor) in self.counters for tensor in _tensors((args, tuple(kwargs.values())))):
             self.count()
-        elif func is Tensor.to:
+        if func is Tensor.to:
             if len(args) == 2 and not kwargs and id(args[0]) in self.weights and isinstance(args[1], torch.dtype):
                 cast = self._cast(args[0])
                 return cast if cast.dtype == args[1] else func(*args)
         elif func is torch.conv2d or func is F.linear:
             args = tuple(self._cast(value) if id(value) in self.weights else value for value in args)
-        if self.twins is not None:
-            if func is F.relu:
-                return self._relu(self.twins, *args, **kwargs)
-            if func is torch.conv2d or func is torch.ops.robust_moe_kernels.pool_linear:
-                args = (self.twins.reader(args[0]), *args[1:])
         return func(*args, **kwargs)
-
-    def _relu(self, twins: Twins, x: Tensor, inplace: bool = False) -> Tensor:
-        plain = x.dim() != 4 or x.is_leaf or x._is_view() or not is_plain(x)
-        if plain or not torch.is_grad_enabled() or transformed():
-            return F.relu(x, inplace)
-        out, twin = _Relu.apply(x, inplace)
-        twins.put(out, twin)
-        return out
 
     def count(self) -> None:
         """Moves the counters by the batches that they are behind."""
@@ -133,34 +115,27 @@ class _Shared(TorchFunctionMode):
             return weight
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return weight
-        dtype = torch.get_autocast_dtype(kind)
-        if (id(weight), dtype) not in self.casts:
-            weights = [other for other in self.weights[id(weight)] if other.device == weight.device]
+        dtype, trained = torch.get_autocast_dtype(kind), weight.requires_grad
+        if (id(weight), dtype, trained) not in self.casts:
+            same = (weight.device, trained)
+            weights = [other for other in self.weights[id(weight)] if (other.device, other.requires_grad) == same]
             with torch.autocast(kind, enabled=False):
-                values = _Converted.apply(dtype, *weights)
-            found = zip(weights, values, strict=True)
-            self.casts |= {(id(other), dtype): _Cast(value, other._version) for other, value in found}
-        cast = self.casts[id(weight), dtype]
-        return cast.value if cast.version == weight._version else weight
+                values = (
+                    _Converted.apply(dtype, *weights) if trained else _convert([w.detach() for w in weights], dtype)
+                )
+            for other, value in zip(weights, values, strict=True):
+                self.casts[id(other), dtype, trained] = _Cast(value, other._version, other.data_ptr())
+        cast = self.casts[id(weight), dtype, trained]
+        return cast.value if (cast.version, cast.address) == (weight._version, weight.data_ptr()) else weight
 
 
-class _Relu(torch.autograd.Function):
-    """A ReLU of a map that is differentiated; returns it twice (:class:`~robust_moe_kernels.modules.twins.Twins`)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        if inplace:
-            ctx.mark_dirty(x)
-        out = x.relu_() if inplace else x.relu()
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out)
-        return out, out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor | None, d_twin: Tensor | None) -> tuple[Tensor | None, None]:
-        (out,) = ctx.saved_tensors
-        d, d_twin = (d_twin, None) if d is None else (d, d_twin)
-        return None if d is None else through_relu(d, d_twin, out), None
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Tensors among arguments, also in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(tuple(value))
 
 
 class _Converted(torch.autograd.Function):
@@ -174,7 +149,7 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the gradients are to have gradients
+        if torch.is_grad_enabled() or any(gradient is not None and is_batched(gradient) for gradient in gradients):
             return (None, *(None if gradient is None else gradient.to(ctx.kind) for gradient in gradients))
         found = iter(_convert([gradient for gradient in gradients if gradient is not None], ctx.kind))
         return (None, *(None if gradient is None else next(found) for gradient in gradients))

@@ -403,3 +403,18 @@ def test_nothing_is_read_on_the_host(reroute):
         last_routes(layer)
     assert "robust_moe_kernels::head_forward" in ran.names  # the engine
     assert not ran.names & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select"}
+
+
+def test_a_reroute_may_be_a_module_and_is_no_part_of_the_layer():
+    class Last(nn.Module):
+        def forward(self, options, record):
+            index = torch.full_like(record.indices[:, :1], record.scores.shape[1] - 1)
+            return index, torch.ones_like(index, dtype=record.weights.dtype)
+
+    layer = FusedConvMoE.from_conv(nn.Conv2d(3, 4, 3, padding=1), num_experts=3)
+    before = list(layer.state_dict())
+    with rerouted(layer, Last()):
+        layer(torch.rand(2, 3, 4, 4))
+        assert layer.routing.indices.tolist() == [[2], [2]]
+        assert list(layer.state_dict()) == before
+    assert layer.reroute is None

@@ -162,3 +162,15 @@ def test_thread_count_changes_no_bit(generator, same_bits_for_any_threads):
 def test_bad_input(logits, y, error, words):
     with pytest.raises(error, match=words):
         sample_cross_entropy(logits, y)
+
+
+def test_transforms_and_forward_gradients_are_pytorchs():
+    logits, y, tangent = torch.randn(4, 5), torch.tensor([0, 4, 2, 2]), torch.randn(4, 5)
+
+    def plain(z):
+        return F.cross_entropy(z, y, reduction="none")
+
+    found = torch.func.jvp(lambda z: sample_cross_entropy(z, y), (logits,), (tangent,))[1]
+    torch.testing.assert_close(found, torch.func.jvp(plain, (logits,), (tangent,))[1])
+    found = torch.func.grad(lambda z: sample_cross_entropy(z, y).sum())(logits)
+    torch.testing.assert_close(found, torch.func.grad(lambda z: plain(z).sum())(logits))

@@ -21,8 +21,8 @@ CEILINGS = {  # in float32, and with bfloat16 convolutions and products, where a
     "layer in an attack, forward + dx": (18, 18),
     "layer in training, forward": (20, 20),
     "layer in training, forward + backward": (45, 45),
-    "PGD step": (94, 96),
-    "training pass": (179, 240),
+    "PGD step": (102, 104),
+    "training pass": (187, 248),
 }
 
 

@@ -41,6 +41,9 @@ def sample_cross_entropy(logits: Tensor, y: Tensor, impl: str = AUTO) -> Tensor:
     expect_dtype(y, "y", (torch.int64,))
     expect_shape(y, "y", (logits.shape[0],), "[B]")
     expect_same_device(y, "y", logits, "logits")
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        full = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(full, y, reduction="none")  # the registered operation has gradients alone
     return torch.ops.robust_moe_kernels.sample_cross_entropy(logits, y, impl)
 
 
