@@ -43,6 +43,9 @@ def train(config_or_preset: str | Path | TrainConfig, overrides: Sequence[str] |
     Raises:
         ConfigError, DataError, CheckpointError, FloatingPointError: see :meth:`robust_moe.engine.Trainer.fit`.
     """
+    ok = isinstance(config_or_preset, (str, Path, TrainConfig))
+    expect(ok, "config_or_preset", "a preset, a file or a configuration", repr(config_or_preset))
+    expect(not isinstance(overrides, str), "overrides", "a list of key=value", repr(overrides))
     changes = list(overrides or [])
     if isinstance(config_or_preset, TrainConfig):
         config = config_from_dict(plain(config_or_preset), changes)
@@ -52,14 +55,15 @@ def train(config_or_preset: str | Path | TrainConfig, overrides: Sequence[str] |
 
 
 def load_model(
-    run_or_checkpoint: str | Path, *, device: str | torch.device | None = None, averaged: bool = True
+    run_or_checkpoint: str | Path, *, device: str | torch.device | None = None, averaged: bool | None = None
 ) -> nn.Module:
     """The model of a run folder's best checkpoint, or of a checkpoint file, in evaluation mode. Needs no data.
 
     Args:
         run_or_checkpoint: a run folder (its ``best.pt``, or its ``last.pt`` where there was no validation), or a file.
         device: None: the GPU if there is one.
-        averaged: the moving average of the weights where the run kept one; False: the last weights.
+        averaged: the moving average of the weights where the run kept one, or the last weights; None: as the run
+            itself measures (``eval.ema_eval``).
 
     Returns:
         Maps images [B, C, H, W] in [0, 1] to logits [B, classes].
@@ -72,7 +76,8 @@ def load_model(
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint["config"], where=str(path))
     model = make_model(config, checkpoint["data"], warm_start=False)
-    load_model_state(model, measured_weights(checkpoint, averaged), path)
+    chosen = config.eval.ema_eval if averaged is None else averaged
+    load_model_state(model, measured_weights(checkpoint, chosen), path)
     return model.to(resolve_device("auto") if device is None else torch.device(device)).eval()
 
 
@@ -132,7 +137,8 @@ def evaluate(
         expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
     expect(images.ndim == 4 and len(images) > 0, "images", "shape [n, C, H, W] with n >= 1", list(images.shape))
     expect(type(seed) is int and seed >= 0, "seed", "an integer >= 0", repr(seed))
-    names = [str(name) for name in class_names or ()]
+    expect(not isinstance(class_names, str), "class_names", "a list of names", repr(class_names))
+    names = [] if class_names is None else [str(name) for name in class_names]
     if names and len(labels):
         largest = int(labels.max())
         expect(largest < len(names), "class_names", f"more than {largest}, the largest label", f"{len(names)} names")
@@ -140,6 +146,9 @@ def evaluate(
     for name, path in (("results", results), ("report", report)):
         file = files[name] = None if path is None else Path(path).expanduser()
         expect(file is None or not file.is_dir(), name, "a file to write", f"the folder {path}")
+    results_file = files["results"]
+    ok = results_file is None or results_file.suffix == ".json"  # the arrays' and the journal's names are made of it
+    expect(ok, "results", "a file whose name ends in .json", str(results))
     same = files["results"] is not None and files["results"] == files["report"]
     expect(not same, "report", "another file than results", str(report))
     reporter = Reporter(enabled=progress)

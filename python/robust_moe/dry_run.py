@@ -14,6 +14,7 @@ from robust_moe.data import load_splits
 from robust_moe.engine.cost import passes_of_run
 from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
 from robust_moe.evaluation import preset_stages
+from robust_moe.optim import expect_warmup_within
 
 __all__ = ["evaluation_facts", "training_facts"]
 
@@ -33,6 +34,9 @@ def training_facts(config: TrainConfig) -> Facts:
     splits = load_splits(config.data, config.run.seed)
     make_method(config)  # refuses what it cannot train
     model = make_model(config, describe_data(splits.train))
+    batches = max(len(splits.train) // config.run.batch_size, 1)
+    total = min(config.run.epochs * batches, config.run.max_steps or 2**62)
+    expect_warmup_within(config.optim, total, batches)
     train, val, test = len(splits.train), len(splits.val), len(splits.test)
     facts = [
         ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),

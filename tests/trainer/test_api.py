@@ -123,8 +123,8 @@ def test_files_are_what_is_returned(tmp_path):
 def test_stopped_in_the_middle_it_goes_on(tmp_path, written):
     counting = Counting(cnn())
     given = images(counting.model)
-    settings = {"eps": "8/255", "batch_size": 4, written: tmp_path / "mine.out", "attack": PGD.Config(steps=3)}
-    whole = robust_moe.evaluate(counting, *given, **{**settings, written: tmp_path / "whole.out"})
+    settings = {"eps": "8/255", "batch_size": 4, written: tmp_path / "mine.json", "attack": PGD.Config(steps=3)}
+    whole = robust_moe.evaluate(counting, *given, **{**settings, written: tmp_path / "whole.json"})
     stopped, rest, idle = (
         Counting(counting.model, counting.calls - 4),
         Counting(counting.model),

@@ -221,3 +221,26 @@ def test_choose_offers_the_nearest():
 )
 def test_fractions_are_exact(text, value):
     assert parse_fraction(text) == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["model.width=8", "model={blocks: [1,1]}"], "model.width", 8),  # a section in one piece adds to what was said
+        (["eval.every=5", "eval={batch_size: 64}"], "eval.every", 5),
+        (["method.attack.steps=3", "method.attack={}"], "method.attack.steps", 3),
+        (["model.dual.standard.width=8", "model.dual.standard=null"], "model.dual.standard", None),
+        (["model.dual.standard=null", "model.dual.standard.width=8"], "model.dual.standard.width", 8),
+        (["eval.attack.eps=1/4", "eval.attack=apgd-ce"], "eval.attack.eps", "1/4"),
+    ],
+)
+def test_a_later_override_counts_and_forgets_nothing_else(overrides: list[str], key: str, value: object):
+    assert flatten(load_config(None, overrides))[key] == value
+
+
+def test_a_tilde_is_null_in_a_file_and_the_home_folder_in_an_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/of")
+    (tmp_path / "run.yaml").write_text("data: {name: cifar10, root: ~, expects: ~}\nmodel: {init_from: '~'}\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.data.root, config.data.expects, config.model.init_from) == (None, None, "/home/of")
+    assert load_config(None, ["data=cifar10", "data.root=~"]).data.root == "/home/of"

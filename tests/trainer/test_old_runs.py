@@ -116,3 +116,10 @@ def test_its_evaluation_gives_its_results(run: Path):
     for name in ("count", "clean", "robust"):
         assert results[name] == pytest.approx(before[name], abs=1 / before["count"])
     assert read_results(OLD / "results.json")["robust"] == before["robust"]
+
+
+def test_an_old_fgsm_stays_the_step_that_it_was():
+    """It had no step size and no random start of its own, whatever the section said."""
+    tree = modernised({"eval": {"attack": {"name": "fgsm", "eps": "8/255", "alpha": "2/255", "random_start": True}}})
+    attack = config_from_dict(tree).eval.attack.build()
+    assert (attack.alpha, attack.random_start) == (8 / 255, False)

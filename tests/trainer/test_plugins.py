@@ -17,7 +17,7 @@ from robust_moe.data import DATASETS
 from robust_moe.engine.checkpoint import load_checkpoint
 from robust_moe.methods import METHODS
 from robust_moe.models import GATES, MODELS, ROUTERS
-from robust_moe.settings import import_plugins
+from robust_moe.settings import import_plugins, replaced
 
 TABLES = (ATTACKS, METHODS, MODELS, GATES, ROUTERS, DATASETS)
 NAME = "plugin_of_a_test"
@@ -167,6 +167,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder of a user; what a plug-in registers is forgotten afterwards."""
     before = [dict(table._entries) for table in TABLES]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     for table, entries in zip(TABLES, before, strict=True):
         table._entries = entries
@@ -229,6 +230,20 @@ def test_a_plugin_is_trained_evaluated_and_resumed(tiny, folder, source, section
     assert gone.exit_code == 2
     assert f"import: expected a module that can be imported, got '{NAME}'" in gone.stderr
     assert gone.stderr.count("\n") == 1
+
+
+def test_modules_add_up(tiny, folder):
+    """Those of the file, of an override and of the command line; an evaluation may bring an attack of its own."""
+    other = "another_plugin_of_a_test"
+    (folder / f"{NAME}.py").write_text(ATTACK)
+    (folder / f"{other}.py").write_text("NOTHING = 0\n")
+    save_config(replaced(tiny("run.epochs=1", "run.max_steps=1"), "run.imports", (other,)), folder / "run.yaml")
+    done = run("train", "run.yaml", "--import", NAME, "method.attack=half-pgd")
+    assert done.exit_code == 0, done.output
+    assert load_config(folder / "run" / "config.yaml").run.imports == (other, NAME)
+    (folder / "a_third_one.py").write_text("NOTHING = 0\n")
+    done = run("eval", "run", "--n", 5, "--import", "a_third_one")
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["OutOfTime", "TimeLimit"]
 
 
-class OutOfTime(RuntimeError):
-    """The work took longer than it was given."""
+class OutOfTime(BaseException):
+    """The work took longer than it was given. No :class:`Exception`: code on the way, PyTorch's too, turns those into
+    errors of its own."""
 
 
 class TimeLimit(TorchFunctionMode):

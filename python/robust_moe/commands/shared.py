@@ -17,7 +17,7 @@ from robust_moe.data import DataError
 from robust_moe.engine import CheckpointError
 from robust_moe.evaluation import attack_table, results_table
 from robust_moe.evaluation.tables import flag_lines, moe_table
-from robust_moe.settings import import_plugins
+from robust_moe.settings import import_plugins, read_yaml
 
 __all__ = [
     "STOPPED",
@@ -72,7 +72,9 @@ def import_modules(modules: Sequence[str] | None, overrides: Sequence[str] | Non
     chosen = list(overrides or [])
     if modules:
         import_plugins(modules)
-        chosen.append(f"run.imports=[{', '.join(modules)}]")
+        given = [item for item in chosen if item.startswith("run.imports=")]
+        named = [name for item in given for name in read_yaml(item.partition("=")[2], "run.imports")]
+        chosen.append(f"run.imports=[{', '.join([*named, *modules])}]")
     return chosen
 
 

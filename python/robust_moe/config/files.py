@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -64,15 +63,30 @@ def _read_overrides(overrides: Sequence[str] | None) -> Layer:
         node = tree
         for section in sections:
             below = node.get(section)
-            if isinstance(below, Plain):  # a section, or a component by its bare name: method=trades method.beta=5
-                below = read_yaml(below, item) if below.startswith("{") else {"name": below}
+            if isinstance(below, Plain) and below.lower() not in ("", "null"):  # method=trades method.beta=5
+                below = {"name": below}
             node[section] = below if isinstance(below, dict) else {}
             node = node[section]
-        if isinstance(node.get(last), dict) and re.fullmatch(r"[\w-]+", value):
-            node[last]["name"] = Plain(value)
+        before = node.get(last)
+        if value.startswith("{"):
+            after = read_yaml(value, item)
+            node[last] = _merged(before, after) if isinstance(after, dict) else Plain(value)
+        elif isinstance(before, dict) and value.lower() not in ("", "null"):
+            before["name"] = Plain(value)
         else:
             node[last] = Plain(value)
     return Layer(tree, "override")
+
+
+def _merged(before: Any, after: dict[str, Any]) -> dict[str, Any]:
+    """A section in one piece on top of what was said of it before."""
+    if isinstance(before, Plain) and before.lower() not in ("", "null"):
+        before = {"name": before}
+    if not isinstance(before, dict):
+        return after
+    for key, value in after.items():
+        before[key] = _merged(before.get(key), value) if isinstance(value, dict) else value
+    return before
 
 
 def resolve_config(source: str | Path | None = None, overrides: Sequence[str] | None = None) -> Resolved[TrainConfig]:
@@ -83,9 +97,13 @@ def resolve_config(source: str | Path | None = None, overrides: Sequence[str] | 
 def _resolve(layers: list[Layer], overrides: Sequence[str] | None) -> Resolved[TrainConfig]:
     layers = [*layers, _read_overrides(overrides)] if overrides else layers
     installed_plugins()
+    modules: list[str] = []  # of all layers: a later one adds to what an earlier one needs
     for tree, _ in layers:
         run = tree.get("run")
-        import_plugins(_modules(run.get("imports")) if isinstance(run, Mapping) else ())
+        modules += _modules(run.get("imports")) if isinstance(run, Mapping) else []
+    import_plugins(modules)
+    if modules:
+        layers = [*layers, Layer({"run": {"imports": list(dict.fromkeys(modules))}}, layers[-1].where)]
     return resolve(TrainConfig, layers)
 
 

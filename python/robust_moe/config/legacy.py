@@ -25,10 +25,12 @@ def _of(table: Table, name: str, tree: Tree, shared: tuple[str, ...]) -> Tree:
 def _attack(tree: Tree) -> Tree:
     """One section for all attacks."""
     name = tree.get("name", "pgd")
-    of_attacks = ("steps", "alpha", "random_start", "restarts", "loss", "eot_iter", "graph")
+    of_attacks: tuple[str, ...] = ("steps", "alpha", "random_start", "restarts", "loss", "eot_iter", "graph")
     kept = {key: value for key, value in tree.items() if key not in of_attacks}
     if name == "square":  # its steps were its queries, and its loss the margin
         return kept | {new: tree[old] for old, new in (("steps", "queries"), ("restarts", "restarts")) if old in tree}
+    if name == "fgsm":  # its step was eps, from the image itself, whatever the section said
+        of_attacks = ("loss", "eot_iter", "graph")
     return kept | _of(ATTACKS, name, tree, of_attacks)
 
 

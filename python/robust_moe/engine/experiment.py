@@ -39,7 +39,15 @@ __all__ = [
 
 # Settings of an evaluation; all others belong to the checkpoint: they made the model, or drew its training images. The
 # share of the robust half of a dual model is no weight, and meant to be swept.
-EVALUATION = ("data.root", "data.test_limit", "eval.*", "model.dual.alpha", "run.accelerator", "run.threads")
+EVALUATION = (
+    "data.root",
+    "data.test_limit",
+    "eval.*",
+    "model.dual.alpha",
+    "run.accelerator",
+    "run.threads",
+    "run.imports",
+)
 
 
 def describe_data(images: ImageSet) -> dict[str, Any]:

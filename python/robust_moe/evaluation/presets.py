@@ -138,7 +138,7 @@ class PresetEvaluation:
         finished = self._finished(results) if results is not None and resume else None
         if finished is not None:
             self.say(f"{results}: finished already; --fresh (resume=False) evaluates again")
-            if report is not None and (beside or not report.is_file()):
+            if report is not None:  # it may be another evaluation's
                 with np.load(samples_file(results)) as samples:
                     write_report(finished, samples, report, beside)
             return finished
@@ -146,7 +146,9 @@ class PresetEvaluation:
         with Journal(first and first.with_suffix(".journal"), self.identity, resume) as journal:
             try:
                 content, samples = self._run(journal)
-            except ValueError:  # what cannot be evaluated leaves nothing that a corrected call would stumble over
+            except (
+                BaseException
+            ):  # where nothing was computed, nothing is left that a corrected call would stumble over
                 if journal.get("sanity") is None:
                     journal.remove()
                 raise

@@ -133,17 +133,19 @@ class Journal:
         lines = data.splitlines(keepends=True)
         records = [_record(line) for line in lines]
         if not records or records[0] is None or records[0].get("format") != FORMAT:
-            raise ResumeError(f"{path}: expected the journal of an evaluation, got another file; --fresh starts anew")
+            raise ResumeError(
+                f"{path}: expected the journal of an evaluation, got another file; --fresh (resume=False) starts anew"
+            )
         differences = _differences(records[0]["identity"], identity)
         if differences:
             raise ResumeError(
                 f"{path}: expected the journal of this evaluation, got another's: {_first(differences)}; "
-                "--fresh starts anew"
+                "--fresh (resume=False) starts anew"
             )
         if None in records[:-1]:
             raise ResumeError(
                 f"{path}: expected whole lines, got a damaged line {records.index(None) + 1} of {len(records)}; "
-                "--fresh starts anew"
+                "--fresh (resume=False) starts anew"
             )
         if records[-1] is None:  # cut short
             self._file.truncate(len(data) - len(lines.pop()))

@@ -19,9 +19,13 @@ GROUP = "robust_moe.plugins"  # of entry points; each names a module
 @functools.cache
 def installed_plugins() -> tuple[str, ...]:
     """Import the modules that installed distributions name in the entry points ``robust_moe.plugins``, once."""
-    names = tuple(sorted({entry.value for entry in entry_points(group=GROUP)}))
-    import_plugins(names)
-    return names
+    found = {entry.module: entry.dist.name if entry.dist else "unknown" for entry in entry_points(group=GROUP)}
+    for module, distribution in sorted(found.items()):
+        try:
+            import_plugins([module])
+        except ConfigError as error:
+            raise ConfigError(f"{error}; the installed distribution {distribution} names it as a plug-in") from error
+    return tuple(sorted(found))
 
 
 def import_plugins(modules: Iterable[str]) -> None:
@@ -34,9 +38,8 @@ def import_plugins(modules: Iterable[str]) -> None:
     for name in modules:
         if name in sys.modules:
             continue
-        added = here not in sys.path
-        if added:
-            sys.path.insert(0, here)
+        if here not in sys.path:
+            sys.path.append(here)  # and it stays there: a component may import a file beside it later
         try:
             importlib.import_module(name)
         except ConfigError as error:
@@ -45,6 +48,3 @@ def import_plugins(modules: Iterable[str]) -> None:
             raise ConfigError(
                 f"import: expected a module that can be imported, got {name!r} ({type(error).__name__}: {error})"
             ) from error
-        finally:
-            if added:
-                sys.path.remove(here)

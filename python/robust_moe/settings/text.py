@@ -35,7 +35,9 @@ def _loader() -> Any:
             return super().construct_mapping(node, deep)
 
     def scalar(loader: Any, node: Any) -> str:
-        return Plain(node.value) if node.style is None else str(node.value)
+        if node.style is not None:
+            return str(node.value)
+        return Plain("null" if node.value == "~" else node.value)  # as YAML has it; in an override ~ is the home folder
 
     Loader.add_constructor("tag:yaml.org,2002:str", scalar)
     return Loader
