@@ -69,11 +69,6 @@ void sum_rows(Address rows, Address other, Address inverse, Address out, int64_t
                 size, threads});
 }
 
-void relu_backward(Address d, Address other, Address value, Address out, int64_t size, int threads) {
-  relu_backward_cpu(
-      {at<const float>(d), at<const float>(other), at<const float>(value), at<float>(out), size, threads});
-}
-
 #ifdef RMK_CUDA
 RoutedMaps routed_maps(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype) {
   return {at<const int64_t>(offsets), experts, rows, pixels, channels, dtype};
@@ -182,9 +177,6 @@ SumRowsCudaArgs sum_rows_args(Address rows, Address other, Address inverse, Addr
   return {at<void>(rows), at<void>(other), at<const int64_t>(inverse), at<void>(out), batch, top_k, size, dtype};
 }
 
-ReluBackwardCudaArgs relu_backward_args(Address d, Address other, Address value, Address out, int64_t size, int dtype) {
-  return {at<void>(d), at<void>(other), at<void>(value), at<void>(out), size, dtype};
-}
 #endif
 
 }  // namespace
@@ -198,7 +190,6 @@ void bind_expert_block(pybind11::module_& m) {
   m.def("norm_finalise_cpu", &norm_finalise, NoGil());
   m.def("norm_finalise_backward_cpu", &norm_finalise_backward, NoGil());
   m.def("sum_rows_cpu", &sum_rows, NoGil());
-  m.def("relu_backward_cpu", &relu_backward, NoGil());
 #ifdef RMK_CUDA
   m.def("column_sums_cuda", on_cuda(column_sums_cuda, sums_args), NoGil());
   m.def("scale_shift_cuda", on_cuda(scale_shift_cuda, scale_shift_args), NoGil());
@@ -208,7 +199,6 @@ void bind_expert_block(pybind11::module_& m) {
   m.def("norm_finalise_cuda", on_cuda(norm_finalise_cuda, norm_finalise_args), NoGil());
   m.def("norm_finalise_backward_cuda", on_cuda(norm_finalise_backward_cuda, norm_finalise_backward_args), NoGil());
   m.def("sum_rows_cuda", on_cuda(sum_rows_cuda, sum_rows_args), NoGil());
-  m.def("relu_backward_cuda", on_cuda(relu_backward_cuda, relu_backward_args), NoGil());
 #endif
 }
 

@@ -75,13 +75,6 @@ struct SumRowsCudaArgs {
   int dtype;
 };
 
-struct ReluBackwardCudaArgs {
-  const void *d, *other, *value;  // other may be null
-  void* out;
-  int64_t size;
-  int dtype;
-};
-
 void column_sums_cuda(const SumsArgs& args, std::uintptr_t stream);
 void scale_shift_cuda(const ScaleShiftArgs& args, std::uintptr_t stream);
 void norm_backward_cuda(const NormBackwardCudaArgs& args, std::uintptr_t stream);
@@ -90,6 +83,5 @@ void head_backward_cuda(const HeadCudaArgs& args, std::uintptr_t stream);
 void norm_finalise_cuda(const NormFinaliseArgs& args, std::uintptr_t stream);
 void norm_finalise_backward_cuda(const NormFinaliseBackwardArgs& args, std::uintptr_t stream);
 void sum_rows_cuda(const SumRowsCudaArgs& args, std::uintptr_t stream);
-void relu_backward_cuda(const ReluBackwardCudaArgs& args, std::uintptr_t stream);
 
 }  // namespace rmk

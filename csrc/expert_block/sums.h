@@ -59,16 +59,4 @@ struct SumRowsArgs {
 
 void sum_rows_cpu(const SumRowsArgs& args);
 
-// out = value > 0 or NaN: d + other, else 0, for `size` elements; other may be null.
-struct ReluBackwardArgs {
-  const float* d;
-  const float* other;
-  const float* value;
-  float* out;
-  int64_t size;
-  int threads;
-};
-
-void relu_backward_cpu(const ReluBackwardArgs& args);
-
 }  // namespace rmk

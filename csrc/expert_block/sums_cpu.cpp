@@ -112,27 +112,4 @@ void sum_rows_cpu(const SumRowsArgs& a) {
   });
 }
 
-namespace {
-
-template <bool Add>
-void relu_backward_range(const float* RMK_RESTRICT d, const float* RMK_RESTRICT other, const float* RMK_RESTRICT value,
-                         float* RMK_RESTRICT out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float sum = Add ? d[i] + other[i] : d[i];
-    out[i] = value[i] <= 0 ? 0.0f : sum;  // what is NaN lets the gradient through, as PyTorch has it
-  }
-}
-
-}  // namespace
-
-void relu_backward_cpu(const ReluBackwardArgs& a) {
-  parallel_for(a.size, kGrain, a.threads, [&a](int64_t begin, int64_t end) {
-    if (a.other == nullptr) {
-      relu_backward_range<false>(a.d + begin, a.d + begin, a.value + begin, a.out + begin, end - begin);
-    } else {
-      relu_backward_range<true>(a.d + begin, a.other + begin, a.value + begin, a.out + begin, end - begin);
-    }
-  });
-}
-
 }  // namespace rmk

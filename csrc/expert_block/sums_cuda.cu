@@ -94,32 +94,6 @@ __global__ void __launch_bounds__(kThreads, 2) sum_rows_kernel(SumRowsCudaArgs a
   }
 }
 
-// The sum is rounded to T, as a gradient that autograd adds up is.
-template <int N, typename T>
-__device__ void relu_backward_at(const ReluBackwardCudaArgs& a, int64_t i) {
-  const auto d = Pack<T, N>::read(static_cast<const T*>(a.d) + i);
-  const auto value = Pack<T, N>::read(static_cast<const T*>(a.value) + i);
-  Acc<T> sum[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) sum[j] = d[j];
-  if (a.other != nullptr) {
-    const auto other = Pack<T, N>::read(static_cast<const T*>(a.other) + i);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum[j] += other[j];
-  }
-  Pack<T, N> out;
-#pragma unroll
-  for (int j = 0; j < N; ++j) out.set(j, value[j] <= 0 ? 0 : sum[j]);  // NaN lets the gradient through
-  out.write(static_cast<T*>(a.out) + i);
-}
-
-template <int N, typename T>
-__global__ void __launch_bounds__(kThreads) relu_backward_kernel(ReluBackwardCudaArgs a) {
-  const int64_t packs = a.size / N;
-  for (int64_t i = grid_thread(); i < packs; i += grid_threads()) relu_backward_at<N, T>(a, i * N);
-  for (int64_t i = packs * N + grid_thread(); i < a.size; i += grid_threads()) relu_backward_at<1, T>(a, i);
-}
-
 }  // namespace
 
 void norm_finalise_cuda(const NormFinaliseArgs& a, std::uintptr_t stream) {
@@ -144,17 +118,6 @@ void sum_rows_cuda(const SumRowsCudaArgs& a, std::uintptr_t stream) {
                                                       static_cast<const T*>(a.out));
     launch("sum_rows", packed ? sum_rows_kernel<N, T> : sum_rows_kernel<1, T>,
            grid_for_rows(a.batch, a.size, kThreads * (packed ? N : 1)), kThreads, stream, a);
-  });
-}
-
-void relu_backward_cuda(const ReluBackwardCudaArgs& a, std::uintptr_t stream) {
-  with_dtype(a.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    constexpr int N = kFull<T>;
-    const bool packed = aligned<N>(static_cast<const T*>(a.d), static_cast<const T*>(a.other),
-                                   static_cast<const T*>(a.value), static_cast<const T*>(a.out));
-    launch("relu_backward", packed ? relu_backward_kernel<N, T> : relu_backward_kernel<1, T>,
-           grid_for(a.size, kThreads * (packed ? N : 1)), kThreads, stream, a);
   });
 }
 

@@ -154,8 +154,6 @@ WIDE = [
     ("pool_cuda", "pool_kernelILi8ENS_8BFloat16Ef", 1, 0),
     ("pool_cuda", "spread_kernelILi8ENS_8BFloat16Ef", 2, 1),
     ("sums_cuda", "sum_rows_kernelILi8ENS_8BFloat16E", 2, 1),
-    ("sums_cuda", "relu_backward_kernelILi4EfE", 3, 1),
-    ("sums_cuda", "relu_backward_kernelILi8ENS_8BFloat16E", 3, 1),
 ]
 
 

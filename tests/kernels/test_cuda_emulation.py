@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pybind11", reason="pybind11, which the extension is built with, is not installed here")
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or bool(os.environ.get("RMK_TEST_EMULATED_CUDA")),
-    reason="needs a C++ compiler, and is not for the process that it starts itself",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("g++") is None or bool(os.environ.get("RMK_TEST_EMULATED_CUDA")),
+        reason="needs a C++ compiler, and is not for the process that it starts itself",
+    ),
+    pytest.mark.timeout(1800),  # on a busy machine compiling alone takes minutes
+]
 
 from cuda_emulation import build  # noqa: E402
 
@@ -27,7 +30,6 @@ HERE = Path(__file__).parent
 FILES = (
     *("test_attack_step", "test_nonfinite_flag", "test_apgd", "test_permute", "test_routing", "test_native_memory"),
     *("test_gate", "test_gate_pool", "test_expert_block", "test_expert_block_norms", "test_sample_cross_entropy"),
-    "test_relu_backward",
 )
 # What concerns the CPU's threads or PyTorch's tracing says nothing of kernels.
 CHOSEN = "native and not thread and not compile and not opcheck and not second"
@@ -41,7 +43,7 @@ def library(tmp_path_factory) -> Path:
 def run(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"RMK_TEST_EMULATED_CUDA": str(library)}
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
 
 
 def test_the_ops_tests_pass(library):
@@ -67,7 +69,7 @@ native.extension().sum_rows_cuda(rows, other, index.data_ptr(), out, 1, 1, 8, 0,
 def test_the_emulation_sees_a_misaligned_access(library, offset, survives):
     """Floats at 16 bytes are read four at once, at 4 bytes one at a time; at 2 bytes a GPU ends the process."""
     program = MISALIGNED.format(library=str(library), offset=offset)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) is survives, done.stderr
 
 
@@ -100,5 +102,5 @@ def test_the_emulation_sees_a_missing_barrier(tmp_path, barrier, equal):
     source, program = tmp_path / "neighbours.cpp", tmp_path / "neighbours"
     source.write_text(NEIGHBOURS.format(barrier=barrier))
     include = f"-I{HERE / 'cuda_emulation'}"
-    subprocess.run(["g++", "-std=c++17", "-U_FORTIFY_SOURCE", include, source, "-o", program], check=True, timeout=120)
+    subprocess.run(["g++", "-std=c++17", "-U_FORTIFY_SOURCE", include, source, "-o", program], check=True, timeout=600)
     assert (subprocess.run([program], timeout=60).returncode == 0) is equal

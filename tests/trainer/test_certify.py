@@ -222,7 +222,7 @@ def test_the_defaults_are_the_papers():
         (["--split", "tests"], "split: expected one of train, val, test, got 'tests'"),
         (["--radii", "0,x"], "radii: expected a number or a fraction such as 8/255, got 'x'"),
         (["--radii=-1"], "radii: expected numbers >= 0, got '-1'"),
-        (["model.width=3"], "override: expected settings of the evaluation"),
+        (["model.width=5"], "override: expected settings of the evaluation"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(run, arguments, words):

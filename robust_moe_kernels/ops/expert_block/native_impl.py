@@ -14,7 +14,7 @@ from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
 __all__ = [
     "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
-    "norm_finalise_backward", "relu_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
 ]  # fmt: skip
 
 why_not = native.why_not_cuda
@@ -208,13 +208,3 @@ def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor
     else:
         native.extension().sum_rows_cpu(*arguments, native.threads())
     return out
-
-
-def relu_backward(d: Tensor, other: Tensor | None, out: Tensor) -> Tensor:
-    gradient = torch.empty_like(out)
-    addresses = (native.address(d), native.address(other), native.address(out), native.address(gradient))
-    if native.on_gpu(out):
-        native.run("relu_backward", out, *addresses, out.numel(), native.dtype_code(out))
-    else:
-        native.extension().relu_backward_cpu(*addresses, out.numel(), native.threads())
-    return gradient

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.dispatch import Op
-from robust_moe_kernels.layout import channels_last, channels_last_empty, dense, dense_format
+from robust_moe_kernels.layout import channels_last, channels_last_empty
 
 __all__ = [
     "EXPERT_BLOCK",
@@ -21,7 +21,6 @@ __all__ = [
     "norm_backward",
     "norm_finalise",
     "norm_finalise_backward",
-    "relu_backward",
     "scale_shift",
     "share_count",
     "sum_rows",
@@ -62,7 +61,6 @@ _SCHEMAS = {
     "head_backward": f"(Tensor d_out, {_HEAD}, Tensor weights, str impl) -> (Tensor, Tensor)",
     "head_norm_backward": f"(Tensor d_out, {_HEAD}, Tensor weights, str impl) -> (Tensor, Tensor, Tensor)",
     "sum_rows": "(Tensor rows, Tensor other, Tensor inverse, int top_k, str impl) -> Tensor",
-    "relu_backward": "(Tensor d, Tensor? other, Tensor out, str impl) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"robust_moe_kernels::{_name}", _schema)
@@ -76,7 +74,6 @@ head_norm_backward = torch.ops.robust_moe_kernels.head_norm_backward
 norm_finalise = torch.ops.robust_moe_kernels.norm_finalise
 norm_finalise_backward = torch.ops.robust_moe_kernels.norm_finalise_backward
 sum_rows = torch.ops.robust_moe_kernels.sum_rows
-relu_backward = torch.ops.robust_moe_kernels.relu_backward
 
 
 @torch.library.impl("robust_moe_kernels::column_sums", "default")
@@ -256,18 +253,3 @@ def _sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int, impl: st
 @torch.library.register_fake("robust_moe_kernels::sum_rows")
 def _sum_rows_fake(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
     return channels_last_empty(rows, (inverse.shape[0] // top_k, *rows.shape[1:]))
-
-
-@torch.library.impl("robust_moe_kernels::relu_backward", "default")
-def _relu_backward(d: Tensor, other: Tensor | None, out: Tensor, impl: str) -> Tensor:
-    """The gradient before a ReLU that gave ``out`` [N, C, H, W]: d + other, the sum of what its two readers send, where
-    out is positive or NaN, and 0 elsewhere; in the memory format of out. One dtype, to which the sum is rounded."""
-    layout = dense_format(out)
-    d = d.contiguous(memory_format=layout)
-    other = None if other is None else other.contiguous(memory_format=layout)
-    return EXPERT_BLOCK.choose(impl, d, other, out).relu_backward(d, other, dense(out))
-
-
-@torch.library.register_fake("robust_moe_kernels::relu_backward")
-def _relu_backward_fake(d: Tensor, other: Tensor | None, out: Tensor, impl: str) -> Tensor:
-    return torch.empty_like(out, memory_format=dense_format(out))

@@ -12,7 +12,7 @@ from robust_moe_kernels.layout import channels_last_empty, expert_of_row
 
 __all__ = [
     "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
-    "norm_finalise_backward", "relu_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
 ]  # fmt: skip
 
 
@@ -181,7 +181,3 @@ def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor
     for slot in pairs.unbind(1)[1:]:
         total = total + slot
     return channels_last_empty(rows, tuple(total.shape)).copy_(total)
-
-
-def relu_backward(d: Tensor, other: Tensor | None, out: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(d if other is None else d + other, out, 0)

@@ -23,7 +23,6 @@ from robust_moe_kernels.ops.expert_block.triton_kernels import (
     head_backward_kernel,
     head_forward_kernel,
     norm_backward_kernel,
-    relu_backward_kernel,
     scale_shift_kernel,
     sum_rows_kernel,
 )
@@ -36,7 +35,7 @@ from robust_moe_kernels.triton_support import Build, on_device
 
 __all__ = [
     "builds", "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
-    "norm_finalise_backward", "relu_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
+    "norm_finalise_backward", "scale_shift", "sum_rows", "why_not", "why_not_case",
 ]  # fmt: skip
 
 why_not = triton_support.why_not
@@ -236,18 +235,6 @@ def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor
     return out
 
 
-def relu_backward(d: Tensor, other: Tensor | None, out: Tensor) -> Tensor:
-    gradient = torch.empty_like(out)
-    if out.numel():
-        with on_device(out):
-            relu_backward_kernel[(triton.cdiv(out.numel(), _ELEMENTS),)](
-                d, d if other is None else other, out, gradient, out.numel(),
-                KIND=tl.float64 if out.dtype == torch.float64 else tl.float32, ADD=other is not None, BLOCK=_ELEMENTS,
-                **_OPTIONS,
-            )  # fmt: skip
-    return gradient
-
-
 _INDICES = ("offsets_ptr", "order_ptr", "inverse_ptr", "tracked_ptr", "next_tracked_ptr")
 _SUMS = ("sums_ptr", "products_ptr", "shares_ptr")
 _MAPS = (
@@ -281,8 +268,6 @@ def builds() -> Iterator[Build]:
         yield _build(norm_finalise_backward_kernel, "", table, constants, ("q_ptr", "r_ptr"))
     types = [("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")]
     for data, table in types:
-        for add in (False, True):
-            yield _build(relu_backward_kernel, data, table, {"KIND": tl.dtype(table), "ADD": add, "BLOCK": _ELEMENTS})
         yield _build(sum_rows_kernel, data, table, {"KIND": tl.dtype(table), "BLOCK": _ELEMENTS})
     for (data, table), channels in product(types, (64, 128)):
         tile = {"EXPERTS": 16, **_shape(channels)}

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "head_backward_kernel", "head_forward_kernel", "norm_backward_kernel", "relu_backward_kernel", "scale_shift_kernel",
+    "head_backward_kernel", "head_forward_kernel", "norm_backward_kernel", "scale_shift_kernel",
     "sum_rows_kernel",
 ]  # fmt: skip
 
@@ -205,22 +205,3 @@ def sum_rows_kernel(
         value += tl.load(other_ptr + place, mask=mask, other=0.0).to(KIND)
         total = tl.where(j == 0, value, total + value)  # not 0 + value: -0.0 stays -0.0, as in the reference
     tl.store(out_ptr + sample * size + column, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=("size",))
-def relu_backward_kernel(
-    d_ptr, other_ptr,  # [size]; other unused unless ADD
-    value_ptr,  # [size], what the ReLU gave
-    out_ptr,  # [size]
-    size,
-    KIND: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK elements. The sum is rounded to the elements' type, as a gradient that autograd adds up is."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < size
-    d = tl.load(d_ptr + place, mask=mask, other=0.0).to(KIND)
-    if ADD:
-        d += tl.load(other_ptr + place, mask=mask, other=0.0).to(KIND)
-    value = tl.load(value_ptr + place, mask=mask, other=0.0).to(KIND)
-    d = tl.where(value <= 0, 0.0, d)  # NaN lets the gradient through
-    tl.store(out_ptr + place, d.to(out_ptr.dtype.element_ty), mask=mask)
