@@ -42,7 +42,7 @@ def test_what_is_installed_is_left_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["fetch"]])
 def test_an_unknown_verb_is_said(arguments):
-    done = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=800)
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and done.stderr.count("\n") == 1
 
 
@@ -66,7 +66,7 @@ def test_the_extension_is_built_where_its_sources_are_others(tmp_path):
 
     def builds() -> int:
         env = os.environ | {"PYTHON": str(python)}
-        subprocess.run(["bash", script, "run"], env=env, check=True, capture_output=True, timeout=60)
+        subprocess.run(["bash", script, "run"], env=env, check=True, capture_output=True, timeout=800)
         return (tmp_path / "builds").read_text().count("built")
 
     assert builds() == 1
@@ -87,6 +87,6 @@ def test_the_commit_is_this_checkouts_or_the_one_that_was_noted(tmp_path, monkey
         ["init"],
         ["-c", "user.name=n", "-c", "user.email=e", "commit", "--allow-empty", "-m", "planted"],
     ):
-        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True, timeout=60)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True, timeout=800)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, timeout=800)
     assert runner.commit() == head.stdout.strip()

@@ -62,7 +62,7 @@ def output(folder: Path, *flags: str) -> list[str]:
     command = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}", *flags]
     sources = [str(folder / "program.cpp"), str(CSRC / "expert_conv" / "kernels_baseline.cpp")]
     done = subprocess.run(
-        [*command, *sources, "-o", str(folder / "program")], capture_output=True, text=True, timeout=240
+        [*command, *sources, "-o", str(folder / "program")], capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr
     return subprocess.run([str(folder / "program")], capture_output=True, text=True, check=True).stdout.split()

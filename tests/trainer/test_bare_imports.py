@@ -74,7 +74,7 @@ print(json.dumps(provenance("cpu")["versions"]))
 def bare(program: str) -> str:
     """Output of a fresh process in which nothing of ``ABSENT`` can be imported."""
     command = [sys.executable, "-c", BARE + program, json.dumps(ABSENT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

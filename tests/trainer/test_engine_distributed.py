@@ -51,7 +51,7 @@ def train(tiny, tmp_path):
         save_config(tiny(f"run.devices={devices}", "run.epochs=1", *overrides, out=name), tmp_path / f"{name}.yaml")
         command = [sys.executable, str(tmp_path / "train.py"), "train", str(tmp_path / f"{name}.yaml")]
         environment = {**os.environ, "FREEZE": "1" if freeze else ""}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800, env=environment)
         assert done.returncode == 0, done.stderr
         return [torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
 

@@ -196,7 +196,7 @@ print("done")
 
 @pytest.mark.slow  # a process of its own, as what it guards against ends the process
 def test_a_narrow_network_trains_on_several_threads():
-    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, timeout=800)
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr[-500:]
 
 
