@@ -101,8 +101,7 @@ def test_routing_lines_hold_shares_of_validation_and_test_images(tiny):
 # a child that is killed, without any chance to clean up, after its fifth step: in the second epoch
 KILLED = """
     import os, sys
-    from robust_moe.settings import plain
-from robust_moe.config import load_config
+    from robust_moe.config import load_config
     from robust_moe.engine import Reporter, Trainer
 
     trainer = Trainer(load_config(sys.argv[1]), Reporter(enabled=False))
