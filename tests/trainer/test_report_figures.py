@@ -112,7 +112,7 @@ def test_pictures_say_what_they_are(samples_of):
         *("Image 0: cat → dog", "Image 10: dog, seen as cat → eel", "Image 20: eel → 3")
     ]
     assert [picture.alt for picture in examples.pictures[1].images] == [
-        *("image 10, a dog, as it is", "its perturbation, 10 times magnified", "image 10 attacked, taken for eel")
+        *("image 10, a dog, clean", "its perturbation, 10 times magnified", "image 10 attacked, taken for eel")
     ]
 
 
