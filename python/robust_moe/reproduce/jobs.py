@@ -193,8 +193,7 @@ def make_jobs(
     """
     jobs: dict[tuple[str, int], Job] = {}
 
-    everyone = [*names, *{part for name in names for part in RUNS[name].parts.values()}]
-    own = {name: _of_run(name, scale) for name in everyone}
+    own = {name: _of_run(name, scale) for name in RUNS}
     heeded = {item for item in overrides if any(_has(config, item) for config in own.values())}
 
     @functools.cache
