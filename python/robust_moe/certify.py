@@ -24,7 +24,7 @@ from robust_moe.evaluation import Journal, StagedEvaluation, identity, predict, 
 from robust_moe.evaluation.certified import OUTCOMES, certified_curve, plot_certified
 from robust_moe.files import replace_file, replacing
 from robust_moe.provenance import provenance
-from robust_moe.report import SPLITS
+from robust_moe.report import chosen_images, expect_choice
 
 __all__ = ["FORMAT", "RADII", "certify_run"]
 
@@ -64,13 +64,12 @@ def certify_run(
         CheckpointError, ConfigError, DataError: what cannot be read, does not fit or cannot be certified.
         ResumeError: a journal of other settings. FloatingPointError: a logit that is NaN or infinite.
     """
-    _expect_settings(split, count, seconds_per_image)
+    expect_choice(split, count)
+    if seconds_per_image is not None and not (math.isfinite(seconds_per_image) and seconds_per_image > 0):
+        raise ConfigError(f"seconds-per-image: expected a finite number of seconds > 0, got {seconds_per_image}")
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
-    whole = getattr(splits, split)
-    if len(whole) == 0:
-        raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
-    index = whole.head_index(len(whole) if count is None else count)
+    whole, index = chosen_images(splits, split, count)
     shape, classes = tuple(whole.images.shape[1:]), whole.num_classes
     certifier = make_certifier(by, model, shape, classes, norm=norm, search=search, noise=noise, batch_size=batch_size)
     settings = {"by": by, "norm": certifier.norm, **certifier.settings, "seconds_per_image": seconds_per_image}
@@ -90,15 +89,6 @@ def certify_run(
             reporter.line(f"{path}: finished already; --fresh certifies again")
             results = _write(results, path, radii)
     return results, path
-
-
-def _expect_settings(split: str, count: int | None, seconds: float | None) -> None:
-    if split not in SPLITS:
-        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    if count is not None and count < 1:
-        raise ConfigError(f"n: expected a count >= 1, got {count}")
-    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"seconds-per-image: expected a finite number of seconds > 0, got {seconds}")
 
 
 class _Certification:

@@ -10,11 +10,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from robust_moe.config import ConfigError, TrainConfig
-from robust_moe.data import load_splits
-from robust_moe.engine.cost import passes_of_run
+from robust_moe.data import ImageSet, load_splits
+from robust_moe.engine.cost import passes_of_run, steps_of_run
 from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
 from robust_moe.evaluation import preset_stages
 from robust_moe.optim import expect_warmup_within
+from robust_moe.report import chosen_images, expect_choice
 
 __all__ = ["evaluation_facts", "training_facts"]
 
@@ -34,16 +35,14 @@ def training_facts(config: TrainConfig) -> Facts:
     splits = load_splits(config.data, config.run.seed)
     make_method(config)  # refuses what it cannot train
     model = make_model(config, describe_data(splits.train))
-    batches = max(len(splits.train) // config.run.batch_size, 1)
-    total = min(config.run.epochs * batches, config.run.max_steps or 2**62)
-    expect_warmup_within(config.optim, total, batches)
     train, val, test = len(splits.train), len(splits.val), len(splits.test)
+    expect_warmup_within(config.optim, *steps_of_run(config, train))
+    flops = _flops(model, _image(splits.train.images, 1))
     facts = [
         ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),
-        *_model(config, model, splits.train.images[:1]),
+        _model(config, model, splits.train, flops),
         ("method", f"{config.method.name}, {config.run.epochs} epochs, {config.run.batch_size} images at a time"),
     ]
-    flops = _flops(model, _image(splits.train.images, 1))
     try:
         passes = passes_of_run(config, train)
         facts.append(("passes", f"{passes:,} of an image, {passes * flops:.3g} floating-point operations"))
@@ -63,13 +62,14 @@ def evaluation_facts(
 ) -> Facts:
     """(what, value) of an evaluation: images, model, attacks and their passes. Errors as those of
     :func:`~robust_moe.report.assess`."""
+    expect_choice(split, count)
     config, model, splits, state = load_experiment(checkpoint, overrides)
-    images = getattr(splits, split)
-    n = len(images) if count is None else min(count, len(images))
+    images, index = chosen_images(splits, split, count)
+    n = len(index)
     flops = _flops(model, _image(images.images, 1).to(next(model.parameters()).device))
     facts = [
         ("data", f"{images.name}: {n:,} of {len(images):,} {split} images"),
-        *_model(config, model, images.images[:1]),
+        _model(config, model, images, flops),
         ("checkpoint", f"{checkpoint}, epoch {state['position']['epoch']}, step {state['position']['step']}"),
     ]
     whole = 0
@@ -81,14 +81,13 @@ def evaluation_facts(
     return facts
 
 
-def _model(config: TrainConfig, model: nn.Module, images: Tensor) -> Facts:
+def _model(config: TrainConfig, model: nn.Module, images: ImageSet, flops: int) -> tuple[str, str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    device = next(model.parameters()).device
-    flops = _flops(model, _image(images, 1).to(device))
-    size = "x".join(map(str, images.shape[1:]))
-    return [
-        ("model", f"{config.model.name} for {size} images: {parameters:,} parameters, {flops:.3g} operations a forward")
-    ]
+    size = "x".join(map(str, images.images.shape[1:]))
+    return (
+        "model",
+        f"{config.model.name} for {size} images: {parameters:,} parameters, {flops:.3g} operations a forward",
+    )
 
 
 def _image(images: Tensor, count: int) -> Tensor:

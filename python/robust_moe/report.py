@@ -8,16 +8,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.data import ImageSet, Splits
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import PresetEvaluation, plot_routing, plot_training, read_results
 from robust_moe.settings import plain
 
-__all__ = ["SPLITS", "assess", "draw"]
+__all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice"]
 
 SPLITS = ("train", "val", "test")
+
+
+def expect_choice(split: str, count: int | None) -> None:
+    """Raise :class:`ConfigError` for a split that there is not, or a number of images below 1."""
+    if split not in SPLITS:
+        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if count is not None and count < 1:
+        raise ConfigError(f"n: expected a count >= 1, got {count}")
+
+
+def chosen_images(splits: Splits, split: str, count: int | None) -> tuple[ImageSet, Tensor]:
+    """(all images of a split, positions int64 of the first ``count`` of every class in their shares; None: of all).
+
+    Raises:
+        ConfigError: as :func:`expect_choice`, and for a split without images.
+    """
+    expect_choice(split, count)
+    whole: ImageSet = getattr(splits, split)
+    if len(whole) == 0:
+        raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
+    return whole, whole.head_index(len(whole) if count is None else count)
 
 
 def assess(
@@ -56,18 +80,12 @@ def assess(
         FloatingPointError: NaN in a logit or an attack's gradient.
         ValueError: one of ``beside`` is no result file.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    if count is not None and count < 1:
-        raise ConfigError(f"n: expected a count >= 1, got {count}")
+    expect_choice(split, count)
     others = _named_results([Path(other) for other in beside])
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
-    whole = getattr(splits, split)
-    if len(whole) == 0:
-        raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
+    whole, index = chosen_images(splits, split, count)
     file = checkpoint_file(checkpoint)
-    index = whole.head_index(len(whole) if count is None else count)
     named = _result_file(file, config, split, preset, count, state["position"])
     path = named if out is None else Path(out)
     with open(file, "rb") as stream:

@@ -9,9 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"robust_moe_kernels": ROOT / "robust_moe_kernels", "robust_moe": ROOT / "python" / "robust_moe"}
-KNOWN = (  # circles that are being dissolved: take each out when it is gone, and add none
-    {"robust_moe.evaluation.sanity", "robust_moe.evaluation.stages"},
-)
 
 
 def modules_of(package: str, folder: Path) -> dict[str, Path]:
@@ -76,7 +73,7 @@ def test_circles_are_found_wherever_they_are_imported():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_modules_import_in_a_circle(package):
     found = [circle for circle in circles(import_graph()) if any(name.split(".")[0] == package for name in circle)]
-    assert [sorted(circle) for circle in found if not any(circle <= known for known in KNOWN)] == []
+    assert [sorted(circle) for circle in found] == []
 
 
 def test_kernels_know_nothing_of_the_trainer():

@@ -72,6 +72,9 @@ def test_a_dry_run_of_an_evaluation_counts_the_attacks_passes(tiny, tmp_path):
     wrong = run("eval", tmp_path / "run", "--preset", "fast", "--dry-run")
     assert wrong.exit_code == 2
     assert "preset: expected one of quick" in wrong.stderr
+    wrong = run("eval", tmp_path / "run", "--split", "tests", "--dry-run")
+    assert wrong.exit_code == 2
+    assert "split: expected one of train, val, test, got 'tests'" in wrong.stderr
 
 
 def test_the_list_of_commands_says_what_each_helps_with():

@@ -10,7 +10,16 @@ import typer
 
 from robust_moe.certifiers import CERTIFIERS, Noise, Search
 from robust_moe.certify import certify_run
-from robust_moe.commands.shared import Imports, Overrides, Traceback, console, import_modules, new_app, one_line_errors
+from robust_moe.commands.shared import (
+    Imports,
+    Overrides,
+    Traceback,
+    console,
+    import_modules,
+    new_app,
+    one_line_errors,
+    title_of,
+)
 from robust_moe.config import ConfigError, parse_fraction
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
@@ -83,8 +92,7 @@ def certify(
         resume=resume,
         reporter=reporter,
     )
-    file = checkpoint_file(checkpoint)
-    reporter.console.print(certified_table(results, file.resolve().parent.name if file.stem == "best" else file.stem))
+    reporter.console.print(certified_table(results, title_of(checkpoint_file(checkpoint))))
     reporter.line(f"guarantee: {results['guarantee']}")
     reporter.line(f"results: {written}")
     reporter.line(f"plot: {written.with_suffix('.png')}")

@@ -18,6 +18,7 @@ from robust_moe.commands.shared import (
     new_app,
     one_line_errors,
     show,
+    title_of,
 )
 from robust_moe.config import ConfigError
 from robust_moe.dry_run import evaluation_facts
@@ -104,7 +105,7 @@ def evaluate_checkpoint(
         beside=beside or (),
         reporter=reporter,
     )
-    show(reporter.console, file.resolve().parent.name if file.stem == "best" else file.stem, results, written)
+    show(reporter.console, title_of(file), results, written)
     if robustbench is not None:
         entry = written.with_name(f"{written.stem}-robustbench.json")
         text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)

@@ -30,6 +30,7 @@ __all__ = [
     "new_app",
     "one_line_errors",
     "show",
+    "title_of",
 ]
 
 # What a user can cause and mend: one line, exit status 2. Anything else is a fault of ours and keeps its traceback.
@@ -94,6 +95,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from error
 
     return wrapped
+
+
+def title_of(file: Path) -> str:
+    """What tables call a checkpoint: the best one by its run folder, any other by its own name."""
+    return file.resolve().parent.name if file.stem == "best" else file.stem
 
 
 def show(to: Console, name: str, results: dict[str, Any], written: Path) -> None:

@@ -14,7 +14,14 @@ from robust_moe.config import TrainConfig
 from robust_moe.methods import Method
 from robust_moe.methods.options import AttackOptions, StepsSchedule
 
-__all__ = ["epochs_within", "passes_of_run"]
+__all__ = ["epochs_within", "passes_of_run", "steps_of_run"]
+
+
+def steps_of_run(config: TrainConfig, images: int) -> tuple[int, int]:
+    """(steps of a run on ``images`` training images, steps of an epoch). An incomplete last batch is left out, unless
+    it is the only one."""
+    an_epoch = max(images // config.run.batch_size, 1)
+    return min(config.run.epochs * an_epoch, config.run.max_steps or config.run.epochs * an_epoch), an_epoch
 
 
 def passes_of_run(config: TrainConfig, images: int) -> int:
@@ -27,11 +34,8 @@ def passes_of_run(config: TrainConfig, images: int) -> int:
     """
     if images < 1:
         raise ValueError(f"images: expected a count >= 1, got {images}")
-    batches, rest = divmod(images, config.run.batch_size)
-    whole = batches > 0  # then an incomplete last batch is left out
-    an_epoch = batches if whole else 1
-    steps = min(config.run.epochs * an_epoch, config.run.max_steps or config.run.epochs * an_epoch)
-    size = config.run.batch_size if whole else rest
+    steps, _ = steps_of_run(config, images)
+    size = min(config.run.batch_size, images)
     return size * sum(config.method.passes(attack) * count for attack, count in _pieces(config.method, steps))
 
 

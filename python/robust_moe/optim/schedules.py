@@ -23,7 +23,7 @@ __all__ = [
     "Schedule",
 ]
 
-SHORTEST_CYCLE = 1e-3  # epochs; far below a step a rate is noise, and in the end NaN
+SHORTEST_CYCLE = 1e-3  # epochs; far below a step the rate is arbitrary, and with a cycle of 1e-320 epochs it is NaN
 
 SCHEDULES = Table("schedule")
 

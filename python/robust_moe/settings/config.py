@@ -61,7 +61,7 @@ class Config:
         return _registered, (family, cls.name, self.values())
 
     def values(self) -> dict[str, Any]:
-        """The settings by name, sections as they are."""
+        """The settings by name; a section is its :class:`Config`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def own_arguments(self, base: type[Config]) -> dict[str, Any]:

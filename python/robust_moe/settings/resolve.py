@@ -33,7 +33,7 @@ class Resolved(NamedTuple, Generic[C]):
 
 
 class _Around(NamedTuple):
-    """A section that the one in hand lies in, as far as it is resolved."""
+    """A section around the one that is being resolved, and what is known of it by then."""
 
     cls: type[Config]
     values: Mapping[str, Any]  # all fields but sections, where they are not at the default
@@ -128,7 +128,7 @@ def _value(
     origins: dict[str, str],
     around: tuple[_Around, ...],
 ) -> Any:
-    """The value of one field from what the layers say of it: a section resolved, or the last one's value as it is."""
+    """The value of one field from what the layers say of it: of a section all of them, of a plain value the last."""
     kind = field_types(cls)[name]
     section, optional = _section_of(kind)
     if section is not None:

@@ -202,7 +202,7 @@ def conv_forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry,
     impl: str = AUTO,
 ) -> Tensor:  # fmt: skip
-    """The convolution as it is: unchecked, not differentiable.
+    """The convolution without checks and without derivatives.
 
     Args:
         x: [N, I, H, W], the rows themselves or what they are gathered from.
