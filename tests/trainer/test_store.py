@@ -168,7 +168,7 @@ def test_another_file_is_refused(tmp_path, content):
         ({key: value for key, value in ME.items() if key != "steps"}, "steps: 'nothing' here, 20 there"),
         ({**ME, "norm": "L2"}, "norm: 'L2' here, 'nothing' there"),
         ({**ME, "threads": 2}, "threads: 2 here, None there"),
-        (dict.fromkeys("abcde", 1), "; and 6 more; --fresh starts anew"),
+        (dict.fromkeys("abcde", 1), "; and 6 more; --fresh (resume=False) starts anew"),
     ],
 )
 def test_another_evaluations_journal_is_refused_by_name(tmp_path, other, words):
