@@ -128,7 +128,7 @@ def _ratio_scale(axes: Axes) -> None:
 
 
 def plot_sweep(record: Line, path: Path, what: str) -> None:
-    """Panels over E, B, k and map size, a row a pass; with the most threads measured, in float32.
+    """Panels over E, B, k and map size, one row per pass; with the most threads measured, in float32.
 
     what: "time" or "memory", as multiples of the dense block's, or "rate", as share of the measured ceiling.
 

@@ -55,7 +55,7 @@ _MOST_BEGUN = 64  # forwards that are watched before the first backward: their g
 @contextmanager
 def backbone_folded(model: nn.Module) -> Iterator[None]:
     """Inside, forwards of ``model`` in this thread run folded where they can; see the module. A model with hooks below
-    its root, compiled or scripted parts, or without a convolution and a norm runs as it is."""
+    its root, compiled or scripted parts, or without a convolution and a norm, runs unfolded."""
     kinds = {nn.Conv2d: False, nn.BatchNorm2d: False}
     for module in model.modules():
         for kind in kinds:

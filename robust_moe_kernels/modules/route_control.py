@@ -91,7 +91,7 @@ class FixedRoutes:
 
 
 def last_routes(model: nn.Module) -> dict[str, FixedRoutes]:
-    """Where the last forward sent its samples, with its weights as constants; a name a layer.
+    """Where the last forward sent its samples, with its weights as constants; keyed by the layer's name.
 
     Raises:
         RuntimeError: a layer that no forward has reached.

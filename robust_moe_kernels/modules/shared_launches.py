@@ -33,7 +33,7 @@ def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
     their gradients together once the last has arrived; likewise the filters of stacked experts. A weight that is
     replaced or changed in place is left to autocast from then on (not one that is changed in place through ``.data``,
     which PyTorch does not count as a change). Frozen weights are converted apart from the others, without a graph. A
-    model with compiled or scripted parts runs as it is.
+    model with compiled or scripted parts runs without any of this.
 
     Args:
         model: whose forwards run inside.

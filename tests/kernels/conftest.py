@@ -150,7 +150,7 @@ def folded(monkeypatch) -> list[bool]:
 
 @pytest.fixture
 def raw(monkeypatch) -> list[int]:
-    """One entry for each convolution of a model that is computed as it is, although a norm follows."""
+    """Grows by one for each convolution that runs without the norm behind it folded into its weights."""
     calls: list[int] = []
     compute = Promise.compute
 

@@ -1,4 +1,4 @@
-"""Shortest steps to a hyperplane inside the box [0, 1]^d, a sample a row: the projections of FAB
+"""Shortest steps to a hyperplane inside the box [0, 1]^d, one row per sample: the projections of FAB
 (Croce and Hein, 2020, arXiv:1907.02044).
 
 Both norms are one problem. Pixel i has room r_i before it meets the box on its way down the gap. The shortest step

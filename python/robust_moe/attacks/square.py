@@ -33,10 +33,10 @@ class Square(Attack):
     ``Linf`` starts from vertical stripes of ±eps, ``L2`` from a grid of tiles, with signs of each sample's own; a query
     then changes one square (L2: moves the energy of a second one into it), at a place, and with signs, that all samples
     share. Every number is a function of (seed, restart, query) and, at the start, of the sample's index. A sample that
-    is fooled stays as it is; the fooled leave the batch at fixed queries, which the host reads (:meth:`craft` too),
-    about once in 50 queries. On the CPU an image that a square leaves as it is is not asked about again.
+    is fooled is not changed any more; the fooled leave the batch at fixed queries, which the host reads (:meth:`craft`
+    too), about once in 50 queries. On the CPU the model is not asked again about an image that a square did not change.
 
-    A misclassified image comes back as it is, any other as the point of lowest loss found, fooled or not. Only NaN
+    A misclassified image comes back unchanged, any other as the point of lowest loss found, fooled or not. Only NaN
     counts as a number that is not finite: a model may give infinite logits to classes it rules out.
 
     Args:

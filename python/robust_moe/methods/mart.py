@@ -25,7 +25,7 @@ class Mart(AdversarialMethod):
     """Mean of BCE(f(x'), y) + β KL(f(x) ‖ f(x')) (1 − p_y(x)), x' raising the cross-entropy (β is
     the paper's λ).
 
-    Images that are misclassified as they are count more. Gradients reach both forwards, as in the authors' code. The
+    Images that are misclassified when clean count more. Gradients reach both forwards, as in the authors' code. The
     balance loss is that of the adversarial images.
     """
 

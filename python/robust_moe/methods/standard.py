@@ -1,4 +1,4 @@
-"""Training on the images as they are."""
+"""Training on clean images."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def build_model(
 ) -> nn.Module:
     """The model that ``config`` describes: float [B, channels, image_size, image_size] in [0, 1] -> logits.
 
-    Weights come from PyTorch's global generator. ``mean`` and ``std`` (a number a channel) are those of the images
+    Weights come from PyTorch's global generator. ``mean`` and ``std`` (one number per channel) are those of the images
     (:func:`robust_moe.data.channel_statistics`); None: 0 and 1, no normalisation. Layers named in ``config.moe.layers``
     become mixtures of experts; ``config.mixture`` makes the network the expert of an :class:`ExpertMixture`;
     ``config.dual`` puts a standard model beside the one described, in a :class:`DualModel`. Filters and the maps

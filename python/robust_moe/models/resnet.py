@@ -110,7 +110,7 @@ class ResNet(nn.Module):
     blocks: residual blocks a stage; stage i is ``layer{i}`` (from 1), its planes are ``width * 2**(i-1)``, and every
         stage but the first halves height and width
     width: planes of the first stage
-    mean, std: of the images, a number a channel C
+    mean, std: of the images, one number per channel, [C]
     """
 
     def __init__(
