@@ -59,6 +59,7 @@ class Promise:
         self.folded: FoldedConv | None = None
         self.other: Tensor | None = None
         self.other_version = 0
+        self.skip: FoldedConv | None = None  # the convolution that ``other`` is of, where it lacks its shift
         self.then = ""  # the chain's, once there is a norm
         self._value: Callable[[], Tensor | None] = lambda: None
         self.value_version = 0
@@ -70,23 +71,27 @@ class Promise:
         """What was computed; ``None``: nothing yet."""
         return self._value()
 
-    def extended(self, folded: FoldedConv | None = None, other: Tensor | None = None, then: str = "") -> Promise:
+    def extended(self, folded: FoldedConv | None = None, then: str = "") -> Promise:
         longer = Promise(self.x, self.arguments, self.call, self.state)
         longer.folded, longer.then = self.folded if folded is None else folded, then
         longer.careful = self.careful
-        if other is not None:
-            longer.add(other)
         return longer
 
-    def add(self, other: Tensor) -> None:
-        """What is promised is the sum with ``other`` from here on."""
-        self.other, self.other_version = other, version(other)
+    def add(self, other: Tensor, skip: FoldedConv | None = None) -> Promise:
+        """What is promised is the sum with ``other``, and the shift of ``skip``, from here on. Returns itself."""
+        self.other, self.other_version, self.skip = other, version(other), skip
+        return self
+
+    def unshifted(self) -> Tensor | None:
+        """The folded convolution without its shift; None where that saves nothing."""
+        with self.state.entered():
+            return None if self.folded is None else self.folded.unshifted(self.x, self.call, self.state.dtype(self.x))
 
     def compute(self, relu: bool = False) -> Tensor:
         with self.state.entered():
             if self.folded is None:
                 return torch.conv2d(self.x, *self.arguments)
-            return self.folded(self.x, self.other, relu, self.call, self.state.dtype(self.x))
+            return self.folded(self.x, self.other, relu, self.call, self.state.dtype(self.x), self.skip)
 
     def get(self) -> Tensor:
         value = self.value

@@ -97,7 +97,7 @@ class FoldedConv:
         self._scale, self._shift = scales_and_shifts([(bias, norm)])[0] if table is None else table
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._engine: Tensor | None = None
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._tables: dict[tuple[FoldedConv | None, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._rows = {} if rows is None else rows
 
     def is_of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
@@ -123,12 +123,20 @@ class FoldedConv:
             self._engine = filters.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[None]
         return self._engine
 
-    def table(self) -> tuple[Tensor, Tensor]:
-        """A scale of one and the shift, [1, O] float32, as the routed blocks' kernels take them."""
-        if self._table is None:
-            shift = self._shift.float()[None]
-            self._table = torch.ones_like(shift), shift
-        return self._table
+    def table(self, skip: FoldedConv | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """A scale of one and the shift, that of ``skip`` added, [1, O], as the routed blocks' kernels take them."""
+        key = skip, dtype
+        if key not in self._tables:
+            shift = (self._shift if skip is None else self._shift + skip._shift).to(dtype)[None]
+            self._tables[key] = torch.ones_like(shift), shift
+        return self._tables[key]
+
+    def unshifted(self, x: Tensor, call: Call, dtype: torch.dtype) -> Tensor | None:
+        """The convolution without its shift, for a convolution whose kernel adds both (``skip``): a launch and a pass
+        over the map less. None where no kernel does."""
+        if fuses(x, dtype) != "kernel":
+            return None
+        return torch.conv2d(x.to(dtype), self.tensors(dtype)[0], None, *call)
 
     def rows(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For the same kernels: all rows are the one expert's [0, B], in their order [B], with weights of one [B, 1] in
@@ -140,11 +148,23 @@ class FoldedConv:
             self._rows[key] = (torch.arange(2, device=z.device) * len(z), order, ones)
         return self._rows[key]
 
-    def __call__(self, x: Tensor, other: Tensor | None, relu: bool, call: Call, dtype: torch.dtype) -> Tensor:
-        """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for."""
+    def __call__(
+        self,
+        x: Tensor,
+        other: Tensor | None,
+        relu: bool,
+        call: Call,
+        dtype: torch.dtype,
+        skip: FoldedConv | None = None,
+    ) -> Tensor:
+        """relu(conv(x) + other), in ``dtype``; without the addition or the ReLU where they are not asked for.
+
+        skip: the convolution that ``other`` is of where ``other`` lacks its shift (:meth:`unshifted`), which is then
+            added here.
+        """
         how = fuses(x, dtype)
         if how:
-            return _Fused.apply(x, other, self, call, relu, dtype, how)
+            return _Fused.apply(x, other, self, call, relu, dtype, how, skip)
         filters, shift = self.tensors(dtype)
         out = torch.conv2d(x, filters, shift, *call)
         if other is not None:
@@ -205,12 +225,13 @@ class _Fused(torch.autograd.Function):
         relu: bool,
         dtype: torch.dtype,
         how: str,
+        skip: FoldedConv | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.conv, ctx.call, ctx.how, ctx.kind = conv, call, how, x.dtype
         if how == "kernel":
             x = x.to(dtype)
-            out = _by_kernel(x, other, conv, call, relu)
+            out = _by_kernel(x, other, conv, call, relu, skip)
             ctx.save_for_backward(x, out if relu else None)
             return out
         filters, shift = conv.tensors(torch.float32)
@@ -234,7 +255,7 @@ class _Fused(torch.autograd.Function):
         x, out = ctx.saved_tensors
         conv, call = ctx.conv, ctx.call
         if d is None:
-            return (None,) * 7
+            return (None,) * 8
         if out is not None:
             d = torch.ops.aten.threshold_backward(d, out, 0)
         d_x = None
@@ -252,13 +273,15 @@ class _Fused(torch.autograd.Function):
                     d, x, filters, None, *call[:3], False, [0, 0], call.groups, [True, False, False]
                 )
             d_x = d_x.to(ctx.kind)
-        return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 5
+        return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
-def _by_kernel(x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool) -> Tensor:
+def _by_kernel(
+    x: Tensor, other: Tensor | None, conv: FoldedConv, call: Call, relu: bool, skip: FoldedConv | None
+) -> Tensor:
     """The convolution, and what follows by one kernel where the map is channels-last, as those kernels want it."""
     filters, _ = conv.tensors(x.dtype)
-    one, shift = conv.table()
+    one, shift = conv.table(skip)
     z = torch.conv2d(x, filters, None, *call)
     offsets, order, ones = conv.rows(z)
     if _channels_last(z) and other is None:

@@ -278,16 +278,20 @@ class _Folding(TorchFunctionMode):
             return None
         if second.shape != first.shape or second.dtype != first.dtype or second.device != first.device:
             return None
-        other = self._real(second)
+        skip = self._addable(second)
+        bare = None if skip is None else skip.unshifted()
+        folded = None if skip is None or bare is None else skip.folded
         if promise.value is not None:  # careful: the sum for whoever may read it, and the fused one for a ReLU
+            other = self._real(second)
             out = promise.value.add_(other) if in_place else promise.value + other
-            longer = promise.extended(other=other, then="relu")
+            longer = promise.extended(then="relu").add(other if bare is None else bare, folded)
             longer.keep(out, weakly=True)
             return self._register(out, longer)
+        other = self._real(second) if bare is None else bare
         if in_place:
-            promise.add(other)
+            promise.add(other, folded)
             return first
-        return self._promised(promise.extended(other=other, then="relu"))
+        return self._promised(promise.extended(then="relu").add(other, folded))
 
     def _addable(self, tensor: Any) -> Promise | None:
         promise = self._open(tensor, folded=True)

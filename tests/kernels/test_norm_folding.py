@@ -110,6 +110,32 @@ def test_what_follows_by_one_kernel(monkeypatch, folded):
             assert (actual - exact).abs().max() <= bound
 
 
+def test_a_skip_s_shift_is_added_with_the_block_s(monkeypatch):
+    """The downsampling convolution takes no kernel of its own: its shift is in the one that adds the skip. Whoever
+    reads the skip besides gets it with its shift."""
+    monkeypatch.setattr(folded_conv, "fuses", lambda x, dtype: "kernel")
+    kernels: list[Tensor] = []
+    scale_shift = folded_conv.scale_shift
+    monkeypatch.setattr(folded_conv, "scale_shift", lambda *args: kernels.append(args[0]) or scale_shift(*args))
+    model = network(32).to(memory_format=torch.channels_last)
+    x = images().contiguous(memory_format=torch.channels_last)
+    expected = model(x)
+    learn(model, x)
+    kernels.clear()
+    with attack_mode(model), torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert len(kernels) == 1 + 2  # the stem, and each block's first convolution
+
+    block, kept = model[4], []
+    with attack_mode(model), torch.no_grad():
+        body = model[:4](x)
+        skip = block.downsample(body)
+        out = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(body))))) + skip)
+        kept.append(skip + 0)
+    torch.testing.assert_close(out, block(model[:4](x)))
+    torch.testing.assert_close(kept[0], block.downsample(model[:4](x)))
+
+
 def test_the_same_under_autocast(monkeypatch):
     """In bfloat16 a kernel that adds before it rounds gives other bits than two: the first forward has them too."""
     monkeypatch.setattr(folded_conv, "fuses", lambda x, dtype: "kernel")
