@@ -1,5 +1,5 @@
-"""Part 5: the layer against every other way to write it, launches left out; how much of a graph is gaps; and for every
-small op each implementation that can run: Triton, native CUDA, PyTorch.
+"""Part 5: the layer against every other way to write it, launches left out; how much of a graph is gaps; for every
+small op each implementation that can run: Triton, native CUDA, PyTorch; and what follows an attack's convolution.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.baselines import first_line
 from benchmarks.cuda_graphs import captured
+from benchmarks.gpu_campaign.epilogues import epilogues
 from benchmarks.gpu_campaign.op_cases import INPUTS, op_cases, runnable
 from benchmarks.gpu_campaign.pgd_step import kernels_of
 from benchmarks.gpu_campaign.record import Record
@@ -32,7 +33,7 @@ HOST_CALLS = 200  # for the time that one call takes the host
 def run(record: Record) -> str:
     ratios = _layers(record)
     slow = _ops(record)
-    return "; ".join([*ratios, *slow]) or "nothing was timed"
+    return "; ".join([*ratios, *slow, epilogues(record)]) or "nothing was timed"
 
 
 def _layers(record: Record) -> list[str]:

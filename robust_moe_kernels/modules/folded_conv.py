@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry, pair_of
+from robust_moe_kernels.modules import cudnn_relu
 from robust_moe_kernels.modules.interception import is_batched
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
@@ -281,6 +282,8 @@ def _by_kernel(
 ) -> Tensor:
     """The convolution, and what follows by one kernel where the map is channels-last, as those kernels want it."""
     filters, _ = conv.tensors(x.dtype)
+    if relu and cudnn_relu.takes(x, filters, call.groups):
+        return cudnn_relu.conv_relu(x, filters, other, conv.table(skip, x.dtype)[1][0], *call)
     one, shift = conv.table(skip)
     z = torch.conv2d(x, filters, None, *call)
     offsets, order, ones = conv.rows(z)
