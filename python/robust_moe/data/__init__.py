@@ -5,6 +5,8 @@ A data set is one class, a :class:`DataSet` with settings of its own, registered
 
 from __future__ import annotations
 
+import torch
+
 from robust_moe.data.augment import AugmentConfig, AugmentDraw, apply_augmentation, draw_augmentation
 from robust_moe.data.cifar import CIFAR10, CIFAR100
 from robust_moe.data.dataset import DATASETS, DataSet, FolderDataSet
@@ -15,6 +17,8 @@ from robust_moe.data.image_kind import IMAGE_KINDS, ImageKind
 from robust_moe.data.image_set import DataError, ImageSet, Splits
 from robust_moe.data.loader import Batch, BatchLoader
 from robust_moe.data.parquet import Parquet
+from robust_moe.data.poison import PoisonConfig, poisoned, triggered
+from robust_moe.data.seeding import generator
 from robust_moe.data.splits import stratified_split
 from robust_moe.data.statistics import CHANNEL_STATISTICS, channel_statistics
 
@@ -37,18 +41,22 @@ __all__ = [
     "ImageKind",
     "ImageSet",
     "Parquet",
+    "PoisonConfig",
     "Splits",
     "apply_augmentation",
     "channel_statistics",
     "draw_augmentation",
     "load_splits",
+    "poisoned",
     "read_idx",
     "stratified_split",
+    "triggered",
 ]
 
 
 def load_splits(config: DataSet.Config, seed: int) -> Splits:
-    """Load the data set of ``config``, hold out the validation images (stratified, by ``seed``), then apply the limits.
+    """Load the data set of ``config``, hold out the validation images (stratified, by ``seed``), apply the limits, then
+    poison training images (``config.poison``; which ones depends on ``seed`` and their positions in the data set).
 
     Raises :class:`DataError` for every missing, truncated or inconsistent file.
     """
@@ -60,9 +68,11 @@ def load_splits(config: DataSet.Config, seed: int) -> Splits:
             f"got {config.validation_fraction} ({held} images)"
         )
     rest, val = stratified_split(train.labels, held, seed)
-    splits = Splits(train.subset(rest), train.subset(val), test)
+    if config.train_limit is not None:
+        rest = rest[train.subset(rest).head_index(config.train_limit)]
+    draws = torch.rand(len(train), dtype=torch.float64, generator=generator(seed, "poison"))
     return Splits(
-        splits.train if config.train_limit is None else splits.train.head(config.train_limit),
-        splits.val,
+        poisoned(train.subset(rest), draws[rest], config.poison),
+        train.subset(val),
         test if config.test_limit is None else test.head(config.test_limit),
     )

@@ -10,6 +10,7 @@ from typing import ClassVar
 from robust_moe.data.augment import AugmentConfig
 from robust_moe.data.image_kind import IMAGE_KINDS
 from robust_moe.data.image_set import DataError, ImageSet
+from robust_moe.data.poison import PoisonConfig
 from robust_moe.settings import Config as Settings
 from robust_moe.settings import Table, choose, setting
 
@@ -55,6 +56,7 @@ class DataSet(ABC):
             None, "refuse images other than those of this key of robust_moe.data.IMAGE_KINDS; null: any"
         )
         augment: AugmentConfig = setting(AugmentConfig(), "random changes of training images")
+        poison: PoisonConfig = setting(PoisonConfig(), "a backdoor in the training images (BadNets)")
 
         def check(self) -> None:
             if self.expects is not None:

@@ -7,7 +7,7 @@ import torch
 
 __all__ = ["generator"]
 
-STREAMS = {"split": 0, "order": 1, "augment": 2, "flip": 3}
+STREAMS = {"split": 0, "order": 1, "augment": 2, "flip": 3, "poison": 4}
 
 
 def generator(seed: int, stream: str, *counters: int) -> torch.Generator:
