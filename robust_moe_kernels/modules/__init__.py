@@ -10,6 +10,7 @@ from robust_moe_kernels.modules.model import (
     replace_blocks,
 )
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
+from robust_moe_kernels.modules.pruning import prune_experts
 from robust_moe_kernels.modules.route_control import (
     AllExperts,
     DropTop,
@@ -46,6 +47,7 @@ __all__ = [
     "check_finite",
     "last_routes",
     "moe_layers",
+    "prune_experts",
     "replace_blocks",
     "rerouted",
     "shared_launches",

@@ -28,6 +28,7 @@ __all__ = [
     "StackedConv2d",
     "engine_computes",
     "engine_dtype",
+    "keep_rows",
     "keep_statistics",
 ]
 
@@ -39,6 +40,16 @@ def _stack(tensor: Tensor, num_experts: int) -> Tensor:
 def _output_innermost(weight: Tensor) -> Tensor:
     """Filters [E, O, I, kh, kw] laid out as [E, kh, kw, I, O]: the order in which the engine reads and writes them."""
     return _innermost_view(_innermost(weight).contiguous())
+
+
+def keep_rows(module: nn.Module, rows: Sequence[int]) -> None:
+    """Replace each parameter and buffer of the module, its submodules' apart, by its entries ``rows`` along the first
+    dimension, in the same memory format."""
+    for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        kept = value.detach()[list(rows)]
+        kept = _output_innermost(kept) if kept.dim() == 5 else kept.contiguous(memory_format=dense_format(value))
+        trained = isinstance(value, nn.Parameter)
+        setattr(module, name, nn.Parameter(kept, value.requires_grad) if trained else kept)
 
 
 def _innermost(weight: Tensor) -> Tensor:
@@ -101,6 +112,9 @@ class ExpertModule(Protocol):
     def extract(self, expert: int) -> nn.Module:
         """One expert as an ordinary module, with its own copy of the parameters."""
 
+    def keep(self, experts: Sequence[int]) -> None:
+        """Drop all other experts, in place."""
+
 
 class Experts(nn.Module, ABC):
     """E copies of a module, run by segments. Subclasses say how one expert computes."""
@@ -162,6 +176,14 @@ class Experts(nn.Module, ABC):
         }
         module.load_state_dict(state, assign=True)
         return module.train(self.training).requires_grad_(True)
+
+    def keep(self, experts: Sequence[int]) -> None:
+        """Drop all other experts, in place: new parameters and buffers, with ``len(experts)`` as their leading
+        dimension, in the order given. Optimisers that hold the old ones do not follow."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.num_experts = len(experts)
+            keep_rows(module, experts)
 
 
 class StackedConv2d(Experts):

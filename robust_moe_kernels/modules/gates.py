@@ -26,6 +26,8 @@ class GapFcGate(nn.Module):
     forward: [B, C, H, W], any float -> logits [B, E] in the parameters' dtype.
     """
 
+    last_layer = "fc"  # has one output per expert (:func:`~robust_moe_kernels.modules.prune_experts`)
+
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()
         self.fc = nn.Linear(in_channels, num_experts)
@@ -42,6 +44,8 @@ class ConvGapGate(nn.Module):
 
     forward: [B, C, H, W] with H, W >= 3, any float -> logits [B, E] in the parameters' dtype.
     """
+
+    last_layer = "conv"  # has one output per expert
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()

@@ -115,6 +115,10 @@ class NetworkExperts(nn.Module):
         """One network with its own copy of the parameters."""
         return copy.deepcopy(self.networks[expert]).requires_grad_(True)
 
+    def keep(self, experts: Sequence[int]) -> None:
+        """Drop all other networks, in place; those that stay are in the order given."""
+        self.networks = nn.ModuleList(self.networks[expert] for expert in experts)
+
     def extra_repr(self) -> str:
         return f"mix={self.domain!r}"
 

@@ -53,6 +53,8 @@ class Router(nn.Module):
         ValueError: in a forward, images of another shape.
     """
 
+    last_layer = "body"  # has one output per expert (:func:`robust_moe_kernels.modules.prune_experts`)
+
     def __init__(
         self,
         body: Callable[[int, int, int], nn.Module],
