@@ -1,12 +1,14 @@
 """Evaluation: attacks in turn under one scorer, sanity checks, result files, figures."""
 
 from robust_moe.evaluation.accuracy import EvalResult, accuracy, routing_shares
+from robust_moe.evaluation.backdoor import backdoor_report
 from robust_moe.evaluation.curve import curve_radii, error_curve
 from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.moe import evaluate_moe, run_moe
 from robust_moe.evaluation.outcome import Flag, Stage, StageResult, SuiteResult
 from robust_moe.evaluation.plots import plot_comparison, plot_routing, plot_training
 from robust_moe.evaluation.presets import PRESETS, PresetEvaluation, preset_stages
+from robust_moe.evaluation.pruning import keep_highest, pruning_curve
 from robust_moe.evaluation.results import (
     make_results,
     make_samples,
@@ -39,11 +41,13 @@ __all__ = [
     "Task",
     "accuracy",
     "attack_table",
+    "backdoor_report",
     "curve_flag",
     "curve_radii",
     "error_curve",
     "evaluate_moe",
     "identity",
+    "keep_highest",
     "make_results",
     "make_samples",
     "plan",
@@ -52,6 +56,7 @@ __all__ = [
     "plot_training",
     "predict",
     "preset_stages",
+    "pruning_curve",
     "read_results",
     "results_table",
     "robustbench_json",

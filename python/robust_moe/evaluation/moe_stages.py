@@ -19,7 +19,7 @@ from robust_moe.evaluation.staged import Attacked, StagedEvaluation
 from robust_moe.settings import field_types, plain
 from robust_moe_kernels.modules import MoELayer, Reroute, rerouted
 
-__all__ = ["MoEStages", "attack_settings", "moe_arguments", "title"]
+__all__ = ["MoEStages", "attack_settings", "moe_arguments", "only_expert", "title"]
 
 
 class MoEStages:
@@ -57,7 +57,7 @@ class MoEStages:
         """Bool [n] each, clean and robust, where ``expert`` of the layer ``name`` takes every image."""
         layer = self.layers[name]
         return self.run.clean_and_robust(
-            f"{title(name)} expert {expert}", self.pgd(), lambda _: _only_expert(layer, expert)
+            f"{title(name)} expert {expert}", self.pgd(), lambda _: only_expert(layer, expert)
         )
 
     # --- what a stage finds for each image of a batch -----------------------------------------------------------------
@@ -100,7 +100,7 @@ def title(name: str) -> str:
 
 
 @contextmanager
-def _only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
+def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
     """Every image goes to one expert of the layer, which is left as found."""
     before, layer.fixed_expert = layer.fixed_expert, expert
     try:
