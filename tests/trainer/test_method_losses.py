@@ -238,14 +238,21 @@ def test_jtdmoe_lower_level_of_the_paper_is_rt_er_of_the_robust_half(tiny, batch
         assert one.grad is None or torch.equal(one.grad, two.grad)
 
 
-def test_jtdmoe_lower_level_as_released_holds_all_experts_to_their_clean_predictions(tiny, batch):
+def test_jtdmoe_lower_level_as_released_sums_over_experts_with_their_own_adversaries(tiny, batch):
+    """CE(F_R(x'), y) + β Σ_e KL(f_e(x) ‖ f_e(x_e)): x' attacks the mixture, x_e attacks the expert e alone."""
     model = dual()
     reference = copy.deepcopy(model)
     _, got = update(tiny("method.form=released", *DUAL), model, batch)
-    robust = reference.robust
-    x = ascend(lambda x: ce(hard(robust, x), batch.labels), batch.images, batch.index, 5)
-    divergence = sum(kl(f(batch.images), f(x)) for f in robust.experts.networks) / 3
-    assert_same_update(model, reference, got, (ce(hard(robust, x), batch.labels) + BETA * divergence).mean())
+    robust, y = reference.robust, batch.labels
+    x = ascend(lambda x: ce(hard(robust, x), y), batch.images, batch.index, 5)
+    divergence = 0.0
+    for e, expert in enumerate(robust.experts.networks):
+        own = ascend(lambda x: ce(expert(x), y), batch.images, batch.index, derive_seed(5, f"expert {e}"))  # noqa: B023
+        assert not torch.equal(own, x)
+        divergence = divergence + kl(expert(batch.images), expert(own)).mean()
+    wanted = ce(hard(robust, x), y).mean() + BETA * divergence
+    assert_same_update(model, reference, got, wanted)
+    assert float(got.logs["expert_loss"]) == pytest.approx(float(divergence.detach()), rel=1e-10)
 
 
 @pytest.mark.parametrize("level", ["experts", "router"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,11 @@ from robust_moe.attacks.losses import kl_divergence
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import probed_gain
 from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
-from robust_moe.methods.moe_attacks import held
+from robust_moe.methods.moe_attacks import OneExpert, held
 from robust_moe.methods.rt_er import RTER
 from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
+from robust_moe.seeding import derive_seed
 from robust_moe.settings import ConfigError
 from robust_moe_kernels.modules import moe_layers, rerouted
 
@@ -29,8 +30,10 @@ class JointDual(RTER):
 
     Lower level: the robust loss of F_R moves Θ_R. Upper level: CE(F_D(x), y) on clean images.
     ``method.form: paper``: the robust loss is RT-ER's, the upper level moves Θ_S and Θ_R.
-    ``released``: the robust loss is CE(F_R(x'), y) + β times the mean over all experts of KL(f_e(x) ‖ f_e(x')), x'
-    raising the former; the upper level moves Θ_S alone.
+    ``released``: what the authors' code computes: the robust loss is CE(F_R(x'), y) + β Σ_e KL(f_e(x) ‖ f_e(x_e)),
+    summed over all E experts; x' raises CE(F_R(x'), y), and each expert has adversarial images of its own, x_e raising
+    CE(f_e(x_e), y). Every image takes part in every expert's term, where RT-ER's released form has each image in its
+    second expert's alone. One batch costs 1 + E attacks. The upper level moves Θ_S alone.
 
     The authors' code applies gradients of the upper level once more at the next lower one; here every update has its
     own. There is one optimiser, so Θ_R has one momentum, or Adam's moments, of both levels' gradients: in the paper's
@@ -69,20 +72,29 @@ class JointDual(RTER):
         yield Objective(lambda: self._upper(model, forward, batch), trains=trains)
 
     def _all_experts(self, model: nn.Module, batch: Batch, seed: int, trains: list[nn.Parameter]) -> Objective:
+        """The lower level of the released form."""
         images, nonfinite = self.craft(model, batch, seed)
-        logs = probed_gain(self.step, model, batch, images)
-        return Objective(lambda: self._lower(model, batch, images), nonfinite, trains, logs)
-
-    def _lower(self, model: nn.Module, batch: Batch, images: Tensor) -> Scored:
-        loss, logs = self.classify(model, model, images, batch.labels)
         layers = moe_layers(model)
-        terms = []
+        attacked = []  # (the routes that hold every layer at one expert, the images that attack it), an expert each
         for expert in range(next(iter(layers.values())).num_experts):
-            chosen = {name: torch.full_like(batch.labels, expert) for name in layers}
-            with rerouted(model, held(chosen)):
-                attacked, clean = model(torch.cat([images, batch.images])).chunk(2)
-            terms.append(kl_divergence(attacked, clean).mean())
-        robust = torch.stack(terms).mean()
+            alone = held({name: torch.full_like(batch.labels, expert) for name in layers})
+            with rerouted(model, alone):
+                others, broken = self.craft(model, batch, derive_seed(seed, f"expert {expert}"))
+            nonfinite = nonfinite | broken
+            attacked.append((alone, others))
+        logs = probed_gain(self.step, model, batch, images)
+        return Objective(lambda: self._lower(model, batch, images, attacked), nonfinite, trains, logs)
+
+    def _lower(
+        self, model: nn.Module, batch: Batch, images: Tensor, attacked: Sequence[tuple[dict[str, OneExpert], Tensor]]
+    ) -> Scored:
+        loss, logs = self.classify(model, model, images, batch.labels)
+        terms = []
+        for alone, others in attacked:
+            with rerouted(model, alone):
+                adversarial, clean = model(torch.cat([others, batch.images])).chunk(2)
+            terms.append(kl_divergence(adversarial, clean).mean())
+        robust = torch.stack(terms).sum()
         return loss + self.beta * robust, {**logs, "expert_loss": robust.detach()}
 
     def _upper(self, model: nn.Module, forward: Forward, batch: Batch) -> Scored:
