@@ -75,7 +75,8 @@ def build_gate(gate: Gate, in_channels: int, num_experts: int) -> nn.Module:
 def score_noise_scale(logits: Tensor, noise_std: float) -> Tensor:
     """Standard deviation [B, 1] of the score noise: ``noise_std`` in units of each row's own spread, no gradient.
 
-    The release draws N(0, 0.1) on scores standardised per row; this adds the same noise in logit units, so that the
-    ranking is the release's and the temperature of the softmax does not change.
+    Noise in logit units, so that the temperature of the softmax does not change. The release of Robust Experts differs:
+    it divides the softmax scores by one standard deviation over the whole [B, E] matrix and adds N(0, 0.1) to choose
+    the experts, whose weights are the scores without noise; under the switch and the column entropy loss alone.
     """
     return noise_std * logits.detach().std(dim=1, keepdim=True, correction=0)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from robust_moe.data import AugmentConfig, AugmentDraw, apply_augmentation, draw_augmentation
+from robust_moe.settings import ConfigError
 
 EVERYTHING = AugmentConfig(flip=True, crop_padding=3, color_jitter=0.4, cutout=5)
 
@@ -36,7 +37,8 @@ def one_by_one(image: torch.Tensor, d: AugmentDraw, i: int) -> torch.Tensor:
     if d.cutout is not None:
         row, column = (d.cutout[i] - d.side // 2).tolist()
         image = image.clone()
-        image[:, max(row, 0) : row + d.side, max(column, 0) : column + d.side] = 0
+        fill = torch.tensor(d.fill)[:, None, None] if d.fill else 0
+        image[:, max(row, 0) : row + d.side, max(column, 0) : column + d.side] = fill
     return image
 
 
@@ -65,6 +67,21 @@ def test_a_batch_equals_its_images_one_by_one(config: AugmentConfig, channels: i
     assert torch.equal(images, original)  # the input stays
     assert got.min() >= 0
     assert got.max() <= 1
+
+
+def test_a_square_is_filled_with_a_value_per_channel():
+    images = batch()
+    config = AugmentConfig(cutout=4, cutout_fill=(0.25, 0.5, 0.75))
+    d = draw(config, images)
+    got = apply_augmentation(images, d)
+    assert torch.equal(got, torch.stack([one_by_one(image, d, i) for i, image in enumerate(images)]))
+    changed = (got != images).any(1)
+    assert changed.any()
+    assert (got.movedim(1, -1)[changed] == torch.tensor(config.cutout_fill)).all()
+    with pytest.raises(ValueError, match=r"augment.cutout_fill: expected a value for each of 1 channels, or \[\], got"):
+        apply_augmentation(batch(channels=1), d)
+    with pytest.raises(ConfigError, match=r"cutout_fill: expected values in \[0, 1\], got \[123.0\]"):
+        AugmentConfig(cutout_fill=(123.0,))
 
 
 def test_nothing_is_on_by_default():

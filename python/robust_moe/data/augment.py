@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robust_moe.data.transfer import send
-from robust_moe.settings import Config, setting
+from robust_moe.settings import Config, ConfigError, setting
 
 __all__ = ["AugmentConfig", "AugmentDraw", "apply_augmentation", "draw_augmentation"]
 
@@ -36,7 +36,14 @@ class AugmentConfig(Config):
     color_jitter: float = setting(
         0.0, "j: brightness, contrast and saturation are each scaled by U(1-j, 1+j); 0: off", at_least=0, below=1
     )
-    cutout: int = setting(0, "side of one square set to zero; 0: off", unit="pixels", at_least=0)
+    cutout: int = setting(0, "side of one square set to cutout_fill; 0: off", unit="pixels", at_least=0)
+    cutout_fill: tuple[float, ...] = setting(
+        (), "value in [0, 1] of each channel in that square, e.g. the data's mean; []: zero"
+    )
+
+    def check(self) -> None:
+        if not all(0 <= value <= 1 for value in self.cutout_fill):
+            raise ConfigError(f"cutout_fill: expected values in [0, 1], got {list(self.cutout_fill)}")
 
 
 class AugmentDraw(NamedTuple):
@@ -48,6 +55,7 @@ class AugmentDraw(NamedTuple):
     color: Tensor | None  # float32 [B, 3]: factors of brightness, contrast, saturation
     cutout: Tensor | None  # int64 [B, 2]: row and column of the square's centre
     side: int  # the square's, in pixels
+    fill: tuple[float, ...] = ()  # of the square, a value per channel; (): zero
 
     def select(self, index: slice) -> AugmentDraw:
         """The draw of some of the images."""
@@ -86,6 +94,7 @@ def draw_augmentation(
         color=color if config.color_jitter else None,
         cutout=centre if config.cutout else None,
         side=config.cutout,
+        fill=config.cutout_fill,
     )
 
 
@@ -97,7 +106,7 @@ def apply_augmentation(images: Tensor, draw: AugmentDraw) -> Tensor:
     if draw.color is not None:
         images = _jitter(images, draw.color)
     if draw.cutout is not None:
-        images = _cut_out(images, draw.cutout, draw.side)
+        images = _cut_out(images, draw.cutout, draw.side, draw.fill)
     return images
 
 
@@ -148,12 +157,19 @@ def _luma(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(LUMA, device=device, dtype=dtype)
 
 
-def _cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Zero a square around ``centre``, cut off at the border (DeVries and Taylor, arXiv:1708.04552)."""
+def _cut_out(images: Tensor, centre: Tensor, side: int, fill: tuple[float, ...]) -> Tensor:
+    """Fill a square around ``centre``, cut off at the border (DeVries and Taylor, arXiv:1708.04552)."""
+    if len(fill) not in (0, images.shape[1]):
+        raise ValueError(
+            f"augment.cutout_fill: expected a value for each of {images.shape[1]} channels, or [], got {list(fill)}"
+        )
     first = centre - side // 2  # [B, 2]
     inside = []
     for axis, length in enumerate(images.shape[2:]):
         offset = torch.arange(length, device=images.device) - first[:, axis, None]  # [B, length]
         inside.append((offset >= 0) & (offset < side))
     square = inside[0][:, None, :, None] & inside[1][:, None, None, :]  # [B, 1, H, W]
-    return images.masked_fill(square, 0)
+    if not fill:
+        return images.masked_fill(square, 0)
+    planes = zip(images.split(1, dim=1), fill, strict=True)  # numbers, not a tensor that a GPU would wait for
+    return torch.cat([plane.masked_fill(square, value) for plane, value in planes], dim=1)
