@@ -91,6 +91,11 @@ def assert_same_update(model, reference, got, wanted):
             torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def assert_dose(got, task, term):
+    """The share of the loss that the method's own term contributes is logged."""
+    torch.testing.assert_close(got.logs["dose"], (term / (task + term)).detach(), rtol=1e-9, atol=0)
+
+
 def test_trades(tiny, batch):
     model = network()
     reference = copy.deepcopy(model)
@@ -100,6 +105,7 @@ def test_trades(tiny, batch):
     x = ascend(lambda x: kl(clean, reference(x)), batch.images, batch.index, 5)
     f, g = reference(batch.images), reference(x)
     assert_same_update(model, reference, got, (ce(f, batch.labels) + BETA * kl(f, g)).mean())
+    assert_dose(got, ce(f, batch.labels).mean(), BETA * kl(f, g).mean())
 
 
 def test_mart(tiny, batch):
@@ -207,8 +213,9 @@ def test_rt_er_as_released_has_two_adversaries_and_the_other_divergence(tiny, ba
     x2 = ascend(
         lambda x: ce(through(reference, x, order), batch.labels), batch.images, batch.index, derive_seed(5, "second")
     )
-    wanted = ce(hard(reference, x), batch.labels) + BETA * kl(second, through(reference, x2, order))
-    assert_same_update(model, reference, got, wanted.mean())
+    term = BETA * kl(second, through(reference, x2, order))
+    assert_same_update(model, reference, got, (ce(hard(reference, x), batch.labels) + term).mean())
+    assert_dose(got, ce(hard(reference, x), batch.labels).mean(), term.mean())
 
 
 def dual():
@@ -252,6 +259,7 @@ def test_jtdmoe_lower_level_as_released_sums_over_experts_with_their_own_adversa
         divergence = divergence + kl(expert(batch.images), expert(own)).mean()
     wanted = ce(hard(robust, x), y).mean() + BETA * divergence
     assert_same_update(model, reference, got, wanted)
+    assert_dose(got, ce(hard(robust, x), y).mean(), BETA * divergence)
     assert float(got.logs["expert_loss"]) == pytest.approx(float(divergence.detach()), rel=1e-10)
 
 

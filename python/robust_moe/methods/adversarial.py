@@ -18,7 +18,7 @@ from robust_moe.methods.options import AttackOptions, StepsSchedule
 from robust_moe.models.config import ModelConfig
 from robust_moe.settings import ConfigError
 
-__all__ = ["AdversarialMethod", "pair_logs", "probed_gain"]
+__all__ = ["AdversarialMethod", "dose", "pair_logs", "probed_gain"]
 
 LONGEST = 1.25  # step size of a scheduled attack in units of eps: a single longer step overfits (arXiv:2001.03994)
 PROBE_EVERY = 10  # batches between two looks at what the attack gains, each of two to eight forwards
@@ -118,9 +118,20 @@ def probed_gain(step: int, model: nn.Module, batch: Batch, images: Tensor) -> di
     return {"attack_gain": losses[0] - losses[1]}
 
 
-def pair_logs(task: Tensor, robust: Tensor, clean: Tensor, adversarial: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What a method logs that trains on pairs: its two losses, and accuracies from the logits [B, classes] of both."""
+def dose(task: Tensor, term: Tensor) -> Tensor:
+    """Share of ``task + term`` that ``term`` contributes, in [0, 1], detached; both are scalars >= 0, factors included.
+    A balance loss is in neither: it may be negative."""
+    task, term = task.detach(), term.detach()
+    return term / (task + term).clamp_min(torch.finfo(term.dtype).tiny)
+
+
+def pair_logs(
+    task: Tensor, robust: Tensor, beta: float, clean: Tensor, adversarial: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """What a method logs that trains on pairs: the two losses of ``task + beta * robust``, the second one's
+    :func:`dose`, and accuracies from the logits [B, classes] of both."""
     return {
+        "dose": dose(task, beta * robust),
         "task_loss": task.detach(),
         "robust_loss": robust.detach(),
         "accuracy": accuracy(adversarial, labels),

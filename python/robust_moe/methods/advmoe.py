@@ -88,6 +88,6 @@ class AdversarialRouters(AdversarialMethod):
         robust = kl_divergence(adversarial, clean).mean()
         loss = task + self.beta * robust
         if level == "experts":
-            return loss, pair_logs(task, robust, clean, adversarial, batch.labels)
+            return loss, pair_logs(task, robust, self.beta, clean, adversarial, batch.labels)
         route = gate_divergence(gate_logits(model), routes).mean()
         return self.balanced(model, loss + self.beta * route, {"route_loss": route.detach()})

@@ -95,7 +95,7 @@ class JointDual(RTER):
                 adversarial, clean = model(torch.cat([others, batch.images])).chunk(2)
             terms.append(kl_divergence(adversarial, clean).mean())
         robust = torch.stack(terms).sum()
-        return loss + self.beta * robust, {**logs, "expert_loss": robust.detach()}
+        return loss + self.beta * robust, {**logs, **self.term_logs(logs["task_loss"], robust)}
 
     def _upper(self, model: nn.Module, forward: Forward, batch: Batch) -> Scored:
         logits = forward(batch.images)

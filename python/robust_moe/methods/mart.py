@@ -51,7 +51,7 @@ class Mart(AdversarialMethod):
         task = boosted_cross_entropy(adversarial, labels).mean()
         right = full(clean).softmax(1).gather(1, labels[:, None])[:, 0]
         robust = (kl_divergence(adversarial, clean) * (1 - right)).mean()
-        logs = pair_logs(task, robust, clean, adversarial, labels)
+        logs = pair_logs(task, robust, self.beta, clean, adversarial, labels)
         return self.balanced(model, task + self.beta * robust, logs)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, probed_gain
+from robust_moe.methods.adversarial import AdversarialMethod, dose, probed_gain
 from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
 from robust_moe.methods.moe_attacks import SecondExpertPGD, clean_second_experts, held
 from robust_moe.methods.options import BetaOption, FormOption
@@ -125,4 +125,8 @@ class RTER(AdversarialMethod):
             attacked, clean = model(torch.cat([others, batch.images])).chunk(2)
         pair = (clean, attacked) if self.form == "paper" else (attacked, clean)
         robust = kl_divergence(*pair).mean()
-        return loss + self.beta * robust, {**logs, "expert_loss": robust.detach()}
+        return loss + self.beta * robust, {**logs, **self.term_logs(task, robust)}
+
+    def term_logs(self, task: Tensor, robust: Tensor) -> dict[str, Tensor]:
+        """The experts' divergence ``robust``, and the share that β times it contributes beside ``task``."""
+        return {"expert_loss": robust.detach(), "dose": dose(task, self.beta * robust)}

@@ -64,5 +64,5 @@ class Trades(AdversarialMethod):
         clean, adversarial = forward(images), forward(attacked)
         task = self.cross_entropy(clean, labels)
         robust = kl_divergence(adversarial, clean).mean()
-        logs = pair_logs(task, robust, clean, adversarial, labels)
+        logs = pair_logs(task, robust, self.beta, clean, adversarial, labels)
         return self.balanced(model, task + self.beta * robust, logs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from torch import nn
 
 from robust_moe.attacks import PGD
 from robust_moe.data import Splits, load_splits
-from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine import Reporter, Trainer, read_metrics
 from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
 from robust_moe.engine.rng import seed_all
 from robust_moe.engine.state import find_checkpoint
@@ -28,7 +29,7 @@ from robust_moe.reproduce.jobs import MEASURED, Job
 from robust_moe.reproduce.measures import measure
 from robust_moe.reproduce.preparation import alone_in
 
-__all__ = ["STOPPED", "work"]
+__all__ = ["STOPPED", "mean_dose", "work"]
 
 STOPPED = 130  # exit status of a worker that a signal stopped
 PATIENCE = 60.0  # seconds: the worker of a killed study may still be saving
@@ -63,6 +64,8 @@ def work(job: Job, reporter: Reporter) -> bool:
             sweep_count=job.sweep_images,
             batch_size=job.config.eval.batch_size,
         )
+        if (found := mean_dose(job.folder)) is not None:
+            measures["dose"] = found
         device = next(model.parameters()).device
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -71,6 +74,13 @@ def work(job: Job, reporter: Reporter) -> bool:
         measured = {**{name: settings[name] for name in MEASURED}, "seed": job.config.eval_seed}
         job.finish({"measures": measures, "attack": measured, **facts, **provenance(device)})
     return True
+
+
+def mean_dose(folder: Path) -> float | None:
+    """Share of the training loss that the method's own term contributed (``dose``), a mean over the epochs of the run;
+    None: it has not trained, or its method logs none."""
+    doses = [line["train_dose"] for line in read_metrics(folder, "epoch") if "train_dose" in line]
+    return statistics.fmean(doses) if doses else None
 
 
 def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:
