@@ -19,11 +19,11 @@ from robust_moe.attacks import PGD
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, flatten
 from robust_moe.data import Parquet
-from robust_moe.engine import CheckpointError, Reporter, load_checkpoint
+from robust_moe.engine import CheckpointError, Reporter, load_checkpoint, read_metrics
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
 from robust_moe.files import lock
-from robust_moe.reproduce import SCALES, STUDIES, StudyError, reproduce
+from robust_moe.reproduce import SCALES, STUDIES, StudyError, judge_again, reproduce
 from robust_moe.reproduce.jobs import Job, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
 from robust_moe.reproduce.preparation import alone_in, data_digest, load_data, remove, variant
@@ -154,6 +154,21 @@ def test_a_dense_model_has_accuracies_only(finished):
     assert measures["images"] == 40
 
 
+@pytest.mark.parametrize("run", ["mixture-rt-er", "dual-joint"])
+def test_the_dose_is_what_the_term_contributed_to_the_training_loss(finished, run):
+    """With one epoch: the mean over its batches of beta * term / (cross-entropy + beta * term)."""
+    _, jobs = finished
+    job = jobs[run, 0]
+    dose = job.finished()["measures"]["dose"]
+    assert 0 < dose < 1
+    (epoch,) = read_metrics(job.folder, "epoch")
+    assert dose == epoch["train_dose"]
+    term = job.config.method.beta * epoch["train_expert_loss"]
+    assert dose == pytest.approx(term / (epoch["train_task_loss"] + term), rel=0.2)  # a ratio of means, not their mean
+    for other in ("mixture-at", "dual-separate"):
+        assert "dose" not in jobs[other, 0].finished()["measures"]
+
+
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +279,12 @@ def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path
     # it is not the scale that was run
     assert SCALES["cpu"].why not in page
     assert f"With other settings than the scale's: `{' '.join(TINY)}`" in page
-    assert {claim["verdict"] for claim in claims.values()} == {"undecided"}  # two seeds
+    assert {claim["verdict"] for claim in claims.values()} <= {"undecided", "not testable here"}  # two seeds
+    for claim in claims.values():
+        failed = any(check["outcome"] == "failed" for check in claim["checks"])
+        assert claim["verdict"] == ("not testable here" if failed else "undecided")
+        assert all(check["outcome"] != "not measured" for check in claim["checks"])  # runs of now measure all of them
+    assert judge_again(done.path, "all", tmp_path / "again").results["parts"] == results["parts"]
     assert results["commits"] == [results["git"]]
     assert "alpha" not in results["runs"]["dual-joint"]["mean"]
 
@@ -457,7 +477,8 @@ def test_the_command_trains_measures_and_reports(finished, tmp_path):
     arguments = ["reproduce", "weak-link", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path), *TINY]
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    assert "undecided: The experts are the weak link" in done.output  # one seed
+    assert ": The experts are the weak link" in done.output
+    assert "held: The experts are the weak link" not in done.output  # one seed
     first, again = (
         json.loads((path / "mixture-standard" / "seed-0" / "measures.json").read_text()) for path in (folder, tmp_path)
     )

@@ -18,7 +18,7 @@ from robust_moe.commands.shared import (
     one_line_errors,
 )
 from robust_moe.engine import Reporter
-from robust_moe.reproduce import SCALES, STUDIES, claim_line, reproduce
+from robust_moe.reproduce import SCALES, STUDIES, StudyResult, claim_line, judge_again, reproduce
 
 __all__ = ["app"]
 
@@ -47,6 +47,13 @@ def run_study(
         typer.Option(help="Folder of the report; default: report-STUDY, in that of the runs.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with what is there, or start anew.")] = True,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            help="A study.json: decide its claims anew, without training; summary.md beside it or in --out.",
+            show_default=False,
+        ),
+    ] = None,
     imports: Imports = None,
     show_traceback: Traceback = False,
 ) -> None:
@@ -56,6 +63,9 @@ def run_study(
     """
     settings = import_modules(imports, overrides)
     reporter = Reporter(console=console())
+    if judge is not None:
+        _show(judge_again(judge, study, out), (out or judge.parent) / "summary.md", reporter)
+        return
     done = reproduce(
         study,
         scale,
@@ -68,10 +78,14 @@ def run_study(
         resume=resume,
         reporter=reporter,
     )
+    _show(done, done.path.with_name("summary.md"), reporter)
+    if not done.finished:
+        raise typer.Exit(STOPPED)
+
+
+def _show(done: StudyResult, page: Path, reporter: Reporter) -> None:
     for part in done.results["parts"].values():
         reporter.line(part["title"])
         for claim in part["claims"]:
             reporter.line(f"  {claim_line(claim)}")
-    reporter.line(f"report: {done.path.with_name('summary.md')}")
-    if not done.finished:
-        raise typer.Exit(STOPPED)
+    reporter.line(f"report: {page}")

@@ -6,7 +6,7 @@ A model is one line in :data:`~robust_moe.reproduce.runs.RUNS`, a claim one entr
 
 from robust_moe.reproduce.scales import SCALES
 from robust_moe.reproduce.studies import STUDIES
-from robust_moe.reproduce.study import StudyError, StudyResult, reproduce
+from robust_moe.reproduce.study import StudyError, StudyResult, judge_again, reproduce
 from robust_moe.reproduce.summary import claim_line
 
-__all__ = ["SCALES", "STUDIES", "StudyError", "StudyResult", "claim_line", "reproduce"]
+__all__ = ["SCALES", "STUDIES", "StudyError", "StudyResult", "claim_line", "judge_again", "reproduce"]

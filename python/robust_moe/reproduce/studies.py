@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from robust_moe.evaluation.scorer import COLLAPSE_SHARE
-from robust_moe.reproduce.claims import Claim, Measures
+from robust_moe.reproduce.checks import (
+    EXPERTS,
+    HALVES,
+    HEADROOM,
+    ROUTED_BY_SWITCH,
+    dose,
+    flipped,
+    in_use,
+    learned,
+    room,
+    routed_apart,
+    router_attacked,
+)
+from robust_moe.reproduce.claims import Claim
+from robust_moe.reproduce.quantities import (
+    ALPHA,
+    AT,
+    BOTH,
+    DENSE,
+    DUALS,
+    K1,
+    K2,
+    RELEASED,
+    RT_ER,
+    SWITCH,
+    WEAK,
+    along,
+    gain,
+    joint_gain,
+    of,
+    second,
+    top_share,
+    weakest,
+)
 
 __all__ = ["PARTS", "STUDIES", "Part"]
 
 DUAL_MODEL = "Zhang et al., ICML 2025"
 ROBUST_EXPERTS = "Robust Experts, arXiv:2509.05086"
 OURS = "our reading"
-ALPHA = 0.7  # at which the two dual models are compared, and at which JTDMoE trains
 MINIMAL = 0.02  # the "minimal drop in clean accuracy" of the source, which gives no number
 
 
@@ -27,45 +57,6 @@ class Part:
     claims: tuple[Claim, ...]
 
 
-def _of(run: str, name: str) -> Callable[[Measures], float]:
-    return lambda runs: runs[run][name]
-
-
-def _gain(name: str, better: str, other: str) -> Callable[[Measures], float]:
-    return lambda runs: runs[better][name] - runs[other][name]
-
-
-def _at(runs: Measures, run: str, alpha: float) -> dict[str, Any]:
-    """The point of a dual model's sweep."""
-    return next(point for point in runs[run]["sweep"] if point["alpha"] == alpha)
-
-
-def _along(name: str, high: float, low: float, run: str = "dual-separate") -> Callable[[Measures], float]:
-    return lambda runs: _at(runs, run, high)[name] - _at(runs, run, low)[name]
-
-
-def _joint_gain(name: str) -> Callable[[Measures], float]:
-    return lambda runs: _at(runs, "dual-joint", ALPHA)[name] - _at(runs, "dual-separate", ALPHA)[name]
-
-
-def _second(runs: Measures, run: str) -> float:
-    return runs[run]["second"]["robust"]
-
-
-def _weakest(runs: Measures, run: str) -> float:
-    return min(expert["robust"] for expert in runs[run]["single_experts"])
-
-
-def _top_share(runs: Measures, run: str) -> float:
-    return max(runs[run]["first"])
-
-
-WEAK = "mixture-standard"
-AT, RT_ER = "mixture-at", "mixture-rt-er"
-BOTH = (AT, RT_ER)
-DUALS = ("dual-separate", "dual-joint")
-DENSE, K1, K2, RELEASED, SWITCH = "dense-at", "block-k1", "block-k2", "block-k1-released", "block-k1-switch"
-
 PARTS: dict[str, Part] = {
     "weak-link": Part(
         "A standard mixture of networks: which part gives in, the experts or the router?",
@@ -77,15 +68,20 @@ PARTS: dict[str, Part] = {
                 "RA-R − RA-E",
                 lambda runs: runs[WEAK]["ra_r"] - runs[WEAK]["ra_e"],
                 (WEAK,),
+                checks=(
+                    learned(WEAK),
+                    router_attacked(WEAK),
+                ),
             ),
             Claim(
                 "The experts have next to no robustness: RA-E is below 4 %.",
                 DUAL_MODEL,
                 "RA-E",
-                _of(WEAK, "ra_e"),
+                of(WEAK, "ra_e"),
                 (WEAK,),
                 bound=0.04,
                 below=True,
+                checks=(learned(WEAK),),
             ),
             Claim(
                 "Under an attack on the router more than half of the accuracy is left (published as RA-R > 50 %; here "
@@ -95,6 +91,10 @@ PARTS: dict[str, Part] = {
                 lambda runs: runs[WEAK]["ra_r"] / max(runs[WEAK]["sa"], 1e-9),
                 (WEAK,),
                 bound=0.5,
+                checks=(
+                    learned(WEAK),
+                    router_attacked(WEAK),
+                ),
             ),
         ),
     ),
@@ -106,15 +106,20 @@ PARTS: dict[str, Part] = {
                 "RT-ER makes the experts more robust than AT.",
                 DUAL_MODEL,
                 "RA-E, RT-ER − AT",
-                _gain("ra_e", RT_ER, AT),
+                gain("ra_e", RT_ER, AT),
                 BOTH,
+                checks=(
+                    dose(RT_ER),
+                    flipped(AT),
+                ),
             ),
             Claim(
                 "Changed routes do less harm: each image's second-ranked expert, alone, is more robust than under AT.",
                 DUAL_MODEL,
                 "RA of the second-ranked expert, RT-ER − AT",
-                lambda runs: _second(runs, RT_ER) - _second(runs, AT),
+                lambda runs: second(runs, RT_ER) - second(runs, AT),
                 BOTH,
+                checks=(dose(RT_ER),),
             ),
             Claim(
                 "Routes are more stable: PGD on the model changes fewer of them than under AT (the source does not say "
@@ -123,28 +128,39 @@ PARTS: dict[str, Part] = {
                 "share of changed routes, AT − RT-ER",
                 lambda runs: runs[AT]["flips"]["ra"] - runs[RT_ER]["flips"]["ra"],
                 BOTH,
+                checks=(
+                    dose(RT_ER),
+                    flipped(AT),
+                ),
             ),
             Claim(
                 "RT-ER raises robust accuracy over AT (published: by 16 points).",
                 DUAL_MODEL,
                 "RA, RT-ER − AT",
-                _gain("ra", RT_ER, AT),
+                gain("ra", RT_ER, AT),
                 BOTH,
+                checks=(
+                    dose(RT_ER),
+                    flipped(AT),
+                    HEADROOM,
+                ),
             ),
             Claim(
                 "Robustness is spread over the experts: the weakest of them, alone, is stronger than under AT.",
                 DUAL_MODEL,
                 "RA of the weakest expert alone, RT-ER − AT",
-                lambda runs: _weakest(runs, RT_ER) - _weakest(runs, AT),
+                lambda runs: weakest(runs, RT_ER) - weakest(runs, AT),
                 BOTH,
+                checks=(dose(RT_ER),),
             ),
             Claim(
                 f"Clean accuracy drops minimally: by less than {100 * MINIMAL:g} points (the source gives no number).",
                 DUAL_MODEL,
                 "SA, RT-ER − AT",
-                _gain("sa", RT_ER, AT),
+                gain("sa", RT_ER, AT),
                 BOTH,
                 bound=-MINIMAL,
+                checks=(dose(RT_ER),),
             ),
         ),
     ),
@@ -156,30 +172,40 @@ PARTS: dict[str, Part] = {
                 "A larger alpha buys robustness.",
                 DUAL_MODEL,
                 "RA, alpha 1 − alpha 0.5, trained separately",
-                _along("ra", 1.0, 0.5),
+                along("ra", 1.0, 0.5),
                 DUALS[:1],
+                checks=(learned("dual-separate"),),
             ),
             Claim(
                 "A smaller alpha buys clean accuracy.",
                 DUAL_MODEL,
                 "SA, alpha 0.5 − alpha 1, trained separately",
-                _along("sa", 0.5, 1.0),
+                along("sa", 0.5, 1.0),
                 DUALS[:1],
+                checks=(learned("dual-separate"),),
             ),
             Claim(
                 "JTDMoE is more robust than the same two models trained separately (published: by 20 points, under "
                 "AutoAttack).",
                 DUAL_MODEL,
                 f"RA at alpha {ALPHA:g}, JTDMoE − separate",
-                _joint_gain("ra"),
+                joint_gain("ra"),
                 DUALS,
+                checks=(
+                    dose("dual-joint"),
+                    HALVES,
+                ),
             ),
             Claim(
                 "JTDMoE is more accurate on clean images too.",
                 DUAL_MODEL,
                 f"SA at alpha {ALPHA:g}, JTDMoE − separate",
-                _joint_gain("sa"),
+                joint_gain("sa"),
                 DUALS,
+                checks=(
+                    dose("dual-joint"),
+                    HALVES,
+                ),
             ),
         ),
     ),
@@ -191,42 +217,62 @@ PARTS: dict[str, Part] = {
                 "BlockMoE with k = 1 is more robust than the dense network.",
                 ROBUST_EXPERTS,
                 "RA, k = 1 − dense",
-                _gain("ra", K1, DENSE),
+                gain("ra", K1, DENSE),
                 (DENSE, K1),
+                checks=(
+                    room(DENSE),
+                    in_use(K1),
+                ),
             ),
             Claim(
                 "BlockMoE with k = 2 is more robust than the dense network.",
                 ROBUST_EXPERTS,
                 "RA, k = 2 − dense",
-                _gain("ra", K2, DENSE),
+                gain("ra", K2, DENSE),
                 (DENSE, K2),
+                checks=(
+                    room(DENSE),
+                    in_use(K2),
+                ),
             ),
             Claim(
                 "Two experts an image are more robust than one.",
                 ROBUST_EXPERTS,
                 "RA, k = 2 − k = 1",
-                _gain("ra", K2, K1),
+                gain("ra", K2, K1),
                 (K1, K2),
+                checks=(
+                    room(K1),
+                    in_use(K1),
+                ),
             ),
             Claim(
                 "The entropy loss makes for more robustness than the switch loss; entropy as the paper's text has it.",
                 ROBUST_EXPERTS,
                 "RA, entropy − switch, k = 1",
-                _gain("ra", K1, SWITCH),
+                gain("ra", K1, SWITCH),
                 (K1, SWITCH),
+                checks=(
+                    room(SWITCH),
+                    routed_apart(K1, SWITCH),
+                ),
             ),
             Claim(
                 "The same; entropy as the released code has it.",
                 ROBUST_EXPERTS,
                 "RA, released entropy − switch, k = 1",
-                _gain("ra", RELEASED, SWITCH),
+                gain("ra", RELEASED, SWITCH),
                 (RELEASED, SWITCH),
+                checks=(
+                    room(SWITCH),
+                    routed_apart(RELEASED, SWITCH),
+                ),
             ),
             Claim(
                 "The switch loss leaves routing less balanced than the entropy loss.",
                 ROBUST_EXPERTS,
                 "largest share of first choices, switch − entropy, k = 1",
-                lambda runs: _top_share(runs, SWITCH) - _top_share(runs, K1),
+                lambda runs: top_share(runs, SWITCH) - top_share(runs, K1),
                 (K1, SWITCH),
             ),
             Claim(
@@ -234,9 +280,10 @@ PARTS: dict[str, Part] = {
                 "images (our threshold; the source has none).",
                 ROBUST_EXPERTS,
                 "largest share of first choices, switch, k = 1",
-                lambda runs: _top_share(runs, SWITCH),
+                lambda runs: top_share(runs, SWITCH),
                 (SWITCH,),
                 bound=COLLAPSE_SHARE,
+                checks=(EXPERTS,),
             ),
             Claim(
                 "Under the switch loss a single expert is more robust than the gated model (chosen on half of the "
@@ -245,6 +292,7 @@ PARTS: dict[str, Part] = {
                 "RA, best single expert − gated, switch, k = 1",
                 lambda runs: runs[SWITCH]["best_single"] - runs[SWITCH]["ra"],
                 (SWITCH,),
+                checks=(ROUTED_BY_SWITCH,),
             ),
         ),
     ),

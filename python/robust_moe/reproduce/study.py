@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import resolve_device
 from robust_moe.files import replace_file
 from robust_moe.provenance import provenance
-from robust_moe.reproduce.claims import RULE, Spread, check
+from robust_moe.reproduce.claims import RULE, Spread, judge
 from robust_moe.reproduce.figures import draw_part
 from robust_moe.reproduce.jobs import Job, expect_overrides, make_jobs, write_json
 from robust_moe.reproduce.preparation import (
@@ -34,9 +35,10 @@ from robust_moe.reproduce.scales import SCALES
 from robust_moe.reproduce.studies import PARTS, STUDIES
 from robust_moe.reproduce.summary import summary
 
-__all__ = ["StudyError", "StudyResult", "reproduce"]
+__all__ = ["StudyError", "StudyResult", "judge_again", "reproduce"]
 
-FORMAT = 2  # of study.json
+FORMAT = 3  # of study.json
+READABLE = (2, 3)  # 2: claims without checks, three verdicts
 SEEDS = 3
 
 
@@ -134,9 +136,6 @@ def reproduce(
 def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settings: dict[str, Any]) -> dict[str, Any]:
     """The content of study.json."""
     done = {(job.run, job.seed): found for job in jobs if (found := job.finished()) is not None}
-    by_seed: dict[int, dict[str, Any]] = {seed: {} for seed in settings["seeds"]}
-    for (run, seed), found in done.items():
-        by_seed[seed][run] = found["measures"]
     runs = {}
     for run in dict.fromkeys(job.run for job in jobs):
         seeds = {seed: found for (name, seed), found in done.items() if name == run}
@@ -151,14 +150,7 @@ def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settin
     return {
         "format": FORMAT,
         **settings,
-        "parts": {
-            name: {
-                "title": PARTS[name].title,
-                "runs": list(PARTS[name].runs),
-                "claims": [check(claim, by_seed) for claim in PARTS[name].claims],
-            }
-            for name in parts
-        },
+        "parts": _judged(parts, settings["seeds"], runs),
         "rule": RULE,
         "runs": runs,
         "failed": outcome.failed,
@@ -167,6 +159,61 @@ def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settin
         **provenance(resolve_device(jobs[0].config.run.accelerator)),
         "hardware": ", ".join(sorted({found["hardware"] for found in done.values()})),
     }
+
+
+def _judged(parts: Sequence[str], seeds: Sequence[int], runs: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a study with every claim decided, from its ``runs`` as study.json has them."""
+    by_seed: dict[int, dict[str, Any]] = {seed: {} for seed in seeds}
+    for run, content in runs.items():
+        for seed, found in content["seeds"].items():
+            by_seed[int(seed)][run] = found["measures"]
+    return {
+        name: {
+            "title": PARTS[name].title,
+            "runs": list(PARTS[name].runs),
+            "claims": [judge(claim, by_seed) for claim in PARTS[name].claims],
+        }
+        for name in parts
+    }
+
+
+def judge_again(file: str | Path, study: str | None = None, out: str | Path | None = None) -> StudyResult:
+    """Decide the claims of a finished study anew, by the claims, checks and rule of this version; nothing is trained.
+
+    Writes ``summary.md``, which says so; ``file`` stays as it was measured.
+
+    Args:
+        file: a study.json, of this format or of one in :data:`READABLE`.
+        study: that it has to be of; None: any.
+        out: folder of the summary; None: that of ``file``, with whose figures it goes.
+
+    Raises:
+        StudyError: no such file, other content, another format, a part or run that this version does not have, or
+            measures that a claim cannot be computed from.
+    """
+    path = Path(file)
+    expected = f"{path}: expected a study.json of robust-moe reproduce, of format {' or '.join(map(str, READABLE))}"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        got = results["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{expected}, got {type(error).__name__}: {error}") from error
+    if got not in READABLE:
+        raise StudyError(f"{expected}, got format {got!r}")
+    if study not in (None, results["study"]):
+        raise StudyError(f"study: expected {results['study']!r}, which {path} is of, got {study!r}")
+    if unknown := sorted({*results["parts"]} - {*PARTS}):
+        raise StudyError(f"{path}: expected parts among {', '.join(PARTS)}, got {', '.join(unknown)}")
+    try:
+        parts = _judged(list(results["parts"]), results["seeds"], results["runs"])
+    except (ValueError, KeyError) as error:
+        raise StudyError(f"{path}: {error}") from error
+    target = path.parent if out is None else Path(out)
+    results |= {"parts": parts, "rule": RULE, "judged_again": True}
+    figures = {part: [target / found.name for found in sorted(path.parent.glob(f"{part}-*.png"))] for part in parts}
+    target.mkdir(parents=True, exist_ok=True)
+    replace_file(target / "summary.md", summary(results, figures if out is None else {}).encode())
+    return StudyResult(results, path, True)
 
 
 def _means(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["claim_line", "summary"]
+from robust_moe.reproduce.claims import FAILED, NOT_MEASURED
+
+__all__ = ["claim_line", "claims_table", "summary", "verdict_line"]
 
 COLUMNS = (
     ("sa", "SA"),
@@ -17,6 +19,7 @@ COLUMNS = (
     ("flips", "routes changed under PGD"),
     ("largest", "largest expert"),
     ("best_single", "best single expert"),
+    ("dose", "dose of the method's term"),
 )
 
 
@@ -30,7 +33,25 @@ def percent(spread: Mapping[str, Any] | None) -> str:
 
 def claim_line(claim: Mapping[str, Any]) -> str:
     """One line for the screen: verdict, statement, numbers."""
-    return f"{claim['verdict']}: {claim['statement']} {claim['quantity']} = {percent(claim)} % (n = {claim['n']})"
+    return f"{verdict_line(claim)}: {claim['statement']} {claim['quantity']} = {percent(claim)} % (n = {claim['n']})"
+
+
+def verdict_line(claim: Mapping[str, Any], mark: str = "") -> str:
+    """The verdict between ``mark``; behind it the checks that failed, with their numbers, or were not measured."""
+    checks = [check for check in claim.get("checks", ()) if claim["n"]]  # study.json of format 2 has none
+    failed = [_check(check) for check in checks if check["outcome"] == FAILED]
+    missing = [check["name"] for check in checks if check["outcome"] == NOT_MEASURED]
+    notes = ["; ".join(failed)] if failed else []
+    notes += [f"check not measured: {', '.join(missing)}"] if missing else []
+    return f"{mark}{claim['verdict']}{mark}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    """``dose 1.1 %, needs 10 %``."""
+    mean, bound = check["mean"], check["bound"]
+    if check["share"]:
+        return f"{check['name']} {100 * mean:.1f} %, needs {100 * bound:g} %"
+    return f"{check['name']} {mean:g}, needs {bound:g}"
 
 
 def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -> str:
@@ -51,24 +72,51 @@ def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -
         "",
         f"How claims are decided: {results['rule']}",
     ]
+    if results.get("judged_again"):
+        lines += ["", "The claims were decided anew, by the rule above, from the measurements of the commit named."]
     if results["failed"]:
         lines += ["", "Failed: " + "; ".join(f"{job}: {why}" for job, why in results["failed"].items())]
     for name, part in parts.items():
-        lines += ["", f"## {part['title']}", "", *_claims(part["claims"]), "", *_runs(part["runs"], results["runs"])]
+        lines += [
+            "",
+            f"## {part['title']}",
+            "",
+            *claims_table(part["claims"]),
+            "",
+            *_checks(part["claims"]),
+            *_runs(part["runs"], results["runs"]),
+        ]
         for figure in figures.get(name, ()):
             lines += ["", f"![{figure.stem}]({figure.name})"]
     return "\n".join(lines) + "\n"
 
 
-def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table: a row for each claim with its numbers and its verdict."""
     rows = ["| claim | source | measured, % | claimed, % | n | verdict |", "|---|---|---|---|---|---|"]
     for claim in claims:
         sign, bound = claim["claimed"][0], 100 * claim["bound"]
         rows.append(
             f"| {claim['statement']} | {claim['source']} | {claim['quantity']}: {percent(claim)} | {sign} {bound:g} | "
-            f"{claim['n']} | **{claim['verdict']}** |"
+            f"{claim['n']} | {verdict_line(claim, '**')} |"
         )
     return rows
+
+
+def _checks(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the manipulation checks, each once; empty without any."""
+    checks = {check["quantity"]: check for claim in claims for check in claim.get("checks", ())}
+    if not checks:
+        return []
+    rows = ["| manipulation check | measured | at least | | why |", "|---|---|---|---|---|"]
+    for check in checks.values():
+        scale, unit = (100, " %") if check["share"] else (1, "")
+        measured = "–" if check["mean"] is None else f"{scale * check['mean']:.1f}{unit}"
+        rows.append(
+            f"| {check['name']}: {check['quantity']} | {measured} | {scale * check['bound']:g}{unit} | "
+            f"{check['outcome']} | {check['why']} |"
+        )
+    return [*rows, ""]
 
 
 def _runs(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
