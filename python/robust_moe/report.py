@@ -16,11 +16,15 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_expe
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import PresetEvaluation, plot_routing, plot_training, read_results
+from robust_moe.evaluation.common import expect_common
+from robust_moe.evaluation.results import samples_file
+from robust_moe.evaluation.stages import describe_attack
 from robust_moe.settings import plain
 
 __all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice"]
 
 SPLITS = ("train", "val", "test")
+SINGLE_SUITE = ("quick", "standard", "rand")  # presets all of whose attacks are known before they run
 
 
 def expect_choice(split: str, count: int | None) -> None:
@@ -78,7 +82,7 @@ def assess(
         CheckpointError, ConfigError, DataError: what cannot be read or does not fit.
         ResumeError: a journal of another model, other data or other settings.
         FloatingPointError: NaN in a logit or an attack's gradient.
-        ValueError: one of ``beside`` is no result file.
+        ValueError: one of ``beside`` is no result file, or has no attack in common with this evaluation.
     """
     expect_choice(split, count)
     others = _named_results([Path(other) for other in beside])
@@ -110,6 +114,12 @@ def assess(
             say=reporter.line,
             key="eval.attack",
         )
+        if preset in SINGLE_SUITE:  # sooner said than after hours of attacks
+            planned = [
+                {"name": stage.name, "chain": stage.chain, "settings": describe_attack(stage.attack)}
+                for stage in evaluation.stages
+            ]
+            expect_common([("this evaluation", {"attacks": planned}), *others])
         return evaluation.complete(path, path.with_suffix(".html"), resume=resume, beside=others), path
 
 
@@ -120,7 +130,11 @@ def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
         folder if folders.count(folder) == 1 else f"{folder}/{path.stem}"
         for folder, path in zip(folders, paths, strict=True)
     ]
-    return [(name, read_results(path)) for name, path in zip(names, paths, strict=True)]
+    found = []
+    for name, path in zip(names, paths, strict=True):
+        results = read_results(path)
+        found.append((name, {**results, "samples": str(samples_file(path))}))
+    return found
 
 
 def _result_file(

@@ -327,7 +327,7 @@ def test_hostile_words_are_only_words(page):
     results["attacks"][0]["name"] = HOSTILE
     results["flags"][1]["message"] = HOSTILE
     results["moe"]["layers"] = {HOSTILE: results["moe"]["layers"]["layer1.1"]}
-    got = page(results, others=[(HOSTILE, results_of())])
+    got = page(results, others=[(HOSTILE, results)])
     assert_stands_alone(got)
     assert got.text.count('</title><script>alert("1")</script>') >= 8
     assert got.all("a") == [{"href": attributes["href"]} for attributes in got.all("a")]
@@ -423,6 +423,21 @@ def test_other_models_are_shown_and_what_cannot_be_compared_is_said(page):
     label = next(root.get("aria-label") for root in got.svgs() if "twin" in root.get("aria-label"))
     assert "easy: clean 99.4%, robust 75.0%" in label
     assert "clean only" not in label
+
+
+def test_models_are_compared_by_the_attacks_that_both_have(page):
+    """The other had PGD alone: the worst case over two attacks is shown apart, in a column of its own."""
+    other = results_of(attacks=results_of()["attacks"][:1], robust=0.75)
+    mine = results_of(**PLAIN)
+    got = page(mine, others=[("twin", other)])
+    assert [row[2] for row in got.numbers("The points")] == [mine["attacks"][0]["alone"], 0.75]
+    assert [row[-2][1] for row in got.tables["The points"][1:]] == [0.5125, 0.75]
+    assert [row[-1][0] for row in got.tables["The points"][1:]] == ["apgd-ce", "none"]
+    assert "the worst case over the attacks that all of them have (pgd)" in got.text
+    assert '<dd><data value="0.5125">' in got.raw  # the model's own headline is of all its attacks
+    foreign = results_of(attacks=[{**other["attacks"][0], "chain": "square", "name": "square"}])
+    with pytest.raises(ValueError, match=r"twin: expected an attack in common .* got square"):
+        page(mine, others=[("twin", foreign)])
 
 
 def test_names_in_any_script_draw_no_warning(page):

@@ -28,6 +28,7 @@ RESULTS = [
         {
             "clean": clean,
             "robust": robust,
+            "attacks": [{"name": "pgd", "chain": "pgd", "settings": {"steps": 20}}],
             "clean_interval": [clean - 0.02, clean + 0.01],
             "robust_interval": [robust - 0.03, robust + 0.03],
         },

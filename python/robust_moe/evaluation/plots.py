@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from robust_moe.evaluation.common import in_common
+
 __all__ = ["draw_tradeoff", "named_legend", "new_figure", "plot_comparison", "plot_routing", "plot_training", "tidy"]
 
 INK, NEUTRAL, GRID = "#1a202c", "#4a5568", "#e2e8f0"
@@ -141,13 +143,15 @@ def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", t
 
 
 def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | Path, title: str = "Accuracy") -> None:
-    """Clean against robust accuracy of several (name, results), as bars and as points, with 95 % intervals.
+    """Clean against robust accuracy of several (name, results), as bars and as points, with 95 % intervals; robust is
+    the worst case over the attacks that all have.
 
     Raises:
-        ValueError: no rows, or one without an attack.
+        ValueError: no rows, one without an attack, or some without a common one.
     """
     if not rows or any(results["robust"] is None for _, results in rows):
         raise ValueError("rows: expected results of attacked models, got none or one without an attack")
+    rows = in_common(rows)
     figure = new_figure(9.5, 4.0, title)
     left, right = figure.subplots(1, 2)
     places = np.arange(len(rows))

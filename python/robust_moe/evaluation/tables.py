@@ -8,17 +8,26 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from robust_moe.evaluation.common import in_common
 from robust_moe.evaluation.outcome import AUTOATTACK, MOE
 
 __all__ = ["attack_name", "attack_table", "flag_lines", "moe_table", "results_table"]
 
 
 def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
-    """One row per (name, results): accuracies in percent with their 95 % intervals."""
+    """One row per (name, results): accuracies in percent with their 95 % intervals.
+
+    ``robust`` of several is the worst case over the attacks that all have; a column shows that over all of a result's
+    own where it has others. Raises ValueError without a common attack.
+    """
+    rows = in_common(rows)
     attacks = dict.fromkeys(attack_name(results) for _, results in rows)
+    extra = any(results.get("own") for _, results in rows)
     table = Table(title=title, caption=f"robust: {'; '.join(attacks)}. [95 % interval]".replace("[", r"\["))
     for column in ("run", "weights", "clean %", "robust %", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    if extra:
+        table.add_column("after all of its attacks %", justify="right", no_wrap=True)
     for name, results in rows:
         table.add_row(
             name,
@@ -26,6 +35,7 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
             _percent(results, "clean"),
             _percent(results, "robust"),
             f"{results['seconds']:.1f}",
+            *([f"{100 * results['robust_own']:.1f}" if results.get("own") else "-"] if extra else []),
         )
     return table
 
@@ -83,10 +93,12 @@ def flag_lines(results: Mapping[str, Any]) -> list[Text]:
 
 
 def attack_name(results: Mapping[str, Any]) -> str:
-    """E.g. ``PGD-20 + AutoAttack, Linf eps = 8/255``; ``no attack`` for a clean evaluation."""
+    """E.g. ``PGD-20 + AutoAttack, Linf eps = 8/255``; ``no attack`` for a clean evaluation. Of results that
+    :func:`~robust_moe.evaluation.common.in_common` has compared, the common attacks."""
     if not results["attacks"]:
         return "no attack"
-    names = dict.fromkeys(_short(attack) for attack in results["attacks"])
+    own = results.get("own", ())
+    names = dict.fromkeys(_short(attack) for attack in results["attacks"] if attack["name"] not in own)
     return f"{' + '.join(names)}, {results['norm']} eps = {results['eps']}"
 
 

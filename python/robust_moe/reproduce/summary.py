@@ -64,7 +64,8 @@ def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -
         f"{results['data']['name']}, seeds {', '.join(map(str, results['seeds']))}; "
         f"{results['hardware'] or 'nothing run'}; commit {', '.join(map(str, results['commits']))}; "
         f"{least}{seconds['computing'] / 60:.0f} minutes of computing in all runs. "
-        "Percent, mean ± standard deviation over the seeds.",
+        "Percent, mean ± standard deviation over the seeds. Models are compared by RA, the attack that all of a table "
+        "have; “all three” is the worst case over RA, RA-E and RA-R, for models with experts.",
         "",
         f"With other settings than the scale's: `{' '.join(results['overrides'])}`"
         if results["overrides"]

@@ -46,7 +46,7 @@ def write_report(
         others: (name, results) of other models, shown beside this one in the trade-off of clean and robust accuracy.
 
     Raises:
-        ValueError: results of another format.
+        ValueError: results of another format, or others without an attack in common with these.
     """
     for name, entry in (("results", results), *others):
         if entry.get("format") != FORMAT:
@@ -56,7 +56,7 @@ def write_report(
     parts = [
         attack_section(results),
         flag_section(results),
-        tradeoff_section(results, others),
+        tradeoff_section(results, others, samples),
         curve_section(results),
         *moe_sections(results),
         example_section(results, samples),

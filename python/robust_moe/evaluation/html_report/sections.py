@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from robust_moe.evaluation import figures
+from robust_moe.evaluation.common import in_common
 from robust_moe.evaluation.html_report.blocks import (
     Cell,
     Figure,
@@ -106,12 +109,18 @@ def flag_section(results: Mapping[str, Any]) -> Section | Missing:
     return Section("flags", "Sanity flags", [table])
 
 
-def tradeoff_section(results: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
-    """This model among others; None without an attack (said elsewhere)."""
-    models = [(results["model"]["name"], results), *others]
+def tradeoff_section(
+    results: Mapping[str, Any],
+    others: Sequence[tuple[str, Mapping[str, Any]]],
+    samples: Mapping[str, np.ndarray] | None = None,
+) -> Section | None:
+    """This model among others, by the worst case over the attacks that all have (``samples``: the arrays of
+    ``results``); None without an attack (said elsewhere)."""
+    models = in_common([(results["model"]["name"], results), *others], samples)
     drawn = [(name, entry) for name, entry in models if entry["robust"] is not None]
     if results["robust"] is None:
         return None
+    extra = any(entry.get("own") for _, entry in models)
     rows = [
         [
             Cell(name),
@@ -121,16 +130,21 @@ def tradeoff_section(results: Mapping[str, Any], others: Sequence[tuple[str, Map
             Cell(span(entry.get("robust_interval"))),
             number(entry["count"]),
             number(entry["model"].get("parameters")),
-            Cell("this model" if entry is results else _differences(results, entry)),
+            Cell("this model" if number_of == 0 else _differences(results, entry)),
+            *([percent(entry.get("robust_own")), Cell(", ".join(entry.get("own", [])) or "none")] if extra else []),
         ]
-        for name, entry in models
+        for number_of, (name, entry) in enumerate(models)
     ]
     columns = ("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under")
+    columns += ("robust against all of its attacks", "attacks besides the common ones") if extra else ()
     label = "; ".join(
         f"{name}: clean {percent(e['clean']).text}, robust {percent(e['robust']).text}" for name, e in drawn
     )
     svg = figures.inline_svg(figures.tradeoff(drawn), "tradeoff", f"Clean against robust accuracy. {label}")
+    common = ", ".join(models[0][1]["common"])
     caption = "Accuracies with 95 % intervals; further right and up is better."
+    if len(drawn) > 1:
+        caption += f" Robust: the worst case over the attacks that all of them have ({common})."
     figure = Figure(svg, caption)
     return Section("tradeoff", "Clean against robust accuracy", [figure, Table("The points", columns, rows)])
 
@@ -144,7 +158,7 @@ def _differences(results: Mapping[str, Any], other: Mapping[str, Any]) -> str:
             "images": f"{entry['count']:,}",
             "norm": entry["norm"],
             "ε": entry["eps"],
-            "attacks": ", ".join(attack["name"] for attack in entry["attacks"]) or "none",
+            "attacks": "" if entry["attacks"] else "none",
         }
 
     ours, theirs = terms(results), terms(other)

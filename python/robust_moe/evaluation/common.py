@@ -1,0 +1,113 @@
+"""Models compared by the worst case over the attacks that all of them were given.
+
+A worst case over more attacks is lower: results of several attacks beside results of one are no comparison of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robust_moe.evaluation.outcome import AUTOATTACK
+from robust_moe.evaluation.results import wilson_interval
+
+__all__ = ["expect_common", "in_common"]
+
+Rows = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Mapping[str, Any]]]:
+    """``rows`` with ``robust`` and ``robust_interval`` over the attacks that all of them have.
+
+    Attacks count by chain: two results have a chain in common where it consists of the same attacks with the same
+    settings, seeds apart. Results without an attack stay as they are and restrict nothing. Each attacked one gets
+    ``common``, the names of the common attacks; ``own``, those it has besides; ``robust_own``, the worst case over all.
+
+    Args:
+        rows: (name, content of a result file). ``samples`` in the content may be the path of the arrays beside it.
+        samples: the arrays of the first row; None: as of the others.
+
+    Raises:
+        ValueError: two results without a common attack, with what to run; or a worst case over some of the attacks that
+            the result does not hold, its arrays not being there.
+    """
+    shared = expect_common(rows)
+    chosen = []
+    for number, (name, results) in enumerate(rows):
+        if results["robust"] is None:
+            chosen.append((name, results))
+            continue
+        robust = _worst_case(name, results, shared, samples if number == 0 else None)
+        same = robust == results["robust"]
+        interval = results["robust_interval"] if same else list(wilson_interval(robust, results["count"]))
+        parted: dict[bool, list[str]] = {True: [], False: []}
+        for attack in results["attacks"]:
+            parted[attack["chain"] in shared].append(attack["name"])
+        own = {"common": parted[True], "own": parted[False], "robust_own": results["robust"]}
+        chosen.append((name, {**results, "robust": robust, "robust_interval": interval, **own}))
+    return chosen
+
+
+def expect_common(rows: Rows) -> list[str]:
+    """The chains that all attacked ``rows`` have, in order; raises as :func:`in_common` without one."""
+    attacked = [(name, _chains(results)) for name, results in rows if results["attacks"]]
+    if not attacked:
+        return []
+    (first, chains), *others = attacked
+    shared = [chain for chain in chains if all(chains[chain] == other.get(chain) for _, other in others)]
+    for name, other in others:
+        if not shared and not any(chains[chain] == other.get(chain) for chain in chains):
+            raise ValueError(
+                f"{name}: expected an attack in common with {first} ({', '.join(chains)}), got {', '.join(other)}, "
+                "or the same with other settings; run robust-moe eval on both with the same --preset and eval.attack "
+                "settings"
+            )
+    if not shared:
+        raise ValueError(
+            f"{', '.join(name for name, _ in attacked)}: expected an attack that all have in common, got none; run "
+            "robust-moe eval on all of them with the same --preset and eval.attack settings"
+        )
+    return shared
+
+
+def _chains(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By chain, what decides its attacks: names and settings, the seed of the random start apart."""
+    chains: dict[str, list[str]] = {}
+    for attack in results["attacks"]:
+        settings = {key: value for key, value in attack["settings"].items() if key != "seed"}
+        chains.setdefault(attack["chain"], []).append(json.dumps([attack["name"], settings], sort_keys=True))
+    return chains
+
+
+def _worst_case(
+    name: str, results: Mapping[str, Any], shared: Sequence[str], samples: Mapping[str, np.ndarray] | None
+) -> float:
+    """Share of the images that are right clean and after every attack of the chains ``shared``."""
+    attacks = results["attacks"]
+    inside = [attack["chain"] in shared for attack in attacks]
+    if all(inside):
+        return results["robust"]
+    count = sum(inside)
+    if count == 1 and (alone := attacks[inside.index(True)]["alone"]) is not None:
+        return alone
+    if list(shared) == [AUTOATTACK] and results[AUTOATTACK] is not None:
+        return results[AUTOATTACK]
+    if all(inside[:count]):  # the first that ran
+        return attacks[count - 1]["robust_after"]
+    names = [attack["name"] for attack, common in zip(attacks, inside, strict=True) if common]
+    needed = ["clean", *(f"broken/{attack}" for attack in names)]
+    path = Path(str(results.get("samples")))
+    if samples is None and path.is_file():
+        with np.load(path) as arrays:
+            samples = {key: arrays[key] for key in needed if key in arrays}
+    if samples is None or any(key not in samples for key in needed):
+        raise ValueError(
+            f"{name}: expected the arrays {', '.join(needed)} beside its result file, as it has attacks that others "
+            f"have not, got none of that kind at {path}; run robust-moe eval on it again"
+        )
+    broken = [samples[key] for key in needed[1:]]
+    return float((samples["clean"] & ~np.any(broken, axis=0)).mean())
