@@ -153,11 +153,13 @@ class MoELayer(nn.Module):
             self.routing = RoutingRecord.fixed(x, fixed, self.num_experts)
             return self.experts.one(fixed, x)
         # Read from the local name: another thread's forward may replace self.routing meanwhile.
-        record, route = self._decide(x)
+        record, route = self.decide(x)
         self.routing = record
         return self.experts.mix(x, route, record.weights)
 
-    def _decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
+    def decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
+        """What the layer's gate and options, the fixed expert apart, make of ``x`` [B, C, H, W], without running an
+        expert: the record that a forward would leave in ``routing``, and where it would send each sample."""
         options = self._route_options
         clean = self.gate(x)
         expect(
