@@ -132,7 +132,7 @@ class SwapTop:
         _expect_two(record, "SwapTop")
         ranked = _ranked(record)
         swapped = torch.cat([ranked[:, 1:2], ranked[:, :1], ranked[:, 2:]], 1)
-        return swapped[:, : options.top_k], record.weights
+        return swapped[:, : record.indices.shape[1]], record.weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ class RandomRoutes:
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         middle = record.scores.new_full(record.scores.shape, 0.5, dtype=torch.float32)
         draws = random_start(middle, 0.5, self.seed, self.sample_index, self.stream)  # U[0, 1)
-        return draws.sort(dim=1, stable=True).indices[:, : options.top_k], record.weights
+        return draws.sort(dim=1, stable=True).indices[:, : record.indices.shape[1]], record.weights
 
 
 @dataclass(frozen=True)
