@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
+from robust_moe_kernels.modules.moe_layer import MoELayer
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.attack_step import random_start
@@ -29,6 +30,7 @@ __all__ = [
     "SoftGradient",
     "SwapTop",
     "last_routes",
+    "only_expert",
     "rerouted",
 ]
 
@@ -59,6 +61,20 @@ def rerouted(model: nn.Module, reroute: Reroute | Mapping[str, Reroute]) -> Iter
     finally:
         for layer, found in before:
             layer.reroute = found
+
+
+@contextmanager
+def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
+    """Every sample goes to one expert of a layer with weight 1, its gate unused; then what the layer had is put back.
+
+    Raises:
+        ValueError: an expert out of range.
+    """
+    before, layer.fixed_expert = layer.fixed_expert, expert
+    try:
+        yield
+    finally:
+        layer.fixed_expert = before
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,13 @@ from robust_moe.attacks.losses import cross_entropy, kl_divergence
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import probed_gain
 from robust_moe.methods.base import TRAINING, Forward, Objective, Scored, accuracy, full
-from robust_moe.methods.moe_attacks import held
 from robust_moe.methods.options import LabelSmoothing
 from robust_moe.methods.routed import RoutedMethod, experts_and_gates, run_gates
 from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
 from robust_moe.settings import setting
-from robust_moe_kernels.modules import moe_layers, rerouted
+from robust_moe_kernels.modules import moe_layers, only_expert
 
 __all__ = ["RobustGate"]
 
@@ -109,7 +108,7 @@ class RobustGate(RoutedMethod):
         for name, layer in moe_layers(model).items():
             columns = []
             for expert in range(layer.num_experts):
-                with rerouted(model, held({name: torch.full_like(batch.labels, expert)})):
+                with only_expert(layer, expert):
                     attacked = images
                     if self.own:
                         attacked, nonfinite = self.craft(model, batch, seed)
