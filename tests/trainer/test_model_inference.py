@@ -32,6 +32,7 @@ from robust_moe_kernels.modules import (
     SoftGradient,
     SwapTop,
     moe_layers,
+    prune_experts,
     rerouted,
 )
 
@@ -301,9 +302,18 @@ def test_settings_out_of_range_are_refused(overrides, words):
         load_config(None, overrides)
 
 
-def test_a_rule_over_more_experts_than_the_layer_has_is_named():
-    with pytest.raises(ValueError, match="top: expected 2 <= m <= num_experts = 2, got 3"):
-        layer([[0.4, 0.6]], RandomTop(3))(maps(1))
+@pytest.mark.parametrize("rule", RULES, ids=["margin_soft", "random_top"])
+def test_a_rule_goes_on_with_the_experts_that_pruning_leaves(rule):
+    torch.manual_seed(0)
+    made = FusedConvMoE.from_conv(nn.Conv2d(3, 4, 3, padding=1), 4, 1, init="fresh").eval()
+    made.inference = rule
+    x = torch.randn(6, 3, 5, 5)
+    for left in ([0, 3], [2]):
+        pruned = prune_experts(made, left)
+        output = pruned(x)
+        assert pruned.inference == rule
+        assert set(pruned.routing.indices.flatten().tolist()) <= set(range(len(left)))
+    torch.testing.assert_close(output, made.expert(2)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_default_is_the_routing_of_training(tiny):
