@@ -19,6 +19,7 @@ from robust_moe_kernels.modules.route_control import (
     SoftGradient,
     SwapTop,
     last_routes,
+    only_expert,
     rerouted,
 )
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
@@ -47,6 +48,7 @@ __all__ = [
     "check_finite",
     "last_routes",
     "moe_layers",
+    "only_expert",
     "prune_experts",
     "replace_blocks",
     "rerouted",

@@ -23,6 +23,7 @@ __all__ = ["FusedBlockMoE", "FusedConvMoE", "MoELayer"]
 INITS = ("copy", "fresh")
 
 _IMPOSED = ("fixed_expert", "reroute")  # options that are set for a while, and not printed
+_PRINTED_IF_SET = ("inference",)
 T = TypeVar("T")
 
 
@@ -56,9 +57,10 @@ class MoELayer(nn.Module):
     model.
 
     ``route_options`` (:class:`RouteOptions`) holds what the layer does with its gate's logits; each option is an
-    attribute of the layer too. Beside the arguments these are ``fixed_expert``, the expert that takes every sample with
-    weight 1, gate unused, and ``reroute``, which replaces what the gate decides
-    (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets it).
+    attribute of the layer too. Beside the arguments these are ``inference``, the routing rule in eval mode (None: that
+    of training), ``fixed_expert``, the expert that takes every sample with weight 1, gate unused, and ``reroute``,
+    which replaces what the gate, or the rule, decides (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets
+    it).
 
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
@@ -83,6 +85,7 @@ class MoELayer(nn.Module):
     noise_std = _Option[float]()
     fixed_expert = _Option[int | None]()
     reroute = _Option[Reroute | None]()
+    inference = _Option[Reroute | None]()
 
     def __init__(
         self,
@@ -153,11 +156,13 @@ class MoELayer(nn.Module):
             self.routing = RoutingRecord.fixed(x, fixed, self.num_experts)
             return self.experts.one(fixed, x)
         # Read from the local name: another thread's forward may replace self.routing meanwhile.
-        record, route = self._decide(x)
+        record, route = self.decide(x)
         self.routing = record
         return self.experts.mix(x, route, record.weights)
 
-    def _decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
+    def decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
+        """What the layer's gate and options, the fixed expert apart, make of ``x`` [B, C, H, W], without running an
+        expert: the record that a forward would leave in ``routing``, and where it would send each sample."""
         options = self._route_options
         clean = self.gate(x)
         expect(
@@ -173,10 +178,11 @@ class MoELayer(nn.Module):
             logits = clean + noise_scale * torch.randn_like(clean)
         out, route = top_k_route(logits, options.top_k, options.renormalize, options.straight_through)
         record = RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
-        if options.reroute is None:
-            return record, route
-        indices, weights = options.reroute(options, record)
-        return replace(record, indices=indices, weights=weights), sort_by_expert(indices, self.num_experts)
+        rules = [rule for rule in (None if self.training else options.inference, options.reroute) if rule is not None]
+        for rule in rules:
+            indices, weights = rule(options, record)
+            record = replace(record, indices=indices, weights=weights)
+        return record, sort_by_expert(record.indices, self.num_experts) if rules else route
 
     def _expect_kind(self, x: Tensor) -> None:
         weight = next(self.experts.parameters())
@@ -191,6 +197,7 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         options = self._route_options
         names = [field.name for field in fields(options) if field.name not in _IMPOSED]
+        names = [name for name in names if name not in _PRINTED_IF_SET or getattr(options, name) is not None]
         return ", ".join([f"num_experts={self.num_experts}", *(f"{name}={getattr(options, name)}" for name in names)])
 
     @classmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
+from robust_moe_kernels.modules.moe_layer import MoELayer
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.attack_step import random_start
@@ -29,6 +30,7 @@ __all__ = [
     "SoftGradient",
     "SwapTop",
     "last_routes",
+    "only_expert",
     "rerouted",
 ]
 
@@ -59,6 +61,20 @@ def rerouted(model: nn.Module, reroute: Reroute | Mapping[str, Reroute]) -> Iter
     finally:
         for layer, found in before:
             layer.reroute = found
+
+
+@contextmanager
+def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
+    """Every sample goes to one expert of a layer with weight 1, its gate unused; then what the layer had is put back.
+
+    Raises:
+        ValueError: an expert out of range.
+    """
+    before, layer.fixed_expert = layer.fixed_expert, expert
+    try:
+        yield
+    finally:
+        layer.fixed_expert = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +148,7 @@ class SwapTop:
         _expect_two(record, "SwapTop")
         ranked = _ranked(record)
         swapped = torch.cat([ranked[:, 1:2], ranked[:, :1], ranked[:, 2:]], 1)
-        return swapped[:, : options.top_k], record.weights
+        return swapped[:, : record.indices.shape[1]], record.weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +169,7 @@ class RandomRoutes:
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         middle = record.scores.new_full(record.scores.shape, 0.5, dtype=torch.float32)
         draws = random_start(middle, 0.5, self.seed, self.sample_index, self.stream)  # U[0, 1)
-        return draws.sort(dim=1, stable=True).indices[:, : options.top_k], record.weights
+        return draws.sort(dim=1, stable=True).indices[:, : record.indices.shape[1]], record.weights
 
 
 @dataclass(frozen=True)

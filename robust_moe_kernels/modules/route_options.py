@@ -36,7 +36,8 @@ class RouteOptions:
     straight_through: bool = True  # k = 1: forward weight exactly 1, gradient through the score
     noise_std: float = 0.0  # of the score noise in training, in units of a row's own standard deviation; 0: none
     fixed_expert: int | None = None  # takes every sample with weight 1, the gate unused
-    reroute: Reroute | None = None  # replaces what the gate decides
+    reroute: Reroute | None = None  # replaces what the gate decides, for a while
+    inference: Reroute | None = None  # replaces what the gate decides in eval mode; a reroute gets its routes
 
     def __post_init__(self) -> None:
         expect(type(self.top_k) is int, "top_k", "an integer", repr(self.top_k))

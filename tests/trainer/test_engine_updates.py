@@ -169,6 +169,8 @@ def test_a_healthy_run_warns_of_nothing(tiny):
         ("fast_at", ("run.ema_decay=0.9",)),
         ("rt_er", ("method.awp_gamma=0.005",)),
         ("advmoe", ("run.ema_decay=0.99", "optim.schedule=multistep")),
+        ("prc", ("method.adversary=router",)),
+        ("robust_gate", ("method.every=2", "method.attacked=own")),
         ("jtdmoe", DUAL),
         ("jtdmoe", (*DUAL, "method.form=released", "optim.name=adamw", "optim.lr=1e-3")),
     ],

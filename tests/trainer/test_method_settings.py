@@ -57,7 +57,7 @@ def test_of_trades_the_cross_entropy_of_clean_images_is_smoothed(tiny):
 
 
 HEEDED = {
-    "label_smoothing": {"standard", "pgd_at", "trades", "free_at", "fast_at"},
+    "label_smoothing": {"standard", "pgd_at", "trades", "free_at", "fast_at", "prc", "robust_gate"},
     "attack_steps_schedule": {"pgd_at", "trades", "mart"},
 }
 
@@ -68,7 +68,7 @@ def test_a_method_has_a_setting_or_refuses_it(tiny, name, option):
     if name == "jtdmoe":
         shape = DUAL
     else:
-        shape = () if name in ("rt_er", "advmoe") else DENSE[:1]
+        shape = () if name in ("rt_er", "advmoe", "prc", "robust_gate") else DENSE[:1]
     chosen = (
         f"method.name={name}",
         f"method.{option}={SETTINGS[option]}",

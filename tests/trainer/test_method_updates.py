@@ -23,7 +23,7 @@ DUAL = (*NETWORKS, "model.dual.enabled=true")
 # (method, model): everything that makes sense together
 CASES = {
     **{f"{name}-blocks": (name, BLOCKS) for name in METHODS if name != "jtdmoe"},
-    **{f"{name}-networks": (name, NETWORKS) for name in ("pgd_at", "trades", "rt_er", "advmoe")},
+    **{f"{name}-networks": (name, NETWORKS) for name in ("pgd_at", "trades", "rt_er", "advmoe", "prc", "robust_gate")},
     "rt_er-soft": ("rt_er", SOFT),
     "advmoe-soft": ("advmoe", SOFT),
     "rt_er-released": ("rt_er", (*NETWORKS, "method.form=released")),
@@ -72,26 +72,30 @@ def test_every_method_leaves_modes_and_gradients_alone_and_attacks_for_real(tiny
         assert all(layer.reroute is None for layer in moe_layers(model).values())
         if "attack_gain" in update.logs:
             assert update.logs["attack_gain"] > 0
-    assert seen == {"free_at": 4, "jtdmoe": 2, "advmoe": 2}.get(name, 1)
+    assert seen == {"free_at": 4, "jtdmoe": 2, "advmoe": 2, "robust_gate": 2}.get(name, 1)
 
 
 @pytest.mark.parametrize(
     ("name", "form", "levels"),
     [
         ("advmoe", "paper", [{"experts"}, {"gate"}]),
+        ("robust_gate", "", [{"experts"}, {"gate"}]),
         ("jtdmoe", "paper", [{"robust"}, {"robust", "standard"}]),
         ("jtdmoe", "released", [{"robust"}, {"standard"}]),
     ],
 )
 def test_who_moves_at_each_level(tiny, name, form, levels):
-    chosen = (*DUAL, f"method.form={form}") if name == "jtdmoe" else NETWORKS
+    chosen = (*DUAL, f"method.form={form}") if name == "jtdmoe" else NETWORKS  # advmoe and robust_gate have no form
     config = tiny(f"method.name={name}", *chosen)
     model, batch = setting(config)
     found = [{name.split(".")[0] for name in moved} for _, moved in run(make_method(config), model, batch)]
     assert found == levels
 
 
-@pytest.mark.parametrize("case", ["rt_er-networks", "rt_er-soft", "rt_er-blocks", "advmoe-networks", "jtdmoe"])
+@pytest.mark.parametrize(
+    "case",
+    ["rt_er-networks", "rt_er-soft", "rt_er-blocks", "advmoe-networks", "jtdmoe", "prc-blocks", "robust_gate-blocks"],
+)
 def test_the_router_gets_a_gradient(tiny, case):
     name, overrides = CASES[case]
     config = tiny(f"method.name={name}", "model.moe.balance=none", *overrides)
@@ -124,7 +128,7 @@ def test_random_starts_fill_the_ball():
     assert float((start.abs() > 0.0999).float().mean()) < 0.01  # published code had 97 % of pixels at the edge
 
 
-@pytest.mark.parametrize("name", ["trades", "rt_er", "advmoe"])
+@pytest.mark.parametrize("name", ["trades", "rt_er", "advmoe", "prc", "robust_gate"])
 def test_nan_in_an_attack_is_flagged_not_signed_to_zero(tiny, name):
     config = tiny(f"method.name={name}", *SOFT)
     model, batch = setting(config)

@@ -134,7 +134,7 @@ def test_under_autocast_the_loss_rises_with_the_perturbation(tiny):
     assert losses[0] + 0.02 < losses[1] < losses[2] - 0.1
 
 
-@pytest.mark.parametrize("name", ["standard", "pgd_at", "trades", "free_at", "rt_er", "advmoe"])
+@pytest.mark.parametrize("name", ["standard", "pgd_at", "trades", "free_at", "rt_er", "advmoe", "prc", "robust_gate"])
 def test_a_run_in_bfloat16_is_perturbed(tiny, name):
     found = []
     for gamma in (0.0, 0.05):

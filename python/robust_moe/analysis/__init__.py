@@ -2,7 +2,7 @@
 
 Sound: :mod:`bounds`, :mod:`reach`, :mod:`lipschitz`, :mod:`enclosure` and what joins them, :func:`certify_mixture`.
 True with a stated probability: :class:`Smoothed`. Not sound, and named so: :func:`estimate_lipschitz`,
-:func:`estimate_radius`.
+:func:`estimate_radius`. Besides: the most robust single path of a mixture as a dense network, :mod:`paths`.
 """
 
 from robust_moe.analysis.bounds import (
@@ -26,6 +26,7 @@ from robust_moe.analysis.lipschitz import (
     norm_product,
     pair_rows,
 )
+from robust_moe.analysis.paths import expert_losses, extract_path, robust_path
 from robust_moe.analysis.reach import router_reach
 from robust_moe.analysis.smoothing import ABSTAIN, Smoothed, SmoothedCertificate, clopper_pearson_lower
 from robust_moe.analysis.time_limit import OutOfTime, TimeLimit
@@ -50,6 +51,8 @@ __all__ = [
     "enclose_probabilities",
     "estimate_lipschitz",
     "estimate_radius",
+    "expert_losses",
+    "extract_path",
     "gradient_bounds",
     "hard_router_radius",
     "layer_bounds",
@@ -63,5 +66,6 @@ __all__ = [
     "network_graphs",
     "norm_product",
     "pair_rows",
+    "robust_path",
     "router_reach",
 ]

@@ -215,8 +215,9 @@ class _Builder:
 
     def mixture(self, layer: MoELayer, source: int, where: str, name: str) -> int:
         """A routed layer: the gate's logits, the weights they give, every expert, and their sum."""
-        free = layer.fixed_expert is None and layer.reroute is None
-        expect(free, where, "a routed layer whose gate decides", "one with a fixed expert or an imposed route")
+        free = layer.fixed_expert is None and layer.reroute is None and layer.inference is None
+        got = "one with a fixed expert, an imposed route or a routing rule"
+        expect(free, where, "a routed layer whose gate decides", got)
         logits = self.module(layer.gate, source, f"{name}.gate")
         count, shape = layer.num_experts, self.shapes[logits]
         expect(

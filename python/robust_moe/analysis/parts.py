@@ -3,7 +3,7 @@
 A part is a plain network or a mixture of networks. A mixture is known by its attributes, those of
 :class:`robust_moe.models.ExpertMixture`: ``gate`` (images -> logits [B, E]), ``experts.networks``, ``experts.domain``
 (what is mixed, "probabilities" or "logits"), ``top_k``, ``renormalize``, ``straight_through``, ``fixed_expert``,
-``reroute``.
+``reroute``, ``inference``.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def make_part(model: nn.Module, data: Data, mix: str | None, name: str) -> Part:
     expect_plain(model, name)
     mixture: Any = model  # known by its attributes
     expect_plain(mixture.experts, f"{name}.experts")
-    free = getattr(model, "fixed_expert", None) is None and getattr(model, "reroute", None) is None
-    expect(free, name, "a mixture whose router decides", "one with a fixed expert or an imposed route")
+    free = all(getattr(model, option, None) is None for option in ("fixed_expert", "reroute", "inference"))
+    expect(free, name, "a mixture whose router decides", "one with a fixed expert, an imposed route or a routing rule")
     count, domain = len(mixture.experts.networks), mixture.experts.domain
     if mixture.top_k >= count:
         ok = mix in (None, domain)

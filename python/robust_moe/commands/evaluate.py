@@ -78,7 +78,7 @@ def evaluate_checkpoint(
     Writes results as JSON, arrays of every image and an HTML report; the same command goes on after a kill.
 
     Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), model.dual.alpha,
-    run.accelerator, run.threads.
+    model.moe.inference, model.mixture.inference, run.accelerator, run.threads.
     """
     settings = import_modules(imports, overrides)
     for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):

@@ -28,15 +28,16 @@ def passes_of_run(config: TrainConfig, images: int) -> int:
     """Passes of a whole run on ``images`` training images (those held out are not among them).
 
     Raises:
-        ConfigError: a method or an attack that is not in the table: those of experts and routers, and all attacks but
-            PGD.
+        ConfigError: a method or an attack whose passes are not counted: ``rt_er``, ``jtdmoe``, ``advmoe``, and all
+            attacks but PGD.
         ValueError: ``images`` is not a count >= 1.
     """
     if images < 1:
         raise ValueError(f"images: expected a count >= 1, got {images}")
     steps, _ = steps_of_run(config, images)
     size = min(config.run.batch_size, images)
-    return size * sum(config.method.passes(attack) * count for attack, count in _pieces(config.method, steps))
+    pieces = _pieces(config.method, steps)
+    return size * sum(config.method.passes_of(attack, count, config.model) for attack, count in pieces)
 
 
 def epochs_within(budget_s: float, passes_per_second: float, config: TrainConfig, images: int = 50_000) -> int:

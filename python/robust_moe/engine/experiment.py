@@ -44,6 +44,7 @@ EVALUATION = (
     "data.test_limit",
     "eval.*",
     "model.dual.alpha",
+    "model.*.inference.*",
     "run.accelerator",
     "run.threads",
     "run.imports",

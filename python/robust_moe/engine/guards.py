@@ -3,7 +3,7 @@ attack that does not attack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import reduce
 
 import torch
@@ -23,7 +23,8 @@ def state_is_finite(model: nn.Module) -> bool:
 
 
 class GateWatch:
-    """Whether the gates of a model get gradients, in any update of an interval, and their weights move.
+    """Whether the gates of a model get gradients, in any update of an interval that trains them, and their weights
+    move.
 
     Layers with one expert, or whose gate has nothing to train, are not watched.
     """
@@ -41,6 +42,7 @@ class GateWatch:
             name: [p.detach().clone() for p in layer.gate.parameters()] for name, layer in self.layers.items()
         }
         self.seen: dict[str, Tensor] = {}  # bool scalars on the device: some gradient was not zero
+        self.asked: set[str] = set()  # layers whose gate some update was to train
         self.steps = False  # some update had a rate above 0
 
     def gradients(self) -> dict[str, Tensor]:
@@ -53,8 +55,15 @@ class GateWatch:
                 found[name] = reduce(torch.logical_or, flags)
         return found
 
-    def look(self, rate: float, gradients: Mapping[str, Tensor]) -> None:
-        """Take in the :meth:`gradients` before a step of learning rate ``rate``; never waits for the device."""
+    def look(
+        self, rate: float, gradients: Mapping[str, Tensor], trains: Collection[nn.Parameter] | None = None
+    ) -> None:
+        """Take in the :meth:`gradients` before a step of learning rate ``rate`` that moves ``trains`` (None: all);
+        never waits for the device."""
+        moving = None if trains is None else {id(parameter) for parameter in trains}
+        for name, layer in self.layers.items():
+            if moving is None or any(id(parameter) in moving for parameter in layer.gate.parameters()):
+                self.asked.add(name)
         self.steps |= rate > 0
         for name, flag in gradients.items():
             self.seen[name] = flag | self.seen[name] if name in self.seen else flag
@@ -63,7 +72,7 @@ class GateWatch:
         """What is wrong with the gates since the last call, by layer. Reads the host."""
         found = {}
         for name, layer in self.layers.items():
-            if layer.fixed_expert is not None:
+            if layer.fixed_expert is not None or name not in self.asked:
                 continue
             moved = [(p != old).any() for p, old in zip(layer.gate.parameters(), self.weights[name], strict=True)]
             if name not in self.seen or not bool(self.seen[name]):

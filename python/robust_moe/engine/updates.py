@@ -82,7 +82,7 @@ class Updater:
         """Steps the weights by the gradients of ``update``; all that is to be logged."""
         logs = update.logs if update.learned else update.logs | self._learn(update)
         gates = {name: logs.pop(_GATE + name) for name in self.gates.layers if _GATE + name in logs}
-        self.gates.look(max(group["lr"] for group in self.optimizer.param_groups), gates)
+        self.gates.look(max(group["lr"] for group in self.optimizer.param_groups), gates, update.trains)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # freed: an attack may be next
         return logs

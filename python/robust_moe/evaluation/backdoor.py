@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_moe.data import Batch, PoisonConfig, triggered
-from robust_moe.evaluation.moe_stages import only_expert, title
+from robust_moe.evaluation.moe_stages import title
 from robust_moe.evaluation.results import wilson_interval
 from robust_moe.evaluation.routing_measures import expert_use, routes, routing_change
 from robust_moe.evaluation.staged import StagedEvaluation, Task, share
 from robust_moe.settings import plain
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import MoELayer, attack_mode, last_routes, moe_layers, rerouted
+from robust_moe_kernels.modules import MoELayer, attack_mode, last_routes, moe_layers, only_expert, rerouted
 
 __all__ = ["backdoor_report"]
 

@@ -5,8 +5,6 @@ SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,9 +15,9 @@ from robust_moe.data import Batch
 from robust_moe.evaluation.routing_measures import routes
 from robust_moe.evaluation.staged import Attacked, StagedEvaluation
 from robust_moe.settings import field_types, plain
-from robust_moe_kernels.modules import MoELayer, Reroute, rerouted
+from robust_moe_kernels.modules import MoELayer, Reroute, only_expert, rerouted
 
-__all__ = ["MoEStages", "attack_settings", "moe_arguments", "only_expert", "title"]
+__all__ = ["MoEStages", "attack_settings", "moe_arguments", "title"]
 
 
 class MoEStages:
@@ -97,13 +95,3 @@ def attack_settings(attack: PGD.Config) -> dict[str, Any]:
 def title(name: str) -> str:
     """What a layer is called in results: a model that is itself a layer has no name."""
     return name or "model"
-
-
-@contextmanager
-def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
-    """Every image goes to one expert of the layer, which is left as found."""
-    before, layer.fixed_expert = layer.fixed_expert, expert
-    try:
-        yield
-    finally:
-        layer.fixed_expert = before

@@ -12,6 +12,8 @@ from robust_moe.methods.free_at import FreeAdversarialTraining
 from robust_moe.methods.jtdmoe import JointDual
 from robust_moe.methods.mart import Mart
 from robust_moe.methods.pgd_at import PGDAdversarialTraining
+from robust_moe.methods.prc import RouterConsistency
+from robust_moe.methods.robust_gate import RobustGate
 from robust_moe.methods.rt_er import RTER
 from robust_moe.methods.standard import Standard
 from robust_moe.methods.table import METHODS
@@ -29,6 +31,8 @@ __all__ = [
     "Method",
     "Objective",
     "PGDAdversarialTraining",
+    "RobustGate",
+    "RouterConsistency",
     "Standard",
     "Trades",
     "Update",

@@ -10,22 +10,20 @@ from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import AdversarialMethod, pair_logs
+from robust_moe.methods.adversarial import pair_logs
 from robust_moe.methods.base import Forward, Objective, Scored, full
 from robust_moe.methods.moe_attacks import RoutePGD, gate_divergence, gate_logits
 from robust_moe.methods.options import BetaOption
-from robust_moe.methods.rt_er import expect_experts
+from robust_moe.methods.routed import RoutedMethod, experts_and_gates
 from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
-from robust_moe.settings import ConfigError
-from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["AdversarialRouters"]
 
 
 @METHODS.register("advmoe")
-class AdversarialRouters(AdversarialMethod):
+class AdversarialRouters(RoutedMethod):
     """Two updates a batch, each on images of its own attack, which raises the divergence of the model and of its
     routes: KL(F(x) ‖ F(x')) + Σ KL(r(x) ‖ r(x')).
 
@@ -42,7 +40,7 @@ class AdversarialRouters(AdversarialMethod):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BetaOption, AdversarialMethod.Config):
+    class Config(BetaOption, RoutedMethod.Config):
         """Settings of AdvMoE."""
 
         def check(self) -> None:
@@ -53,16 +51,11 @@ class AdversarialRouters(AdversarialMethod):
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
         super().__init__(config, model, devices)
-        expect_experts(model, config.name)
-        if model.dual.enabled:
-            raise ConfigError("method.name: expected jtdmoe for a dual model (model.dual.enabled), got 'advmoe'")
         self.beta = config.beta
         self.attack = RoutePGD(**config.attack.arguments(), mode=config.attack_mode)
 
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
-        gates = [parameter for layer in moe_layers(model).values() for parameter in layer.gate.parameters()]
-        known = {id(parameter) for parameter in gates}
-        experts = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        experts, gates = experts_and_gates(model)
         for level, trains in (("experts", experts), ("router", gates)):
             seed = derive_seed(step_seed, level)
             images, nonfinite = self.craft(model, batch, seed)

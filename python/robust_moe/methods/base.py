@@ -104,6 +104,14 @@ class Method(ABC):
             """
             raise ConfigError(f"method.name: expected a method whose passes are counted, got {self.name!r}")
 
+        def passes_of(self, attack_steps: int, batches: int, model: ModelConfig) -> int:
+            """Passes of an image in ``batches`` batches, from the first of the run on, on a model of these settings.
+
+            Raises:
+                ConfigError: as :meth:`passes`.
+            """
+            return batches * self.passes(attack_steps)
+
     distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:

@@ -139,8 +139,13 @@ class RoutePGD(PGD):
     """AdvMoE's attack: KL(F(x) ‖ F(x')) + Σ KL(r(x) ‖ r(x')) over the layers' routing scores r, clean sides constant.
 
     Args:
+        predictions: whether the model's divergence is raised too; ``False``: the routes' alone.
         settings: those of :class:`~robust_moe.attacks.PGD`; with a random start, as the gradient at the image is zero.
     """
+
+    def __init__(self, *, predictions: bool = True, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.predictions = predictions
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -150,7 +155,7 @@ class RoutePGD(PGD):
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
         with torch.no_grad():
             clean = passes.logits(x0)
-        layers = _Gates(passes.model)
+        layers = _Gates(passes.model, self.predictions)
         passes.extras = (clean, *gate_logits(passes.model))
         passes.loss = layers.objective
         return super().run(passes, x0, sample_index, seed)
@@ -159,9 +164,11 @@ class RoutePGD(PGD):
 class _Gates:
     """The gates of a model under attack; reads each layer's record of the forward just made."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, predictions: bool) -> None:
         self.layers: list[MoELayer] = list(moe_layers(model).values())
+        self.predictions = predictions
 
     def objective(self, logits: Tensor, y: Tensor, clean: Tensor, *gates: Tensor) -> Tensor:
         now = tuple(layer.last_routing.logits for layer in self.layers)
-        return kl_divergence(logits, clean) + gate_divergence(now, gates)
+        route = gate_divergence(now, gates)
+        return kl_divergence(logits, clean) + route if self.predictions else route

@@ -1,8 +1,9 @@
 """Networks for small images, with experts in the places that a configuration names; mixtures of whole networks; dual
 models.
 
-Models, gates, routers and balance losses are entries of the tables :data:`MODELS`, :data:`GATES`, :data:`ROUTERS` and
-:data:`BALANCE_LOSSES`; one from outside is a class or a function with settings of its own, registered there.
+Models, gates, routers, routings in evaluation and balance losses are entries of the tables :data:`MODELS`,
+:data:`GATES`, :data:`ROUTERS`, :data:`INFERENCE_ROUTINGS` and :data:`BALANCE_LOSSES`; one from outside is a class or a
+function with settings of its own, registered there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from .config import MODELS, DualConfig, MixtureConfig, ModelConfig, MoEConfig, N
 from .dual import DualModel
 from .gates import GATES, GateConfig
 from .images import ImageSpec
+from .inference import INFERENCE_ROUTINGS, InferenceConfig, MarginSoft, RandomTop
 from .mixing import log_mixture
 from .mixture import ExpertMixture, NetworkExperts
 from .normalize import Normalize
@@ -30,6 +32,7 @@ from .routers import ROUTERS, Router, RouterConfig
 __all__ = [
     "BALANCE_LOSSES",
     "GATES",
+    "INFERENCE_ROUTINGS",
     "MODELS",
     "ROUTERS",
     "BalanceConfig",
@@ -41,12 +44,15 @@ __all__ = [
     "ExpertMixture",
     "GateConfig",
     "ImageSpec",
+    "InferenceConfig",
+    "MarginSoft",
     "MixtureConfig",
     "MoEConfig",
     "ModelConfig",
     "NetworkConfig",
     "NetworkExperts",
     "Normalize",
+    "RandomTop",
     "ResNet",
     "ResNet18Config",
     "ResNet50Config",

@@ -13,7 +13,7 @@ from robust_moe.models.dual import DualModel
 from robust_moe.models.images import ImageSpec
 from robust_moe.models.mixture import ExpertMixture
 from robust_moe.models.normalize import Normalize
-from robust_moe_kernels.modules import replace_blocks
+from robust_moe_kernels.modules import moe_layers, replace_blocks
 
 __all__ = ["build_model"]
 
@@ -51,7 +51,7 @@ def _single(config: NetworkConfig, images: ImageSpec) -> nn.Module:
     if mixture.num_experts == 0:
         return _network(config, images, alone=False)
     networks = [_network(config, images, alone=True) for _ in range(mixture.num_experts)]
-    return ExpertMixture(
+    model = ExpertMixture(
         mixture.router.build(images, mixture.num_experts),
         networks,
         in_channels=images.channels,
@@ -62,6 +62,8 @@ def _single(config: NetworkConfig, images: ImageSpec) -> nn.Module:
         mix=mixture.mix,
         noise_std=mixture.noise_std,
     )
+    model.inference = mixture.inference.build()
+    return model
 
 
 def _network(config: NetworkConfig, images: ImageSpec, alone: bool) -> nn.Module:
@@ -81,6 +83,8 @@ def _network(config: NetworkConfig, images: ImageSpec, alone: bool) -> nn.Module
             noise_std=moe.noise_std,
             init=moe.init,
         )
+        for layer in moe_layers(network).values():
+            layer.inference = moe.inference.build()
     if config.normalizes:
         return network
     return nn.Sequential(OrderedDict(normalize=Normalize(images.mean, images.std), network=network))

@@ -11,6 +11,7 @@ from torch import nn
 from robust_moe.models.balance import BALANCE_LOSSES, BalanceConfig
 from robust_moe.models.gates import GATES, GateConfig
 from robust_moe.models.images import ImageSpec
+from robust_moe.models.inference import INFERENCE_ROUTINGS, InferenceConfig
 from robust_moe.models.routers import ROUTERS, RouterConfig
 from robust_moe.settings import Config, ConfigError, Table, setting
 
@@ -30,6 +31,9 @@ class MoEConfig(Config):
     renormalize: bool = setting(True, "divide the kept scores by their sum (k >= 2)")
     straight_through: bool = setting(True, "k = 1: forward weight exactly 1, gradient through the score")
     noise_std: float = setting(0.0, "standard deviation of the score noise in units of a row's own; 0: off", at_least=0)
+    inference: InferenceConfig = setting(
+        INFERENCE_ROUTINGS["none"](), "how the layers route in evaluation, attacks included; none: as in training"
+    )
     init: Literal["fresh", "copy"] = setting(
         "fresh", "fresh: experts initialised independently; copy: each starts as the replaced block"
     )
@@ -40,6 +44,7 @@ class MoEConfig(Config):
     def check(self) -> None:
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k: expected 1 <= k <= {self.num_experts}, got {self.top_k}")
+        self.inference.expect_fits(self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,9 @@ class MixtureConfig(Config):
     top_k: int = setting(2, "k of routing top_k")
     renormalize: bool = setting(True, "of top_k and hard: divide the kept scores by their sum")
     straight_through: bool = setting(True, "of hard: forward weight exactly 1, gradient through the score")
+    inference: InferenceConfig = setting(
+        INFERENCE_ROUTINGS["none"](), "how the mixture routes in evaluation, attacks included; none: as in training"
+    )
     mix: Literal["logits", "probabilities"] = setting(
         "logits", "what is summed; probabilities are softmaxes, and the model returns the logarithm of their sum"
     )
@@ -67,6 +75,8 @@ class MixtureConfig(Config):
     def check(self) -> None:
         if self.num_experts > 0 and self.routing == "top_k" and not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k: expected 1 <= k <= {self.num_experts}, got {self.top_k}")
+        if self.num_experts > 0:
+            self.inference.expect_fits(self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
