@@ -153,6 +153,10 @@ class Attack(ABC):
             restarts = settings.get("restarts", 1)
             return f"{self.name}{settings.get('steps', '')}{f'x{restarts}' if restarts > 1 else ''}"
 
+    # Of a subclass that has a ball, from its constructor.
+    eps: float  # radius, pixels being in [0, 1]
+    norm: str  # "Linf" or "L2"
+
     def __init__(self, *, steps: int, restarts: int = 1, seed: int = 0, eot_iter: int = 1, mode: str = "eval") -> None:
         counts = (("steps", steps), ("restarts", restarts), ("seed", seed), ("eot_iter", eot_iter))
         for name, value in counts:
