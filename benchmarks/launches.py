@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.launch_counter import Counted, Launches, Profiled
 from benchmarks.layer_case import Case
 from robust_moe.attacks import PGD, attack_mode
-from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.passes import Tally
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import PGDAdversarialTraining, Standard
@@ -72,7 +72,7 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
     batch = Batch(images, labels, labels)
     for _ in range(2):  # an attack is needed to learn which norms may be folded
         with attack_mode(model), autocast():
-            passes, x = Passes(method.attack, model, batch.labels, -1), images
+            passes, x = method.attack.aim(model, images, batch.labels, Tally(images.device)), images
             for _ in range(2):
                 launches.take()
                 x = method.attack.step(x, passes.examine(x).grad, images)

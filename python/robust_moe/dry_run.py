@@ -20,7 +20,6 @@ from robust_moe.report import chosen_images, expect_choice
 __all__ = ["evaluation_facts", "training_facts"]
 
 Facts = list[tuple[str, str]]
-STATE = {"sgd": 1, "adam": 2, "adamw": 2}  # values an optimiser keeps for each weight
 
 
 def training_facts(config: TrainConfig) -> Facts:
@@ -50,7 +49,7 @@ def training_facts(config: TrainConfig) -> Facts:
         facts.append(("passes", f"not counted for {config.method.name}"))
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     kept = _kept(model.train(), _image(splits.train.images, 2)) / 2 * config.run.batch_size
-    copies = 2 + STATE.get(config.optim.name, 2)  # the weights, their gradients, the optimiser's state
+    copies = 2 + config.optim.state_size  # the weights, their gradients, the optimiser's state
     text = f"about {_size(weights * copies + kept)}: {_size(weights * copies)} of weights, gradients and optimiser, "
     facts.append(("memory", f"{text}{_size(kept)} of activations in float32"))
     facts.append(("run folder", f"{config.run.out}{', which is there' if Path(config.run.out).exists() else ''}"))

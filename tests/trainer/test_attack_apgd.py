@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from robust_moe.attacks import APGD, FGSM, PGD
 from robust_moe.attacks.apgd import checkpoints
-from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.passes import Tally
 from robust_moe_kernels.modules import attack_mode
 
 LOSSES = ("ce", "margin", "dlr", "dlr-targeted")
@@ -194,10 +194,11 @@ def test_the_loop_reads_no_value_on_the_host(attack, norm):
     with FakeTensorMode():
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
         with attack_mode(model):
-            passes = Passes(attack, model, torch.arange(6) % 5, -1)
-            assert attack.run(passes, torch.rand(6, 3, 2, 2), None, 0).shape == (6, 3, 2, 2)
+            x, tally = torch.rand(6, 3, 2, 2), Tally("cpu")
+            passes = attack.aim(model, x, torch.arange(6) % 5, tally)
+            assert attack.run(passes, x, None, 0).shape == (6, 3, 2, 2)
         with pytest.raises(DataDependentOutputException):
-            attack.refuse_nonfinite(passes.nonfinite)
+            attack.refuse_nonfinite(tally.nonfinite)
 
 
 def test_empty_batch(victim):

@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from fractions import Fraction
 
 import pytest
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks import APGD, ATTACKS, FAB, PGD, Attack, Square, attack_mode
+from robust_moe.attacks.losses import kl_divergence, margin
+from robust_moe.attacks.passes import Tally
 from robust_moe.config import ConfigError, config_from_dict, load_config
 from robust_moe.models import BasicBlock
 from robust_moe.settings import plain, setting
@@ -333,6 +335,34 @@ def test_nan_never_passes_for_an_attack(when, restarts):
         PGD(0.1, steps, restarts=restarts)(model, x, y)
     assert bool(PGD(0.1, steps, restarts=restarts).craft(model, x, y).nonfinite)
     assert model.training
+
+
+def test_an_objective_changes_by_replacement_alone_and_its_copies_share_a_tally(network):
+    x, y = batch()
+    attack, tally = PGD(0.1, 3), Tally("cpu")
+    passes = attack.aim(network, x, y, tally)
+    with pytest.raises(FrozenInstanceError):
+        passes.loss = margin
+    other = replace(passes, y=y[:2], loss=margin)
+    with attack_mode(network):
+        logits = network(x)
+        assert torch.equal(passes.examine(x).loss, F.cross_entropy(logits, y, reduction="none"))
+        assert torch.equal(other.examine(x[:2]).loss, margin(network(x[:2]), y[:2]))
+        assert (tally.counts.forward, tally.counts.backward) == (len(x) + 2, len(x) + 2)
+        broken = replace(other, loss=lambda logits, y: logits.sum(1) * torch.nan)
+        broken.examine(x[:2])
+    assert not bool(tally.nonfinite)
+    passes.tally.settle()  # whoever asks, the losses of all are looked at
+    assert bool(tally.nonfinite)
+
+
+def test_what_is_found_is_judged_by_the_prepared_loss(network):
+    x, y = batch()
+    found = PGD(0.1, 3, loss="kl").find(network, x, y)
+    with attack_mode(network):
+        clean, attacked = network(x), network(found.images)
+    assert torch.equal(found.loss, kl_divergence(attacked, clean))
+    assert torch.equal(found.fooled, attacked.argmax(1) != y)
 
 
 class LostOnTheWay(nn.Module):

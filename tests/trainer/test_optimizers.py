@@ -21,6 +21,16 @@ def test_it_has_the_options_of_pytorch_s(name, how):
     assert ours.state_dict() == theirs.state_dict()
 
 
+@pytest.mark.parametrize("name", PYTORCH)
+def test_it_says_how_many_numbers_it_keeps_for_each_weight(name):
+    config, model = OPTIMIZERS[name](), torch.nn.Linear(3, 2)
+    optimizer = config.build(model)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    kept = [value for value in optimizer.state[model.weight].values() if value.shape == model.weight.shape]
+    assert config.state_size == len(kept)
+
+
 def test_what_pytorch_has_is_in_the_table():
     assert set(PYTORCH) <= set(OPTIMIZERS)
     assert plain(OPTIMIZERS["adam"]())["betas"] == [0.9, 0.999]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from robust_moe.attacks import APGD
 from robust_moe.attacks.base import Found, per_sample
 from robust_moe.attacks.losses import targeted_dlr
-from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.passes import Tally
 from robust_moe_kernels.modules import attack_mode
 
 EPS = {"Linf": 0.15, "L2": 0.9}  # about half of the victim's images survive the first, a fifth the second
@@ -67,9 +68,9 @@ def one_climb(victim, norm: str, loss: str, rank: int = 2, steps: int = STEPS, r
     fooled = robust == 0
     expected = Found(torch.where(per_sample(fooled, x), fooling, best), fooled, best_loss)
     with attack_mode(model):
-        passes = Passes(ours, model, y, 9)
+        passes = ours.aim(model, x, y, Tally("cpu"), largest_label=9)
         if loss == "dlr-targeted":
-            passes.loss, passes.extras = targeted_dlr, (target,)
+            passes = replace(passes, loss=targeted_dlr, extras=(target,))
         found = ours.climb(passes, start, x)
     return found, Found(*(tensor.detach() for tensor in expected))
 

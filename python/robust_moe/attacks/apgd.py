@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import NamedTuple
 
@@ -202,10 +202,10 @@ class APGD(Attack):
         """Several climbs as one batch, then merged in their order: what each gives does not depend on the others."""
         count, times = len(y), len(climbs)
         start = torch.cat([self.start(x0, sample_index, seed, climb.stream) for climb in climbs])
-        passes = passes.on(y.repeat(times))
+        passes = replace(passes, y=y.repeat(times))
         if targets is not None and targets.shape[1]:
-            passes.loss = targeted_dlr
-            passes.extras = (torch.cat([targets[:, climb.rank] for climb in climbs]),)
+            aims = torch.cat([targets[:, climb.rank] for climb in climbs])
+            passes = replace(passes, loss=targeted_dlr, extras=(aims,))
         found = self.climb(passes, start, torch.cat([x0] * times) if times > 1 else x0)
         parts = [Found(*rows) for rows in zip(*(tensor.split(count) for tensor in found), strict=True)]
         result = parts[0]
@@ -231,10 +231,8 @@ class APGD(Attack):
         reviewed, since = checkpoints(self.steps), 0
         for done in range(1, self.steps + 1):
             share = 1.0 if done == 1 else SHARE
-            previous, x = (
-                x,
-                apgd_step(x, previous, grad, x0, review.eta, self.eps, share, self.norm, nonfinite=passes.nonfinite),
-            )
+            step = (review.eta, self.eps, share, self.norm)
+            previous, x = x, apgd_step(x, previous, grad, x0, *step, nonfinite=passes.tally.nonfinite)
             if done == self.steps:
                 break
             seen = passes.examine(x)
@@ -246,10 +244,10 @@ class APGD(Attack):
             if done in reviewed:
                 halved = review.halve(best_loss, done - since)
                 since = done
-                passes.notice(grad)  # the next step may read another
+                passes.tally.flag(~torch.isfinite(grad).all())  # the next step may read another
                 x = torch.where(per_sample(halved, x), x_best, x)  # the momentum's other end stays, see the class
                 grad = torch.where(per_sample(halved, x), grad_best, grad)
-        passes.settle()
+        passes.tally.settle()
         wrong, loss = passes.score(x)  # the last gradient would not be used
         improved, fooled = loss > best_loss, fooled | wrong
         x_best = torch.where(per_sample(improved, x), x, x_best)

@@ -156,17 +156,18 @@ class AutoAttack(Attack):
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
         """Reads the host between attacks, also from :meth:`craft`."""
         index = torch.arange(len(x0), device=x0.device) if sample_index is None else sample_index
-        passes.room, passes.reads = self.batch_size, True
         with torch.no_grad():
             logits = torch.cat([passes.logits(part) for part in x0.split(self.batch_size)])
-        passes.nonfinite |= torch.isnan(logits).any()
+        passes.tally.flag(torch.isnan(logits).any())
         out, left = x0.clone(), (logits.argmax(1) == passes.y).nonzero()[:, 0]
+        how: dict[str, Any] = {"largest_label": passes.largest_label, "reads": True, "room": self.batch_size}
         for name, attack in self.attacks.items():
             kept = []
             for rows in left.split(self.batch_size) if len(left) else ():
-                one = passes.of(attack, passes.y[rows])
-                found = attack.search(one, x0[rows], index[rows], derive_seed(seed, name))
-                out[rows] = torch.where(per_sample(found.fooled, x0), found.images, x0[rows])
+                images = x0[rows]
+                one = attack.aim(passes.model, images, passes.y[rows], passes.tally, **how)
+                found = attack.search(one, images, index[rows], derive_seed(seed, name))
+                out[rows] = torch.where(per_sample(found.fooled, x0), found.images, images)
                 kept.append(rows[~found.fooled])
             left = torch.cat(kept) if kept else left
         return out

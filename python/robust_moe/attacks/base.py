@@ -1,4 +1,4 @@
-"""What attacks share: input checks, the model's mode, the loop over restarts and steps, the NaN guard."""
+"""What attacks share: input checks, the model's mode, the NaN guard."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.losses import cross_entropy
-from robust_moe.attacks.passes import Counts, Passes
+from robust_moe.attacks.passes import Counts, Passes, Tally
 from robust_moe.attacks.table import ATTACKS
 from robust_moe.settings import Config as Settings
 from robust_moe.settings import ConfigError, Table, setting
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.attack_mode import MODES, attack_mode
 
-__all__ = ["Attack", "Crafted", "Found", "StepAttack", "keep_worse"]
+__all__ = ["Attack", "Crafted", "Found"]
 
 
 class Crafted(NamedTuple):
@@ -89,7 +88,8 @@ def _apart(images: Tensor, x: Tensor) -> Tensor:
 class Attack(ABC):
     """An attack: settings to the constructor, ``(model, x, y)`` to the call, adversarial images back.
 
-    A subclass gives :meth:`run` and :attr:`passes`, and may replace :meth:`search`, :meth:`loss` and :meth:`fooled`.
+    A subclass gives :meth:`run` and :attr:`passes`, and may replace :meth:`prepare`, :meth:`search`, :meth:`loss` and
+    :meth:`fooled`.
     With ``@ATTACKS.register("name")`` and a ``Config`` whose fields are arguments of its constructor, a configuration
     can choose it by that name, from outside the package too.
 
@@ -153,6 +153,10 @@ class Attack(ABC):
             restarts = settings.get("restarts", 1)
             return f"{self.name}{settings.get('steps', '')}{f'x{restarts}' if restarts > 1 else ''}"
 
+    # Of a subclass that has a ball, from its constructor.
+    eps: float  # radius, pixels being in [0, 1]
+    norm: str  # "Linf" or "L2"
+
     def __init__(self, *, steps: int, restarts: int = 1, seed: int = 0, eot_iter: int = 1, mode: str = "eval") -> None:
         counts = (("steps", steps), ("restarts", restarts), ("seed", seed), ("eot_iter", eot_iter))
         for name, value in counts:
@@ -170,7 +174,12 @@ class Attack(ABC):
     @property
     @abstractmethod
     def passes(self) -> tuple[int, int]:
-        """(forwards, backwards) that :meth:`run` makes on one batch."""
+        """(forwards, backwards) that :meth:`prepare` and :meth:`run` make on one batch."""
+
+    def prepare(self, passes: Passes, x0: Tensor) -> Passes:
+        """``passes`` with the loss of this attack on the clean images ``x0``, called once before :meth:`run`: where the
+        loss compares with more than the labels, ``dataclasses.replace(passes, loss=..., extras=...)``."""
+        return passes
 
     @abstractmethod
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
@@ -220,9 +229,10 @@ class Attack(ABC):
         if x.numel() == 0:
             return x.detach().clone()
         with attack_mode(model, self.mode):
-            passes = Passes(self, model, ordinary(y), largest, reads=True, room=room, counts=counts)
-            images = self.run(passes, ordinary(x.detach()), sample_index, self.seed).detach()
-        self.refuse_nonfinite(passes.nonfinite)
+            x0, tally = ordinary(x.detach()), Tally(x.device, counts)
+            passes = self.aim(model, x0, ordinary(y), tally, largest_label=largest, reads=True, room=room)
+            images = self.run(passes, x0, sample_index, self.seed).detach()
+        self.refuse_nonfinite(tally.nonfinite)
         return _apart(images, x)
 
     def find(
@@ -241,9 +251,10 @@ class Attack(ABC):
         if x.numel() == 0:
             return Found(x.detach().clone(), torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=x.dtype))
         with attack_mode(model, self.mode):
-            passes = Passes(self, model, ordinary(y), largest, reads=True, room=room, counts=counts)
-            found = self.search(passes, ordinary(x.detach()), sample_index, self.seed)
-        self.refuse_nonfinite(passes.nonfinite)
+            x0, tally = ordinary(x.detach()), Tally(x.device, counts)
+            passes = self.aim(model, x0, ordinary(y), tally, largest_label=largest, reads=True, room=room)
+            found = self.search(passes, x0, sample_index, self.seed)
+        self.refuse_nonfinite(tally.nonfinite)
         return found._replace(images=_apart(found.images.detach(), x))
 
     def craft(
@@ -258,10 +269,36 @@ class Attack(ABC):
     ) -> Crafted:
         """As calling the attack, without input checks and without reading the host; ``seed`` replaces the attack's."""
         with attack_mode(model, self.mode):
-            x0, y = ordinary(x.detach()), ordinary(y)
-            passes = Passes(self, model, y, largest_label)
+            x0, tally = ordinary(x.detach()), Tally(x.device)
+            passes = self.aim(model, x0, ordinary(y), tally, largest_label=largest_label)
             adversarial = self.run(passes, x0, sample_index, self.seed if seed is None else seed).detach()
-        return Crafted(_apart(adversarial, x), passes.nonfinite)
+        return Crafted(_apart(adversarial, x), tally.nonfinite)
+
+    def aim(
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        y: Tensor,
+        tally: Tally,
+        *,
+        largest_label: int = -1,
+        reads: bool = False,
+        room: int | None = None,
+    ) -> Passes:
+        """The objective of this attack on the images ``x0``, for :meth:`run` or :meth:`search`. The model is in the
+        attack's mode. Arguments: see :class:`~robust_moe.attacks.passes.Passes`; ``room`` None: as many as ``x0`` has.
+        """
+        return self.prepare(
+            Passes(
+                *(model, y, self.loss, self.fooled, tally),
+                draws=self.eot_iter,
+                mode=self.mode,
+                largest_label=largest_label,
+                reads=reads,
+                room=max(room or 0, len(y)),
+            ),
+            x0,
+        )
 
     def refuse_nonfinite(self, nonfinite: Tensor) -> None:
         """Raise ``FloatingPointError`` where the flag is set: the one host read after an attack."""
@@ -269,90 +306,6 @@ class Attack(ABC):
             raise FloatingPointError(
                 f"{type(self).__name__}: the model gave a non-finite gradient or loss on its input"
             )
-
-
-class StepAttack(Attack):
-    """``restarts`` times, a start and then ``steps`` gradient steps; each sample keeps its worst restart
-    (misclassified first, then by loss). A subclass gives :meth:`start` and :meth:`step`.
-
-    Args:
-        best: keep each sample's worst iterate (by the same rule, the start included) and not its last.
-        graph: on a GPU, replay a restart's steps as one CUDA graph from the second batch of a shape on: ``"auto"``
-            (where it can be had), ``True`` (or an error), ``False``; see :class:`~robust_moe.attacks.graph.StepGraphs`.
-        steps, restarts, seed, eot_iter, mode: see :class:`Attack`.
-    """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Attack.Config):
-        """Settings of attacks by gradient steps."""
-
-        eot_iter: int = setting(
-            1, "forwards and backwards a gradient is averaged over, for models that draw random numbers", at_least=1
-        )
-        graph: Literal["auto", True, False] = setting(
-            "auto", "on a GPU, replay the steps as one CUDA graph; auto: where possible"
-        )
-
-    def __init__(self, *, best: bool = False, graph: str | bool = "auto", **settings: Any) -> None:
-        super().__init__(**settings)
-        self.best = best
-        self.graphs = StepGraphs(graph)
-
-    @property
-    def passes(self) -> tuple[int, int]:
-        steps = self.restarts * self.steps * self.eot_iter
-        return steps + (self.restarts if self.best or self.restarts > 1 else 0), steps
-
-    @abstractmethod
-    def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
-        """First iterate, [B, ...] in the ball around ``x0`` and in [0, 1]."""
-
-    @abstractmethod
-    def step(self, x: Tensor, grad: Tensor, x0: Tensor, nonfinite: Tensor | None = None) -> Tensor:
-        """Next iterate from the gradient of the loss at ``x``; again in the ball and in [0, 1]. Sets ``nonfinite``, a
-        bool scalar, in place where an element of the gradient is NaN or infinite."""
-
-    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
-        """Costs ``steps`` forwards and backwards a restart, and one forward more where iterates are compared."""
-        worst: Judged | None = None
-        for restart in range(self.restarts):
-            x, *seen = self.graphs.climb(self, passes, self.start(x0, sample_index, seed, restart), x0)
-            if seen:
-                worst = keep_worse(worst, Judged(*seen))
-            if self.restarts == 1 and not self.best:
-                return x
-            worst = keep_worse(worst, Judged(x, *passes.score(x)))
-        assert worst is not None  # there is a restart
-        return worst.images
-
-    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
-        """All steps from the start ``x``: the last iterate, and with ``best`` the worst before it as :class:`Judged`
-        has it. Draws on nothing but its arguments, so that it may be captured as a CUDA graph."""
-        worst: Judged | None = None
-        for _ in range(self.steps):
-            seen = passes.examine(x)
-            if self.best:
-                worst = keep_worse(worst, Judged(x, passes.fooled(seen.logits), seen.loss))
-            x = self.step(x, seen.grad, x0, passes.nonfinite)
-        passes.settle()
-        return (x, *(worst or ()))
-
-
-class Judged(NamedTuple):
-    """Images and what they did to the model."""
-
-    images: Tensor  # [B, ...]
-    fooled: Tensor  # bool [B]
-    loss: Tensor  # [B]
-
-
-def keep_worse(old: Judged | None, new: Judged) -> Judged:
-    """For each sample the worse of two (fooled first, then by loss; ``old`` where they are even)."""
-    if old is None:
-        return new
-    worse = (new.fooled & ~old.fooled) | ((new.fooled == old.fooled) & (new.loss > old.loss))
-    images = torch.where(per_sample(worse, new.images), new.images, old.images)
-    return Judged(images, new.fooled | old.fooled, torch.where(worse, new.loss, old.loss))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

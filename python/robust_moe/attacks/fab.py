@@ -144,7 +144,7 @@ class FAB(Attack):
         if sample_index is None:
             sample_index = torch.arange(len(x0), device=x0.device)
         logits = self._look(passes, x0)
-        passes.nonfinite |= ~torch.isfinite(logits).all()
+        passes.tally.flag(~torch.isfinite(logits).all())
         others = logits.scatter(1, passes.y[:, None], -math.inf).argsort(dim=1, descending=True, stable=True)[:, :-1]
         targets = min(self.n_targets, others.shape[1]) if self.targeted else min(1, others.shape[1])
         runs = [(target, restart) for target in range(targets) for restart in range(self.restarts)]
@@ -201,7 +201,7 @@ class FAB(Attack):
                 x = judge(x, self._look(passes, x))
         if self.shared_forward:
             judge(x, self._look(passes, x))
-        passes.nonfinite |= ~torch.isfinite(trace).all()
+        passes.tally.flag(~torch.isfinite(trace).all())
         return nearest, reach
 
     def _step(self, base: Tensor, seen: Tensor, x0: Tensor, boundary: _Boundary) -> Tensor:

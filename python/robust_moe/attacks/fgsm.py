@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from robust_moe.attacks.base import StepAttack
 from robust_moe.attacks.pgd import PGD
+from robust_moe.attacks.steps import StepAttack
 from robust_moe.attacks.table import ATTACKS
 from robust_moe.settings import setting
 

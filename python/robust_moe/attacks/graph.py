@@ -9,17 +9,16 @@ experts.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Hashable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks.capture import CudaCapturer
-from robust_moe.attacks.passes import Counts, Passes
+from robust_moe.attacks.passes import Counts, Passes, Tally
 from robust_moe.graphs import (
     Captured,
     Capturer,
@@ -33,18 +32,11 @@ from robust_moe.graphs import (
 )
 from robust_moe_kernels.modules import attack_mode
 
-__all__ = ["Climber", "StepGraphs"]
+__all__ = ["Climb", "StepGraphs"]
 
 
-class Climber(Protocol):
-    """An attack by gradient steps, whose settings are its plain attributes."""
-
-    steps: int
-    mode: str  # of the model
-
-    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
-        """All steps from the start ``x``: the last iterate first."""
-        ...
+Climb = Callable[[Passes, Tensor, Tensor], tuple[Tensor, ...]]
+"""All steps of an attack: (passes, start, clean images) to the last iterate and what else it gives."""
 
 
 class _Entry(NamedTuple):
@@ -58,7 +50,7 @@ class StepGraphs:
 
     The first batch of its kind runs eagerly, which also compiles and tunes kernels; the second is captured; later ones
     are replayed. A batch is of the same kind if shapes, dtypes and layouts of all inputs are the same, the attack's
-    settings, the precision settings and the options of the MoE layers too, and every parameter and buffer lies where it
+    key, the precision settings and the options of the MoE layers too, and every parameter and buffer lies where it
     lay: storage that was replaced (``load_state_dict(assign=True)``, ``.to()``) means a new graph. What else a model's
     Python code decides by must stay the same between batches, and its hooks see the capture only. At most ``CAPACITY``
     graphs a model are kept, the memory of one attack's steps each, shared between them.
@@ -81,72 +73,71 @@ class StepGraphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.graph,)  # graphs are neither copied nor pickled
 
-    def climb(self, attack: Climber, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
-        """``attack.climb(passes, x, x0)``, replayed where it can be.
+    def run(
+        self, climb: Climb, passes: Passes, x: Tensor, x0: Tensor, settings: Mapping[str, object]
+    ) -> tuple[Tensor, ...]:
+        """``climb(passes, x, x0)``, replayed where it can be. It makes at least one pass, and draws on nothing but its
+        arguments and ``settings``.
+
+        Args:
+            settings: the rest of the key: by name, all that decides what the steps are.
 
         Raises:
             ValueError, RuntimeError: with ``graph=True``, no graph can be had here, or of this model.
         """
-        if self.graph is False or attack.steps == 0:
-            return attack.climb(passes, x, x0)
-        reason = several_processes() or _no_key(attack) or self._capturer.why_not(x)
+        if self.graph is False:
+            return climb(passes, x, x0)
+        reason = several_processes() or _not_a_key(settings) or self._capturer.why_not(x)
         if reason is not None:
             if self.graph is True:
                 raise ValueError(f"graph: expected 'auto' or False where no CUDA graph can be had, got True: {reason}")
-            return attack.climb(passes, x, x0)
+            return climb(passes, x, x0)
         known = self._models.setdefault(passes.model, Known())
         if known.refused:
-            return attack.climb(passes, x, x0)
+            return climb(passes, x, x0)
         inputs = (x, x0, passes.y, *passes.extras)
-        key = _key(attack, passes, inputs)
+        key = _key(settings, passes, inputs)
         entry = known.graphs.get(key)
         if entry is None:
             if not known.see(key):
-                return attack.climb(passes, x, x0)
+                return climb(passes, x, x0)
             try:
-                entry = self._capture(attack, passes, inputs, known.any())
+                entry = self._capture(climb, passes, inputs, known.any())
             except Exception as error:  # a model may fail in any way
                 if self.graph is True:
                     raise RuntimeError(f"graph: expected a model that can be captured, got: {error}") from error
-                found = attack.climb(passes, x, x0)  # raises again what is no fault of the capture
+                found = climb(passes, x, x0)  # raises again what is no fault of the capture
                 known.refuse()
                 warnings.warn(
-                    f"{type(attack).__name__}: the steps cannot be captured as a CUDA graph and run one by one"
+                    "the steps of an attack cannot be captured as a CUDA graph and run one by one"
                     f" (graph=False says so without trying): {error}"
                 )
                 return found
         known.put(key, entry)
         passes.expect_labels_below(entry.classes)
         nonfinite, *rest = entry.captured.replay(inputs)
-        passes.nonfinite |= nonfinite
-        passes.counts.add(entry.counts)
+        passes.tally.flag(nonfinite)
+        passes.tally.counts.add(entry.counts)
         return tuple(rest)
 
-    def _capture(self, attack: Climber, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None) -> _Entry:
-        classes, counts = 0, Counts()
+    def _capture(self, climb: Climb, passes: Passes, inputs: tuple[Tensor, ...], beside: Captured | None) -> _Entry:
+        tally = passes.tally
 
         def steps(x: Tensor, x0: Tensor, y: Tensor, *extras: Tensor) -> tuple[Tensor, ...]:
-            nonlocal classes, counts
-            mine = copy.copy(passes)
-            mine.y, mine.extras, mine.nonfinite, mine._losses = y, extras, torch.zeros_like(passes.nonfinite), []
-            mine._one = None  # made inside the graph: what lies outside may be gone when it is replayed
-            mine.counts = counts = Counts()  # of the last run: there may be several
-            with attack_mode(passes.model, attack.mode):  # again: folds inside the graph
-                found = attack.climb(mine, x, x0)
-            classes = mine.classes
-            return (mine.nonfinite, *found)
+            nonlocal tally
+            # made inside the graph: what lies outside may be gone when it is replayed; there may be several runs
+            tally = Tally(y.device)
+            with attack_mode(passes.model, passes.mode):  # again: folds inside the graph
+                found = climb(replace(passes, y=y, extras=extras, tally=tally), x, x0)
+            return (tally.nonfinite, *found)
 
         with buffers_kept(passes.model):
             captured = self._capturer.capture(steps, inputs, beside)
-        return _Entry(captured, classes, counts)
+        return _Entry(captured, tally.classes, tally.counts)
 
 
-def _settings(attack: Climber) -> dict[str, Any]:
-    return {name: value for name, value in vars(attack).items() if name not in ("seed", "graphs")}
-
-
-def _no_key(attack: Climber) -> str | None:
-    for name, value in _settings(attack).items():
+def _not_a_key(settings: Mapping[str, object]) -> str | None:
+    for name, value in settings.items():
         try:
             hash(value)
         except TypeError:
@@ -154,10 +145,10 @@ def _no_key(attack: Climber) -> str | None:
     return None
 
 
-def _key(attack: Climber, passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
+def _key(settings: Mapping[str, object], passes: Passes, inputs: tuple[Tensor, ...]) -> Hashable:
     return (
-        tuple(_settings(attack).items()),
-        getattr(passes.loss, "__func__", passes.loss),
+        tuple(settings.items()),
+        getattr(passes.loss, "__func__", passes.loss),  # of a bound method: it may be of this call's own object
         forms(inputs),
         places(passes.model),
         precisions(inputs[0].device.type),

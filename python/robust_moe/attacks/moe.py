@@ -10,6 +10,7 @@ They work on every model in which ``moe_layers`` finds a layer, be its experts b
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,16 +90,15 @@ class MoEAttack(PGD):
         forwards, backwards = super().passes
         return forwards + 1, backwards
 
-    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+    def prepare(self, passes: Passes, x0: Tensor) -> Passes:
         expect(len(moe_layers(passes.model)) > 0, "model", "at least one mixture-of-experts layer", "none")
         with torch.no_grad():
             passes.logits(x0)
-        self.prepare(passes)
-        return super().run(passes, x0, sample_index, seed)
+        return self.routed(passes)
 
     @abstractmethod
-    def prepare(self, passes: Passes) -> None:
-        """Set ``passes.loss`` and ``passes.extras`` after the forward of the clean images.
+    def routed(self, passes: Passes) -> Passes:
+        """``passes`` with ``loss`` and ``extras`` after the forward of the clean images.
 
         Tensors of the batch go into ``extras`` and nowhere else, and the loss is a bound method: so the steps can be
         captured once and replayed for other batches (:mod:`robust_moe.attacks.graph`).
@@ -118,11 +118,11 @@ class ExpertPGD(MoEAttack):
         super().__init__(eps, steps, *args, **settings)
         self.freeze_weights = freeze_weights
 
-    def prepare(self, passes: Passes) -> None:
+    def routed(self, passes: Passes) -> Passes:
         routes = last_routes(passes.model).values()
         held = [(route.indices, route.weights if self.freeze_weights else None) for route in routes]
-        passes.extras = tuple(tensor for route in held for tensor in route if tensor is not None)
-        passes.loss = self._loss
+        extras = tuple(tensor for route in held for tensor in route if tensor is not None)
+        return replace(passes, loss=self._loss, extras=extras)
 
     def _loss(self, logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
         return self.loss(logits, y)
@@ -158,10 +158,9 @@ class RouterAttack(MoEAttack):
     def objective(self, logits: Tensor, y: Tensor, router: Tensor) -> Tensor:
         """Loss of each sample [B] from the logits, the labels and the router's loss [B]."""
 
-    def prepare(self, passes: Passes) -> None:
+    def routed(self, passes: Passes) -> Passes:
         gates = _Gates(self, passes.model)
-        passes.extras = gates.clean()
-        passes.loss = gates.loss
+        return replace(passes, loss=gates.loss, extras=gates.clean())
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
         free = {

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 
-__all__ = ["Aim", "Counts", "Examined", "Passes"]
-
-
-class Aim(Protocol):
-    """What passes need to know of an attack."""
-
-    eot_iter: int  # draws over which a gradient is averaged
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Loss of each sample, [B], that the attack raises."""
-        ...
-
-    def fooled(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Whether the attack has won, bool [B]."""
-        ...
+__all__ = ["Counts", "Examined", "Passes", "Tally"]
 
 
 @dataclass
@@ -50,62 +35,72 @@ class Examined(NamedTuple):
     grad: Tensor  # [B, ...], gradient of each sample's loss
 
 
-class Passes:
-    """Forward and backward passes of one attack on one batch, with the device flag of what was not finite.
-
-    ``loss`` may be replaced by an attack whose loss depends on more than logits and labels: on ``extras``, tensors that
-    follow them among its arguments.
+class Tally:
+    """What the passes of one call of an attack leave behind, whatever objectives they were made for.
 
     Args:
-        reads: the attack may read the host between climbs, to let fooled samples drop out.
-        room: images that one forward may hold; None: the batch's.
-        counts: what the passes are added to.
+        device: of the images.
+        counts: grows by the passes made; None: new ones.
     """
 
-    def __init__(
-        self,
-        attack: Aim,
-        model: nn.Module,
-        y: Tensor,
-        largest_label: int,
-        *,
-        reads: bool = False,
-        room: int | None = None,
-        counts: Counts | None = None,
-    ) -> None:
-        self.model, self.y, self.largest_label = model, y, largest_label
-        self.loss: Callable[..., Tensor] = attack.loss
-        self.extras: tuple[Tensor, ...] = ()
-        self.classes = 0  # of the last forward
-        self.draws = attack.eot_iter
-        self.reads = reads
-        self.room = max(room or 0, len(y))
+    def __init__(self, device: torch.device | str, counts: Counts | None = None) -> None:
         self.counts = Counts() if counts is None else counts
-        self._fooled = attack.fooled
-        self.nonfinite = torch.zeros((), dtype=torch.bool, device=y.device)
-        self._one: Tensor | None = None
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)  # something on the way was not finite
+        self.classes = 0  # logits of a sample in the last forward
         self._losses: list[Tensor] = []  # of each draw, until they are settled
+        self._one: Tensor | None = None
 
-    def on(self, y: Tensor) -> Passes:
-        """The same on another batch, of labels ``y``; the flag is shared."""
-        other = copy.copy(self)
-        other.y = y
-        return other
+    def flag(self, bad: Tensor) -> None:
+        """Set ``nonfinite`` where ``bad``, a bool scalar on the device, is."""
+        self.nonfinite |= bad
 
-    def of(self, attack: Aim, y: Tensor) -> Passes:
-        """Those of another attack on the same model, on a batch of labels ``y``; flag, room and counts are shared."""
-        other = Passes(attack, self.model, y, self.largest_label, reads=self.reads, room=self.room, counts=self.counts)
-        other.nonfinite = self.nonfinite
-        return other
+    def keep(self, loss: Tensor) -> None:
+        """Keep losses for :meth:`settle` to look at."""
+        self._losses.append(loss)
+
+    def settle(self) -> None:
+        """Set the flag if a loss was not finite in any pass since the last call: where only it is lost, a margin's say,
+        finite gradients go on from there."""
+        if self._losses:
+            self.flag(~torch.isfinite(torch.cat(self._losses)).all())
+            self._losses.clear()
+
+    def ones(self, like: Tensor) -> Tensor:
+        """Ones of the shape and dtype of ``like``, in memory that later calls share."""
+        if self._one is None or self._one.dtype != like.dtype:
+            self._one = like.new_ones(())
+        return self._one.expand_as(like)
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """The objective of an attack on one batch, and the forward and backward passes through which its loop reads it.
+
+    It does not change: an attack whose loss compares with more than the labels, or that goes on with other images,
+    makes another one with ``dataclasses.replace``. What passes leave behind goes to the ``tally``, which all of them
+    share.
+    """
+
+    model: nn.Module
+    y: Tensor  # int64 [B]
+    loss: Callable[..., Tensor]  # (logits, y, *extras) to the loss of each sample, [B], that the attack raises
+    wins: Callable[[Tensor, Tensor], Tensor]  # (logits, y) to whether the attack has won, bool [B]
+    tally: Tally
+    extras: tuple[Tensor, ...] = ()  # of the batch, [B, ...] each
+    draws: int = 1  # over which a gradient is averaged
+    mode: str = "eval"  # of the model
+    largest_label: int = -1
+    reads: bool = False  # the attack may read the host between climbs, to let fooled samples drop out
+    room: int = 0  # images that one forward may hold
 
     def logits(self, x: Tensor) -> Tensor:
         """The model's logits [B, classes] of ``x``: one forward, whose output is checked against batch and labels."""
         logits = self.model(x)
-        self.counts.forward += len(x)
+        self.tally.counts.forward += len(x)
         ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
         expect(ok, "model", f"logits of shape [{x.shape[0]}, classes]", f"shape {list(logits.shape)}")
-        self.classes = logits.shape[1]
-        self.expect_labels_below(self.classes)
+        self.tally.classes = logits.shape[1]
+        self.expect_labels_below(self.tally.classes)
         return logits
 
     def expect_labels_below(self, classes: int) -> None:
@@ -115,44 +110,31 @@ class Passes:
 
     def fooled(self, logits: Tensor) -> Tensor:
         """Whether the attack has won, bool [B]."""
-        return self._fooled(logits, self.y)
+        return self.wins(logits, self.y)
 
     def examine(self, x: Tensor) -> Examined:
         """Logits, losses and the gradient to ``x``: one forward and one backward a draw, no weight gradients.
 
         Nothing is checked here, which would cost some kernels a step: the step that reads the gradient notices what is
-        not finite in it, and :meth:`settle` at the end of the climb what the losses were.
+        not finite in it, and :meth:`Tally.settle` at the end of the climb what the losses were.
         """
         x = x.detach().requires_grad_(True)
         total: Tensor | None = None
         for _ in range(self.draws):
             logits = self.logits(x)
             loss = self.loss(logits, self.y, *self.extras)
-            self._losses.append(loss.detach())
+            self.tally.keep(loss.detach())
             # ones, the gradient of a sum, keep each sample's gradient independent of the batch size and away from fp16
             # underflow; the sum itself would be a launch more
-            if self._one is None or self._one.dtype != loss.dtype:
-                self._one = loss.new_ones(())
-            grad = self.gradient(loss, x, grad_outputs=self._one.expand_as(loss))
+            grad = self.gradient(loss, x, grad_outputs=self.tally.ones(loss))
             total = grad if total is None else total + grad
         assert total is not None  # there is a draw
         return Examined(logits.detach(), loss.detach(), total if self.draws == 1 else total / self.draws)
 
-    def notice(self, grad: Tensor) -> None:
-        """Set the flag where ``grad`` is not finite: for a gradient that no step will read."""
-        self.nonfinite |= ~torch.isfinite(grad).all()
-
-    def settle(self) -> None:
-        """Set the flag if a loss was not finite in any pass since the last call: where only it is lost, a margin's say,
-        finite gradients go on from there."""
-        if self._losses:
-            self.nonfinite |= ~torch.isfinite(torch.cat(self._losses)).all()
-            self._losses.clear()
-
     def gradient(self, output: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of
         ``torch.autograd.grad``. Zero where the output does not depend on ``x`` through anything with a gradient."""
-        self.counts.backward += len(x)
+        self.tally.counts.backward += len(x)
         if not output.requires_grad:
             return torch.zeros_like(x)
         (grad,) = torch.autograd.grad(output, x, materialize_grads=True, **options)
@@ -163,5 +145,5 @@ class Passes:
         with torch.no_grad():
             logits = self.logits(x)
             loss = self.loss(logits, self.y, *self.extras)
-        self.nonfinite |= ~torch.isfinite(loss).all()
+        self.tally.flag(~torch.isfinite(loss).all())
         return self.fooled(logits), loss

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import StepAttack, expect_length
+from robust_moe.attacks.base import expect_length
 from robust_moe.attacks.losses import LOSSES, kl_divergence
 from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.steps import StepAttack
 from robust_moe.attacks.table import ATTACKS
 from robust_moe.settings import setting
 from robust_moe_kernels.ops.attack_step import NORMS, pgd_step, random_start
@@ -37,7 +38,7 @@ class PGD(StepAttack):
             divergence from the clean prediction.
         targeted: the labels given are those to reach: the loss is lowered, and a sample is fooled where it is
             classified as its label. Not with ``"kl"``.
-        best, restarts, seed, eot_iter, mode, graph: see :class:`~robust_moe.attacks.base.StepAttack`.
+        best, restarts, seed, eot_iter, mode, graph: see :class:`~robust_moe.attacks.steps.StepAttack`.
 
     Raises:
         ValueError: a value of another type or out of its range; restarts without a random start (all would be the
@@ -108,12 +109,11 @@ class PGD(StepAttack):
         predicted = logits.argmax(1)
         return predicted == y if self.targeted else predicted != y
 
-    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
-        if self.loss_name == "kl":
-            with torch.no_grad():
-                passes.extras = (passes.logits(x0),)
-            passes.loss = _from_clean
-        return super().run(passes, x0, sample_index, seed)
+    def prepare(self, passes: Passes, x0: Tensor) -> Passes:
+        if self.loss_name != "kl":
+            return passes
+        with torch.no_grad():
+            return replace(passes, loss=_from_clean, extras=(passes.logits(x0),))
 
     def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
         if not self.random_start:

@@ -102,7 +102,7 @@ class Square(Attack):
             sample_index = torch.arange(len(x0), device=x0.device)
         with torch.no_grad():
             logits = passes.logits(x0.clone())  # a copy: the model's own in-place changes are found below
-            passes.nonfinite |= torch.isnan(logits).any()
+            passes.tally.flag(torch.isnan(logits).any())
             out, lowest = x0.clone(), torch.full_like(passes.y, math.inf, dtype=torch.float64)
             left = (logits.argmax(1) == passes.y).nonzero()[:, 0]
             for restart in range(self.restarts):
@@ -126,7 +126,7 @@ class Square(Attack):
         rows = torch.arange(len(x0), device=x0.device)  # of out, that images holds
         for number, query in enumerate(self._queries(x0, seed, _QUERIES + restart)):
             if number % _CHECK_EVERY == 0 or number & (number - 1) == 0:  # also 1, 2, 4, ...: most fall early
-                passes.nonfinite |= torch.isnan(lowest).any()
+                passes.tally.flag(torch.isnan(lowest).any())
                 stay = (lowest > self._floor).nonzero()[:, 0]
                 if len(stay) < len(rows):
                     out[rows], scores[rows] = images, lowest.double()
@@ -145,7 +145,7 @@ class Square(Attack):
                 continue
             proposals.settle(images, per_sample(score < lowest, images))
             lowest = torch.minimum(lowest, score)  # keeps NaN
-        passes.nonfinite |= torch.isnan(lowest).any()
+        passes.tally.flag(torch.isnan(lowest).any())
         out[rows], scores[rows] = images, lowest.double()
         return out, scores
 

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -65,8 +66,8 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     """
     drawn = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    options = {"svg.fonttype": "none", "svg.hashsalt": "robust-moe", "svg.image_inline": True}
-    with matplotlib.rc_context(options), warnings.catch_warnings():
+    options = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "robust-moe", "svg.image_inline": True})
+    with options, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page's font draws the text
         figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(drawn.getvalue())
@@ -126,7 +127,8 @@ def curve(results: Mapping[str, Any]) -> Figure:
     figure = new_figure(8.2, 4.0)
     axes = figure.subplots()
     (line,) = axes.plot(scale * radii[order], robust[order], "-s", color=ROBUST, markersize=4, linewidth=1.4)
-    handles, names = [line], ["the curve's attack"]
+    handles: list[Artist | tuple[Artist, ...]] = [line]
+    names = ["the curve's attack"]
     (point,) = axes.plot(0, results["clean"], "o", color=CLEAN, markersize=8, clip_on=False)
     handles, names = [*handles, point], [*names, "clean"]
     if results["robust"] is not None:
@@ -166,6 +168,7 @@ def _bar(figure: Figure, image: AxesImage, axes: Any, label: str) -> None:
         image, ax=axes, format=PERCENT, pad=0.015, fraction=0.03, aspect=max(12, 7 * figure.get_figheight())
     )
     bar.outline.set_visible(False)
+    assert bar.solids is not None  # a colorbar of an image has them
     bar.solids.set_edgecolor("face")
     bar.set_label(label, color=INK)
     bar.ax.yaxis.set_major_locator(MaxNLocator(4))

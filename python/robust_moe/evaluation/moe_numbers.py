@@ -69,7 +69,7 @@ class MoENumbers(MoEStages):
         accuracies: dict[str, Any] = {name: share(mask) for name, mask in shares.items()}
         for name in shares:
             accuracies[f"{name}_interval"] = list(wilson_interval(accuracies[name], len(self.run)))
-        pgd = self.attacks["ra"][0]
+        pgd = self.pgd()
         lengths = {"eps": as_fraction(pgd.eps), "alpha": as_fraction(pgd.alpha)}
         layers = {title(name): self._layer(number, name, found, random) for number, name in enumerate(self.layers)}
         numbers = {
@@ -99,7 +99,7 @@ class MoENumbers(MoEStages):
         logits = self.run.logits(images)
         found = {**self.found(logits, labels), "logits": logits}
         for name, layer in self.layers.items():
-            found[f"gate/{name}"] = layer.routing.clean_logits.double()  # exact for every dtype
+            found[f"gate/{name}"] = layer.last_routing.clean_logits.double()  # exact for every dtype
         return found
 
     def look_clean(self, batch: Batch) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class MoENumbers(MoEStages):
             for hook in hooks:
                 hook.remove()
         for name, layer in self.layers.items():
-            found[f"disagreement/{name}"] = disagreement(layer, inputs[name], layer.routing)
+            found[f"disagreement/{name}"] = disagreement(layer, inputs[name], layer.last_routing)
         for name in self.layers:
             found[f"gradient/{name}"] = gradient_share(self.model, name, batch.images, batch.labels)
         del found["logits"]  # of many images and classes; nothing reads them any more
@@ -145,7 +145,8 @@ class MoENumbers(MoEStages):
 
     def _random_points(self, batch: Batch) -> dict[str, Tensor]:
         """The steepest of several random points, by each slope."""
-        clean, steepest = self.look(batch.images, batch.labels), {}
+        clean = self.look(batch.images, batch.labels)
+        steepest: dict[str, Tensor] = {}
         eps, norm = float(self.settings.eps), self.settings.norm
         for number in range(RANDOM_POINTS):
             images = random_start(batch.images, eps, self.run.seed, batch.index, _RANDOM_STREAMS + number, norm)
@@ -211,12 +212,13 @@ class MoENumbers(MoEStages):
         protocols: dict[str, Any] = dict.fromkeys(impose)
         if self.layers[name].num_experts > 1:
             for protocol, routes in impose.items():
-                clean, robust = self.run.clean_and_robust(
-                    f"{title(name)} {protocol}",
-                    self.pgd(),
-                    lambda batch, routes=routes: rerouted(self.model, {name: routes(batch)}),
-                )
-                protocols[protocol] = {"clean": share(clean), "robust": share(robust)}
+                protocols[protocol] = self._imposed(name, protocol, routes)
         kept = {"clean": share(self.clean["right"]), "robust": share(ra[f"clean route/{name}"])}
         carried = {"clean": share(ra[f"adversarial route/{name}"]), "robust": None}
         return {**protocols, "clean_route_on_adversarial": kept, "adversarial_route_on_clean": carried}
+
+    def _imposed(self, name: str, protocol: str, routes: Callable[[Batch], Reroute]) -> dict[str, float]:
+        clean, robust = self.run.clean_and_robust(
+            f"{title(name)} {protocol}", self.pgd(), lambda batch: rerouted(self.model, {name: routes(batch)})
+        )
+        return {"clean": share(clean), "robust": share(robust)}

@@ -40,9 +40,11 @@ class MoEStages:
             "ra_r": (RouterPGD(**arguments, seed=run.seed), {}),
         }
 
-    def pgd(self) -> Attack:
+    def pgd(self) -> PGD:
         """PGD on the model."""
-        return self.settings.build(seed=self.run.seed)
+        attack = self.settings.build(seed=self.run.seed)
+        assert isinstance(attack, PGD)  # as its settings are
+        return attack
 
     def clean_stage(self) -> dict[str, Tensor]:
         return self.run.over("clean", self.look_clean)

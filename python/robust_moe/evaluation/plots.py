@@ -54,7 +54,9 @@ def printable(name: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
-def named_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **settings: Any) -> None:
+def named_legend(
+    axes: Axes, handles: Sequence[Artist | tuple[Artist, ...]], names: Sequence[str], **settings: Any
+) -> None:
     """A legend of names taken literally: matplotlib itself reads ``$`` as mathematics and leaves out ``_name``."""
     legend = axes.legend(handles, [str(number) for number in range(len(names))], frameon=False, **settings)
     for text, name in zip(legend.get_texts(), names, strict=True):

@@ -58,11 +58,12 @@ def preset_stages(model: nn.Module, attack: Attack.Config, preset: str, seed: in
     version = preset if preset in VERSIONS else None
     if version is not None and isinstance(attack, AutoAttack.Config):
         raise ConfigError(f"{key}.name: expected another beside preset {preset!r}, which runs 'autoattack' itself")
-    if preset == "moe" and not isinstance(attack, PGD.Config):
-        raise ConfigError(f"{key}.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}")
-    if preset == "moe" and attack.loss not in LOSSES and moe_layers(model):
-        losses = ", ".join(LOSSES)
-        raise ConfigError(f"{key}.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
+    if preset == "moe":
+        if not isinstance(attack, PGD.Config):
+            raise ConfigError(f"{key}.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}")
+        if attack.loss not in LOSSES and moe_layers(model):
+            losses = ", ".join(LOSSES)
+            raise ConfigError(f"{key}.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
     return plan(attack.name, attack.build(seed=seed), version, seed)
 
 
@@ -135,8 +136,7 @@ class PresetEvaluation:
             ValueError: images, labels or a model that cannot be evaluated; see
                 :func:`~robust_moe.evaluation.run_suite`.
         """
-        finished = self._finished(results) if results is not None and resume else None
-        if finished is not None:
+        if results is not None and resume and (finished := self._finished(results)) is not None:
             self.say(f"{results}: finished already; --fresh (resume=False) evaluates again")
             if report is not None:  # it may be another evaluation's
                 with np.load(samples_file(results)) as samples:
@@ -201,5 +201,6 @@ class PresetEvaluation:
             return suite, None
         moe, stages = run_moe(self.model, **common)
         suite = with_stages(suite, stages, float(self.attack.eps), self.attack.norm)
+        assert suite.robust is not None  # there are attacks
         robust = float(suite.robust.mean())
         return suite, {**moe, "union": robust, "union_interval": list(wilson_interval(robust, len(self.labels)))}

@@ -15,6 +15,7 @@ import torch
 from robust_moe.evaluation.outcome import AUTOATTACK, StageResult, SuiteResult
 from robust_moe.evaluation.stages import describe_attack
 from robust_moe.files import replace_file
+from robust_moe.precision import switches
 from robust_moe.provenance import provenance
 
 __all__ = [
@@ -79,7 +80,7 @@ def make_results(
     for name, mask in shares.items():
         accuracies[name] = None if mask is None else float(mask.mean())
         accuracies[f"{name}_interval"] = None if mask is None else list(wilson_interval(accuracies[name], count))
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = any(switches()[name].fp32_precision == "tf32" for name in ("cuda.matmul", "cudnn.conv"))
     return {
         "format": FORMAT,
         "model": dict(model),
@@ -164,7 +165,8 @@ def write_results(results: Mapping[str, Any], samples: Mapping[str, np.ndarray],
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = samples_file(path)
     archive = io.BytesIO()
-    np.savez_compressed(archive, **samples)
+    arrays: dict[str, Any] = dict(samples)  # to numpy's types, an array by name may be its option allow_pickle
+    np.savez_compressed(archive, **arrays)
     replace_file(beside, archive.getvalue())
     written = {**results, "samples": beside.name}
     replace_file(path, (json.dumps(written, indent=2, allow_nan=False) + "\n").encode())

@@ -11,6 +11,7 @@ from robust_moe.attacks.losses import cross_entropy
 from robust_moe.evaluation.scorer import LayerRouting
 from robust_moe_kernels.modules import (
     MoELayer,
+    Reroute,
     RoutingRecord,
     SoftGradient,
     attack_mode,
@@ -45,7 +46,7 @@ def routes(layers: Mapping[str, MoELayer]) -> dict[str, Tensor]:
     ``sets/NAME``, bool [B, E], all selected ones."""
     found = {}
     for name, layer in layers.items():
-        indices = layer.routing.indices  # [B, k], highest weight first
+        indices = layer.last_routing.indices  # [B, k], highest weight first
         found[f"first/{name}"] = indices[:, 0]
         found[f"sets/{name}"] = expert_sets(indices, layer.num_experts)
     return found
@@ -116,9 +117,10 @@ def gradient_share(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Tensor:
     Two forwards and backwards, after a forward of ``x`` itself.
     """
     held = last_routes(model)
+    softened: dict[str, Reroute] = {**held, name: SoftGradient()}
     gradients = []
     with attack_mode(model):
-        for routes in (held, {**held, name: SoftGradient()}):
+        for routes in (held, softened):
             at = x.detach().clone().requires_grad_()
             with rerouted(model, routes):
                 (gradient,) = torch.autograd.grad(cross_entropy(model(at), y).sum(), at)

@@ -113,7 +113,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element may have stride 0
-        whole.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        if flat.numel():
+            whole.update(flat.view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

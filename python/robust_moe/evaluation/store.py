@@ -50,17 +50,20 @@ class Journal:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - until closed
+        self._file = file = open(path, "a+b", buffering=0)  # noqa: SIM115 - until closed
         try:
-            if not lock(self._file):
+            if not lock(file):
                 raise ResumeError(f"{path}: expected a journal of this evaluation alone, got one that another writes")
-            self._file.seek(0)
-            data = self._file.read() if resume else b""
+            file.seek(0)
+            data = file.read() if resume else b""
             if data:
-                self._read(data, json.loads(header[9:])["identity"])
+                whole = self._read(data, json.loads(header[9:])["identity"])
+                if whole < len(data):  # the last line was cut short
+                    file.truncate(whole)
+                    os.fsync(file.fileno())
             else:  # new, or left empty by a kill before the first line
-                self._file.truncate(0)
-                self._append(header)
+                file.truncate(0)
+                _append(file, header)
         except BaseException:
             self.close()
             raise
@@ -87,8 +90,8 @@ class Journal:
         """Keep ``result``: plain values and arrays by name. Returns it as :meth:`get` will. What cannot be written
         leaves the file as it was."""
         line = _line({"key": key, "result": {name: _encode(value) for name, value in result.items()}})
-        if self.path is not None:
-            self._append(line)
+        if self._file is not None:
+            _append(self._file, line)
         self._kept[key] = _decode(json.loads(line[9:])["result"])
         return self._kept[key]
 
@@ -115,29 +118,17 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _append(self, line: bytes) -> None:
-        """Write a line whole; cut off what came of it where that fails, or the next one would follow half a line."""
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            left = memoryview(line)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)
-            raise
-
-    def _read(self, data: bytes, identity: Mapping[str, Any]) -> None:
+    def _read(self, data: bytes, identity: Mapping[str, Any]) -> int:
+        """Take over the results in ``data``, a journal's content; returns how many bytes its whole lines have."""
         path = self.path
         lines = data.splitlines(keepends=True)
         records = [_record(line) for line in lines]
-        if not records or records[0] is None or records[0].get("format") != FORMAT:
+        header = records[0]
+        if header is None or header.get("format") != FORMAT:
             raise ResumeError(
                 f"{path}: expected the journal of an evaluation, got another file; --fresh (resume=False) starts anew"
             )
-        differences = _differences(records[0]["identity"], identity)
-        if differences:
+        if differences := _differences(header["identity"], identity):
             raise ResumeError(
                 f"{path}: expected the journal of this evaluation, got another's: {_first(differences)}; "
                 "--fresh (resume=False) starts anew"
@@ -147,12 +138,24 @@ class Journal:
                 f"{path}: expected whole lines, got a damaged line {records.index(None) + 1} of {len(records)}; "
                 "--fresh (resume=False) starts anew"
             )
-        if records[-1] is None:  # cut short
-            self._file.truncate(len(data) - len(lines.pop()))
-            os.fsync(self._file.fileno())
-            records.pop()
         for record in records[1:]:
-            self._kept[record["key"]] = _decode(record["result"])
+            if record is not None:
+                self._kept[record["key"]] = _decode(record["result"])
+        return len(data) - (len(lines[-1]) if records[-1] is None else 0)
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Write a line whole; cut off what came of it where that fails, or the next one would follow half a line."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        left = memoryview(line)
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

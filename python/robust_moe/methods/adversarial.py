@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks import PGD, Attack, Crafted, attack_mode
-from robust_moe.attacks.base import StepAttack
+from robust_moe.attacks.steps import StepAttack
 from robust_moe.data import Batch
 from robust_moe.methods.base import Method, accuracy, full
 from robust_moe.methods.options import AttackOptions, StepsSchedule

@@ -6,9 +6,8 @@ the loss is a bound method, so that the steps can be captured once and replayed 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,23 +100,17 @@ class SecondExpertPGD(PGD):
         forwards, backwards = super().passes
         return 2 * forwards + 2, 2 * backwards
 
-    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+    def prepare(self, passes: Passes, x0: Tensor) -> Passes:
         with torch.no_grad():
             passes.logits(x0)
             second = second_experts(passes.model)
             with rerouted(passes.model, held(second)):
                 clean = passes.logits(x0)
-        passes.extras = (clean, *second.values())
-        passes.loss = self._objective
-        return super().run(passes, x0, sample_index, seed)
+        return replace(passes, loss=self._objective, extras=(clean, *second.values()))
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
         second = dict(zip(moe_layers(passes.model), passes.extras[1:], strict=True))
-        paired = copy.copy(passes)
-        paired.model = _BothModels(passes.model, held(second))
-        found = super().climb(paired, x, x0)
-        passes.classes = paired.classes // 2
-        return found
+        return super().climb(replace(passes, model=_BothModels(passes.model, held(second))), x, x0)
 
     def _objective(self, both: Tensor, y: Tensor, clean: Tensor, *_: Tensor) -> Tensor:
         logits, second = both.chunk(2, 1)
@@ -152,13 +145,11 @@ class RoutePGD(PGD):
         forwards, backwards = super().passes
         return forwards + 1, backwards
 
-    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+    def prepare(self, passes: Passes, x0: Tensor) -> Passes:
         with torch.no_grad():
             clean = passes.logits(x0)
         layers = _Gates(passes.model, self.predictions)
-        passes.extras = (clean, *gate_logits(passes.model))
-        passes.loss = layers.objective
-        return super().run(passes, x0, sample_index, seed)
+        return replace(passes, loss=layers.objective, extras=(clean, *gate_logits(passes.model)))
 
 
 class _Gates:

@@ -28,6 +28,7 @@ class OptimizerConfig(Config):
     """
 
     table: ClassVar[Table] = OPTIMIZERS
+    state_size: ClassVar[int] = 2  # numbers that it keeps for each weight, for the memory that --dry-run tells
 
     lr: float = setting(0.1, "peak learning rate", above=0)
     weight_decay: float = setting(5e-4, "an L2 penalty; of adamw apart from the gradient", at_least=0)
@@ -77,6 +78,8 @@ class SGD(torch.optim.SGD):
     @dataclass(frozen=True, kw_only=True)
     class Config(PyTorchConfig):
         """Momentum."""
+
+        state_size: ClassVar[int] = 1
 
         momentum: float = setting(0.9, "factor of the earlier updates in the next", at_least=0, below=1)
         nesterov: bool = setting(True, "Nesterov's form of momentum")

@@ -10,6 +10,7 @@ import numpy as np
 from robust_moe.evaluation import figures
 from robust_moe.evaluation.common import in_common
 from robust_moe.evaluation.html_report.blocks import (
+    Block,
     Cell,
     Figure,
     Folded,
@@ -181,7 +182,7 @@ def curve_section(results: Mapping[str, Any]) -> Section | Missing:
         percent(share).text for share in (curve["robust"][0], curve["robust"][-1])
     )
     caption = f"Robust accuracy against the radius; attack of the curve: {attack}. The dotted line is the report's ε."
-    blocks = [
+    blocks: list[Block] = [
         Figure(figures.inline_svg(figures.curve(results), "curve", label), caption),
         Folded("The numbers", [Table("Robust accuracy for every radius", ("ε", "robust"), rows)]),
     ]
