@@ -6,34 +6,22 @@ No GPU is needed. Each op and GPU is a process of its own, two at a time, withou
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from uninterpreted import HELPERS, in_fresh_process
 
 from robust_moe_kernels.ops import OPS
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-HERE = Path(__file__).parent
 CAPABILITIES = (80, 90, 100)
-
-
-def in_fresh_process(*arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def compilations(request: pytest.FixtureRequest) -> dict[tuple[str, int], Future[str]]:
     """Output of compile_builds.py for every (op, GPU) that a selected test asks for."""
-    program = str(HERE / "compile_builds.py")
+    program = str(HELPERS / "compile_builds.py")
     pool = ThreadPoolExecutor(max_workers=2)
     asked = [item.callspec.params for item in request.session.items if "compilations" in item.fixturenames]
     jobs = dict.fromkeys((params.get("op", "expert_conv"), params.get("capability", 90)) for params in asked)
