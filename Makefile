@@ -6,8 +6,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# A file's tests stay in one worker, which computes what they share once; tests/conftest.py says which files begin.
+WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find csrc -type f)
-CPP := $(shell find csrc tests/kernels/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint clean
 
@@ -15,7 +17,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/robust-moe demo
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(WORKERS)
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks --out benchmarks/results

@@ -27,7 +27,7 @@ over many pixels are split into shares, added in order by one more operation. No
 Its lanes advance by sums and single carries, 207 instructions where divisions took 419; a gathered map is read an
 iteration ahead, which keeps the four buffers that a load depending on a load would halve.
 
-What compiles to what (tests/kernels/test_triton_compile.py): float16, bfloat16 and tf32 products are wgmma on sm_90,
+What compiles to what (tests/builds/test_triton_compile.py): float16, bfloat16 and tf32 products are wgmma on sm_90,
 tcgen05.mma on sm_100 (64-wide tiles too) and mma.sync on sm_80; float32 without tf32 ("ieee") has no tensor core. wgmma
 reads tf32 operands only with the summed index innermost; Triton copies the filters there in 4-byte pieces in the
 forward pass. Channels that are no multiple of 16 load single elements, without cp.async: large tiles of those spilled

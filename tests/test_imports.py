@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKAGES = {"robust_moe_kernels": ROOT / "robust_moe_kernels", "robust_moe": ROOT / "python" / "robust_moe"}
 
 

@@ -1,51 +1,50 @@
 """Every shipped Triton configuration compiles for three GPU generations, spills no register and addresses in 64 bits.
 
-No GPU is needed. Each op and GPU is a process of its own, two at a time, without TRITON_INTERPRET.
+No GPU is needed. Each op is a process of its own, two at a time, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from uninterpreted import HELPERS, in_fresh_process
 
 from robust_moe_kernels.ops import OPS
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(1800)  # minutes of compiling, many of them on a busy machine
+
 CAPABILITIES = (80, 90, 100)
 
 
-def in_fresh_process(*arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="session")
-def compilations(request: pytest.FixtureRequest) -> dict[tuple[str, int], Future[str]]:
-    """Output of compile_builds.py for every (op, GPU) that a selected test asks for."""
-    program = str(HERE / "compile_builds.py")
-    pool = ThreadPoolExecutor(max_workers=2)
+def compilations(request: pytest.FixtureRequest) -> Callable[[str, int], list[dict]]:
+    """``compilations(op, GPU)``: the lines of compile_builds.py, which compiles what the selected tests ask for."""
+    program = str(HELPERS / "compile_builds.py")
     asked = [item.callspec.params for item in request.session.items if "compilations" in item.fixturenames]
-    jobs = dict.fromkeys((params.get("op", "expert_conv"), params.get("capability", 90)) for params in asked)
-    futures = {(op, gpu): pool.submit(in_fresh_process, program, op, str(gpu)) for op, gpu in jobs}
+    jobs: dict[str, set[int]] = {}
+    for params in asked:
+        jobs.setdefault(params.get("op", "expert_conv"), set()).add(params.get("capability", 90))
+    pool = ThreadPoolExecutor(max_workers=2)
+    order = sorted(jobs, key=lambda op: op != "expert_conv")  # takes as long as all others, so it begins
+    futures = {op: pool.submit(in_fresh_process, program, op, *map(str, sorted(jobs[op]))) for op in order}
     pool.shutdown(wait=False)
-    return futures
+
+    def builds(op: str, capability: int) -> list[dict]:
+        lines = map(json.loads, futures[op].result().splitlines())
+        return [line for line in lines if line["capability"] == capability]
+
+    return builds
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_spilling(op, capability, compilations):
-    builds = [json.loads(line) for line in compilations[op, capability].result().splitlines()]
+    builds = compilations(op, capability)
     assert builds
     for build in builds:
         assert 0 < build["registers"] <= 255, build
@@ -58,7 +57,7 @@ WANTED = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma", "mma.s
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
 def test_convolutions_use_tensor_cores(capability, compilations):
     """Every product in float16, bfloat16 and tf32, by the generation's own instruction; float32 ("ieee") has none."""
-    builds = [json.loads(line) for line in compilations["expert_conv", capability].result().splitlines()]
+    builds = compilations("expert_conv", capability)
     products = [build for build in builds if not build["build"].startswith("plan_kernel")]
     assert len(products) > 20
     for build in products:
@@ -69,7 +68,7 @@ def test_convolutions_use_tensor_cores(capability, compilations):
 @pytest.mark.parametrize("op", OPS)
 def test_row_offsets_are_64_bit(op, compilations):
     """No address depends on a 32-bit product, which would overflow beyond 2^31 elements."""
-    builds = [json.loads(line) for line in compilations[op, 90].result().splitlines()]
+    builds = compilations(op, 90)
     assert {build["build"]: build["narrow"] for build in builds if build["narrow"]} == {}
 
 

@@ -51,7 +51,7 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture
 def state_of() -> Callable[[nn.Module], dict[str, object]]:
     """``state_of(model)``: all that an attack has to leave as it found it; equal where nothing changed."""
-    # not before tests/kernels/conftest.py has told Triton how to run
+    # not before tests/conftest.py has told Triton how to run
     from robust_moe_kernels.modules import moe_layers
 
     def state(model: nn.Module) -> dict[str, object]:
@@ -77,7 +77,7 @@ class Victim(NamedTuple):
 @pytest.fixture(scope="session")
 def victim() -> Victim:
     """The benchmarks' small CNN on digits: about half of its images survive 0.15 in ℓ∞."""
-    # not before tests/kernels/conftest.py has told Triton how to run
+    # not before tests/conftest.py has told Triton how to run
     from benchmarks.autoattack import digits_cnn
 
     model, x, y = digits_cnn(torch.device("cpu"))

@@ -13,7 +13,7 @@ from robust_moe_kernels import native
 
 pytestmark = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
 
-HERE = Path(__file__).parent
+OP_TESTS = Path(__file__).parents[1] / "robust_moe_kernels" / "ops"
 ORDER = ("baseline", "avx2", "avx512")
 
 
@@ -35,7 +35,7 @@ def test_convolution_with(isa: str) -> None:
     if ORDER.index(native.extension().cpu_isa()) < ORDER.index(isa):
         pytest.skip(f"this processor does not have {isa}")
     assert used == isa
-    files = [str(HERE / name) for name in ("test_expert_conv.py", "test_expert_conv_winograd.py")]
+    files = [str(OP_TESTS / name) for name in ("test_expert_conv.py", "test_expert_conv_winograd.py")]
     report = python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *files)
     assert " passed" in report
     assert " failed" not in report

@@ -24,9 +24,9 @@ pytestmark = [
     pytest.mark.timeout(1800),  # on a busy machine compiling alone takes minutes
 ]
 
-from cuda_emulation import build  # noqa: E402
+from cuda_emulation import HEADERS, build  # noqa: E402
 
-HERE = Path(__file__).parent
+OP_TESTS = Path(__file__).parents[1] / "robust_moe_kernels" / "ops"
 FILES = (
     *("test_attack_step", "test_nonfinite_flag", "test_apgd", "test_permute", "test_routing", "test_native_memory"),
     *("test_gate", "test_gate_pool", "test_expert_block", "test_expert_block_norms", "test_sample_cross_entropy"),
@@ -47,7 +47,7 @@ def run(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_ops_tests_pass(library):
-    done = run(library, *(str(HERE / f"{name}.py") for name in FILES), "-k", CHOSEN)
+    done = run(library, *(str(OP_TESTS / f"{name}.py") for name in FILES), "-k", CHOSEN)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
@@ -70,7 +70,7 @@ native.extension().sum_rows_cuda(rows, other, index.data_ptr(), out, 1, 1, 8, 0,
 @pytest.mark.parametrize(("offset", "survives"), [(4, True), (2, False)])
 def test_the_emulation_sees_a_misaligned_access(library, offset, survives):
     """Floats at 16 bytes are read four at once, at 4 bytes one at a time; at 2 bytes a GPU ends the process."""
-    program = MISALIGNED.format(folder=str(HERE), library=str(library), offset=offset)
+    program = MISALIGNED.format(folder=str(HEADERS.parent), library=str(library), offset=offset)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 if survives else done.returncode < 0, done.stderr  # below zero: ended by a signal
 
@@ -103,6 +103,6 @@ def test_the_emulation_sees_a_missing_barrier(tmp_path, barrier, equal):
     """Two equal launches then read what has been written in one of them and not in the other."""
     source, program = tmp_path / "neighbours.cpp", tmp_path / "neighbours"
     source.write_text(NEIGHBOURS.format(barrier=barrier))
-    include = f"-I{HERE / 'cuda_emulation'}"
+    include = f"-I{HEADERS}"
     subprocess.run(["g++", "-std=c++17", "-U_FORTIFY_SOURCE", include, source, "-o", program], check=True, timeout=600)
     assert (subprocess.run([program], timeout=60).returncode == 0) is equal

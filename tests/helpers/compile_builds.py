@@ -1,6 +1,6 @@
-"""Compiles every shipped Triton configuration of one op for one GPU, without a GPU; prints one JSON line a build.
+"""Compiles every shipped Triton configuration of one op for some GPUs, without a GPU; prints one JSON line a build.
 
-Usage: python compile_builds.py OP CAPABILITY
+Usage: python compile_builds.py OP CAPABILITY [CAPABILITY ...]
 
 A program of its own because kernels decorated under TRITON_INTERPRET=1, as the other tests need them, cannot be
 compiled.
@@ -9,20 +9,21 @@ compiled.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from contextlib import redirect_stdout
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from robust_moe_kernels.triton_support import Build
 
+# What the assembler says of the code that is kept; a build that is found in Triton's cache would say nothing.
+triton.knobs.nvidia.dump_ptxas_log = True
+triton.knobs.compilation.always_compile = True
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 COUNTS = {
     "registers": r"Used (\d+) registers",
@@ -41,17 +42,6 @@ def parse_log(log: str) -> dict[str, int]:
     if "spill stores" not in log or not counts["registers"]:
         raise ValueError(f"ptxas -v: expected registers and spills, got {log!r}")
     return counts
-
-
-def resources(ptx: str, capability: int) -> dict[str, int]:
-    """What the assembler reports for one kernel."""
-    target = re.search(r"\.target\s+(sm_\w+)", ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source) + ".o"]
-        return parse_log(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
 def narrow_products(ttir: str) -> list[str]:
@@ -88,22 +78,24 @@ def _operands(body: str) -> list[str]:
 def report(build: Build, capability: int) -> dict[str, object]:
     """Compiles one configuration for one GPU."""
     source = ASTSource(build.kernel, build.signature, build.constants, build.attributes())
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
-    ptx = compiled.asm["ptx"]
+    with redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
     return {
         "build": str(build),
-        **resources(ptx, capability),
-        "mma": {kind: count for kind in TENSOR_CORES if (count := ptx.count(kind))},
+        "capability": capability,
+        **parse_log(log.getvalue()),
+        "mma": {kind: count for kind in TENSOR_CORES if (count := compiled.asm["ptx"].count(kind))},
         "narrow": narrow_products(compiled.asm["ttir"]),
     }
 
 
 def main() -> None:
-    op, capability = sys.argv[1], int(sys.argv[2])
+    op, *capabilities = sys.argv[1:]
     module = importlib.import_module(f"robust_moe_kernels.ops.{op}.triton_impl")
-    for build in module.builds():
-        if capability not in build.not_for:
-            print(json.dumps(report(build, capability)), flush=True)
+    for capability in map(int, capabilities):
+        for build in module.builds():
+            if capability not in build.not_for:
+                print(json.dumps(report(build, capability)), flush=True)
 
 
 if __name__ == "__main__":

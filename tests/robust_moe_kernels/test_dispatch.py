@@ -97,7 +97,7 @@ def test_the_suite_covers_what_is_installed():
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_new_op_brings_its_tests(name):
-    module = Path(__file__).with_name(f"test_{name}.py")
+    module = Path(__file__).parent / "ops" / f"test_{name}.py"
     assert f'OP = "{name}"' in module.read_text()
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from robust_moe_kernels import native
 
-__all__ = ["build", "emulate_cuda"]
+__all__ = ["HEADERS", "build", "emulate_cuda"]
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[2] / "csrc"
+HEADERS = Path(__file__).parent
+CSRC = HEADERS.parents[2] / "csrc"
 FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DRMK_CUDA", "-Wno-unknown-pragmas"),
     "-U_FORTIFY_SOURCE",  # whose longjmp refuses to change stacks
@@ -28,9 +28,9 @@ def build(folder: Path) -> Path:
     """Compiles the extension with emulated CUDA kernels and without convolutions; returns its library."""
     import pybind11
 
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*/*.cu"), HERE / "no_convolutions.cpp"]
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*/*.cu"), HEADERS / "no_convolutions.cpp"]
     sources += [path for path in CSRC.glob("*/*.cpp") if path.parent.name != "expert_conv"]
-    includes = [f"-I{path}" for path in (HERE, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    includes = [f"-I{path}" for path in (HEADERS, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
 
     def compiled(source: Path) -> str:
         target = folder / f"{source.parent.name}_{source.name}.o"
