@@ -136,8 +136,10 @@ def tradeoff_section(
         ]
         for number_of, (name, entry) in enumerate(models)
     ]
-    columns = ("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under")
-    columns += ("robust against all of its attacks", "attacks besides the common ones") if extra else ()
+    columns = (
+        *("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under"),
+        *(("robust against all of its attacks", "attacks besides the common ones") if extra else ()),
+    )
     label = "; ".join(
         f"{name}: clean {percent(e['clean']).text}, robust {percent(e['robust']).text}" for name, e in drawn
     )
