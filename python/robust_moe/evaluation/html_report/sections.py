@@ -136,8 +136,9 @@ def tradeoff_section(
         ]
         for number_of, (name, entry) in enumerate(models)
     ]
-    columns = ("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under")
-    columns += ("robust against all of its attacks", "attacks besides the common ones") if extra else ()
+    own = ("robust against all of its attacks", "attacks besides the common ones") if extra else ()
+    shares = ("clean", "95 % interval", "robust", "95 % interval")
+    columns = ("model", *shares, "images", "parameters", "measured under", *own)
     label = "; ".join(
         f"{name}: clean {percent(e['clean']).text}, robust {percent(e['robust']).text}" for name, e in drawn
     )
