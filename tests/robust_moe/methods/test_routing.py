@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
-from test_method_losses import (
+from method_losses import (
     BETA,
     CLASSES,
     COMMON,
@@ -23,6 +22,7 @@ from test_method_losses import (
     soft,
     update,
 )
+from rich.console import Console
 
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
