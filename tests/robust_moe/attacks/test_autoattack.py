@@ -146,7 +146,9 @@ def test_passes_are_counted(victim):
     assert counts.backward == right * robust.passes[1]
 
 
-@pytest.mark.parametrize("attack", [PGD(0.15, 3), FAB(0.15, 5), Square(0.15, 30), APGD(0.15, 4)], ids=str)
+@pytest.mark.parametrize(
+    "attack", [PGD(0.15, 3), FAB(0.15, 5), Square(0.15, 30), APGD(0.15, 4)], ids=lambda attack: type(attack).__name__
+)
 def test_every_attack_says_whom_it_fooled(victim, attack):
     model, x, y = victim
     counting, counts = Counting(model), Counts()
@@ -162,7 +164,7 @@ def test_every_attack_says_whom_it_fooled(victim, attack):
 @pytest.mark.parametrize(
     "attack",
     [APGD(0.12, 5, loss="dlr-targeted", n_targets=5), FAB(0.12, 5, targeted=True, n_targets=5, restarts=2)],
-    ids=str,
+    ids=lambda attack: type(attack).__name__,
 )
 def test_with_room_the_targets_of_few_images_run_together(victim, attack):
     """Fewer and larger forwards, and the same images: in float64, where the batch is not felt."""
