@@ -46,6 +46,8 @@ class RobustGate(RoutedMethod):
     ``method.attacked``: ``shared``: all experts on x'. It is the adversary of the expert that the gate chose, so
     another one often looks better than it would if it were attacked itself. ``own``: expert e on an image that is
     attacked through expert e, all from one start: E attacks more for each layer.
+    Either way PGD along the chosen route overstates the robustness: judge with attacks on the routes, and through
+    every expert, too.
 
     Losses, and the gates' inputs, are taken in eval mode at the weights that x' was made for; the second update has no
     forward of the experts, and moves no batch norm outside of a gate. The gates get no gradient from the task.
