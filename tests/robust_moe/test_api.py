@@ -170,7 +170,8 @@ def test_moe_is_the_mixtures_attacks_and_a_curve():
     replace_blocks(model, "2", num_experts=2, top_k=1, init="fresh")
     given = images(model, 6)
     found = robust_moe.evaluate(model, *given, eps="2/255", preset="moe", attack=PGD.Config(steps=1))
-    assert [attack["name"] for attack in found["attacks"]] == ["pgd", "ra", "ra_e", "ra_r", "joint", "transfer"]
+    names = ["pgd", "ra", "ra_e", "ra_r", "ra_r_targeted", "joint", "transfer"]
+    assert [attack["name"] for attack in found["attacks"]] == names
     assert found["moe"]["union"] == found["robust"]
     assert list(found["moe"]["layers"]) == ["2"]
     assert len(found["curve"]["robust"]) == 20

@@ -14,6 +14,7 @@ from robust_moe.attacks.moe import ExpertPGD, JointPGD, RouterPGD
 from robust_moe.attacks.passes import Counts
 from robust_moe.attacks.pgd import PGD
 from robust_moe.attacks.square import Square
+from robust_moe.attacks.steering import Steering
 from robust_moe.attacks.table import ATTACKS
 from robust_moe_kernels.modules import attack_mode
 
@@ -32,5 +33,6 @@ __all__ = [
     "JointPGD",
     "RouterPGD",
     "Square",
+    "Steering",
     "attack_mode",
 ]

@@ -11,21 +11,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks.base import expect_length
+from robust_moe.attacks.base import Found, expect_length, expect_number
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.pgd import PGD
+from robust_moe.attacks.routes import (
+    CUSHION,
+    CleanGates,
+    Goal,
+    full,
+    leads,
+    routed_layers,
+    soft_gates,
+    worst_route,
+)
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import FixedRoutes, MoELayer, SoftGradient, last_routes, moe_layers, rerouted
+from robust_moe_kernels.modules import FixedRoutes, MoELayer, last_routes, moe_layers, rerouted
 
 __all__ = ["ExpertPGD", "JointPGD", "RouterPGD", "router_margin"]
-
-CUSHION = 0.25  # lead, in spreads of the gate's logits, from which an expert counts as pushed out: a step may undo some
 
 
 def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Tensor:
@@ -42,7 +51,7 @@ def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Ten
         selected: int64 [B, k], the experts that the gate chose on the clean images.
         cushion: >= 0, in units of the logits.
     """
-    h = logits if logits.dtype == torch.float64 else logits.float()
+    h = full(logits)
     k, experts = selected.shape[1], h.shape[1]
     if k == experts:
         return torch.zeros_like(h[:, 0])
@@ -163,20 +172,67 @@ class RouterAttack(MoEAttack):
         return replace(passes, loss=gates.loss, extras=gates.clean())
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
-        free = {
-            name: SoftGradient()
-            for name, layer in moe_layers(passes.model).items()
-            if self.soft_gradient and layer.reroute is None and layer.top_k < layer.num_experts
-        }
-        with rerouted(passes.model, free):
+        with rerouted(passes.model, soft_gates(passes.model) if self.soft_gradient else {}):
             return super().climb(passes, x, x0)
 
 
 class RouterPGD(RouterAttack):
     """RA-R: PGD on the router's loss alone, which pushes the experts selected at the clean image out of the top k.
 
-    The labels only decide who is fooled, which tells restarts apart. Arguments: see :class:`RouterAttack`.
+    The labels only decide who is fooled, which tells restarts apart.
+
+    Args:
+        targeted: drive each layer's gate to every other expert in turn, the nearest in its ranking first, and then the
+            layers jointly (:func:`~robust_moe.attacks.routes.worst_route`), by the lead of that expert over the k-th
+            best of the others; each image keeps what is misclassified, else the highest loss.
+        routes: experts of each layer that ``targeted`` tries, >= 1; of a layer with fewer others all.
+        others: see :class:`RouterAttack`.
     """
+
+    def __init__(
+        self, eps: float, steps: int, *args: Any, targeted: bool = False, routes: int = 8, **settings: Any
+    ) -> None:
+        super().__init__(eps, steps, *args, **settings)
+        expect(isinstance(targeted, bool), "targeted", "True or False", repr(targeted))
+        expect_number("routes", routes, Integral)
+        expect(routes >= 1, "routes", "a count >= 1", routes)
+        self.each_expert = targeted  # "targeted" is PGD's, of labels
+        self.routes = routes
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """(forwards, backwards); with ``targeted`` of a sample that nothing fools, on a model with one layer that has
+        ``routes`` experts to spare: the most for one layer."""
+        if not self.each_expert:
+            return super().passes
+        climbs = self.restarts * self.routes
+        return 1 + climbs * (self.steps * self.eot_iter + 1), climbs * self.steps * self.eot_iter
+
+    def routed(self, passes: Passes) -> Passes:
+        """With ``targeted`` the labels' loss, which tells experts apart; the climbs have the gate's."""
+        return passes if self._targets(passes) else super().routed(passes)
+
+    def _targets(self, passes: Passes) -> list[MoELayer]:
+        return routed_layers(passes.model) if self.each_expert else []
+
+    def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
+        layers = self._targets(passes)
+        if not layers:
+            return super().run(passes, x0, sample_index, seed)
+        gates = CleanGates.of(layers)  # the last forward was that of the clean images, in prepare
+        others = [ranked[:, layer.top_k :] for layer, ranked in zip(layers, gates.ranked, strict=True)]
+        candidates = [experts[:, : self.routes] for experts in others]
+        nothing = passes.y.new_zeros(len(x0), dtype=torch.bool), gates.spread.new_full((len(x0),), -torch.inf)
+        found = Found(x0, *nothing)
+
+        def climb(passes: Passes, x: Tensor, x0: Tensor, goal: Goal) -> Found:
+            (x, *_) = self.climb(replace(passes, loss=lead, extras=tuple(goal)), x, x0)
+            return Found(x, *passes.score(x))
+
+        def lead(logits: Tensor, y: Tensor, *goal: Tensor) -> Tensor:
+            return leads(layers, Goal(*goal)).sum(1)
+
+        return worst_route(self, passes, x0, sample_index, seed, gates, candidates, climb, found).images
 
     def objective(self, logits: Tensor, y: Tensor, router: Tensor) -> Tensor:
         return router
@@ -216,29 +272,22 @@ class _Gates:
 
     def __init__(self, attack: RouterAttack, model: nn.Module) -> None:
         self.attack = attack
-        self.layers: list[MoELayer] = [
-            layer
-            for layer in moe_layers(model).values()
-            if layer.fixed_expert is None and layer.top_k < layer.num_experts
-        ]
+        self.layers: list[MoELayer] = routed_layers(model)
 
     def clean(self) -> tuple[Tensor, ...]:
         """For each layer the experts selected, int64 [B, k], and the spread of its logits, float64 [B, 1], at the clean
         images."""
-        found = []
-        for layer in self.layers:
-            logits = layer.last_routing.logits.detach()
-            # as the gate ranks them, also where a caller's routes replace its choice
-            found.append(logits.sort(dim=1, descending=True, stable=True).indices[:, : layer.top_k])
-            spread = logits.double().std(dim=1, correction=0, keepdim=True)
-            found.append(spread.clamp_min(torch.finfo(torch.float32).eps))
+        if not self.layers:
+            return ()
+        gates, found = CleanGates.of(self.layers), []
+        for layer, ranked, spread in zip(*gates[:2], gates.spread.split(1, 1), strict=True):
+            found += [ranked[:, : layer.top_k], spread]
         return tuple(found)
 
     def loss(self, logits: Tensor, y: Tensor, *clean: Tensor) -> Tensor:
         # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing
         router = (0 * logits).nan_to_num().sum(1)
         for layer, selected, spread in zip(self.layers, clean[::2], clean[1::2], strict=True):
-            h = layer.last_routing.logits
-            h = h if h.dtype == torch.float64 else h.float()
+            h = full(layer.last_routing.logits)
             router = router + router_margin(h / spread.to(h.dtype), selected, CUSHION)
         return self.attack.objective(logits, y, router)

@@ -56,7 +56,8 @@ def run_moe(
     misclassified, for their routes.
 
     An image is robust against an attack if the model is correct on the clean and on the adversarial image. ``union``:
-    against all of ``ra`` (PGD on the model), ``ra_e``, ``ra_r``, ``joint`` (classification and router together, soft
+    against all of ``ra`` (PGD on the model), ``ra_e``, ``ra_r``, ``ra_r_targeted`` (the router driven to
+    every other expert in turn: right under the worst of them), ``joint`` (classification and router together, soft
     gradient; by itself it may be weaker than ``ra``) and ``transfer`` (images crafted on the soft mixture of all
     experts and scored on the model: where they break more than PGD on the model itself, hard routing hides gradients).
     ``lipschitz`` is an *estimate from below*: the largest ‖ΔF‖₂ / ‖Δx‖ (the attack's norm) over the images of those

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust_moe.attacks import PGD, JointPGD
+from robust_moe.attacks import PGD, JointPGD, RouterPGD
 from robust_moe.data import Batch
 from robust_moe.evaluation.moe_stages import MoEStages, attack_settings, moe_arguments, title
 from robust_moe.evaluation.outcome import MOE, Stage, StageResult
@@ -50,8 +50,11 @@ class MoENumbers(MoEStages):
 
     def __init__(self, run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Config) -> None:
         super().__init__(run, layers, attack)
+        arguments = {**moe_arguments(attack), "seed": run.seed}
+        experts = max(layer.num_experts for layer in layers.values())
         self.attacks |= {
-            "joint": (JointPGD(**moe_arguments(attack), seed=run.seed), {}),
+            "ra_r_targeted": (RouterPGD(**arguments, targeted=True, routes=experts), {}),
+            "joint": (JointPGD(**arguments), {}),
             "transfer": (self.pgd(), dict.fromkeys(layers, AllExperts())),
         }
         singles = sum(layer.num_experts for layer in layers.values())

@@ -75,10 +75,12 @@ def moe_table(results: Mapping[str, Any]) -> Table:
         "ra": "RA: model attacked",
         "ra_e": "RA-E: experts attacked, routes held",
         "ra_r": "RA-R: router attacked",
+        "ra_r_targeted": "RA-R, targeted: router driven to each expert",
         "union": "after all attacks",
     }
     for name, title in names.items():
-        table.add_row(title, _percent(results["moe"], name))
+        if name in results["moe"]:  # results of an earlier version lack some
+            table.add_row(title, _percent(results["moe"], name))
     return table
 
 

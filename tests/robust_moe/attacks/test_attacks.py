@@ -510,6 +510,7 @@ USED = {
     "fab-t": {"steps", "restarts", "n_targets"},
     "square": {"queries", "restarts", "loss"},
     "autoattack": {"steps", "restarts", "version"},
+    "steering": {"steps", "alpha", "random_start", "restarts", "loss", "eot_iter", "graph"},
 }
 
 

@@ -12,7 +12,7 @@ from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.results import FORMAT
 
 HOSTILE = '</title><script>alert("1")</script> $x_{$ _a & \' \x00\ud800 https://a.example/'
-ATTACKS = ("ra", "ra_e", "ra_r", "joint", "transfer")
+ATTACKS = ("ra", "ra_e", "ra_r", "ra_r_targeted", "joint", "transfer")
 SHARES = ("sa", *ATTACKS, "union")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -81,7 +81,7 @@ def by_hand() -> dict:
 
 def test_accuracies(by_hand):
     # soft mixture: 20 (b − 1/2) is at least 2 there, so the better expert outweighs the other; its own attack transfers
-    expected = {"sa": 0.8, "ra": 0.6, "ra_e": 0.6, "ra_r": 0.6, "joint": 0.4, "union": 0.4}
+    expected = {"sa": 0.8, "ra": 0.6, "ra_e": 0.6, "ra_r": 0.6, "ra_r_targeted": 0.6, "joint": 0.4, "union": 0.4}
     assert {name: by_hand[name] for name in expected} == expected
     for name in (*expected, "transfer"):
         assert by_hand[f"{name}_interval"] == list(wilson_interval(by_hand[name], 5))
@@ -94,9 +94,9 @@ def test_accuracies(by_hand):
 def test_every_attack_is_a_stage_with_masks_passes_and_its_ball():
     model, (x, y, index) = two_experts(), points()
     numbers, stages = run_moe(model, x, y, index, attack=pgd(0.1, 10), seed=3, batch_size=2)
-    assert [stage.stage.name for stage in stages] == ["ra", "ra_e", "ra_r", "joint", "transfer"]
+    assert [stage.stage.name for stage in stages] == ["ra", "ra_e", "ra_r", "ra_r_targeted", "joint", "transfer"]
     right = [True, True, True, False, True]
-    robust = {"ra": [0, 4, 2], "ra_e": [0, 4, 2], "ra_r": [0, 4, 1], "joint": [0, 4]}
+    robust = {"ra": [0, 4, 2], "ra_e": [0, 4, 2], "ra_r": [0, 4, 1], "ra_r_targeted": [0, 4, 1], "joint": [0, 4]}
     for stage in stages:
         assert stage.attacked.all()
         wrong = stage.prediction != y.numpy()
@@ -106,8 +106,8 @@ def test_every_attack_is_a_stage_with_masks_passes_and_its_ball():
         assert numbers[name] == stage.alone == (right & ~stage.broken).mean()
         if name in robust:
             assert set(np.flatnonzero(right & ~stage.broken)) == set(robust[name])
-        clean_forward = name in ("ra_e", "ra_r", "joint")
-        assert stage.counts == Counts(5 * (10 + clean_forward), 5 * 10)
+        more = {"ra_e": 1, "ra_r": 1, "joint": 1, "ra_r_targeted": 2}.get(name, 0)  # clean, and what a target gave
+        assert stage.counts == Counts(5 * (10 + more), 5 * 10)
         assert stage.seconds > 0
         assert stage.reach == pytest.approx(0.1, rel=1e-6)
         assert 0 <= stage.low < stage.high <= 1
@@ -195,7 +195,7 @@ def test_lipschitz_estimates_of_linear_functions():
     """Without a flip, logits move by (−10, 10) a pixel a, gate logits by (20, −20) a pixel b; PGD goes all the way."""
     x, y, index = (tensor[[0, 4]] for tensor in points())
     found = evaluate_moe(two_experts(), x, y, index, attack=pgd(0.05, 10))
-    assert found["lipschitz"]["points"] == RANDOM_POINTS + 5
+    assert found["lipschitz"]["points"] == RANDOM_POINTS + 6
     for name, slope in (("mean", 10), ("max", 10)):
         assert found["lipschitz"][name] == pytest.approx(slope * math.sqrt(2), rel=1e-4)
         assert found["layers"]["model"]["lipschitz"][name] == pytest.approx(2 * slope * math.sqrt(2), rel=1e-4)
@@ -321,7 +321,7 @@ def test_any_number_of_experts(top_k, experts):
     inputs = labelled(model)
     found = evaluate_moe(model, *inputs, **SETTINGS)
     json.dumps(found, allow_nan=False)
-    attacks = ("ra", "ra_e", "ra_r", "joint", "transfer")
+    attacks = ("ra", "ra_e", "ra_r", "ra_r_targeted", "joint", "transfer")
     assert found["sa"] == pytest.approx(12 / 13)
     assert found["union"] <= min(found[name] for name in attacks)
     assert max(found[name] for name in attacks) <= found["sa"]
@@ -421,7 +421,7 @@ def test_progress_names_every_stage():
     model = network()
     told = Told()
     run_moe(model, *labelled(model), **SETTINGS, batch_size=5, task=told)
-    stages = 1 + 5 + 1 + 2 * (3 + 3)  # clean, attacks, random points; of two layers three experts and three protocols
+    stages = 1 + 6 + 1 + 2 * (3 + 3)  # clean, attacks, random points; of two layers three experts and three protocols
     assert [stage[1:] for stage in told.stages] == [[5, 5, 3]] * stages
     titles, totals, done = zip(*(stage[0] for stage in told.stages), strict=True)
     assert (set(totals), set(done)) == ({13}, {0})
@@ -528,7 +528,7 @@ def test_whole_networks_mixed_softly():
     y[0] = (y[0] + 1) % 5
     alone[0] = (outputs.argmax(2) == y[:, None])[0]
     found = evaluate_moe(model, x, y, torch.arange(6), attack=pgd(0.0, 2))
-    assert {found[name] for name in ("sa", "ra", "ra_e", "ra_r", "joint", "union")} == {5 / 6}
+    assert {found[name] for name in ("sa", "ra", "ra_e", "ra_r", "ra_r_targeted", "joint", "union")} == {5 / 6}
     layer = found["layers"]["model"]
     assert [row["clean"] for row in layer["single_experts"]] == pytest.approx(alone.double().mean(0).tolist())
     first = torch.nn.functional.one_hot(indices[:, 0], 3).double().mean(0)

@@ -30,6 +30,7 @@ SHARES = {
     "ra": ("RA", "right under an attack on the whole model"),
     "ra_e": ("RA-E", "right under an attack through the experts chosen for the clean image, its route held fixed"),
     "ra_r": ("RA-R", "right under an attack that pushes the chosen experts out of the router's selection"),
+    "ra_r_targeted": ("RA-R, targeted", "right under attacks that drive the router to every other expert in turn"),
     "joint": ("joint", "right under an attack on classification and router together"),
     "transfer": ("transfer", "right when attacked by way of the soft mixture of all experts"),
     "union": ("worst case", "right under these and all other attacks of the evaluation"),
@@ -78,6 +79,7 @@ def _attacked(moe: Mapping[str, Any]) -> Iterator[Block]:
     rows = [
         [Cell(name), percent(moe[key]), Cell(span(moe[f"{key}_interval"])), Cell(meaning)]
         for key, (name, meaning) in SHARES.items()
+        if key in moe  # results of an earlier version lack some
     ]
     yield Table("Share of all images, scored on the whole model", ("measure", "share", "95 % interval", "images"), rows)
     yield Folded("Settings of these attacks", [settings_table("Settings of the attacks on the MoE", moe["settings"])])

@@ -1,0 +1,200 @@
+"""What attacks read of a model's gates, and the search over the experts that a gate can be driven to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe.attacks.apgd import merge
+from robust_moe.attacks.base import Found
+from robust_moe.attacks.passes import Passes
+from robust_moe_kernels.modules import MoELayer, SoftGradient, moe_layers
+
+__all__ = [
+    "CUSHION",
+    "CleanGates",
+    "Goal",
+    "full",
+    "leads",
+    "route_lead",
+    "routed_layers",
+    "soft_gates",
+    "worst_route",
+]
+
+CUSHION = 0.25  # lead, in spreads of the gate's logits, from which a route counts as changed: a step may undo some
+
+
+class CleanGates(NamedTuple):
+    """What the gates of L layers say of B clean images."""
+
+    layers: list[MoELayer]
+    ranked: list[Tensor]  # of each layer int64 [B, E], all experts, the best first
+    spread: Tensor  # float64 [B, L], > 0: standard deviation, over the experts, of each layer's logits
+
+    @classmethod
+    def of(cls, layers: list[MoELayer]) -> CleanGates:
+        """From the records of the forward just made."""
+        logits = [layer.last_routing.logits.detach() for layer in layers]
+        # as the gate ranks them, also where a caller's routes replace its choice
+        ranked = [h.sort(dim=1, descending=True, stable=True).indices for h in logits]
+        spread = torch.stack([h.double().std(dim=1, correction=0) for h in logits], 1)
+        return cls(layers, ranked, spread.clamp_min(torch.finfo(torch.float32).eps))
+
+
+class Goal(NamedTuple):
+    """Where each of B images is to be sent: the ``extras`` of a climb."""
+
+    experts: Tensor  # int64 [B, L], an expert of each layer; -1: any
+    spread: Tensor  # float64 [B, L], see CleanGates
+
+
+class Climber(Protocol):
+    """What the search needs of an attack."""
+
+    restarts: int
+
+    def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
+        """First iterate."""
+        ...
+
+
+def routed_layers(model: nn.Module) -> list[MoELayer]:
+    """The layers whose gate chooses among experts: no fixed expert, and k < E."""
+    return [
+        layer for layer in moe_layers(model).values() if layer.fixed_expert is None and layer.top_k < layer.num_experts
+    ]
+
+
+def soft_gates(model: nn.Module) -> dict[str, SoftGradient]:
+    """A :class:`~robust_moe_kernels.modules.SoftGradient` for each layer in which the gate chooses; layers whose routes
+    the caller imposes are left alone."""
+    return {
+        name: SoftGradient()
+        for name, layer in moe_layers(model).items()
+        if layer.reroute is None and layer.top_k < layer.num_experts
+    }
+
+
+def full(logits: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def route_lead(logits: Tensor, expert: Tensor, top_k: int) -> Tensor:
+    """Lead of an expert over the k-th best of the others, [B]: positive where it is among the selected.
+
+    Args:
+        logits: [B, E], any floating dtype; computed in fp32 at least.
+        expert: int64 [B].
+        top_k: k < E.
+    """
+    h = full(logits)
+    others = h.scatter(1, expert[:, None], -torch.inf)
+    return h.gather(1, expert[:, None])[:, 0] - others.topk(top_k, dim=1).values[:, -1]
+
+
+def leads(layers: Sequence[MoELayer], goal: Goal) -> Tensor:
+    """:func:`route_lead` of each layer's goal in the forward just made, in units of the clean spread, [B, L]; exactly
+    ``CUSHION``, without a gradient, where any expert will do."""
+    columns = []
+    for layer, expert, spread in zip(layers, goal.experts.unbind(1), goal.spread.unbind(1), strict=True):
+        h = full(layer.last_routing.logits)
+        lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), layer.top_k)
+        columns.append(torch.where(expert < 0, CUSHION, lead))
+    return torch.stack(columns, 1)
+
+
+def worst_route(
+    attack: Climber,
+    passes: Passes,
+    x0: Tensor,
+    sample_index: Tensor | None,
+    seed: int,
+    gates: CleanGates,
+    candidates: Sequence[Tensor],
+    climb: Callable[[Passes, Tensor, Tensor, Goal], Found],
+    found: Found,
+) -> Found:
+    """The worst of ``found`` and of a climb to each candidate, from each of the attack's starts.
+
+    Each layer's candidates are tried in turn, the other layers left to their gates. Then they are joined greedily: each
+    image keeps the first layer's candidate that did most harm while the second layer's are tried, and so on. Of the
+    climbs that fool an image the first counts. Where ``passes.reads``, fooled images take no part in further climbs,
+    and several climbs of those left run as one batch that fits in ``passes.room``; what is found does not depend on it.
+
+    Args:
+        candidates: for each layer int64 [B, m], the experts to try.
+        climb: from starts, clean images and goals to what was found; its passes have the batch's labels.
+        found: images, success and classification loss so far; not written to.
+    """
+    search = _Search(passes, x0, gates, candidates, climb, Found(*(tensor.clone() for tensor in found)))
+    for restart in range(attack.restarts):
+        search.start = attack.start(x0, sample_index, seed, restart)
+        search.restart()
+    return search.found
+
+
+class _Search:
+    """The state of :func:`worst_route`: what was found, and each layer's most harmful candidate."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        x0: Tensor,
+        gates: CleanGates,
+        candidates: Sequence[Tensor],
+        climb: Callable[[Passes, Tensor, Tensor, Goal], Found],
+        found: Found,
+    ) -> None:
+        self.passes, self.x0, self.gates, self.candidates = passes, x0, gates, candidates
+        self.climb, self.found, self.start = climb, found, x0
+
+    def restart(self) -> None:
+        """All climbs from ``start``."""
+        layers = range(len(self.candidates))
+        none = torch.full_like(self.gates.ranked[0][:, :1], -1).expand(-1, len(layers))  # [B, L]
+        alone = none.clone()
+        self._try([(layer, rank) for layer in layers for rank in range(self._width(layer))], none, alone)
+        held = none.clone()
+        held[:, 0] = alone[:, 0]
+        for layer in layers[1:]:
+            self._try([(layer, rank) for rank in range(self._width(layer))], held.clone(), held)
+
+    def _width(self, layer: int) -> int:
+        return self.candidates[layer].shape[1]
+
+    def _try(self, trials: list[tuple[int, int]], held: Tensor, worst: Tensor) -> None:
+        """Climb to the candidate of each (layer, rank) while the other layers are held; write the most harmful into
+        that layer's column of ``worst`` [B, L]."""
+        passes, y = self.passes, self.passes.y
+        left = torch.arange(len(y), device=y.device)
+        harm = torch.full_like(worst, -torch.inf, dtype=torch.float64)
+        while trials:
+            if passes.reads:
+                left = (~self.found.fooled).nonzero()[:, 0]
+                if not len(left):
+                    return
+            together = trials[: max(passes.room // len(left), 1)]
+            trials = trials[len(together) :]
+            goals = []
+            for layer, rank in together:
+                experts = held[left]
+                experts[:, layer] = self.candidates[layer][left, rank]
+                goals.append(experts)
+            times = len(together)
+            goal = Goal(torch.cat(goals), self.gates.spread[left].repeat(times, 1))
+            starts, clean = (torch.cat([images[left]] * times) for images in (self.start, self.x0))
+            every = self.climb(replace(passes, y=y[left].repeat(times)), starts, clean, goal)
+            parts = zip(*(tensor.split(len(left)) for tensor in every), strict=True)
+            for (layer, rank), part in zip(together, map(Found._make, parts), strict=True):
+                old = Found(*(tensor[left] for tensor in self.found))
+                for whole, new in zip(self.found, merge(old, part), strict=True):
+                    whole[left] = new
+                more = part.loss.double() > harm[left, layer]
+                harm[left, layer] = torch.where(more, part.loss.double(), harm[left, layer])
+                worst[left, layer] = torch.where(more, self.candidates[layer][left, rank], worst[left, layer])
