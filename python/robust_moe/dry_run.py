@@ -24,8 +24,9 @@ Facts = list[tuple[str, str]]
 def training_facts(config: TrainConfig) -> Facts:
     """(what, value) of a training run: images, model, passes, operations, memory.
 
-    Multiply-adds are counted in a forward of one image (:func:`~robust_moe.analysis.model_cost`), and memory is what a
-    training pass of two images keeps for its backward, times the batch; both on the CPU. A pass costs as much as a forward (:mod:`robust_moe.engine.cost`).
+    Multiply-adds are counted in a forward of one image (:func:`~robust_moe.analysis.model_cost`). Memory is what a
+    training pass of two images keeps for its backward, times the batch, on the CPU. A pass costs as much as a forward
+    (:mod:`robust_moe.engine.cost`).
 
     Raises:
         ConfigError, DataError, CheckpointError: as training would.
