@@ -33,7 +33,7 @@ def test_a_routed_convolution_counts_as_its_chosen_experts():
     assert counted(lambda: layer(x).sum().backward()) - 2 * (both) == counted(lambda: layer.gate(x).sum().backward())
 
 
-# --- model_cost against counts by hand: a 3x3 convolution makes 9 x inputs x outputs multiply-adds at each pixel --------
+# --- model_cost against counts by hand: a 3x3 convolution makes 9 x inputs x outputs multiply-adds at each pixel ------
 
 SIZE, WIDTH, CLASSES = 16, 4, 10
 STAGES = ((4, 16), (8, 8), (16, 4), (32, 2))  # channels and side of each stage's maps
