@@ -28,7 +28,7 @@ from robust_moe.evaluation.routing_measures import expert_use, routes
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
 from robust_moe.settings import replaced
-from robust_moe_kernels.modules import AllExperts, attack_mode, moe_layers, only_expert
+from robust_moe_kernels.modules import AllExperts, Reroute, attack_mode, moe_layers, only_expert
 
 __all__ = ["PROBES", "Subject"]
 
@@ -89,8 +89,10 @@ def attacks(subject: Subject) -> dict[str, Any]:
         if layers:
             found["joint"] = JointPGD(**moe_arguments(attack), seed=subject.seed)
             found["transfer"] = stages.pgd()
-            found["steering"] = ATTACKS.choose(STEERING, "attack")(**ball).build(seed=subject.seed)
-        imposed = {"transfer": dict.fromkeys(layers, AllExperts())}
+            steering = ATTACKS.choose(STEERING, "attack")(**ball)
+            assert isinstance(steering, Attack.Config)  # as all in the table
+            found["steering"] = steering.build(seed=subject.seed)
+        imposed: dict[str, dict[str, Reroute]] = {"transfer": dict.fromkeys(layers, AllExperts())}
         stages.attacks = {name: (each, imposed.get(name, {})) for name, each in found.items()}
         clean = stages.clean_stage()["right"]
         robust = {name: clean & stages.attack_stage(name)["right"] for name in found}

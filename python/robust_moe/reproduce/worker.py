@@ -83,11 +83,11 @@ def _attack(job: Job) -> PGD.Config:
 
 def _measures(job: Job, model: nn.Module, splits: Splits) -> dict[str, Any]:
     """What is measured of a model of the job: accuracy and routing, and what its run's probes find."""
-    run, how = RUNS[job.run], {"seed": job.config.eval_seed, "batch_size": job.config.eval.batch_size}
+    run = RUNS[job.run]
+    how: dict[str, Any] = {"seed": job.config.eval_seed, "batch_size": job.config.eval.batch_size}
     found: dict[str, Any] = {"images": min(job.probe_images, len(splits.test))}
     if run.basic:
-        counts = {"count": job.images, "sweep_count": job.sweep_images}
-        found = measure(model, splits.test, _attack(job), **counts, **how)
+        found = measure(model, splits.test, _attack(job), count=job.images, sweep_count=job.sweep_images, **how)
     data = describe_data(splits.train) if run.probes else {}
     subject = Subject(model, splits.test, _attack(job), job.config, data, count=job.probe_images, **how)
     for probe in run.probes:

@@ -227,7 +227,7 @@ def test_a_claim_without_its_measure_is_an_error_that_says_so():
 
 # --- results on file ---
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "benchmarks" / "results" / "study-cpu" / "study.json"
 
 
