@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
+from robust_moe.analysis import ModelCost, model_cost
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import ImageSet, load_splits
 from robust_moe.engine.cost import passes_of_run, steps_of_run
@@ -25,8 +24,9 @@ Facts = list[tuple[str, str]]
 def training_facts(config: TrainConfig) -> Facts:
     """(what, value) of a training run: images, model, passes, operations, memory.
 
-    Operations are counted in a forward of one image, and memory is what a training pass of two images keeps for its
-    backward, times the batch; both on the CPU. A pass costs as much as a forward (:mod:`robust_moe.engine.cost`).
+    Multiply-adds are counted in a forward of one image (:func:`~robust_moe.analysis.model_cost`). Memory is what a
+    training pass of two images keeps for its backward, times the batch, on the CPU. A pass costs as much as a forward
+    (:mod:`robust_moe.engine.cost`).
 
     Raises:
         ConfigError, DataError, CheckpointError: as training would.
@@ -36,15 +36,15 @@ def training_facts(config: TrainConfig) -> Facts:
     model = make_model(config, describe_data(splits.train))
     train, val, test = len(splits.train), len(splits.val), len(splits.test)
     expect_warmup_within(config.optim, *steps_of_run(config, train))
-    flops = _flops(model, _image(splits.train.images, 1))
+    cost = model_cost(model, _image(splits.train.images, 1))
     facts = [
         ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),
-        _model(config, model, splits.train, flops),
+        _model(config, splits.train, cost),
         ("method", f"{config.method.name}, {config.run.epochs} epochs, {config.run.batch_size} images at a time"),
     ]
     try:
         passes = passes_of_run(config, train)
-        facts.append(("passes", f"{passes:,} of an image, {passes * flops:.3g} floating-point operations"))
+        facts.append(("passes", f"{passes:,} of an image, {passes * cost.multiply_adds:.3g} multiply-adds"))
     except ConfigError:
         facts.append(("passes", f"not counted for {config.method.name}"))
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -64,11 +64,12 @@ def evaluation_facts(
     expect_choice(split, count)
     config, model, splits, state = load_experiment(checkpoint, overrides)
     images, index = chosen_images(splits, split, count)
-    n = len(index)
-    flops = _flops(model, _image(images.images, 1).to(next(model.parameters()).device))
+    n, device = len(index), next(model.parameters()).device
+    cost = model_cost(model.cpu(), _image(images.images, 1))
+    model.to(device)
     facts = [
         ("data", f"{images.name}: {n:,} of {len(images):,} {split} images"),
-        _model(config, model, images, flops),
+        _model(config, images, cost),
         ("checkpoint", f"{checkpoint}, epoch {state['position']['epoch']}, step {state['position']['step']}"),
     ]
     whole = 0
@@ -76,34 +77,24 @@ def evaluation_facts(
         forwards, backwards = stage.attack.passes
         whole += n * (forwards + 2 * backwards)
         facts.append((f"attack {stage.name}", f"at most {forwards:,} forwards and {backwards:,} backwards of an image"))
-    facts.append(("passes", f"at most {whole:,} of an image, {whole * flops:.3g} floating-point operations"))
+    facts.append(("passes", f"at most {whole:,} of an image, {whole * cost.multiply_adds:.3g} multiply-adds"))
     return facts
 
 
-def _model(config: TrainConfig, model: nn.Module, images: ImageSet, flops: int) -> tuple[str, str]:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def _model(config: TrainConfig, images: ImageSet, cost: ModelCost) -> tuple[str, str]:
     size = "x".join(map(str, images.images.shape[1:]))
+    idle = cost.active_parameters < cost.parameters
+    active = f", of which {cost.active_parameters:,} see an image" if idle else ""
     return (
         "model",
-        f"{config.model.name} for {size} images: {parameters:,} parameters, {flops:.3g} operations a forward",
+        f"{config.model.name} for {size} images: {cost.parameters:,} parameters{active}; "
+        f"{cost.multiply_adds:.3g} multiply-adds a forward",
     )
 
 
 def _image(images: Tensor, count: int) -> Tensor:
     batch = images[:count]
     return batch if batch.is_floating_point() else batch.float() / 255
-
-
-@torch.no_grad()
-def _flops(model: nn.Module, image: Tensor) -> int:
-    """Floating-point operations of a forward of one image, multiplication and addition counted apart."""
-    training = model.training
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(image)
-    finally:
-        model.train(training)
-    return counter.get_total_flops()
 
 
 def _kept(model: nn.Module, images: Tensor) -> int:

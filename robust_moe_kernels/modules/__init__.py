@@ -2,7 +2,7 @@
 
 from robust_moe_kernels.modules.attack_mode import attack_mode
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
-from robust_moe_kernels.modules.gates import GATES, ConvGapGate, GapFcGate
+from robust_moe_kernels.modules.gates import GATES, ConvGapGate, FixedGate, GapFcGate, TwoConvGate
 from robust_moe_kernels.modules.model import (
     balance_loss,
     check_finite,
@@ -32,6 +32,7 @@ __all__ = [
     "AllExperts",
     "ConvGapGate",
     "DropTop",
+    "FixedGate",
     "FixedRoutes",
     "FusedBlockMoE",
     "FusedConvMoE",
@@ -43,6 +44,7 @@ __all__ = [
     "RoutingRecord",
     "SoftGradient",
     "SwapTop",
+    "TwoConvGate",
     "attack_mode",
     "balance_loss",
     "check_finite",

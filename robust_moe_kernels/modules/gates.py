@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.ops.gate import pool_linear
 
-__all__ = ["FUSED", "GATES", "ConvGapGate", "GapFcGate", "Gate", "build_gate", "score_noise_scale"]
+__all__ = [
+    "FUSED",
+    "GATES",
+    "ConvGapGate",
+    "FixedGate",
+    "GapFcGate",
+    "Gate",
+    "TwoConvGate",
+    "build_gate",
+    "score_noise_scale",
+]
 
 Gate = str | nn.Module | Callable[[int, int], nn.Module]  # a name, a module, or what makes one from (C, E)
 
@@ -58,7 +68,48 @@ class ConvGapGate(nn.Module):
             return self.conv(x.to(self.conv.weight.dtype)).mean((2, 3))
 
 
-GATES: dict[str, type[nn.Module]] = {"gap_fc": GapFcGate, "conv_gap": ConvGapGate}
+class TwoConvGate(nn.Module):
+    """3x3 convolution to ``hidden`` channels, batch norm, ReLU, 3x3 convolution to E channels, global average pool: the
+    deeper gate of the code released with 2509.05086, which has 8 hidden channels.
+
+    Both convolutions pad, so that maps of any size will do. In training an image's route depends on its batch, by the
+    norm; a batch whose maps have one pixel in all is refused by PyTorch (ValueError).
+
+    forward: [B, C, H, W], any float -> logits [B, E] in the parameters' dtype.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, hidden: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, num_experts, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = torch.relu(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
+            return self.conv2(hidden).mean((2, 3))
+
+
+class FixedGate(GapFcGate):
+    """Global average pool, then a random projection that is not trained: the fixed gate of the code released with
+    2509.05086. Its weights are in the state dict, have ``requires_grad=False``, and there is no bias to favour an
+    expert.
+
+    forward: as :class:`GapFcGate`.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        nn.init.zeros_(self.fc.bias)
+        self.requires_grad_(False)
+
+
+GATES: dict[str, type[nn.Module]] = {
+    "gap_fc": GapFcGate,
+    "conv_gap": ConvGapGate,
+    "two_conv": TwoConvGate,
+    "fixed": FixedGate,
+}
 
 
 def build_gate(gate: Gate, in_channels: int, num_experts: int) -> nn.Module:

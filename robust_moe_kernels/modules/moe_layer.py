@@ -99,7 +99,8 @@ class MoELayer(nn.Module):
         super().__init__()
         options = RouteOptions(top_k, renormalize, straight_through, noise_std)
         options.expect_fits(experts.num_experts)
-        if top_k == 1 < experts.num_experts and renormalize and not straight_through:
+        trained = any(parameter.requires_grad for parameter in gate.parameters())
+        if trained and top_k == 1 < experts.num_experts and renormalize and not straight_through:
             warnings.warn(
                 "top_k=1 with renormalize=True and straight_through=False: the only weight is the constant 1, so the"
                 " gate gets no gradient from the task; use straight_through=True or renormalize=False",
@@ -239,11 +240,11 @@ class FusedBlockMoE(MoELayer):
 
         Args:
             block: the block; not changed. Its device, dtype and mode are taken over, and whether it is trained
-                (its first convolution's ``requires_grad``); the gate is always trained.
+                (its first convolution's ``requires_grad``), but not by the gate.
             num_experts: E >= 1.
             top_k, renormalize, straight_through, noise_std: see :class:`MoELayer`.
-            gate: a name in ``GATES`` ("gap_fc", "conv_gap"), a module, [B, C, H, W] -> logits [B, E], or a function
-                that makes one from (C, E).
+            gate: a name in ``GATES`` ("gap_fc", "conv_gap", "two_conv", "fixed"), a module, [B, C, H, W] -> logits
+                [B, E], or a function that makes one from (C, E).
             init: "copy" or "fresh".
 
         Raises:

@@ -2,7 +2,8 @@
 
 Sound: :mod:`bounds`, :mod:`reach`, :mod:`lipschitz`, :mod:`enclosure` and what joins them, :func:`certify_mixture`.
 True with a stated probability: :class:`Smoothed`. Not sound, and named so: :func:`estimate_lipschitz`,
-:func:`estimate_radius`. Besides: the most robust single path of a mixture as a dense network, :mod:`paths`.
+:func:`estimate_radius`. Besides: the most robust single path of a mixture as a dense network, :mod:`paths`;
+:func:`model_cost` counts the multiply-adds and parameters of one image.
 """
 
 from robust_moe.analysis.bounds import (
@@ -14,6 +15,7 @@ from robust_moe.analysis.bounds import (
     moe_radius,
 )
 from robust_moe.analysis.certify import Certificate, certify_mixture, network_graphs
+from robust_moe.analysis.cost import ModelCost, model_cost
 from robust_moe.analysis.empirical import estimate_lipschitz, estimate_radius
 from robust_moe.analysis.enclosure import Box, ball, gradient_bounds, layer_bounds, linear_bounds
 from robust_moe.analysis.graph import Graph, lower
@@ -37,6 +39,7 @@ __all__ = [
     "Certificate",
     "Graph",
     "MixtureJacobian",
+    "ModelCost",
     "OutOfTime",
     "Probabilities",
     "Smoothed",
@@ -62,6 +65,7 @@ __all__ = [
     "mixture_jacobian",
     "mixture_margin",
     "mixture_slope",
+    "model_cost",
     "moe_radius",
     "network_graphs",
     "norm_product",

@@ -32,7 +32,8 @@ def run_study(
     overrides: Overrides = None,
     scale: Annotated[str, typer.Option(help=f"One of: {', '.join(SCALES)}.")] = "cpu",
     data_root: Annotated[
-        Path | None, typer.Option(help="Folder with train.parquet and test.parquet of CIFAR-10.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder with train.parquet and test.parquet, as of CIFAR-10.", show_default=False),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds every model is trained with.")] = 3,
     jobs: Annotated[

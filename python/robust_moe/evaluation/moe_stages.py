@@ -5,6 +5,7 @@ SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ class MoEStages:
     def craft(self, name: str, batch: Batch) -> Attacked:
         """The images of the attack ``name``, crafted under its routes."""
         attack, imposed = self.attacks[name]
-        with rerouted(self.model, imposed):
+        with rerouted(self.model, imposed) if imposed else nullcontext():  # a dense model has no routes
             return self.run.attacked(attack, batch, self.settings.norm)
 
 

@@ -20,7 +20,7 @@ class RoutedMethod(AdversarialMethod):
     """A method for one routed model: its gates choose between two experts or more.
 
     Raises:
-        ConfigError: a model without two routed experts, or a dual model.
+        ConfigError: a model without two routed experts, a dual model, or a frozen router.
     """
 
     def __init__(self, config: AdversarialMethod.Config, model: ModelConfig, devices: int = 1) -> None:
@@ -29,6 +29,10 @@ class RoutedMethod(AdversarialMethod):
         if model.dual.enabled:
             raise ConfigError(
                 f"method.name: expected jtdmoe for a dual model (model.dual.enabled), got {config.name!r}"
+            )
+        if model.mixture.router.frozen:
+            raise ConfigError(
+                f"model.mixture.router.frozen: expected false for {config.name}, which trains the router, got true"
             )
 
 

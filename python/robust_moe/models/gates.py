@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from robust_moe.settings import Config, Table, fixed
+from robust_moe.settings import Config, Table, fixed, setting
 from robust_moe_kernels import modules
 
 __all__ = ["GATES", "GateConfig"]
@@ -30,5 +30,12 @@ class GateConfig(Config):
         return type(self).owner(in_channels, num_experts, **self.own_arguments(GateConfig))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TwoConvConfig(GateConfig):
+    """Two convolutions, then a global average pool."""
+
+    hidden: int = setting(8, "channels between the two convolutions", at_least=1)
+
+
 for _name, _gate in modules.GATES.items():
-    GATES.register(_name, fixed(GateConfig))(_gate)
+    GATES.register(_name, TwoConvConfig if _name == "two_conv" else fixed(GateConfig))(_gate)

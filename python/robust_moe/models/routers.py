@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robust_moe.models.images import ImageSpec
 from robust_moe.models.normalize import Normalize
-from robust_moe.settings import Config, Table, fixed
+from robust_moe.settings import Config, Table, fixed, setting
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import GapFcGate
 
@@ -35,9 +35,14 @@ class RouterConfig(Config):
 
     table: ClassVar[Table] = ROUTERS
 
+    frozen: bool = setting(
+        False, "the router keeps the weights that it starts with, as in the released code of the dual-model paper"
+    )
+
     def build(self, images: ImageSpec, num_experts: int) -> nn.Module:
         """The router of one mixture; weights from PyTorch's global generator."""
-        return type(self).owner(images, num_experts, **self.own_arguments(RouterConfig))
+        router: nn.Module = type(self).owner(images, num_experts, **self.own_arguments(RouterConfig))
+        return router.requires_grad_(False) if self.frozen else router
 
 
 class Router(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = [
     *("FAILED", "HELD", "NOT_HELD", "NOT_MEASURED", "NOT_TESTABLE", "PASSED", "RULE", "UNDECIDED"),
-    *("Check", "Claim", "Measures", "Spread", "judge", "verdict"),
+    *("Check", "Claim", "Measures", "Part", "Spread", "judge", "verdict"),
 ]
 
 HELD, NOT_HELD, UNDECIDED, NOT_MEASURED = "held", "did not hold", "undecided", "not measured"
@@ -79,6 +79,15 @@ class Claim:
     bound: float = 0.0
     below: bool = False  # claimed to be below the bound; else above
     checks: tuple[Check, ...] = ()  # on the same runs
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question, with the runs that answer it."""
+
+    title: str
+    runs: tuple[str, ...]
+    claims: tuple[Claim, ...]
 
 
 def verdict(margins: Sequence[float]) -> str:

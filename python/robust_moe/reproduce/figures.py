@@ -17,6 +17,14 @@ from robust_moe.reproduce.studies import PARTS
 __all__ = ["FIGURES", "draw_part"]
 
 Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by run and seed, what was measured
+Bars = Sequence[tuple[str, str, str]]  # key, title, colour
+ATTACKS = (
+    ("attacks_pgd", "PGD", CLEAN),
+    ("attacks_autoattack", "AutoAttack", ROBUST),
+    ("attacks_steering", "steering", "#b7791f"),
+    ("attacks_worst", "worst of all", "#2f855a"),
+)
+BUDGET = (("curve_mean", "robust, mean over radii", ROBUST), ("slopes_model", "slope L ε", CLEAN))
 ACCURACIES = (("sa", "SA", CLEAN), ("ra", "RA", ROBUST), ("ra_e", "RA-E", "#b7791f"), ("ra_r", "RA-R", "#2f855a"))
 
 
@@ -37,7 +45,9 @@ def draw_part(part: str, records: Mapping[str, Mapping[str, Any]], folder: Path)
             continue
         there = {run: records[run] for run in needs}
         figure = draw({run: {seed: each["measures"] for seed, each in seeds.items()} for run, seeds in there.items()})
-        figure.suptitle(f"{figure.get_suptitle()}\n{_note(there, attacked=draw is not _utilisation)}", **TITLE)
+        figure.suptitle(
+            f"{figure.get_suptitle()}\n{_note(there, attacked=draw not in (_utilisation, _costs))}", **TITLE
+        )
         figure.savefig(path)
         drawn.append(path)
     return drawn
@@ -56,15 +66,15 @@ def _note(records: Mapping[str, Mapping[str, Any]], attacked: bool) -> str:
     return f"{attack}{shown} images, {listed[2]} seed{'' if counts == [1] else 's'}"
 
 
-def _accuracies(title: str) -> Callable[[Found], Figure]:
-    """SA, RA, RA-E and RA-R of every run, side by side."""
+def _accuracies(title: str, bars: Bars = ACCURACIES) -> Callable[[Found], Figure]:
+    """The numbers ``bars`` of every run, side by side."""
 
     def draw(found: Found) -> Figure:
         figure = new_figure(2.6 + 1.9 * len(found), 4.0, title)
         axes = figure.subplots()
-        for number, (key, label, color) in enumerate(ACCURACIES):
+        for number, (key, label, color) in enumerate(bars):
             groups = [[each[key] for each in seeds.values() if key in each] for seeds in found.values()]
-            places = np.arange(len(found)) + (number - 1.5) * 0.2
+            places = np.arange(len(found)) + (number - (len(bars) - 1) / 2) * 0.2
             _bars(axes, places, groups, color, 0.18, label)
         _name_groups(axes, found)
         tidy(axes, "", "test images")
@@ -165,6 +175,32 @@ def _single_experts(found: Found) -> Figure:
     return figure
 
 
+def _costs(found: Found) -> Figure:
+    """Multiply-adds and parameters over the number of experts, in units of those of one; they depend on no seed."""
+    figure = new_figure(7.5, 3.8, "What experts cost")
+    axes = figure.subplots()
+    table = next(iter(next(iter(found.values())).values()))["costs_table"]
+    one = table[0]
+    for number, (label, name, active) in enumerate(
+        (
+            ("multiply-adds, k = 1", "multiply_adds", lambda experts: 1),
+            ("multiply-adds, k = E / 2", "multiply_adds", lambda experts: max(experts // 2, 1)),
+            ("multiply-adds, k = E", "multiply_adds", lambda experts: experts),
+            ("parameters", "parameters", lambda experts: 1),
+        )
+    ):
+        rows = [row for row in table if row["top_k"] == active(row["num_experts"])]
+        places = [row["num_experts"] for row in rows]
+        axes.plot(
+            places, [row[name] / one[name] for row in rows], f"-{MARKERS[number]}", color=RUNS[number], label=label
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes, "experts E", "relative to one expert")
+    return figure
+
+
 def _routed(part: str) -> tuple[str, ...]:
     """The runs of a part that have experts."""
     return tuple(run for run in PARTS[part].runs if not run.startswith("dense"))
@@ -185,4 +221,17 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
         "utilisation": (("block-k1", "block-k1-released", "block-k1-switch"), _utilisation),
         "single-experts": (_routed("block-moe"), _single_experts),
     },
+    **{
+        name: {"attacks": (PARTS[name].runs, _accuracies("Robust under single attacks and under all", ATTACKS))}
+        for name in ("masking", "worst-case", "router", "released-form", "warm-start")
+    },
+    **{
+        name: {"accuracy": (PARTS[name].runs, _accuracies("Adversarial training, under attack"))}
+        for name in ("beta", "advmoe", "conv-block", "placement", "gates", "experts", "collapse")
+    },
+    "bounds": {},
+    "equal-compute": {
+        "budget": (PARTS["equal-compute"].runs, _accuracies("As many multiply-adds, dense and routed", BUDGET))
+    },
+    "cost": {"experts": (PARTS["cost"].runs, _costs)},
 }

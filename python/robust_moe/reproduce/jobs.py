@@ -15,6 +15,7 @@ from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatte
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
 from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
+from robust_moe.reproduce.compute import equal_compute
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
 from robust_moe.settings import plain, read_yaml, replaced
@@ -22,8 +23,9 @@ from robust_moe.settings import plain, read_yaml, replaced
 __all__ = ["Job", "expect_overrides", "make_jobs"]
 
 JOB, MEASURES, LOG = "job.json", "measures.json", "log.txt"
-CHECKPOINT = "last.pt"  # of every run, so that all have trained to the end; the best would be one of chance's choosing
-FORMAT = 2  # of what is measured; raised when finished runs have to be measured anew
+CHECKPOINT = "last.pt"  # of every run, so that all have trained to the end; claims are decided by it
+BEST = "best.pt"  # of the validation images; its numbers stand beside those of the last
+FORMAT = 3  # of what is measured; raised when finished runs have to be measured anew
 ELSEWHERE = ("data.root", "eval.batch_size")  # besides the trainer's: where things are, how many at once
 ADVICE = "Start anew with --fresh, or choose another folder with --runs"
 MEASURED = ("eps", "steps", "alpha", "norm")  # settings of eval.attack that a study's PGD has
@@ -39,6 +41,7 @@ class Job:
     data: str  # digest of the images and labels: the same configuration may meet others in data.root
     images: int
     sweep_images: int
+    probe_images: int
     trained: bool
     parts: dict[str, Job]
 
@@ -59,12 +62,19 @@ class Job:
         """What is measured, and what other runs start from."""
         return self.folder / CHECKPOINT
 
+    @property
+    def best(self) -> Path:
+        """The checkpoint that validation chose; there is none where nothing was validated."""
+        return self.folder / BEST
+
     def identity(self) -> str:
         """A digest of all that decides the numbers: another one, other numbers."""
         where = {*NEUTRAL, *ELSEWHERE, *self.parts}
         settings = {key: value for key, value in flatten(self.config).items() if key not in where}
         parts = {key: part.identity() for key, part in self.parts.items()}
         content = [FORMAT, self.run, settings, self.data, parts, self.images, self.sweep_images, self.trained]
+        if RUNS[self.run].probes:
+            content += [RUNS[self.run].basic, RUNS[self.run].probes, self.probe_images]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def write(self) -> Path:
@@ -200,7 +210,8 @@ def make_jobs(
     def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
         # of a setting that only other runs' methods have, such as method.beta, this run takes no notice
         mine = [item for item in overrides if _has(own[name], item) or item not in heeded]
-        return config_from_dict(plain(own[name]), [*mine, *parts], where=name)
+        config = config_from_dict(plain(own[name]), [*mine, *parts], where=name)
+        return config if RUNS[name].equal is None else equal_compute(config, common(RUNS[name].equal))
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:
@@ -209,7 +220,8 @@ def make_jobs(
             weights = [f"{key}={part.checkpoint}" for key, part in parts.items()]
             config = replaced(common(name, *weights), "run.seed", seed)
             config = replaced(config, "run.out", str(folder / name / f"seed-{seed}"))
-            jobs[name, seed] = Job(name, seed, config, data, scale.images, scale.sweep_images, run.trained, parts)
+            counts = (scale.images, scale.sweep_images, scale.probe_images)
+            jobs[name, seed] = Job(name, seed, config, data, *counts, run.trained, parts)
         return jobs[name, seed]
 
     for seed in seeds:

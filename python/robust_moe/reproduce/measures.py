@@ -47,8 +47,8 @@ def measure(
     ``collapsed`` as :class:`~robust_moe.evaluation.LayerRouting` has it; ``single_experts``: ``clean`` and ``robust``
     of each expert taking every image; ``best_single``: robust share of the best of them, chosen on every other image
     and scored on the rest, mean of both ways round; ``second``: ``clean`` and ``robust`` of every image's expert that
-    the gate ranks second on the clean image. Of a :class:`~robust_moe.models.DualModel`, ``sa`` and ``ra`` at its own
-    alpha and ``sweep``, the two for this and each of ``alphas``, attacked anew.
+    the gate ranks second on the clean image, where there are two. Of a :class:`~robust_moe.models.DualModel`, ``sa``
+    and ``ra`` at its own alpha and ``sweep``, the two for this and each of ``alphas``, attacked anew.
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits; left as found.
@@ -106,7 +106,6 @@ def _routed(run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Conf
     robust = {each: clean["right"] & seen["right"] for each, seen in found.items()}
     changes = {each: routing_change(clean[f"sets/{name}"], seen[f"sets/{name}"]) for each, seen in found.items()}
     singles = [stages.single_stage(name, expert) for expert in range(layer.num_experts)]
-    second = run.clean_and_robust("second", stages.pgd(), lambda batch: _on_second(run.model, batch))
     use = expert_use(clean[f"sets/{name}"], clean[f"first/{name}"])
     return {
         "sa": share(clean["right"]),
@@ -119,9 +118,8 @@ def _routed(run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Conf
         "collapsed": use.collapsed,
         "single_experts": [_shares(*masks) for masks in singles],
         "best_single": best_of_halves(torch.stack([masks[1] for masks in singles])),
-        "second": _shares(*second),
         "images": len(run),
-    }
+    } | ({"second": _shares(*_second(run, stages))} if layer.num_experts > 1 else {})
 
 
 def _shares(clean: Tensor, robust: Tensor) -> dict[str, float]:
@@ -134,6 +132,10 @@ def best_of_halves(masks: Tensor) -> float:
     halves = masks[:, ::2], masks[:, 1::2]
     scored = [score[choice.sum(1).argmax()] for choice, score in (halves, halves[::-1])]
     return share(torch.cat(scored))
+
+
+def _second(run: StagedEvaluation, stages: MoEStages) -> tuple[Tensor, Tensor]:
+    return run.clean_and_robust("second", stages.pgd(), lambda batch: _on_second(run.model, batch))
 
 
 @contextmanager

@@ -7,6 +7,9 @@ from typing import Any
 
 from robust_moe.reproduce.claims import Measures
 
+DUAL_MODEL = "Zhang et al., ICML 2025"
+ROBUST_EXPERTS = "Robust Experts, arXiv:2509.05086"
+OURS = "our reading"
 ALPHA = 0.7  # at which the two dual models are compared, and at which JTDMoE trains
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from robust_moe.reproduce.compute import COSTED_EXPERTS
+
 __all__ = ["RUNS", "Run"]
 
 
@@ -16,6 +18,9 @@ class Run:
     cost: float  # seconds at scale cpu, one thread, measured once: orders the queue and weighs the time left
     parts: dict[str, str] = field(default_factory=dict)  # setting -> run; it names the checkpoint of the same seed
     trained: bool = True  # False: nothing but its parts put together
+    basic: bool = True  # False: only the probes, not accuracy and routing (robust_moe.reproduce.measures)
+    equal: str | None = None  # a run whose compute this dense network is to have (robust_moe.reproduce.compute)
+    probes: tuple[str, ...] = ()  # keys of robust_moe.reproduce.probes.PROBES
 
 
 # Four whole networks, each image to the best one: with a hard choice RA-E and RA-R are different things. The router
@@ -27,6 +32,50 @@ DUAL = (*MIXTURE, "model.dual.enabled=true", "model.dual.experts=true")
 # What is said of a model without any adversarial training is said of this radius; a scale may have a smaller one.
 PUBLISHED = ("eval.attack.eps=8/255", "eval.attack.alpha=2/255")
 BLOCK = ("model.moe.layers=[layer4.1]", "model.moe.num_experts=4", "method.name=pgd_at")
+AT = ("method.name=pgd_at",)
+# The release's router: one linear layer on the pixels, and a hard choice that no gradient passes. It is never trained.
+LINEAR = (*MIXTURE, "model.mixture.router=linear")
+FROZEN = (*LINEAR, "model.mixture.router.frozen=true", "model.mixture.straight_through=false")
+# Gates that convolve need maps of 3x3: at scale cpu the input of layer4.0 has 4x4, that of layer4.1 2x2.
+CONV_GAP = "model.moe.gate=conv_gap"
+# One expert of two for each convolution of the later stages, as in the small preset of AdvMoE.
+CONVS = ",".join(f"layer{stage}.0.conv{number}" for stage in (2, 3, 4) for number in (1, 2))
+PATHWAYS = (f"model.moe.layers=[{CONVS}]", "model.moe.num_experts=2", "model.moe.top_k=1", "model.moe.balance=none")
+
+
+def _placed(*layers: str, balance: str = "entropy_released") -> tuple[str, ...]:
+    """Routed layers with one expert an image, adversarially trained."""
+    return (f"model.moe.layers=[{','.join(layers)}]", "model.moe.top_k=1", f"model.moe.balance={balance}", *AT)
+
+
+def _many(experts: int, balance: str) -> Run:
+    """E experts in layer4.0 behind a Conv-GAP gate, as in figure 8 of Robust Experts."""
+    settings = (*_placed("layer4.0", balance=balance), CONV_GAP, f"model.moe.num_experts={experts}")
+    return Run(f"E={experts}, Conv-GAP, {balance.replace('_', ' ')}", settings, 140 + 2 * experts)
+
+
+def _collapse(balance: str, straight_through: bool) -> Run:
+    """Eight experts in both blocks of layer4, with the release's score noise, as in figure 7 of Robust Experts. Without
+    the straight-through gradient only the balance loss trains the gate, as in the release."""
+    settings = (
+        *_placed("layer4.0", "layer4.1", balance=balance),
+        *("model.moe.num_experts=8", "model.moe.noise_std=0.1"),
+        f"model.moe.straight_through={str(straight_through).lower()}",
+    )
+    how = "straight-through" if straight_through else "no task gradient"
+    return Run(f"E=8, both blocks, {balance.replace('_', ' ')}, {how}", settings, 200, probes=("use",))
+
+
+def _again(run: str, settings: tuple[str, ...], cost: float, *probes: str) -> Run:
+    """The model of another run, asked for more."""
+    return Run(f"{run}, looked at again", settings, cost, {"model.init_from": run}, False, False, None, probes)
+
+
+def _dual_again(robust: str, standard: str, title: str) -> Run:
+    parts = {"model.init_from": robust, "model.dual.standard.init_from": standard}
+    settings, probes = (*DUAL, "method.name=jtdmoe"), ("attacks", "margins")
+    return Run(f"{title}, looked at again", settings, 200, parts, False, False, None, probes)
+
 
 RUNS: dict[str, Run] = {
     "mixture-standard": Run("mixture, standard", (*MIXTURE, "method.name=standard", *PUBLISHED), 130),
@@ -47,4 +96,69 @@ RUNS: dict[str, Run] = {
         "BlockMoE k=1, released entropy", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=entropy_released"), 140
     ),
     "block-k1-switch": Run("BlockMoE k=1, switch", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=switch"), 140),
+    # masking and the release's router
+    "at-frozen": Run("AT, frozen linear router", (*FROZEN, *AT), 260, probes=("attacks",)),
+    "at-linear": Run("AT, learned linear router", (*LINEAR, *AT), 260, probes=("attacks",)),
+    "at-soft": Run("AT, soft linear router", (*LINEAR, "model.mixture.routing=soft", *AT), 500, probes=("attacks",)),
+    "rt-er-frozen": Run("RT-ER, frozen linear router", (*FROZEN, "method.name=rt_er"), 425, probes=("attacks",)),
+    "rt-er-linear": Run("RT-ER, learned linear router", (*LINEAR, "method.name=rt_er"), 425, probes=("attacks",)),
+    "rt-er-frozen-released": Run(
+        "RT-ER as released, frozen linear router",
+        (*FROZEN, "method.name=rt_er", "method.form=released"),
+        *(425, {}, True, True, None, ("attacks",)),
+    ),
+    "rt-er-linear-released": Run(
+        "RT-ER as released, learned linear router",
+        (*LINEAR, "method.name=rt_er", "method.form=released"),
+        *(425, {}, True, True, None, ("attacks",)),
+    ),
+    # the models of other runs, asked for more
+    "again-at": _again("mixture-at", (*MIXTURE, *AT), 150, "attacks", "margins", "slopes", "certified"),
+    "again-rt-er": _again(
+        "mixture-rt-er", (*MIXTURE, "method.name=rt_er"), 150, "attacks", "margins", "slopes", "certified"
+    ),
+    "again-separate": _dual_again("mixture-rt-er", "mixture-standard", "dual, separate"),
+    "again-joint": _dual_again("dual-joint", "dual-joint", "dual, JTDMoE"),
+    "again-block-k2": _again("block-k2", (*BLOCK, "model.moe.top_k=2"), 60, "curve", "slopes", "cost"),
+    # one standard training, and then robust ones from its weights
+    "warm": Run("mixture, standard, to start from", (*MIXTURE, "method.name=standard"), 130),
+    **{
+        f"warm-{name}": Run(
+            f"{title} from standard weights",
+            (*MIXTURE, f"method.name={method}", "run.epochs=5"),
+            *(200, {"model.init_from": "warm"}, True, True, None, ("attacks",)),
+        )
+        for name, method, title in (("at", "pgd_at", "AT"), ("rt-er", "rt_er", "RT-ER"), ("trades", "trades", "TRADES"))
+    },
+    # where the experts are, how many, behind which gate
+    "block-30": Run("BlockMoE in layer3.0", _placed("layer3.0"), 150),
+    "block-40": Run("BlockMoE in layer4.0", _placed("layer4.0"), 150),
+    "block-both": Run("BlockMoE in layer4.0 and 4.1", _placed("layer4.0", "layer4.1"), 180),
+    "conv-2": Run("ConvMoE, 2nd convolution of layer4", _placed("layer4.0.conv2"), 140),
+    "conv-4": Run("ConvMoE, 4th convolution of layer4", _placed("layer4.1.conv2"), 140),
+    "conv-all": Run(
+        "ConvMoE, all four convolutions of layer4",
+        _placed(*(f"layer4.{block}.conv{number}" for block in (0, 1) for number in (1, 2))),
+        200,
+    ),
+    "gate-two-conv": Run("two-convolution gate", (*_placed("layer4.0"), "model.moe.gate=two_conv"), 150),
+    "gate-fixed": Run("fixed gate", (*_placed("layer4.0"), "model.moe.gate=fixed"), 150),
+    **{f"experts-{experts}": _many(experts, "entropy_released") for experts in COSTED_EXPERTS},
+    **{f"experts-{experts}-switch": _many(experts, "switch") for experts in (4, 16)},
+    **{
+        f"collapse-{balance}{'' if through else '-no-gradient'}": _collapse(balance, through)
+        for balance in ("switch", "entropy_released")
+        for through in (True, False)
+    },
+    # methods and budgets
+    **{
+        f"rt-er-beta-{beta}": Run(
+            f"mixture, RT-ER, β = {beta}", (*MIXTURE, "method.name=rt_er", f"method.beta={beta}"), 385
+        )
+        for beta in (1, 30)
+    },
+    "pathways-at": Run("two pathways, AT", (*PATHWAYS, *AT), 150),
+    "pathways-advmoe": Run("two pathways, AdvMoE", (*PATHWAYS, "method.name=advmoe"), 300),
+    "dense-equal": Run("dense, compute of BlockMoE k=2", AT, 160, equal="block-k2", probes=("curve", "slopes", "cost")),
+    "block-costs": Run("BlockMoE, not trained", (*BLOCK, "model.moe.top_k=1"), 5, {}, False, False, None, ("costs",)),
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from robust_moe.evaluation.scorer import COLLAPSE_SHARE
 from robust_moe.reproduce.checks import (
     EXPERTS,
@@ -18,16 +16,20 @@ from robust_moe.reproduce.checks import (
     routed_apart,
     router_attacked,
 )
-from robust_moe.reproduce.claims import Claim
+from robust_moe.reproduce.claims import Claim, Part
+from robust_moe.reproduce.coverage import COVERAGE, EXPERIMENTS
 from robust_moe.reproduce.quantities import (
     ALPHA,
     AT,
     BOTH,
     DENSE,
+    DUAL_MODEL,
     DUALS,
     K1,
     K2,
+    OURS,
     RELEASED,
+    ROBUST_EXPERTS,
     RT_ER,
     SWITCH,
     WEAK,
@@ -40,24 +42,12 @@ from robust_moe.reproduce.quantities import (
     weakest,
 )
 
-__all__ = ["PARTS", "STUDIES", "Part"]
+__all__ = ["CORE", "PARTS", "STUDIES"]
 
-DUAL_MODEL = "Zhang et al., ICML 2025"
-ROBUST_EXPERTS = "Robust Experts, arXiv:2509.05086"
-OURS = "our reading"
 MINIMAL = 0.02  # the "minimal drop in clean accuracy" of the source, which gives no number
 
 
-@dataclass(frozen=True)
-class Part:
-    """One question, with the runs that answer it."""
-
-    title: str
-    runs: tuple[str, ...]
-    claims: tuple[Claim, ...]
-
-
-PARTS: dict[str, Part] = {
+CORE: dict[str, Part] = {
     "weak-link": Part(
         "A standard mixture of networks: which part gives in, the experts or the router?",
         (WEAK,),
@@ -297,4 +287,10 @@ PARTS: dict[str, Part] = {
         ),
     ),
 }
-STUDIES: dict[str, tuple[str, ...]] = {**{name: (name,) for name in PARTS}, "all": tuple(PARTS)}
+PARTS: dict[str, Part] = {**CORE, **COVERAGE}
+STUDIES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in PARTS},
+    **EXPERIMENTS,
+    "core": tuple(CORE),
+    "all": tuple(PARTS),
+}

@@ -145,6 +145,7 @@ def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settin
             "parts": RUNS[run].parts,
             "seeds": {str(seed): found for seed, found in seeds.items()},
             "mean": _means([found["measures"] for found in seeds.values()]),
+            "best": _means([found["best"]["measures"] for found in seeds.values() if found["best"]]),
         }
     seconds = [value for found in done.values() for value in found["seconds"].values()]
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.reproduce.claims import FAILED, NOT_MEASURED
+from robust_moe.reproduce.probes import PROBES
 
 __all__ = ["claim_line", "claims_table", "summary", "verdict_line"]
 
@@ -21,6 +22,8 @@ COLUMNS = (
     ("best_single", "best single expert"),
     ("dose", "dose of the method's term"),
 )
+
+BEST = ["SA, best checkpoint", "RA, best checkpoint"]  # validation chose it; all else is of the last
 
 
 def percent(spread: Mapping[str, Any] | None) -> str:
@@ -86,6 +89,7 @@ def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -
             "",
             *_checks(part["claims"]),
             *_runs(part["runs"], results["runs"]),
+            *_probes(part["runs"], results["runs"]),
         ]
         for figure in figures.get(name, ()):
             lines += ["", f"![{figure.stem}]({figure.name})"]
@@ -120,12 +124,27 @@ def _checks(claims: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*rows, ""]
 
 
+def _probes(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
+    """A table of what the runs' probes found (:mod:`robust_moe.reproduce.probes`), empty without any."""
+    keys = dict.fromkeys(key for name in names for key in runs[name]["mean"] if key.partition("_")[0] in PROBES)
+    if not keys:
+        return []
+    head = ["run", *(key.replace("_", ": ", 1) for key in keys)]
+    rows = ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in names:
+        found = runs[name]["mean"]
+        rows.append("| " + " | ".join([runs[name]["title"], *(percent(found.get(key)) for key in keys)]) + " |")
+    return rows
+
+
 def _runs(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
-    head = ["run", *(title for _, title in COLUMNS), "PGD", "images", "n"]
+    best = any(runs[name].get("best") for name in names)  # of studies of this version
+    head = ["run", *(title for _, title in COLUMNS), *(BEST * best), "PGD", "images", "n"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         run = runs[name]
         cells = [run["title"], *(percent(run["mean"].get(key)) for key, _ in COLUMNS)]
+        cells += [percent(run["best"].get(key)) for key in ("sa", "ra")] if best else []
         first = next(iter(run["seeds"].values()), None)
         if first is None:
             cells += ["–", "–"]

@@ -28,6 +28,8 @@ from robust_moe.provenance import provenance
 from robust_moe.reproduce.jobs import MEASURED, Job
 from robust_moe.reproduce.measures import measure
 from robust_moe.reproduce.preparation import alone_in
+from robust_moe.reproduce.probes import PROBES, Subject
+from robust_moe.reproduce.runs import RUNS
 
 __all__ = ["STOPPED", "mean_dose", "work"]
 
@@ -51,28 +53,18 @@ def work(job: Job, reporter: Reporter) -> bool:
     else:
         splits = load_splits(job.config.data, job.config.run.seed)
     began = time.perf_counter()
-    attack = job.config.eval.attack
-    assert isinstance(attack, PGD.Config)  # expect_overrides refuses any other
     with cpu_threads(job.config.run.threads):
         model, trained = _model(job, splits)
-        measures = measure(
-            model,
-            splits.test,
-            attack,
-            seed=job.config.eval_seed,
-            count=job.images,
-            sweep_count=job.sweep_images,
-            batch_size=job.config.eval.batch_size,
-        )
+        measures = _measures(job, model, splits)
         if (found := mean_dose(job.folder)) is not None:
             measures["dose"] = found
-        device = next(model.parameters()).device
+        facts: dict[str, Any] = {"checkpoint": trained, "best": _best(job, splits, trained, measures)}
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        facts = {"parameters": parameters, "checkpoint": trained, "seconds": seconds}
-        settings = attack.arguments() | {"eps": str(attack.eps)}
+        settings = _attack(job).arguments() | {"eps": str(_attack(job).eps)}
         measured = {**{name: settings[name] for name in MEASURED}, "seed": job.config.eval_seed}
-        job.finish({"measures": measures, "attack": measured, **facts, **provenance(device)})
+        facts |= {"parameters": parameters, "seconds": seconds}
+        job.finish({"measures": measures, "attack": measured, **facts, **provenance(next(model.parameters()).device)})
     return True
 
 
@@ -81,6 +73,35 @@ def mean_dose(folder: Path) -> float | None:
     None: it has not trained, or its method logs none."""
     doses = [line["train_dose"] for line in read_metrics(folder, "epoch") if "train_dose" in line]
     return statistics.fmean(doses) if doses else None
+
+
+def _attack(job: Job) -> PGD.Config:
+    attack = job.config.eval.attack
+    assert isinstance(attack, PGD.Config)  # expect_overrides refuses any other
+    return attack
+
+
+def _measures(job: Job, model: nn.Module, splits: Splits) -> dict[str, Any]:
+    """What is measured of a model of the job: accuracy and routing, and what its run's probes find."""
+    run = RUNS[job.run]
+    how: dict[str, Any] = {"seed": job.config.eval_seed, "batch_size": job.config.eval.batch_size}
+    found: dict[str, Any] = {"images": min(job.probe_images, len(splits.test))}
+    if run.basic:
+        found = measure(model, splits.test, _attack(job), count=job.images, sweep_count=job.sweep_images, **how)
+    data = describe_data(splits.train) if run.probes else {}
+    subject = Subject(model, splits.test, _attack(job), job.config, data, count=job.probe_images, **how)
+    for probe in run.probes:
+        found |= {f"{probe}_{name}": value for name, value in PROBES[probe](subject).items()}
+    return found
+
+
+def _best(job: Job, splits: Splits, last: dict[str, Any], measures: dict[str, Any]) -> dict[str, Any] | None:
+    """The same of the best checkpoint, which may be the last; None where no validation chose one."""
+    if not (job.trained and job.best.is_file()):
+        return None
+    _, model, _, state = load_experiment(job.best, splits=splits)
+    there = state["position"]
+    return {"checkpoint": there, "measures": measures if there == last else _measures(job, model, splits)}
 
 
 def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:

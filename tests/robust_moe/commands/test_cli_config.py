@@ -54,7 +54,9 @@ def test_a_dry_run_of_training_says_what_it_costs_and_writes_nothing(tiny, tmp_p
     facts = dict(line.split(": ", 1) for line in done.output.splitlines())
     assert facts["data"] == "digits: 64 training, 29 validation, 40 test images"
     assert facts["method"] == "pgd_at, 2 epochs, 16 images at a time"
+    assert facts["model"].endswith(" multiply-adds a forward")
     assert facts["passes"].startswith("896 of an image, ")  # 2 epochs of 64 images, PGD-2: 2 * 2 + 3 passes
+    assert facts["passes"].endswith(" multiply-adds")
     assert not (tmp_path / "run").exists()
 
 

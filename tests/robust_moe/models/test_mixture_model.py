@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from torch import nn
 from robust_moe.attacks import PGD, ExpertPGD, JointPGD, RouterPGD
 from robust_moe.engine import load_checkpoint, save_checkpoint
 from robust_moe.engine.checkpoint import load_model_state
+from robust_moe.engine.guards import GateWatch
 from robust_moe.evaluation.moe import evaluate_moe
+from robust_moe.methods import METHODS
 from robust_moe.models import (
+    MODELS,
     ROUTERS,
     ExpertMixture,
     ImageSpec,
@@ -35,10 +39,10 @@ from robust_moe_kernels.modules import (
 IMAGES = {"num_classes": 10, "channels": 1, "image_size": 16}
 
 
-def built(router: str = "cnn", **settings) -> ExpertMixture:
+def built(router: str = "cnn", frozen: bool = False, **settings) -> ExpertMixture:
     torch.manual_seed(0)
     config = ResNetSmallConfig(
-        width=2, blocks=[1, 1], mixture=MixtureConfig(num_experts=3, router=ROUTERS[router](), **settings)
+        width=2, blocks=[1, 1], mixture=MixtureConfig(num_experts=3, router=ROUTERS[router](frozen=frozen), **settings)
     )
     model = build_model(config, **IMAGES, mean=[0.25], std=[0.5])
     assert isinstance(model, ExpertMixture)
@@ -57,6 +61,20 @@ def test_every_setting_reaches_the_mixture():
     assert not torch.equal(first.conv1.weight, second.conv1.weight)
     for module in (model.gate, first, second):
         assert module.normalize.mean.item() == 0.25
+
+
+def test_a_frozen_router_routes_and_keeps_its_weights():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing warns of a router without a gradient that is not to learn
+        model = built(routing="hard", straight_through=False, router="linear", frozen=True)
+    model(torch.rand(6, 1, 16, 16)).square().sum().backward()
+    assert all(not p.requires_grad and p.grad is None for p in model.gate.parameters())
+    assert all(p.requires_grad for p in model.experts.parameters())
+    assert not GateWatch(model).layers
+    config, one = METHODS["advmoe"](), MODELS["resnet_small"]
+    config.build(one(mixture=MixtureConfig(num_experts=2)))
+    with pytest.raises(ConfigError, match=r"model.mixture.router.frozen: expected false for advmoe, .* got true"):
+        config.build(one(mixture=MixtureConfig(num_experts=2, router=ROUTERS["cnn"](frozen=True))))
 
 
 @pytest.mark.parametrize("router", ROUTERS)

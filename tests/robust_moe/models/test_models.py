@@ -11,9 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
+from robust_moe.config import load_config
 from robust_moe.models import GATES, MODELS, ModelConfig, MoEConfig, Normalize, ResNetSmallConfig, build_model
 from robust_moe.settings import ConfigError, Layer, resolve
-from robust_moe_kernels.modules import ConvGapGate, FusedBlockMoE, moe_layers
+from robust_moe_kernels.modules import ConvGapGate, FusedBlockMoE, TwoConvGate, moe_layers
 
 CIFAR100 = {"num_classes": 100, "channels": 3, "image_size": 32}
 TINY = {"num_classes": 10, "channels": 1, "image_size": 16}
@@ -129,6 +130,15 @@ def test_every_setting_of_the_mixture_reaches_it():
         assert isinstance(layer.gate, ConvGapGate)
         first, second = layer.expert(0), layer.expert(1)
         assert not torch.equal(first.conv1.weight, second.conv1.weight)  # not copies
+
+
+def test_the_gate_of_two_convolutions_has_a_width():
+    moe = MoEConfig(layers=["layer4.1"], gate=GATES["two_conv"](hidden=3))
+    gate = build_model(ResNetSmallConfig(width=4, moe=moe), **TINY).layer4[1].gate
+    assert isinstance(gate, TwoConvGate)
+    assert gate.conv1.out_channels == gate.conv2.in_channels == 3
+    found = load_config(None, ["model.moe.layers=[layer4.1]", "model.moe.gate={name: two_conv, hidden: 5}"])
+    assert found.model.moe.gate == GATES["two_conv"](hidden=5)
 
 
 BAD = {

@@ -26,9 +26,17 @@ from robust_moe.files import lock
 from robust_moe.reproduce import SCALES, STUDIES, StudyError, judge_again, reproduce
 from robust_moe.reproduce.jobs import Job, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
-from robust_moe.reproduce.preparation import alone_in, data_digest, load_data, remove, variant
+from robust_moe.reproduce.preparation import (
+    alone_in,
+    data_digest,
+    describe,
+    expect_runnable,
+    load_data,
+    remove,
+    variant,
+)
 from robust_moe.reproduce.runs import RUNS
-from robust_moe.reproduce.studies import PARTS
+from robust_moe.reproduce.studies import CORE
 from robust_moe.reproduce.worker import work
 from robust_moe.settings import replaced
 
@@ -48,6 +56,7 @@ TINY = (
     "run.batch_size=32",
 )
 SEEDS = (0, 1)
+NAMES = tuple(dict.fromkeys(run for part in CORE.values() for run in part.runs))
 ATTACK = PGD.Config(eps=0.1, steps=2)
 
 
@@ -60,7 +69,7 @@ def content(*overrides):
     return data_digest(load_data([*SCALES["cpu"].settings, *TINY, *overrides]))
 
 
-def jobs_in(folder, *overrides, names=tuple(RUNS), seeds=SEEDS):
+def jobs_in(folder, *overrides, names=NAMES, seeds=SEEDS):
     return make_jobs(names, SCALES["cpu"], seeds, folder, [*TINY, *overrides], content())
 
 
@@ -71,7 +80,7 @@ def jobs_of(job, folder, *overrides):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Every run of every study, over two seeds."""
+    """Every run of the study "core", over two seeds."""
     folder = tmp_path_factory.mktemp("study")
     jobs = sorted(jobs_in(folder), key=lambda job: bool(job.parts))
     for job in jobs:
@@ -239,7 +248,7 @@ def test_a_killed_job_goes_on_to_the_same_numbers(finished, tmp_path):
 
 def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path):
     folder, jobs = finished
-    done = reproduce("all", overrides=TINY, seeds=2, runs=folder, out=tmp_path / "report", reporter=quiet())
+    done = reproduce("core", overrides=TINY, seeds=2, runs=folder, out=tmp_path / "report", reporter=quiet())
     assert done.finished
     results = json.loads(done.path.read_text())
     assert results == done.results
@@ -254,7 +263,7 @@ def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path
     assert rt_er["mean"]["ra_e"]["values"] == values
     assert rt_er["mean"]["ra_e"]["mean"] == pytest.approx(sum(values) / 2)
     claims = {claim["quantity"]: claim for part in results["parts"].values() for claim in part["claims"]}
-    assert len(claims) == sum(len(part.claims) for part in PARTS.values())
+    assert len(claims) == sum(len(part.claims) for part in CORE.values())
     at = [jobs["mixture-at", seed].finished()["measures"]["ra_e"] for seed in SEEDS]
     assert claims["RA-E, RT-ER − AT"]["values"] == [new - old for new, old in zip(values, at, strict=True)]
     figures = sorted(path.name for path in done.path.parent.glob("*.png"))
@@ -273,7 +282,7 @@ def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path
         assert f"| {claim['statement']} |" in page
         assert f"**{claim['verdict']}**" in page
     assert all(f"({name})" in page for name in figures)
-    assert page.count("2 steps, ε = 1/10 | 40 | 2 |") == sum(len(part.runs) for part in PARTS.values())
+    assert page.count("2 steps, ε = 1/10 | 40 | 2 |") == sum(len(part.runs) for part in CORE.values())
     for text in (page, done.path.read_text()):
         assert str(folder) not in text
     # it is not the scale that was run
@@ -284,7 +293,7 @@ def test_a_study_reports_every_number_every_claim_and_figures(finished, tmp_path
         failed = any(check["outcome"] == "failed" for check in claim["checks"])
         assert claim["verdict"] == ("not testable here" if failed else "undecided")
         assert all(check["outcome"] != "not measured" for check in claim["checks"])  # runs of now measure all of them
-    assert judge_again(done.path, "all", tmp_path / "again").results["parts"] == results["parts"]
+    assert judge_again(done.path, "core", tmp_path / "again").results["parts"] == results["parts"]
     assert results["commits"] == [results["git"]]
     assert "alpha" not in results["runs"]["dual-joint"]["mean"]
 
@@ -398,7 +407,7 @@ def test_starting_anew_removes_what_was_made_from_it(tmp_path):
 )
 def test_overrides_that_would_mislead_are_refused(override, why, tmp_path):
     with pytest.raises(ConfigError, match=rf"{override.split('=')[0]}[a-z.]*: expected no such override, {why}"):
-        reproduce("all", overrides=[*TINY, override], runs=tmp_path / "runs", reporter=quiet())
+        reproduce("core", overrides=[*TINY, override], runs=tmp_path / "runs", reporter=quiet())
     assert not (tmp_path / "runs").exists()
 
 
@@ -408,16 +417,37 @@ def test_other_settings_have_another_folder():
     assert variant(["run.epochs=2"]) != variant(["run.epochs=3"])
 
 
-def test_data_of_other_classes_are_refused(tmp_path):
+def test_the_number_of_classes_is_the_data_s(tmp_path):
     folder = tmp_path / "images"
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (folder / part / name).mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / part / name / f"{number}.png")
-    settings = [*TINY, "data.name=image_folder", "data.validation_fraction=0.5"]
-    with pytest.raises(ConfigError, match="data: expected 10 classes, as CIFAR-10 has, got 2 in"):
-        reproduce("rt-er", data_root=folder, overrides=settings, runs=tmp_path / "runs", reporter=quiet())
+    settings = [*TINY, "data.name=image_folder", "data.validation_fraction=0.5", f"data.root={folder}"]
+    splits = load_data([*SCALES["cpu"].settings, *settings])
+    assert describe(splits)["classes"] == 2
+    (job,) = make_jobs(["dense-at"], SCALES["cpu"], [0], tmp_path / "runs", settings, data_digest(splits))
+    expect_runnable([job], splits)
+    assert work(job, quiet())
+    model = load_experiment(job.checkpoint)[1]
+    assert model.fc.out_features == 2
+    assert job.finished()["measures"]["images"] == 8
+
+
+def test_the_best_checkpoint_is_measured_beside_the_last(finished, tmp_path):
+    """Where another epoch was better its own numbers are kept too; claims read the last's."""
+    _, jobs = finished
+    found = jobs["block-k1", 0].finished()
+    assert found["best"] == {"checkpoint": found["checkpoint"], "measures": found["measures"]}
+    assert jobs["dual-separate", 0].finished()["best"] is None  # nothing was trained, nothing chosen
+    (job,) = jobs_in(tmp_path, "run.epochs=3", "eval.every=1", names=["dense-at"], seeds=[0])
+    assert work(job, quiet())
+    found, best = job.finished(), load_checkpoint(job.best)["position"]
+    assert found["best"]["checkpoint"] == best
+    _, model, splits, _ = load_experiment(job.best)
+    alone = measure(model, splits.test, job.config.eval.attack, seed=0, count=40, sweep_count=1)
+    assert found["best"]["measures"] == alone
 
 
 def test_a_network_that_the_images_are_too_small_for_is_refused(tmp_path):
@@ -434,7 +464,11 @@ def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
         # a setting that one of the two methods does not have comes and goes with the method's name
         differ = {key for key, value in flatten(job.config).items() if value != base.get(key, value)}
         named = {setting.split("=")[0] for run in (name, "mixture-at") for setting in RUNS[run].settings}
-        if RUNS[name].parts:  # the standard half, which is the robust one but for its weights
+        if RUNS[name].equal:
+            named |= {"model.width", "model.blocks"}
+        if (
+            job.config.model.dual.enabled and RUNS[name].parts
+        ):  # the standard half, which is the robust one but for its weights
             half = job.config.model.standard()
             whole = dataclasses.replace(job.config.model, init_from=None, dual=half.dual)
             assert dataclasses.replace(half, init_from=None) == whole
@@ -449,9 +483,12 @@ def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
     [
         (
             ["rt-re"],
-            "study: expected one of weak-link, rt-er, dual, block-moe, all, got 'rt-re'; did you mean 'rt-er'?",
+            "study: expected one of weak-link, rt-er, dual, block-moe, masking, ",
         ),
-        (["rt-er", "--scale", "cpuu"], "scale: expected one of cpu, gpu, got 'cpuu'; did you mean 'cpu'?"),
+        (
+            ["rt-er", "--scale", "cpuu"],
+            "scale: expected one of cpu, cpu-long, gpu-10min, gpu, got 'cpuu'; did you mean 'cpu'?",
+        ),
         (["rt-er", "--data-root", "/nowhere"], "/nowhere/train.parquet"),
         (["rt-er"], "data.root"),
         (["rt-er", "--seeds", "0"], "seeds: expected a count >= 1, got 0"),

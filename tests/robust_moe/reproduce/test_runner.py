@@ -13,6 +13,9 @@ from robust_moe.reproduce import SCALES
 from robust_moe.reproduce.jobs import make_jobs
 from robust_moe.reproduce.runner import run_jobs
 from robust_moe.reproduce.runs import RUNS
+from robust_moe.reproduce.studies import CORE
+
+NAMES = tuple(dict.fromkeys(run for part in CORE.values() for run in part.runs))
 
 
 def quiet():
@@ -37,10 +40,10 @@ if job["run"] == os.environ.get("STOPS"):
 
 @pytest.fixture
 def stubbed(tmp_path):
-    """Jobs of all runs at one seed, and a worker that trains nothing but says when it ran."""
+    """Jobs of the study "core" at one seed, and a worker that trains nothing but says when it ran."""
     script = tmp_path / "stub.py"
     script.write_text(textwrap.dedent(STUB))
-    jobs = make_jobs(tuple(RUNS), SCALES["cpu"], (0,), tmp_path / "runs")
+    jobs = make_jobs(NAMES, SCALES["cpu"], (0,), tmp_path / "runs")
     for job in jobs:
         job.folder.mkdir(parents=True)
         job.finish({"measures": {"sa": 0.5}})
@@ -55,10 +58,10 @@ def test_jobs_run_once_each_after_those_they_start_from(stubbed, workers):
     outcome = run_jobs(jobs, workers, quiet(), worker)
     assert (outcome.stopped, outcome.failed) == (False, {})
     ran = order()
-    assert sorted(ran) == sorted(RUNS)
+    assert sorted(ran) == sorted(NAMES)
     assert ran.index("dual-separate") > max(ran.index("mixture-rt-er"), ran.index("mixture-standard"))
     if workers == 1:
-        assert ran[0] == max(RUNS, key=lambda name: RUNS[name].cost)  # the longest first
+        assert ran[0] == max(NAMES, key=lambda name: RUNS[name].cost)  # the longest first
     assert run_jobs(jobs, workers, quiet(), worker).failed == {}
     assert order() == ran  # nothing was left to do
 
@@ -71,7 +74,7 @@ def test_a_failed_job_stops_those_that_start_from_it_alone(stubbed, monkeypatch)
     assert set(outcome.failed) == {"mixture-standard, seed 0", "dual-separate, seed 0"}
     assert "exit status 1: ValueError: planted (log:" in outcome.failed["mixture-standard, seed 0"]
     assert outcome.failed["dual-separate, seed 0"] == "needs mixture-standard, seed 0"
-    assert sorted(order()) == sorted(set(RUNS) - {"dual-separate"})
+    assert sorted(order()) == sorted(set(NAMES) - {"dual-separate"})
     monkeypatch.delenv("FAILS")
     assert run_jobs(jobs, 2, quiet(), worker).failed == {}
     assert order().count("mixture-at") == 1
@@ -87,7 +90,7 @@ def test_a_job_that_cannot_be_started_fails_alone(stubbed):
     assert set(outcome.failed) == {"block-k1, seed 0"}
     assert "cannot be started" in outcome.failed["block-k1, seed 0"]
     assert str(blocked.folder.parents[1]) not in outcome.failed["block-k1, seed 0"]
-    assert sorted(order()) == sorted(set(RUNS) - {"block-k1"})
+    assert sorted(order()) == sorted(set(NAMES) - {"block-k1"})
 
 
 def test_what_an_earlier_attempt_said_is_no_cause(stubbed):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robust_moe.models.resnet import BasicBlock
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
-from robust_moe_kernels.modules import GATES, DropTop, RouteOptions, check_finite
+from robust_moe_kernels.modules import GATES, DropTop, RouteOptions, TwoConvGate, attack_mode, check_finite
 from robust_moe_kernels.modules.gates import score_noise_scale
 
 EPS = torch.finfo(torch.float64).eps
@@ -290,7 +290,7 @@ def test_a_constant_weight_leaves_the_gate_without_gradient():
         ({"top_k": 0}, "top_k: expected 1 <= k <= num_experts = 4, got 0"),
         ({"noise_std": -0.1}, "noise_std: expected a number >= 0, got -0.1"),
         ({"noise_std": math.nan}, "noise_std: expected a number >= 0, got nan"),
-        ({"gate": "fc"}, "gate: expected one of gap_fc, conv_gap or a module, got 'fc'"),
+        ({"gate": "fc"}, "gate: expected one of gap_fc, conv_gap, two_conv, fixed or a module, got 'fc'"),
         ({"init": "zero"}, "init: expected one of copy, fresh, got 'zero'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -325,12 +325,33 @@ def test_maps_too_small_for_the_convolution_of_a_gate_are_refused():
         moe(images(2, 2))
 
 
-@mark.parametrize("name", GATES)
+@mark.parametrize("name", [name for name in GATES if name != "fixed"])
 def test_every_gate_learns_and_turns_maps_into_logits(name: str):
     moe = conv_layer(5, gate=name)
     moe(images()).square().sum().backward()
     assert moe.routing.logits.shape == (6, 5)
     assert all(p.grad.any() for p in moe.gate.parameters())
+    logits = moe.eval().gate(images())
+    with attack_mode(moe):
+        torch.testing.assert_close(moe.gate(images()), logits, **CLOSE)  # also where a norm is folded
+
+
+def test_the_fixed_gate_routes_and_does_not_learn():
+    moe = conv_layer(5, gate="fixed", top_k=1, straight_through=False)  # no warning: there is nothing to train
+    x = images()
+    moe(x).square().sum().backward()
+    assert all(p.grad is None and not p.requires_grad for p in moe.gate.parameters())
+    weight = moe.state_dict()["gate.fc.weight"]
+    torch.testing.assert_close(moe.routing.logits, x.mean((2, 3)) @ weight.T)
+    assert moe.routing.indices.unique().numel() > 1
+
+
+def test_the_gate_of_two_convolutions_is_them_and_a_norm():
+    gate = TwoConvGate(3, 5, hidden=2).double().eval()
+    x = torch.randn(4, 3, 1, 1, dtype=torch.float64)  # of a 3x3 filter the middle is left
+    hidden = (x[:, :, 0, 0] @ gate.conv1.weight[:, :, 1, 1].T / (1 + gate.bn1.eps) ** 0.5).relu()
+    torch.testing.assert_close(gate(x), hidden @ gate.conv2.weight[:, :, 1, 1].T + gate.conv2.bias)
+    assert [p.shape[0] for p in gate.parameters()] == [2, 2, 2, 5, 5]
 
 
 def test_a_gate_of_one_s_own():
@@ -353,7 +374,7 @@ def test_a_function_makes_the_gate():
     moe = conv_layer(5, gate=make)
     assert made == [(moe.experts.in_channels, 5)]
     assert isinstance(moe.gate, GATES["conv_gap"])
-    with raises(ValueError, match="gate: expected one of gap_fc, conv_gap or a module, got None"):
+    with raises(ValueError, match="gate: expected one of gap_fc, conv_gap, two_conv, fixed or a module, got None"):
         conv_layer(gate=None)
 
 

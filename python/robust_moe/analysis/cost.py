@@ -1,0 +1,55 @@
+"""What one image costs a model: multiply-adds of a forward, and the parameters that it meets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules import moe_layers
+
+__all__ = ["ModelCost", "model_cost"]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of one image. A multiply-add is one multiplication and the addition of its product; papers that count the
+    two apart ("FLOPs") report twice as many."""
+
+    multiply_adds: int  # of a forward: convolutions and linear layers; a routed layer runs k of its E experts
+    parameters: int  # all of the model's
+    active_parameters: int  # those that one image's forward reads: of every routed layer k of its E experts
+
+
+@torch.no_grad()
+def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
+    """The cost of ``image`` in evaluation mode; the model is left in the mode that it was in.
+
+    Norms, activations, pooling, softmax and the sorting of images by expert are not counted; padding is, as if it were
+    multiplied. Of experts that differ in size, ``active_parameters`` takes the mean.
+
+    Args:
+        model: [1, C, H, W] in [0, 1] -> logits, on the CPU: a GPU's fused gate is not counted.
+        image: [1, C, H, W].
+
+    Raises:
+        ValueError: another number of images than one.
+    """
+    expect(image.dim() == 4 and len(image) == 1, "image", "one image [1, C, H, W]", list(image.shape))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(image)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for layer in moe_layers(model).values():
+        experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+        active = layer.top_k if layer.fixed_expert is None else 1
+        idle += experts * (layer.num_experts - active) // layer.num_experts
+    return ModelCost(counter.get_total_flops() // 2, parameters, parameters - idle)

@@ -1,0 +1,60 @@
+"""Dense networks of the same compute as a routed one: what is compared "at equal FLOPs"."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from robust_moe.analysis import model_cost
+from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.models import ModelConfig, build_model
+
+__all__ = ["COSTED_EXPERTS", "TOLERANCE", "equal_compute", "multiply_adds"]
+
+COSTED_EXPERTS = (1, 2, 4, 8, 16, 32)  # E of Robust Experts, figures 3 and 8
+TOLERANCE = 0.03  # how far apart, as a share, two computes may be that count as equal
+DEEPER = 2  # blocks that the last stage may have more
+
+
+def multiply_adds(config: TrainConfig, device: str = "cpu") -> int:
+    """Of one image, in a forward of ``config.model``; ten classes, three channels, and 32 pixels unless the data say
+    otherwise. ``device="meta"``, for dense networks: nothing is computed."""
+    size = config.data.image_size or 32
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return model_cost(build_model(config.model, 10, 3, size), torch.zeros(1, 3, size, size)).multiply_adds
+
+
+def equal_compute(dense: TrainConfig, routed: TrainConfig) -> TrainConfig:
+    """``dense`` with the width, and the blocks of the last stage, whose compute is nearest to that of ``routed``.
+
+    Raises:
+        ConfigError: none is within :data:`TOLERANCE`, or the model has no ``width`` and ``blocks``.
+    """
+    model, target = dense.model, multiply_adds(routed)
+    if not (hasattr(model, "width") and hasattr(model, "blocks")):
+        raise ConfigError(f"model.name: expected a network with width and blocks to match a compute, got {model.name}")
+    found: dict[int, TrainConfig] = {}
+    for more in range(DEEPER + 1):
+        width = model.width
+        while True:
+            blocks = (*model.blocks[:-1], model.blocks[-1] + more)
+            candidate = replace(dense, model=_resized(model, width, blocks))
+            compute = multiply_adds(candidate, "meta")
+            found.setdefault(abs(compute - target), candidate)
+            if compute >= target:
+                break
+            width += 1
+        if width == model.width:  # with as many blocks, already too much
+            break
+    gap = min(found)
+    if gap > TOLERANCE * target:
+        raise ConfigError(
+            f"model.width: expected a dense network within {TOLERANCE:.0%} of {target:,} multiply-adds, got one "
+            f"that is {gap / target:.1%} away at best"
+        )
+    return found[gap]
+
+
+def _resized(model: ModelConfig, width: int, blocks: tuple[int, ...]) -> ModelConfig:
+    return replace(model, width=width, blocks=blocks)  # type: ignore[call-arg]  # fields of ResNetConfig

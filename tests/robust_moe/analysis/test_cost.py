@@ -1,0 +1,112 @@
+"""What a model costs: PyTorch's counter of operations on routed layers, and the counts made from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from robust_moe.analysis import ModelCost, model_cost
+from robust_moe.models import MODELS, ROUTERS, DualConfig, MixtureConfig, MoEConfig, build_model
+from robust_moe_kernels import FusedConvMoE
+
+
+def counted(make) -> int:
+    with FlopCounterMode(display=False) as counter:
+        make()
+    return counter.get_total_flops()
+
+
+def test_a_routed_convolution_counts_as_its_chosen_experts():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 8, 3, padding=1)
+    layer = FusedConvMoE.from_conv(conv, num_experts=4, top_k=2)
+    x = torch.rand(5, 6, 7, 7)
+    gate = counted(lambda: layer.gate(x))
+    dense = counted(lambda: conv(x))
+    assert counted(lambda: layer(x)) - gate == 2 * dense
+
+    x.requires_grad_()
+    both = counted(lambda: conv(x).sum().backward())
+    layer.gate.requires_grad_(False)
+    assert counted(lambda: layer(x).sum().backward()) - 2 * (both) == counted(lambda: layer.gate(x).sum().backward())
+
+
+# --- model_cost against counts by hand: a 3x3 convolution makes 9 x inputs x outputs multiply-adds at each pixel ------
+
+SIZE, WIDTH, CLASSES = 16, 4, 10
+STAGES = ((4, 16), (8, 8), (16, 4), (32, 2))  # channels and side of each stage's maps
+
+
+def block(channels: int, out: int, side: int) -> int:
+    shortcut = channels * out if channels != out else 0
+    return (9 * channels * out + 9 * out * out + shortcut) * side**2
+
+
+def network() -> int:
+    """resnet_small: one block a stage, two in the last."""
+    total, channels = 9 * 3 * WIDTH * SIZE**2, WIDTH
+    for out, side in STAGES:
+        total += block(channels, out, side)
+        channels = out
+    return total + block(32, 32, 2) + 32 * CLASSES
+
+
+def cost_of(image_size: int = SIZE, **settings) -> ModelCost:
+    model = build_model(MODELS["resnet_small"](width=WIDTH, **settings), CLASSES, 3, image_size)
+    return model_cost(model, torch.rand(1, 3, image_size, image_size))
+
+
+def test_the_cost_of_a_plain_network():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 7)
+    ).train()
+    model[1].eval()
+    found = model_cost(model, torch.rand(1, 3, 9, 9))
+    assert found.multiply_adds == 9 * 3 * 4 * 5**2 + 100 * 7
+    assert found.parameters == found.active_parameters == 9 * 3 * 4 + 4 + 100 * 7 + 7
+    assert [module.training for module in model] == [True, False, True, True]
+    with pytest.raises(ValueError, match=r"image: expected one image \[1, C, H, W\], got \[2, 3, 9, 9\]"):
+        model_cost(model, torch.rand(2, 3, 9, 9))
+    assert cost_of().multiply_adds == network()
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_cost_of_routed_blocks_and_convolutions_is_that_of_k_experts(experts: int, top_k: int):
+    dense, gate = cost_of(), 32 * experts
+    for layer, one, own in (
+        ("layer4.1", block(32, 32, 2), 18 * 32 * 32 + 4 * 32),  # two convolutions and two norms
+        ("layer4.1.conv2", 9 * 32 * 32 * 2**2, 9 * 32 * 32),
+    ):
+        found = cost_of(moe=MoEConfig(layers=[layer], num_experts=experts, top_k=top_k))
+        assert found.multiply_adds == dense.multiply_adds + (top_k - 1) * one + gate
+        assert found.parameters == dense.parameters + (experts - 1) * own + gate + experts
+        assert found.active_parameters == found.parameters - (experts - top_k) * own
+
+
+def test_the_cost_of_mixtures_of_networks_and_of_dual_models():
+    dense, experts = cost_of(), 3
+    router = 3 * SIZE**2 * experts  # one linear layer on the pixels
+    costs = {}
+    for routing, k in (("hard", 1), ("top_k", 2), ("soft", 3)):
+        mixture = MixtureConfig(num_experts=experts, router=ROUTERS["linear"](), routing=routing)
+        costs[routing] = cost_of(mixture=mixture)
+        assert costs[routing].multiply_adds == k * network() + router, routing
+        assert costs[routing].active_parameters == k * dense.parameters + router + experts
+        assert costs[routing].parameters == experts * dense.parameters + router + experts
+    dual = cost_of(
+        mixture=MixtureConfig(num_experts=experts, router=ROUTERS["linear"](), routing="hard"),
+        dual=DualConfig(enabled=True),  # beside one dense network
+    )
+    assert dual.multiply_adds == costs["hard"].multiply_adds + network()
+    assert dual.parameters - dual.active_parameters == 2 * dense.parameters
+
+
+def test_a_fixed_expert_is_the_only_one_that_costs():
+    layer = FusedConvMoE.from_conv(nn.Conv2d(3, 5, 3, padding=1), num_experts=4, top_k=2)
+    layer.fixed_expert = 1
+    found = model_cost(nn.Sequential(layer, nn.Flatten()), torch.rand(1, 3, 6, 6))
+    assert found.multiply_adds == 9 * 3 * 5 * 6**2
+    assert found.parameters - found.active_parameters == 3 * (9 * 3 * 5 + 5)
