@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD, attack_mode
+from robust_moe.attacks import PGD, Counts, attack_mode
 from robust_moe.attacks.losses import cross_entropy, kl_divergence
 from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.modules import MoELayer, RouteOptions, moe_layers, rerouted
@@ -57,7 +57,7 @@ def second_experts(model: nn.Module) -> dict[str, Tensor]:
         name: layer.last_routing.clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
         for name, layer in moe_layers(model).items()
     }
-    return {name: indices[:, 1] for name, indices in ranked.items()}
+    return {name: indices[:, 1].contiguous() for name, indices in ranked.items()}
 
 
 def clean_second_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -68,13 +68,15 @@ def clean_second_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 class _BothModels(nn.Module):
-    """[B, 2 * classes]: logits of a model, then its logits along imposed routes."""
+    """[B, 2 * classes]: logits of a model, then its logits along imposed routes. ``counts`` grows by the passes of the
+    second: whoever calls this module counts one."""
 
-    def __init__(self, model: nn.Module, routes: Mapping[str, OneExpert]) -> None:
+    def __init__(self, model: nn.Module, routes: Mapping[str, OneExpert], counts: Counts) -> None:
         super().__init__()
-        self.model, self.routes = model, routes
+        self.model, self.routes, self.counts = model, routes, counts
 
     def forward(self, x: Tensor) -> Tensor:
+        self.counts.add(Counts(len(x), len(x) if x.requires_grad else 0))
         logits = self.model(x)
         with rerouted(self.model, self.routes):
             return torch.cat([logits, self.model(x)], 1)
@@ -84,11 +86,12 @@ class SecondExpertPGD(PGD):
     """The inner maximum of RT-ER: CE(F(x'), y) + β KL(f_2(x') ‖ f_2(x)), f_2 being the expert ranked second at the
     clean x, held there while x' moves. In a model with several layers, f_2 takes the second expert in each.
 
-    Costs two forwards and backwards a step, and two forwards before the first.
+    Costs two forwards and backwards a step, and two forwards before the first. Whoever scores its images scores them by
+    this loss, and as fooled where F misclassifies them.
 
     Args:
         beta: β >= 0.
-        settings: those of :class:`~robust_moe.attacks.PGD`; one restart, last iterate.
+        settings: those of :class:`~robust_moe.attacks.PGD`; its ``loss`` is not used.
     """
 
     def __init__(self, *, beta: float, **settings: Any) -> None:
@@ -106,15 +109,28 @@ class SecondExpertPGD(PGD):
             second = second_experts(passes.model)
             with rerouted(passes.model, held(second)):
                 clean = passes.logits(x0)
-        return replace(passes, loss=self._objective, extras=(clean, *second.values()))
+        return _paired(replace(passes, loss=self._objective, extras=(clean, *second.values())))
+
+    def fooled(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Of the logits of both."""
+        return super().fooled(logits.chunk(2, 1)[0], y)
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
-        second = dict(zip(moe_layers(passes.model), passes.extras[1:], strict=True))
-        return super().climb(replace(passes, model=_BothModels(passes.model, held(second))), x, x0)
+        return super().climb(_paired(passes), x, x0)
+
+    def _climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(passes.model, _BothModels)  # see prepare
+        return super()._climb(replace(passes, model=passes.model.model), x, x0)  # graphs are kept by model
 
     def _objective(self, both: Tensor, y: Tensor, clean: Tensor, *_: Tensor) -> Tensor:
         logits, second = both.chunk(2, 1)
         return cross_entropy(logits, y) + self.beta * kl_divergence(clean, second)
+
+
+def _paired(passes: Passes) -> Passes:
+    """``passes`` of a model, on the model and its second experts, which are in the extras."""
+    second = dict(zip(moe_layers(passes.model), passes.extras[1:], strict=True))
+    return replace(passes, model=_BothModels(passes.model, held(second), passes.tally.counts))
 
 
 def gate_logits(model: nn.Module) -> tuple[Tensor, ...]:
