@@ -285,8 +285,9 @@ class _Gates:
         return tuple(found)
 
     def loss(self, logits: Tensor, y: Tensor, *clean: Tensor) -> Tensor:
-        # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing
-        router = (0 * logits).nan_to_num().sum(1)
+        # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing.
+        # Clamped, as 0 * infinity is NaN; the NaN of a logit stays, for the tally to see.
+        router = (0 * logits.clamp(-1, 1)).sum(1)
         for layer, selected, spread in zip(self.layers, clean[::2], clean[1::2], strict=True):
             h = full(layer.last_routing.logits)
             router = router + router_margin(h / spread.to(h.dtype), selected, CUSHION)

@@ -179,7 +179,7 @@ class _Search:
                 left = (~self.found.fooled).nonzero()[:, 0]
                 if not len(left):
                     return
-            together = trials[: max(passes.room // len(left), 1)]
+            together = trials[: max(passes.room // max(len(left), 1), 1)]
             trials = trials[len(together) :]
             goals = []
             for layer, rank in together:

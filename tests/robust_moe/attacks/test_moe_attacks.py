@@ -403,6 +403,28 @@ def test_nan_stops_the_attack(attack):
         attack(0.1, 3)(model, x, y)
 
 
+class Classes(nn.Module):
+    """A model with another number in its logits of the second image's last class."""
+
+    def __init__(self, model: nn.Module, value: float) -> None:
+        super().__init__()
+        self.model, self.value = model, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        logits[1, -1] = self.value
+        return logits
+
+
+def test_nan_of_the_classes_alone_stops_the_attack_and_a_class_ruled_out_does_not(attack):
+    """The gates, which the router's attack climbs, see neither."""
+    x, y = images(dtype=torch.float32)
+    y = y.clamp_max(1)
+    with pytest.raises(FloatingPointError, match="non-finite gradient or loss"):
+        attack(0.1, 3).find(Classes(soft().float(), torch.nan), x, y)
+    assert not attack(0.1, 3).craft(Classes(soft().float(), -torch.inf), x, y).nonfinite
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

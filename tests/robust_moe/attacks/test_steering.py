@@ -350,6 +350,14 @@ def test_neither_room_nor_batches_nor_reading_the_host_change_what_is_found(kind
     assert not torch.equal(ROUTED[make](0.06, 6, seed=3, restarts=2)(model, x, y, index), whole.images)
 
 
+@pytest.mark.parametrize("make", ROUTED)
+def test_a_batch_of_no_images(make):
+    model = KINDS["two layers"]()
+    x, y = images()[:0], torch.zeros(0, dtype=torch.int64)
+    attack = ROUTED[make](0.1, 3)
+    assert attack.craft(model, x, y).images.shape == attack.find(model, x, y).images.shape == x.shape
+
+
 def test_as_a_member_of_a_custom_autoattack():
     model = hard(linear([0, 20, -10], [0, -20, 10]), [linear([1, 0, 0], [0, 0, 9]), linear([-20, 0, 10], [20, 0, -10])])
     x, y = points((0.59, 0.59), (0.9, 0.9))
