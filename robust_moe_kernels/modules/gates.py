@@ -78,6 +78,8 @@ class TwoConvGate(nn.Module):
     forward: [B, C, H, W], any float -> logits [B, E] in the parameters' dtype.
     """
 
+    last_layer = "conv2"  # has one output per expert
+
     def __init__(self, in_channels: int, num_experts: int, hidden: int = 8) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1, bias=False)

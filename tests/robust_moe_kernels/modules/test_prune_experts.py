@@ -55,7 +55,7 @@ def mixture(experts: int = EXPERTS, gate: str = "gap_fc", **options) -> MoELayer
 
 
 LAYERS = {"block": block, "bottleneck": bottleneck, "conv": conv, "mixture": mixture}
-GATES = [(name, gate) for name in ("block", "conv") for gate in ("gap_fc", "conv_gap")]
+GATES = [(name, gate) for name in ("block", "conv") for gate in ("gap_fc", "conv_gap", "two_conv")]
 GATES += [("bottleneck", "gap_fc"), *(("mixture", router) for router in ("linear", "cnn", "gap_fc"))]
 
 
