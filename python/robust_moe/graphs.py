@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from robust_moe.precision import switches
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = [
@@ -136,7 +137,7 @@ def precisions(device: str) -> Hashable:
     """What a graph has fixed of the precisions and algorithms that are set for a kind of device."""
     return (
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
+        tuple(op.fp32_precision for op in switches().values()),
         (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         torch.are_deterministic_algorithms_enabled(),
     )

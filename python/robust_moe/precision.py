@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["full_precision", "switches"]
+__all__ = ["full_precision", "older_switches", "switches"]
 
 
 def switches() -> dict[str, Any]:
@@ -19,15 +19,20 @@ def switches() -> dict[str, Any]:
     return {**ops, "mkldnn.matmul": mkldnn.matmul, "mkldnn.conv": mkldnn.conv}
 
 
+def older_switches() -> tuple[bool, str] | None:
+    """(``cudnn.allow_tf32``, ``get_float32_matmul_precision()``); None where the newer switches are set otherwise than
+    the older ones can say, as PyTorch then refuses to read these."""
+    try:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32: no TF32 on a GPU, no bf16 on a CPU; every setting is put back as found."""
     backends, ops = torch.backends, switches().values()
-    before = [op.fp32_precision for op in ops]
-    try:
-        older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch refuses to read its older switches where the caller has set the newer ones
-        older = None
+    before, older = [op.fp32_precision for op in ops], older_switches()
     try:
         if older is not None:  # both, or code in the model that reads the older ones would be refused
             backends.cudnn.allow_tf32 = False

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from robust_moe.precision import older_switches, switches
 from robust_moe_kernels.env import package_version
 from robust_moe_kernels.env import versions as kernel_versions
 
@@ -48,11 +49,14 @@ def git_revision() -> str | None:
 
 
 def provenance(device: torch.device | str) -> dict[str, Any]:
-    """All of it, plus the settings that change rounding."""
+    """All of it, plus the settings that change rounding; ``matmul_precision`` and ``cudnn_tf32`` are null where only
+    ``fp32_precision``, by operation, can say them."""
+    cudnn_tf32, matmul_precision = older_switches() or (None, None)
     return {
         "versions": versions(),
         "git": git_revision(),
         "hardware": hardware(device),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_precision": matmul_precision,
+        "cudnn_tf32": cudnn_tf32,
+        "fp32_precision": {name: op.fp32_precision for name, op in switches().items()},
     }

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from robust_moe.attacks import PGD
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.graphs import CAPACITY, REMEMBERED, places
+from robust_moe.precision import older_switches, switches
+from robust_moe.provenance import provenance
 from robust_moe_kernels.modules import RouteOptions
 
 
@@ -135,6 +137,26 @@ def test_shapes_layouts_and_precisions_have_graphs_of_their_own():
         with torch.autocast("cpu", torch.bfloat16):
             attack(model, x, y, index)
     assert (recorder.captures, recorder.replays) == (4, 8)
+
+
+def test_precisions_that_the_older_switches_cannot_say():
+    """PyTorch refuses to read its older switches where the newer ones are set otherwise than those can say."""
+    model = network()
+    attack, recorder = recorded()
+    for _ in range(2):
+        attack(model, *batch(0))
+    switch = switches()["cudnn.conv"]
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    try:
+        assert older_switches() is None
+        for _ in range(2):
+            attack(model, *batch(0))
+        assert provenance("cpu")["fp32_precision"]["cudnn.conv"] == "ieee"
+    finally:
+        switch.fp32_precision = before
+    assert older_switches() is not None
+    assert recorder.captures == 2
 
 
 def test_the_number_of_graphs_is_bounded():
