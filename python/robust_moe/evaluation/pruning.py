@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import Attack
 from robust_moe.data import Batch, PoisonConfig, triggered
+from robust_moe.evaluation.backdoor import not_of_target
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import attack_mode, moe_layers, prune_experts
@@ -70,7 +71,8 @@ def pruning_curve(
         ``target_rate``, of the images of other classes than the target with and without the trigger.
 
     Raises:
-        ValueError: scores of another number than the layer's experts; what :func:`prune_experts` refuses; a bad input.
+        ValueError: scores of another number than the layer's experts; what :func:`prune_experts` refuses; a bad input;
+            with ``poison`` a target that the model does not have, or no image of another class.
         FloatingPointError: a logit or an attack's gradient is NaN or infinite.
     """
     layers = moe_layers(model)
@@ -87,28 +89,30 @@ def pruning_curve(
         with attack_mode(pruned):
             run = StagedEvaluation(pruned, images, labels, batch_size=batch_size, seed=seed)
             run.classes()
+            others = None if poison is None else not_of_target(run, poison)
             found = run.over("pruned", partial(_look, run, attacks=attacks or {}, poison=poison))
-        curve.append({"keep": keep, "parameters": sum(p.numel() for p in pruned.parameters()), **_numbers(found)})
+        parameters = sum(parameter.numel() for parameter in pruned.parameters())
+        curve.append({"keep": keep, "parameters": parameters, **_numbers(found, others)})
     return curve
 
 
 def _look(
     run: StagedEvaluation, batch: Batch, attacks: Mapping[str, Attack], poison: PoisonConfig | None
 ) -> dict[str, Tensor]:
-    """Of each image: whether it is right, and robust by attack; with poison whether it is attacked and taken for the
-    target."""
+    """Of each image: whether it is right, and robust by attack; with poison whether it is taken for the target, without
+    and with the trigger."""
     before = run.logits(batch.images).argmax(1)
     found = {"clean": before == batch.labels}
     for name, attack in attacks.items():
         found[f"robust/{name}"] = found["clean"] & run.right(run.craft(attack, batch), batch.labels)
     if poison is not None:
-        found["other"] = batch.labels != poison.target
         found["target_rate"] = before == poison.target
         found["asr"] = run.logits(triggered(batch.images, poison)).argmax(1) == poison.target
     return found
 
 
-def _numbers(found: dict[str, Tensor]) -> dict[str, Any]:
+def _numbers(found: dict[str, Tensor], others: Tensor | None) -> dict[str, Any]:
+    """Shares of what was found; others: bool [n], images not of the target class."""
     robust = {key.removeprefix("robust/"): mask for key, mask in found.items() if key.startswith("robust/")}
     worst = torch.stack(list(robust.values())).all(0) if robust else None
     numbers: dict[str, Any] = {
@@ -116,6 +120,6 @@ def _numbers(found: dict[str, Tensor]) -> dict[str, Any]:
         "robust": {name: share(mask) for name, mask in robust.items()},
         "worst": None if worst is None else share(worst),
     }
-    if "other" in found:
-        numbers |= {key: share(found[key][found["other"]]) for key in ("asr", "target_rate")}
+    if others is not None:
+        numbers |= {key: share(found[key][others]) for key in ("asr", "target_rate")}
     return numbers

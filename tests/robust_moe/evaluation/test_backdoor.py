@@ -160,6 +160,11 @@ def test_scores_that_do_not_fit_are_refused():
         pruning_curve(planted(), *points(), {"layer4.1": [1.0]})
     with pytest.raises(ValueError, match="scores: expected at least one layer, got none"):
         pruning_curve(planted(), *points(), {})
+    x, y = points()
+    with pytest.raises(ValueError, match=r"poison.target: expected a class in 0..2, got 3"):
+        pruning_curve(planted(), x, y, {"": [1.0, 2.0, 3.0]}, poison=PoisonConfig(target=3, size=1))
+    with pytest.raises(ValueError, match="labels: expected an image of another class than the target 0, got none"):
+        pruning_curve(planted(), x, torch.zeros_like(y), {"": [1.0, 2.0, 3.0]}, poison=POISON)
 
 
 BLOCKS = (
