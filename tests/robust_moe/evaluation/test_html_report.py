@@ -438,6 +438,8 @@ def test_models_are_compared_by_the_attacks_that_both_have(page):
     foreign = results_of(attacks=[{**other["attacks"][0], "chain": "square", "name": "square"}])
     with pytest.raises(ValueError, match=r"twin: expected an attack in common .* got square"):
         page(mine, others=[("twin", foreign)])
+    clean = results_of(attacks=[], robust=None, robust_interval=None)
+    assert "The points" not in page(clean, others=[("twin", other), ("foreign", foreign)]).tables  # nothing is compared
 
 
 def test_names_in_any_script_draw_no_warning(page):

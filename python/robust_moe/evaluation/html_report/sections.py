@@ -117,10 +117,10 @@ def tradeoff_section(
 ) -> Section | None:
     """This model among others, by the worst case over the attacks that all have (``samples``: the arrays of
     ``results``); None without an attack (said elsewhere)."""
-    models = in_common([(results["model"]["name"], results), *others], samples)
-    drawn = [(name, entry) for name, entry in models if entry["robust"] is not None]
     if results["robust"] is None:
         return None
+    models = in_common([(results["model"]["name"], results), *others], samples)
+    drawn = [(name, entry) for name, entry in models if entry["robust"] is not None]
     extra = any(entry.get("own") for _, entry in models)
     rows = [
         [
@@ -131,10 +131,10 @@ def tradeoff_section(
             Cell(span(entry.get("robust_interval"))),
             number(entry["count"]),
             number(entry["model"].get("parameters")),
-            Cell("this model" if number_of == 0 else _differences(results, entry)),
+            Cell("this model" if place == 0 else _differences(results, entry)),
             *([percent(entry.get("robust_own")), Cell(", ".join(entry.get("own", [])) or "none")] if extra else []),
         ]
-        for number_of, (name, entry) in enumerate(models)
+        for place, (name, entry) in enumerate(models)
     ]
     columns = (
         *("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under"),
