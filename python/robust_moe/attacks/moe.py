@@ -27,6 +27,7 @@ from robust_moe.attacks.routes import (
     Goal,
     full,
     leads,
+    record_clean,
     routed_layers,
     soft_gates,
     worst_route,
@@ -72,7 +73,8 @@ class MoEAttack(PGD):
             :class:`~robust_moe.attacks.pgd.PGD`; the loss is ``"ce"``, ``"margin"`` or ``"dlr"``.
 
     Raises:
-        ValueError: a setting out of its range; when called, a model without mixture-of-experts layers.
+        ValueError: a setting out of its range; when called, a model without mixture-of-experts layers, or with
+            one that its forward does not reach.
     """
 
     def __init__(
@@ -101,8 +103,7 @@ class MoEAttack(PGD):
 
     def prepare(self, passes: Passes, x0: Tensor) -> Passes:
         expect(len(moe_layers(passes.model)) > 0, "model", "at least one mixture-of-experts layer", "none")
-        with torch.no_grad():
-            passes.logits(x0)
+        record_clean(passes, x0)
         return self.routed(passes)
 
     @abstractmethod

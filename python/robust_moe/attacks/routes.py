@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robust_moe.attacks.apgd import merge
 from robust_moe.attacks.base import Found
 from robust_moe.attacks.passes import Passes
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, SoftGradient, moe_layers
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Goal",
     "full",
     "leads",
+    "record_clean",
     "route_lead",
     "routed_layers",
     "soft_gates",
@@ -61,6 +63,20 @@ class Climber(Protocol):
     def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
         """First iterate."""
         ...
+
+
+def record_clean(passes: Passes, x0: Tensor) -> None:
+    """One forward of the clean images: every layer's record is theirs.
+
+    Raises:
+        ValueError: a mixture-of-experts layer that the forward does not reach, whose record is none or of other images.
+    """
+    layers = moe_layers(passes.model)
+    before = [layer.routing for layer in layers.values()]
+    with torch.no_grad():
+        passes.logits(x0)
+    for (name, layer), old in zip(layers.items(), before, strict=True):
+        expect(layer.routing is not old, "model", "a forward that reaches every routed layer", f"none through {name!r}")
 
 
 def routed_layers(model: nn.Module) -> list[MoELayer]:

@@ -21,6 +21,7 @@ from robust_moe.attacks.routes import (
     CleanGates,
     Goal,
     leads,
+    record_clean,
     routed_layers,
     soft_gates,
     worst_route,
@@ -72,7 +73,8 @@ class Steering(PGD):
         loss: ``"ce"``, ``"margin"`` or ``"dlr"``.
 
     Raises:
-        ValueError: a setting out of its range; when called, an expert that a layer does not have.
+        ValueError: a setting out of its range; when called, an expert that a layer does not have, or a layer that the
+            model's forward does not reach.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -184,8 +186,7 @@ class Steering(PGD):
     ) -> Found:
         images = super().run(passes, x0, sample_index, seed)
         found = Found(images, *passes.score(images))
-        with torch.no_grad():
-            passes.logits(x0)
+        record_clean(passes, x0)
         gates = CleanGates.of(layers)
         if self.experts is None:
             candidates = [ranked[:, : self.routes] for ranked in gates.ranked]

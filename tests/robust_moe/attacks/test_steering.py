@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from whole_networks import linear
 
-from robust_moe.attacks import PGD, AutoAttack, Counts, RouterPGD, Steering
+from robust_moe.attacks import PGD, AutoAttack, Counts, ExpertPGD, JointPGD, RouterPGD, Steering
 from robust_moe.attacks.base import Attack, Found
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.attacks.routes import route_lead
@@ -356,6 +356,27 @@ def test_a_batch_of_no_images(make):
     x, y = images()[:0], torch.zeros(0, dtype=torch.int64)
     attack = ROUTED[make](0.1, 3)
     assert attack.craft(model, x, y).images.shape == attack.find(model, x, y).images.shape == x.shape
+
+
+class Branches(nn.Module):
+    """Two routed models, of which only the first is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = routed(["1"]), routed(["1"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("make", [*ROUTED.values(), RouterPGD, JointPGD, ExpertPGD])
+def test_a_layer_that_the_forward_does_not_reach_is_refused(make):
+    """Its record is of other images, of as many here."""
+    model = Branches()
+    x, y = labelled(model)
+    model.unused(x)
+    with pytest.raises(ValueError, match="model: expected a forward that reaches every routed layer, got none through"):
+        make(0.1, 3)(model, x, y)
 
 
 def test_as_a_member_of_a_custom_autoattack():
