@@ -6,12 +6,26 @@ testable here" was not fixed beforehand; for every later run it is.
 
 from __future__ import annotations
 
-from robust_moe.reproduce.claims import Check
+from collections.abc import Callable
+
+from robust_moe.reproduce.claims import Check, Measures
 from robust_moe.reproduce.quantities import AT, SWITCH, along, of, top_share
 
 
-def learned(run: str) -> Check:
-    return Check("learned", f"SA, {run}", of(run, "sa"), 0.2, "at 10 %, chance, nothing is left for an attack to take")
+def learned(run: str, name: str = "sa") -> Check:
+    """``name``: which measure of the run is its SA."""
+    return Check("learned", f"SA, {run}", of(run, name), 0.2, "at 10 %, chance, nothing is left for an attack to take")
+
+
+def learned_near(run: str) -> Check:
+    """Of a run of which the curve over the radii is known, and no SA."""
+    return Check(
+        "learned",
+        f"robust share at the smallest radius of the curve, {run}",
+        lambda runs: runs[run]["curve_points"][1][0],
+        0.2,
+        "a model that has not learned is flat",
+    )
 
 
 def router_attacked(run: str) -> Check:
@@ -35,10 +49,19 @@ def dose(run: str) -> Check:
 
 
 def flipped(run: str) -> Check:
+    return _flipped(run, lambda runs: runs[run]["flips"]["ra"])
+
+
+def flipped_by_probe(run: str) -> Check:
+    """The same of a run that only probes have looked at."""
+    return _flipped(run, of(run, "attacks_moved"))
+
+
+def _flipped(run: str, value: Callable[[Measures], float]) -> Check:
     return Check(
         "flipped routes",
         f"share of routes changed by PGD on the model, {run}",
-        lambda runs: runs[run]["flips"]["ra"],
+        value,
         0.1,
         "RT-ER makes the experts robust that an attack switches to; without switches RA-E is RA",
     )
@@ -86,10 +109,19 @@ def room(run: str) -> Check:
 
 
 def in_use(run: str) -> Check:
+    return _in_use(run, lambda runs: top_share(runs, run))
+
+
+def in_use_by_probe(run: str) -> Check:
+    """The same of a run that only probes have looked at."""
+    return _in_use(run, of(run, "use_largest"))
+
+
+def _in_use(run: str, largest: Callable[[Measures], float]) -> Check:
     return Check(
         "experts in use",
         f"share of images whose first choice is not the most used expert, {run}",
-        lambda runs: 1 - top_share(runs, run),
+        lambda runs: 1 - largest(runs),
         0.2,
         "where one expert takes all images the model is the dense network",
     )

@@ -158,6 +158,6 @@ def _computed(value: Callable[[Measures], float], runs: Measures) -> float | Non
     """``value(runs)``; None where a measure that it reads is not there, is null, or is no finite number."""
     try:
         number = value(runs)
-    except (KeyError, TypeError):  # a run measured by an earlier version, or edited by hand
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # of an earlier version, or edited by hand
         return None
     return float(number) if isinstance(number, int | float) and math.isfinite(number) else None

@@ -46,19 +46,19 @@ def draw_part(part: str, records: Mapping[str, Mapping[str, Any]], folder: Path)
         there = {run: records[run] for run in needs}
         figure = draw({run: {seed: each["measures"] for seed, each in seeds.items()} for run, seeds in there.items()})
         figure.suptitle(
-            f"{figure.get_suptitle()}\n{_note(there, attacked=draw not in (_utilisation, _costs))}", **TITLE
+            f"{figure.get_suptitle()}\n{_note(there, name, attacked=draw not in (_utilisation, _costs))}", **TITLE
         )
         figure.savefig(path)
         drawn.append(path)
     return drawn
 
 
-def _note(records: Mapping[str, Mapping[str, Any]], attacked: bool) -> str:
-    """What the numbers are of: attack, images, seeds."""
+def _note(records: Mapping[str, Mapping[str, Any]], name: str, attacked: bool) -> str:
+    """What the numbers are of: attack, images, seeds. A figure of what a probe found has the probe's ``name``."""
     each = [record for seeds in records.values() for record in seeds.values()]
     radii = sorted({str(record["attack"]["eps"]) for record in each})
     steps = sorted({record["attack"]["steps"] for record in each})
-    images = sorted({record["measures"]["images"] for record in each})
+    images = sorted({record["measures"].get(f"{name}_images", record["measures"]["images"]) for record in each})
     counts = sorted({len(seeds) for seeds in records.values()})
     listed = [" or ".join(map(str, values)) for values in (steps, radii, counts)]
     shown = " or ".join(f"{count:,}" for count in images)
@@ -231,7 +231,7 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
     },
     "bounds": {},
     "equal-compute": {
-        "budget": (PARTS["equal-compute"].runs, _accuracies("As many multiply-adds, dense and routed", BUDGET))
+        "curve": (PARTS["equal-compute"].runs, _accuracies("As many multiply-adds, dense and routed", BUDGET))
     },
     "cost": {"experts": (PARTS["cost"].runs, _costs)},
 }

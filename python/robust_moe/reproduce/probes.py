@@ -24,7 +24,7 @@ from robust_moe.data import Batch, ImageSet
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation import error_curve
 from robust_moe.evaluation.moe_stages import MoEStages, moe_arguments
-from robust_moe.evaluation.routing_measures import expert_use, routes
+from robust_moe.evaluation.routing_measures import expert_use, routes, routing_change
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
 from robust_moe.settings import replaced
@@ -66,7 +66,8 @@ def attacks(subject: Subject) -> dict[str, Any]:
     """Robust shares under PGD, PGD on the margin and AutoAttack; of a routed model also under the joint attack, images
     crafted on the mixture of all experts (transfer) and steering. ``worst``: under all of them.
 
-    An image counts as robust if the model is correct on the clean and on the adversarial image.
+    An image counts as robust if the model is correct on the clean and on the adversarial image. ``moved``, of a routed
+    model: share of the images for which PGD changes the selected experts of some layer.
 
     Raises:
         ConfigError: there is no attack of the name "steering".
@@ -94,10 +95,15 @@ def attacks(subject: Subject) -> dict[str, Any]:
             found["steering"] = steering.build(seed=subject.seed)
         imposed: dict[str, dict[str, Reroute]] = {"transfer": dict.fromkeys(layers, AllExperts())}
         stages.attacks = {name: (each, imposed.get(name, {})) for name, each in found.items()}
-        clean = stages.clean_stage()["right"]
-        robust = {name: clean & stages.attack_stage(name)["right"] for name in found}
+        start = stages.clean_stage()
+        seen = {name: stages.attack_stage(name) for name in found}
+    clean = start["right"]
+    robust = {name: clean & each["right"] for name, each in seen.items()}
+    changes = [routing_change(start[f"sets/{name}"], seen["pgd"][f"sets/{name}"]) > 0 for name in layers]
     worst = torch.stack(list(robust.values())).all(0)
     shares = {"sa": clean, **robust, "worst": worst}
+    if changes:
+        shares["moved"] = torch.stack(changes).any(0)
     return {"images": len(clean), **{name: share(mask) for name, mask in shares.items()}}
 
 

@@ -119,7 +119,7 @@ RUNS: dict[str, Run] = {
     ),
     "again-separate": _dual_again("mixture-rt-er", "mixture-standard", "dual, separate"),
     "again-joint": _dual_again("dual-joint", "dual-joint", "dual, JTDMoE"),
-    "again-block-k2": _again("block-k2", (*BLOCK, "model.moe.top_k=2"), 60, "curve", "slopes", "cost"),
+    "again-block-k2": _again("block-k2", (*BLOCK, "model.moe.top_k=2"), 60, "curve", "slopes", "cost", "use"),
     # one standard training, and then robust ones from its weights
     "warm": Run("mixture, standard, to start from", (*MIXTURE, "method.name=standard"), 130),
     **{

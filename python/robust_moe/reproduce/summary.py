@@ -129,11 +129,14 @@ def _probes(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
     keys = dict.fromkeys(key for name in names for key in runs[name]["mean"] if key.partition("_")[0] in PROBES)
     if not keys:
         return []
-    head = ["run", *(key.replace("_", ": ", 1) for key in keys)]
+    head = ["run", *(key.replace("_", ": ", 1) for key in keys), "images"]
     rows = ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         found = runs[name]["mean"]
-        rows.append("| " + " | ".join([runs[name]["title"], *(percent(found.get(key)) for key in keys)]) + " |")
+        seeds = [each["measures"] for each in runs[name]["seeds"].values()]
+        images = {value for each in seeds for key, value in each.items() if key.endswith("_images")}  # fewer than above
+        shown = " or ".join(f"{count:,}" for count in sorted(images)) or "–"
+        rows.append("| " + " | ".join([runs[name]["title"], *(percent(found.get(key)) for key in keys), shown]) + " |")
     return rows
 
 

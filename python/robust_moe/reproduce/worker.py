@@ -56,7 +56,7 @@ def work(job: Job, reporter: Reporter) -> bool:
     with cpu_threads(job.config.run.threads):
         model, trained = _model(job, splits)
         measures = _measures(job, model, splits)
-        if (found := mean_dose(job.folder)) is not None:
+        if (found := mean_dose(_trained_in(job))) is not None:
             measures["dose"] = found
         facts: dict[str, Any] = {"checkpoint": trained, "best": _best(job, splits, trained, measures)}
         seconds["measure"] = round(time.perf_counter() - began, 3)
@@ -73,6 +73,12 @@ def mean_dose(folder: Path) -> float | None:
     None: it has not trained, or its method logs none."""
     doses = [line["train_dose"] for line in read_metrics(folder, "epoch") if "train_dose" in line]
     return statistics.fmean(doses) if doses else None
+
+
+def _trained_in(job: Job) -> Path:
+    """The folder of the training: of a run that only looks again at another's weights, that run's."""
+    part = job.parts.get("model.init_from")
+    return job.folder if RUNS[job.run].basic or part is None else part.folder
 
 
 def _attack(job: Job) -> PGD.Config:

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from robust_moe.analysis import estimate_lipschitz, model_cost
@@ -15,10 +16,10 @@ from robust_moe.config import ConfigError, load_config
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
 from robust_moe.reproduce import SCALES, probes
-from robust_moe.reproduce.claims import HELD, NOT_HELD, NOT_TESTABLE, judge
+from robust_moe.reproduce.claims import FAILED, HELD, NOT_HELD, NOT_TESTABLE, judge
 from robust_moe.reproduce.compute import COSTED_EXPERTS, TOLERANCE, equal_compute, multiply_adds
 from robust_moe.reproduce.coverage import COVERAGE
-from robust_moe.reproduce.figures import FIGURES
+from robust_moe.reproduce.figures import FIGURES, draw_part
 from robust_moe.reproduce.jobs import make_jobs
 from robust_moe.reproduce.probes import PROBES, Subject
 from robust_moe.reproduce.runs import RUNS
@@ -101,10 +102,17 @@ def test_attacks_are_scored_each_and_by_the_worst(subject):
     for name, attack in attacks.items():
         robust = clean & (subject.model(attack(subject.model, x, y, index)).argmax(1) == y)
         assert found[name] == pytest.approx(robust.double().mean().item()), name
-    singles = [value for name, value in found.items() if name not in ("images", "sa", "worst")]
+    singles = [value for name, value in found.items() if name not in ("images", "sa", "worst", "moved")]
     assert len(singles) == 6
     assert found["worst"] <= min(singles) <= max(singles) <= found["sa"]
     assert found["images"] == 20
+
+    def chosen(batch):
+        subject.model(batch)
+        return subject.model.routing.indices[:, 0]
+
+    moved = chosen(x) != chosen(attacks["pgd"](subject.model, x, y, index))
+    assert found["moved"] == pytest.approx(moved.double().mean().item())
 
 
 def test_a_dense_model_is_not_steered(subject):
@@ -251,6 +259,10 @@ def test_a_run_with_probes_is_measured_by_them_alone_or_too(trained, tmp_path):
     assert {name.partition("_")[0] for name in found} == {"images", *RUNS["again-at"].probes}
     assert again.identity() != dataclasses.replace(again, probe_images=7).identity()
     assert job.identity() == dataclasses.replace(job, probe_images=7).identity()  # which asks no probe
+    (robust, looked) = make_jobs(["again-rt-er"], SCALES["cpu"], [0], tmp_path, TINY, "digest")
+    assert work(robust, reporter)
+    assert work(looked, reporter)
+    assert looked.finished()["measures"]["dose"] == robust.finished()["measures"]["dose"] > 0
     assert work(one, reporter)
     assert "second" not in one.finished()["measures"]  # of one expert none is second
 
@@ -263,7 +275,9 @@ def run(**changes):
     attacks = {"sa": 0.5, "pgd": 0.3, "autoattack": 0.28, "steering": 0.28, "worst": 0.28}
     others = {"slopes_expert": 0.2, "slopes_model": 0.2, "certified_radius": 0.5, "certified_share": 0.4}
     margins = {"margins_by_class": {"clean": [0.1, None, 0.2]}, "use_largest": 0.3, "curve_mean": 0.3}
-    return base | {f"attacks_{name}": value for name, value in attacks.items()} | others | margins | changes
+    routes = {"flips": {"ra": 0.3}, "attacks_moved": 0.3, "curve_points": [[0.25], [0.4]]}
+    shares = {f"attacks_{name}": value for name, value in attacks.items()}
+    return base | shares | others | margins | routes | changes
 
 
 def table(growth):
@@ -345,6 +359,52 @@ def test_no_claim_is_testable_where_nothing_was_learned(part, claim):
     assert judge(claim, dict.fromkeys(range(3), dict.fromkeys(ALL, idle)))["verdict"] == NOT_TESTABLE
 
 
+NOTHING = {  # of a check's name, what a run has in which that did not take place
+    "learned": {"sa": 0.1, "attacks_sa": 0.1, "curve_points": [[0.25], [0.1]]},
+    "dose": {"dose": 0.01},
+    "flipped routes": {"flips": {"ra": 0.01}, "attacks_moved": 0.01},
+    "experts in use": {"first": [0.99, 0.01, 0, 0], "use_largest": 0.99},
+    "certified": {"certified_share": 0.0},
+}
+NEEDED = {  # of parts, the checks without which a claim of theirs would be decided by runs that cannot decide it
+    "masking": {"learned", "experts in use"},
+    "worst-case": {"learned", "dose", "flipped routes"},
+    "bounds": {"learned", "dose", "certified"},
+    "router": {"dose", "flipped routes"},
+    "warm-start": {"learned", "dose", "flipped routes"},
+    "beta": {"learned", "dose", "flipped routes"},
+    "advmoe": {"learned", "dose"},
+    "experts": {"learned", "experts in use"},
+    "equal-compute": {"learned", "experts in use"},
+}
+
+
+@pytest.mark.parametrize("part", NEEDED)
+def test_each_check_alone_makes_a_claim_untestable(part):
+    claims = COVERAGE[part].claims
+    assert {check.name for claim in claims for check in claim.checks} == NEEDED[part]
+    for claim in claims:
+        for name in {check.name for check in claim.checks}:
+            world = {run: found | NOTHING[name] for run, found in AS_CLAIMED.items()}
+            found = judge(claim, dict.fromkeys(range(3), world))
+            assert {each["name"] for each in found["checks"] if each["outcome"] == FAILED} == {name}
+            assert found["verdict"] == NOT_TESTABLE
+
+
+def test_what_pgd_misses_of_any_network_is_no_masking():
+    """PGD-20 leaves some points more than AutoAttack on a dense network too."""
+    world = dict.fromkeys(ALL, run(attacks_pgd=0.34, attacks_autoattack=0.31, attacks_worst=0.305))
+    assert HELD not in {judge(claim, dict.fromkeys(range(3), world))["verdict"] for claim in COVERAGE["masking"].claims}
+
+
+def test_a_model_that_is_flat_since_it_has_not_learned_has_no_smaller_slope():
+    flat = {"sa": 0.1, "attacks_sa": 0.1, "slopes_expert": 0.0, "slopes_model": 0.0, "curve_points": [[0.25], [0.1]]}
+    world = AS_CLAIMED | {name: AS_CLAIMED[name] | flat for name in ("again-rt-er", "again-block-k2")}
+    claims = [claim for _, claim in CLAIMS if "slope" in claim.quantity]
+    assert len(claims) == 2
+    assert {judge(claim, dict.fromkeys(range(3), world))["verdict"] for claim in claims} == {NOT_TESTABLE}
+
+
 @pytest.mark.parametrize(("part", "claim"), CLAIMS, ids=NAMES)
 def test_every_claim_names_the_runs_it_reads(part, claim):
     assert set(claim.runs) <= set(COVERAGE[part].runs)
@@ -365,9 +425,18 @@ def test_figures_show_what_was_measured(part):
         assert axes.patches or axes.lines
 
 
+def test_a_figure_of_a_probe_says_of_how_many_images_it_is(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: titles.append(figure.get_suptitle()))
+    of_probe = {"images": 1000, "attacks_images": 300}
+    record = {"attack": {"eps": "4/255", "steps": 20}, "measures": run(**of_probe)}
+    draw_part("masking", {name: {"0": record} for name in COVERAGE["masking"].runs}, tmp_path)
+    assert titles == ["Robust under single attacks and under all\nPGD-20, ε = 4/255, 300 images, 1 seed"]
+
+
 def test_the_page_shows_what_probes_found_and_the_best_checkpoint():
     number = {"mean": 0.25, "sd": None, "n": 1}
-    one = {"attack": {"steps": 2, "eps": "1/10"}, "measures": {"images": 20}}
+    one = {"attack": {"steps": 2, "eps": "1/10"}, "measures": {"images": 20, "attacks_images": 15}}
     runs = {
         "x": {
             "title": "X",
@@ -393,7 +462,7 @@ def test_the_page_shows_what_probes_found_and_the_best_checkpoint():
         },
         {},
     )
-    assert "| run | attacks: worst |" in page
-    assert "| X | 25.0 |" in page
+    assert "| run | attacks: worst | images |" in page
+    assert "| X | 25.0 | 15 |" in page
     assert "| SA, best checkpoint | RA, best checkpoint | PGD |" in page
     assert "| – | 25.0 | 2 steps, ε = 1/10 |" in page
