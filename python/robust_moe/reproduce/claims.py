@@ -17,6 +17,7 @@ HELD, NOT_HELD, UNDECIDED, NOT_MEASURED = "held", "did not hold", "undecided", "
 NOT_TESTABLE = "not testable here"
 PASSED, FAILED = "passed", "failed"  # of a manipulation check, or NOT_MEASURED
 ENOUGH = 3  # seeds for a verdict
+DIGITS = 12  # of a margin: 0.31 - 0.29 is at the bound 0.02, not 1.8e-17 above it
 RULE = (
     "A claim's manipulation checks come first: each is a number that its runs must reach before they can say anything "
     "about the claim, such as the share of the loss that the term under test contributes, or the share of images whose "
@@ -125,7 +126,7 @@ def judge(claim: Claim, seeds: Mapping[int, Measures]) -> dict[str, Any]:
     elif any(check["outcome"] == FAILED for check in checks):
         decided = NOT_TESTABLE
     else:
-        decided = verdict([sign * (number - claim.bound) for number in numbers])
+        decided = verdict([round(sign * (number - claim.bound), DIGITS) for number in numbers])
     return {
         "statement": claim.statement,
         "source": claim.source,
@@ -141,11 +142,15 @@ def judge(claim: Claim, seeds: Mapping[int, Measures]) -> dict[str, Any]:
 
 
 def _checked(check: Check, seeds: Sequence[Measures]) -> dict[str, Any]:
-    """A check as plain types; not measured unless every seed has what it is computed from."""
+    """A check as plain types. It fails by the mean over the seeds that have what it is computed from; it passes only if
+    all have it, and is not measured otherwise."""
     found = [_computed(check.value, runs) for runs in seeds]
     values = [number for number in found if number is not None]
-    mean = statistics.fmean(values) if values and len(values) == len(found) else None
-    outcome = NOT_MEASURED if mean is None else PASSED if mean >= check.bound else FAILED
+    mean = statistics.fmean(values) if values else None
+    if mean is not None and mean < check.bound:
+        outcome = FAILED
+    else:
+        outcome = PASSED if values and len(values) == len(found) else NOT_MEASURED
     return {
         **{name: getattr(check, name) for name in ("name", "quantity", "bound", "why", "share")},
         "values": values,

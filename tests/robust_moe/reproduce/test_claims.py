@@ -200,7 +200,9 @@ def dosed(*doses):
         ((None, None, None), HELD, NOT_MEASURED, "**held** (check not measured: dose)"),
         ((0.2, None, 0.2), HELD, NOT_MEASURED, "**held** (check not measured: dose)"),
         (("much", 0.2, 0.2), HELD, NOT_MEASURED, "**held** (check not measured: dose)"),
-        ((math.nan, 0.01, 0.01), HELD, NOT_MEASURED, "**held** (check not measured: dose)"),
+        ((math.nan, 0.2, 0.2), HELD, NOT_MEASURED, "**held** (check not measured: dose)"),
+        ((math.nan, 0.01, 0.01), NOT_TESTABLE, FAILED, "**not testable here** (dose 1.0 %, needs 10 %)"),  # where it is
+        ((None, 0.05, None), NOT_TESTABLE, FAILED, "**not testable here** (dose 5.0 %, needs 10 %)"),
     ],
 )
 def test_a_check_comes_before_the_claim_s_own_number(doses, expected, outcome, words):
@@ -211,6 +213,12 @@ def test_a_check_comes_before_the_claim_s_own_number(doses, expected, outcome, w
     assert verdict_line(found, "**") == words
     assert f"| {words} |" in claims_table([found])[-1]
     json.dumps(found, allow_nan=False)
+
+
+def test_a_seed_at_the_bound_is_on_neither_side():
+    claim = dataclasses.replace(DOSED, bound=0.02, checks=())
+    at_the_bound = {"a": {"x": 0.29}, "b": {"x": 0.31}}  # 0.31 - 0.29 > 0.02 in floating point
+    assert judge(claim, dict.fromkeys(range(3), at_the_bound))["verdict"] == UNDECIDED
 
 
 def test_a_count_is_no_percentage():
