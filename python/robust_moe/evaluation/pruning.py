@@ -1,8 +1,8 @@
 """Experts dropped one after the other: accuracy, worst case under attacks, and backdoor of what is left.
 
 Expert pruning of vision MoE as compression: Chowdhury et al. (ICML 2024, arXiv:2405.16646); as a defence against
-backdoors it is to fail without fine-tuning (arXiv:2505.01811, which prunes neurons). Here the scores that decide who
-stays are the caller's: share of routed images, or what each expert alone does with a trigger.
+backdoors pruning is reported to fail without fine-tuning (arXiv:2505.01811, of neurons). Here the scores that decide
+which experts stay are the caller's: share of routed images, or what each expert alone does with a trigger.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def pruning_curve(
 
     Raises:
         ValueError: scores of another number than the layer's experts; what :func:`keep_highest` and
-            :func:`prune_experts` refuse; a bad input; with ``poison`` a target that the model does not have, or no image of another class.
+            :func:`prune_experts` refuse; a bad input; with ``poison`` a target that the model does not have, or no
+            image of another class.
         FloatingPointError: a logit or an attack's gradient is NaN or infinite.
     """
     layers = moe_layers(model)

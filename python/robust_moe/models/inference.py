@@ -135,7 +135,7 @@ class RandomTop:
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         scores, indices = _first(record, self.top)
         waits = torch.empty_like(scores.detach()).exponential_().clamp_min(torch.finfo(scores.dtype).tiny)
-        drawn = (scores.detach() / waits).argmax(1, keepdim=True)  # the first of races with these rates
+        drawn = (scores.detach() / waits).argmax(1, keepdim=True)  # the shortest wait, at rates that are the scores
         chance = (scores / scores.sum(1, keepdim=True)).gather(1, drawn).log()
         return indices.gather(1, drawn), 1 + (chance - chance.detach())
 
