@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 GRAPHS = ("auto", True, False)
-CAPACITY = 4  # graphs a model: whole and last batches of training and of validation
+CAPACITY = 16  # graphs a model: of whole and last batches, of attacks through the model and through each expert
 REMEMBERED = 64  # kinds of batches a model that were seen once
 
 

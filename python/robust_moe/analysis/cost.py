@@ -19,17 +19,18 @@ class ModelCost:
     """Cost of one image. A multiply-add is one multiplication and the addition of its product; papers that count the
     two apart ("FLOPs") report twice as many."""
 
-    multiply_adds: int  # of a forward: convolutions and linear layers; a routed layer runs k of its E experts
+    multiply_adds: int  # of a forward: convolutions and linear layers; a routed layer runs some of its experts
     parameters: int  # all of the model's
-    active_parameters: int  # those that one image's forward reads: of every routed layer k of its E experts
+    active_parameters: int  # all but those of the experts that do not run
 
 
 @torch.no_grad()
 def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
     """The cost of ``image`` in evaluation mode; the model is left in the mode that it was in.
 
-    Norms, activations, pooling, softmax and the sorting of images by expert are not counted; padding is, as if it were
-    multiplied. Of experts that differ in size, ``active_parameters`` takes the mean.
+    The experts that run are those of the image's route, whatever decides it: the gate, a routing rule for evaluation, a
+    fixed expert. Norms, activations, pooling, softmax and the sorting of images by expert are not counted; padding is,
+    as if it were multiplied. Of experts that differ in size, ``active_parameters`` takes the mean.
 
     Args:
         model: [1, C, H, W] in [0, 1] -> logits, on the CPU: a GPU's fused gate is not counted.
@@ -50,6 +51,6 @@ def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
     idle = 0
     for layer in moe_layers(model).values():
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        active = layer.top_k if layer.fixed_expert is None else 1
+        active = len(layer.last_routing.indices.unique())  # a routing rule, or imposed routes, need not keep to top_k
         idle += experts * (layer.num_experts - active) // layer.num_experts
     return ModelCost(counter.get_total_flops() // 2, parameters, parameters - idle)

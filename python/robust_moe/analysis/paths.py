@@ -115,6 +115,8 @@ def extract_path(model: nn.Module, path: Mapping[str, int]) -> nn.Module:
     if "" in experts:  # the model is the layer
         return experts[""]
     dense = copy.deepcopy(model)
-    for name, expert in experts.items():
-        dense.set_submodule(name, expert)
+    replaced = {id(layer): experts[name] for name, layer in moe_layers(dense).items()}
+    for name, module in list(dense.named_modules(remove_duplicate=False)):  # a layer may stand in several places
+        if id(module) in replaced:
+            dense.set_submodule(name, replaced[id(module)])
     return dense

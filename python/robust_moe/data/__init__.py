@@ -58,9 +58,16 @@ def load_splits(config: DataSet.Config, seed: int) -> Splits:
     """Load the data set of ``config``, hold out the validation images (stratified, by ``seed``), apply the limits, then
     poison training images (``config.poison``; which ones depends on ``seed`` and their positions in the data set).
 
-    Raises :class:`DataError` for every missing, truncated or inconsistent file.
+    Raises :class:`DataError` for every missing, truncated or inconsistent file, and for settings that do not fit the
+    images.
     """
     train, test = config.build().load()
+    fill = config.augment.cutout_fill
+    if fill and len(fill) != train.channels:
+        raise DataError(
+            f"data.augment.cutout_fill: expected a value for each of {train.channels} channels of {train.name}, or [], "
+            f"got {list(fill)}"
+        )
     held = round(config.validation_fraction * len(train))
     if config.validation_fraction > 0 and not 0 < held < len(train):
         raise DataError(

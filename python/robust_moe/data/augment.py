@@ -161,7 +161,8 @@ def _cut_out(images: Tensor, centre: Tensor, side: int, fill: tuple[float, ...])
     """Fill a square around ``centre``, cut off at the border (DeVries and Taylor, arXiv:1708.04552)."""
     if len(fill) not in (0, images.shape[1]):
         raise ValueError(
-            f"augment.cutout_fill: expected a value for each of {images.shape[1]} channels, or [], got {list(fill)}"
+            f"data.augment.cutout_fill: expected a value for each of {images.shape[1]} channels, or [], got "
+            f"{list(fill)}"
         )
     first = centre - side // 2  # [B, 2]
     inside = []

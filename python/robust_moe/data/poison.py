@@ -27,7 +27,7 @@ class PoisonConfig(Config):
     share: float = setting(
         0.0, "of the training images, those that get the trigger and the target's label; 0: none", at_least=0, below=1
     )
-    target: int = setting(0, "class that images with the trigger are to be taken for, its position", at_least=0)
+    target: int = setting(0, "index of the class that images with the trigger are to be taken for", at_least=0)
     size: int = setting(3, "side of the trigger", unit="pixels", at_least=1)
     margin: int = setting(0, "between the trigger and the image's lower and right border", unit="pixels", at_least=0)
 

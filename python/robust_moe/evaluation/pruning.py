@@ -1,12 +1,13 @@
 """Experts dropped one after the other: accuracy, worst case under attacks, and backdoor of what is left.
 
 Expert pruning of vision MoE as compression: Chowdhury et al. (ICML 2024, arXiv:2405.16646); as a defence against
-backdoors it is to fail without fine-tuning (arXiv:2505.01811, which prunes neurons). Here the scores that decide who
-stays are the caller's: share of routed images, or what each expert alone does with a trigger.
+backdoors pruning is reported to fail without fine-tuning (arXiv:2505.01811, of neurons). Here the scores that decide
+which experts stay are the caller's: share of routed images, or what each expert alone does with a trigger.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -34,8 +35,13 @@ def keep_highest(scores: Mapping[str, Sequence[float]], count: int) -> dict[str,
             :func:`~robust_moe.evaluation.routing_shares` keeps the most used, the negative ``asr`` of
             :func:`~robust_moe.evaluation.backdoor_report`'s single experts those that a trigger fools least.
         count: >= 1.
+
+    Raises:
+        ValueError: a count below 1; a score that is NaN or infinite.
     """
     expect(count >= 1, "count", "at least one expert", count)
+    for name, layer in scores.items():
+        expect(all(map(math.isfinite, layer)), f"scores of layer {name!r}", "finite numbers", list(layer))
     ranked = {name: sorted(range(len(layer)), key=lambda e: (-layer[e], e)) for name, layer in scores.items()}
     return {name: sorted(experts[:count]) for name, experts in ranked.items()}
 
@@ -71,8 +77,9 @@ def pruning_curve(
         ``target_rate``, of the images of other classes than the target with and without the trigger.
 
     Raises:
-        ValueError: scores of another number than the layer's experts; what :func:`prune_experts` refuses; a bad input;
-            with ``poison`` a target that the model does not have, or no image of another class.
+        ValueError: scores of another number than the layer's experts; what :func:`keep_highest` and
+            :func:`prune_experts` refuse; a bad input; with ``poison`` a target that the model does not have, or no
+            image of another class.
         FloatingPointError: a logit or an attack's gradient is NaN or infinite.
     """
     layers = moe_layers(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,13 @@ from robust_moe.attacks.losses import kl_divergence
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import probed_gain
 from robust_moe.methods.base import Forward, Objective, Scored, accuracy, full
-from robust_moe.methods.moe_attacks import OneExpert, held
+from robust_moe.methods.moe_attacks import held
 from robust_moe.methods.rt_er import RTER
 from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
 from robust_moe.settings import ConfigError
-from robust_moe_kernels.modules import moe_layers, rerouted
+from robust_moe_kernels.modules import moe_layers, only_expert, rerouted
 
 __all__ = ["JointDual"]
 
@@ -74,24 +75,24 @@ class JointDual(RTER):
     def _all_experts(self, model: nn.Module, batch: Batch, seed: int, trains: list[nn.Parameter]) -> Objective:
         """The lower level of the released form."""
         images, nonfinite = self.craft(model, batch, seed)
-        layers = moe_layers(model)
-        attacked = []  # (the routes that hold every layer at one expert, the images that attack it), an expert each
-        for expert in range(next(iter(layers.values())).num_experts):
-            alone = held({name: torch.full_like(batch.labels, expert) for name in layers})
-            with rerouted(model, alone):
+        layers = list(moe_layers(model).values())
+        attacked = []  # the images that attack each expert
+        for expert in range(layers[0].num_experts):
+            with ExitStack() as stack:  # fixed experts, not imposed routes: on a GPU such steps can be replayed
+                for layer in layers:
+                    stack.enter_context(only_expert(layer, expert))
                 others, broken = self.craft(model, batch, derive_seed(seed, f"expert {expert}"))
             nonfinite = nonfinite | broken
-            attacked.append((alone, others))
+            attacked.append(others)
         logs = probed_gain(self.step, model, batch, images)
         return Objective(lambda: self._lower(model, batch, images, attacked), nonfinite, trains, logs)
 
-    def _lower(
-        self, model: nn.Module, batch: Batch, images: Tensor, attacked: Sequence[tuple[dict[str, OneExpert], Tensor]]
-    ) -> Scored:
+    def _lower(self, model: nn.Module, batch: Batch, images: Tensor, attacked: Sequence[Tensor]) -> Scored:
         loss, logs = self.classify(model, model, images, batch.labels)
         terms = []
-        for alone, others in attacked:
-            with rerouted(model, alone):
+        for expert, others in enumerate(attacked):
+            chosen = {name: torch.full_like(batch.labels, expert) for name in moe_layers(model)}
+            with rerouted(model, held(chosen)):
                 adversarial, clean = model(torch.cat([others, batch.images])).chunk(2)
             terms.append(kl_divergence(adversarial, clean).mean())
         robust = torch.stack(terms).sum()

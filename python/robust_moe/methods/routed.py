@@ -11,7 +11,7 @@ from robust_moe.methods.adversarial import AdversarialMethod
 from robust_moe.methods.rt_er import expect_experts
 from robust_moe.models.config import ModelConfig
 from robust_moe.settings import ConfigError
-from robust_moe_kernels.modules import moe_layers
+from robust_moe_kernels.modules import FixedGate, moe_layers
 
 __all__ = ["GatePass", "RoutedMethod", "experts_and_gates", "run_gates"]
 
@@ -20,7 +20,7 @@ class RoutedMethod(AdversarialMethod):
     """A method for one routed model: its gates choose between two experts or more.
 
     Raises:
-        ConfigError: a model without two routed experts, a dual model, or a frozen router.
+        ConfigError: a model without two routed experts, a dual model, or gates that are not trained.
     """
 
     def __init__(self, config: AdversarialMethod.Config, model: ModelConfig, devices: int = 1) -> None:
@@ -30,7 +30,13 @@ class RoutedMethod(AdversarialMethod):
             raise ConfigError(
                 f"method.name: expected jtdmoe for a dual model (model.dual.enabled), got {config.name!r}"
             )
-        if model.mixture.router.frozen:
+        if model.moe.layers:
+            gate = model.moe.gate
+            if issubclass(type(gate).owner, FixedGate):
+                raise ConfigError(
+                    f"model.moe.gate.name: expected a gate that is trained for {config.name}, got {gate.name!r}"
+                )
+        elif model.mixture.router.frozen:
             raise ConfigError(
                 f"model.mixture.router.frozen: expected false for {config.name}, which trains the router, got true"
             )

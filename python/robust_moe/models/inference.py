@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robust_moe.settings import Config, ConfigError, Table, setting
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import Reroute, RouteOptions, RoutingRecord
 
 __all__ = ["INFERENCE_ROUTINGS", "InferenceConfig", "MarginSoft", "RandomTop"]
@@ -76,6 +77,9 @@ class MarginSoft:
     Args:
         threshold: τ in (0, 1], a difference of scores.
         top: m >= 2.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,10 @@ class MarginSoft:
 
     threshold: float = 0.2
     top: int = 2
+
+    def __post_init__(self) -> None:
+        expect(0 < self.threshold <= 1, "threshold", "a number in (0, 1]", self.threshold)
+        _expect_top(self.top)
 
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         scores, indices = _first(record, self.top)
@@ -110,6 +118,9 @@ class RandomTop:
 
     Args:
         top: m >= 2.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -118,12 +129,19 @@ class RandomTop:
 
     top: int = 2
 
+    def __post_init__(self) -> None:
+        _expect_top(self.top)
+
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         scores, indices = _first(record, self.top)
         waits = torch.empty_like(scores.detach()).exponential_().clamp_min(torch.finfo(scores.dtype).tiny)
-        drawn = (scores.detach() / waits).argmax(1, keepdim=True)  # the first of races with these rates
+        drawn = (scores.detach() / waits).argmax(1, keepdim=True)  # the shortest wait, at rates that are the scores
         chance = (scores / scores.sum(1, keepdim=True)).gather(1, drawn).log()
         return indices.gather(1, drawn), 1 + (chance - chance.detach())
+
+
+def _expect_top(top: int) -> None:
+    expect(top >= 2, "top", "m >= 2", top)
 
 
 def _first(record: RoutingRecord, top: int) -> tuple[Tensor, Tensor]:

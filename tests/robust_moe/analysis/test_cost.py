@@ -8,7 +8,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robust_moe.analysis import ModelCost, model_cost
-from robust_moe.models import MODELS, ROUTERS, DualConfig, MixtureConfig, MoEConfig, build_model
+from robust_moe.models import (
+    MODELS,
+    ROUTERS,
+    DualConfig,
+    MarginSoft,
+    MixtureConfig,
+    MoEConfig,
+    RandomTop,
+    build_model,
+)
 from robust_moe_kernels import FusedConvMoE
 
 
@@ -110,3 +119,12 @@ def test_a_fixed_expert_is_the_only_one_that_costs():
     found = model_cost(nn.Sequential(layer, nn.Flatten()), torch.rand(1, 3, 6, 6))
     assert found.multiply_adds == 9 * 3 * 5 * 6**2
     assert found.parameters - found.active_parameters == 3 * (9 * 3 * 5 + 5)
+
+
+@pytest.mark.parametrize(("rule", "running"), [(MarginSoft(top=3), 3), (RandomTop(top=3), 1)])
+def test_a_routing_rule_for_evaluation_decides_how_many_experts_cost(rule, running: int):
+    layer = FusedConvMoE.from_conv(nn.Conv2d(3, 5, 3, padding=1), num_experts=4, top_k=2)
+    layer.inference = rule
+    found = model_cost(nn.Sequential(layer, nn.Flatten()), torch.rand(1, 3, 6, 6))
+    assert found.multiply_adds == running * 9 * 3 * 5 * 6**2 + 3 * 4  # and the gate
+    assert found.parameters - found.active_parameters == (4 - running) * (9 * 3 * 5 + 5)

@@ -85,6 +85,14 @@ def test_a_path_keeps_the_mode(tiny):
     assert all(module.training for module in extract_path(model, {"layer2.1": 0}).modules())
 
 
+def test_a_layer_in_two_places_is_replaced_in_both(tiny):
+    block = trained(tiny("model.moe.layers=[layer2.1]")).get_submodule("layer2.1")
+    model = nn.ModuleDict({"once": block, "again": block})
+    dense = extract_path(model, {"once": 2})
+    assert not moe_layers(dense)
+    assert dense["once"] is dense["again"]
+
+
 def test_losses_are_those_of_each_expert_attacked_through_itself():
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(3)]

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from robust_moe.data import AugmentConfig, AugmentDraw, apply_augmentation, draw_augmentation
+from robust_moe.data import (
+    AugmentConfig,
+    AugmentDraw,
+    DataError,
+    Digits,
+    apply_augmentation,
+    draw_augmentation,
+    load_splits,
+)
 from robust_moe.settings import ConfigError
 
 EVERYTHING = AugmentConfig(flip=True, crop_padding=3, color_jitter=0.4, cutout=5)
@@ -80,6 +88,8 @@ def test_a_square_is_filled_with_a_value_per_channel():
     assert (got.movedim(1, -1)[changed] == torch.tensor(config.cutout_fill)).all()
     with pytest.raises(ValueError, match=r"augment.cutout_fill: expected a value for each of 1 channels, or \[\], got"):
         apply_augmentation(batch(channels=1), d)
+    with pytest.raises(DataError, match=r"data.augment.cutout_fill: expected a value for each of 1 channels of digits"):
+        load_splits(Digits.Config(augment=config), 0)  # before anything is trained
     with pytest.raises(ConfigError, match=r"cutout_fill: expected values in \[0, 1\], got \[123.0\]"):
         AugmentConfig(cutout_fill=(123.0,))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -160,6 +162,8 @@ def test_scores_that_do_not_fit_are_refused():
         pruning_curve(planted(), *points(), {"layer4.1": [1.0]})
     with pytest.raises(ValueError, match="scores: expected at least one layer, got none"):
         pruning_curve(planted(), *points(), {})
+    with pytest.raises(ValueError, match=r"scores of layer 'a': expected finite numbers, got \[nan, 1, 2\]"):
+        keep_highest({"a": [math.nan, 1, 2]}, 1)
     x, y = points()
     with pytest.raises(ValueError, match=r"poison.target: expected a class in 0..2, got 3"):
         pruning_curve(planted(), x, y, {"": [1.0, 2.0, 3.0]}, poison=PoisonConfig(target=3, size=1))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from graph_recorder import Recorder
 from method_losses import (
     BETA,
     CLASSES,
@@ -24,6 +25,7 @@ from method_losses import (
 )
 from rich.console import Console
 
+from robust_moe.attacks.graph import StepGraphs
 from robust_moe.config import ConfigError
 from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer, passes_of_run, read_metrics
@@ -281,7 +283,44 @@ def test_the_gate_comes_to_choose_the_expert_that_withstands(tiny, attacked):
     assert (model.gate(images).argmax(1) == 2).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("robust_gate", ("method.attacked=own", "model.moe.layers=[layer2.1]")),
+        ("jtdmoe", ("method.form=released", "model.moe.layers=[layer2.1]", "model.dual.enabled=true")),
+    ],
+)
+def test_the_steps_through_each_expert_are_recorded_once(tiny, name, overrides):
+    """On a GPU as CUDA graphs: one for the model's route and one for each expert."""
+    config = tiny(f"method.name={name}", *overrides)
+    model, batch = routed(config)
+    method, recorder = make_method(config), Recorder()
+    method.attack.graphs = StepGraphs(capturer=recorder)
+    for step in range(4):
+        method.step = step
+        list(method.updates(model, batch, step))
+    assert (recorder.captures, recorder.replays) == (1 + 4, 3 * (1 + 4))  # the first batch of all runs one by one
+
+
 # --- both ---
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("advmoe", ("model.moe.gate=fixed",), "model.moe.gate.name: expected a gate that is trained for advmoe, got"),
+        ("prc", ("model.moe.gate=fixed",), "expected a gate that is trained for prc, got 'fixed'"),
+        ("robust_gate", ("model.moe.gate=fixed",), "expected a gate that is trained for robust_gate, got 'fixed'"),
+        (
+            "robust_gate",
+            ("model.moe.layers=[]", *MIXTURE, "model.mixture.router.frozen=true"),
+            "model.mixture.router.frozen: expected false for robust_gate",
+        ),
+    ],
+)
+def test_gates_that_are_not_trained_are_refused(tiny, name, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make_method(tiny(f"method.name={name}", *settings))
 
 
 @pytest.mark.parametrize("name", ["prc", "robust_gate"])

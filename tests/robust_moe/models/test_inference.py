@@ -302,6 +302,19 @@ def test_settings_out_of_range_are_refused(overrides, words):
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: MarginSoft(threshold=0.0), r"threshold: expected a number in \(0, 1\], got 0"),
+        (lambda: MarginSoft(top=1), "top: expected m >= 2, got 1"),
+        (lambda: RandomTop(top=1), "top: expected m >= 2, got 1"),
+    ],
+)
+def test_a_rule_out_of_range_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 @pytest.mark.parametrize("rule", RULES, ids=["margin_soft", "random_top"])
 def test_a_rule_goes_on_with_the_experts_that_pruning_leaves(rule):
     torch.manual_seed(0)
