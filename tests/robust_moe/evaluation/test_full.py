@@ -14,14 +14,14 @@ from whole_networks import linear
 from wrapped_models import Counting, Noisy
 
 import robust_moe
-from robust_moe.attacks import PGD, Counts, JointPGD, Steering
+from robust_moe.attacks import PGD, Counts, JointPGD, Steering, TransferPGD
 from robust_moe.attacks.autoattack import members
 from robust_moe.evaluation import Stage, StageResult, preset_stages, run_suite
 from robust_moe.evaluation.full import COST, full_notes
 from robust_moe.evaluation.paired import ce_weak, mcnemar, route_hides_gradients
 from robust_moe.evaluation.stages import describe_attack
 from robust_moe.models import NetworkExperts
-from robust_moe_kernels.modules import MoELayer
+from robust_moe_kernels.modules import AllExperts, DropTop, MoELayer, rerouted
 
 EPS = 0.05
 ROUTED = ["joint", "transfer", "steering"]
@@ -208,6 +208,26 @@ def test_stopped_in_an_attack_on_the_routes_it_goes_on(tmp_path, short_autoattac
     keys = ("attacked", "broken", "robust_after", "alone", "passes_per_image")
     assert [[a[k] for k in keys] for a in again["attacks"]] == [[a[k] for k in keys] for a in whole["attacks"]]
     assert counting.images - rest.images > 2 * stop_at - 2 * 2 * 250  # at most a batch of steering is made again
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_the_transfer_attack_climbs_the_mixture_of_all_experts(restarts):
+    model = Hidden()
+    layer = model.layer
+    with torch.no_grad():  # a plane that the mixture sees
+        layer.gate[1].weight /= 50
+        layer.gate[1].bias /= 50
+    x, y = model.images(0.9, 0.9)
+    settings = {"steps": 5, "restarts": restarts, "seed": 4}
+    found = TransferPGD(EPS, **settings)(model, x, y)
+    assert layer.reroute is None
+    if restarts == 1:  # of several the one that is worst for the model itself
+        with rerouted(model, {"layer": AllExperts()}):
+            assert torch.equal(found, PGD(EPS, **settings)(model, x, y))
+    with rerouted(model, {"layer": DropTop()}):  # the caller's routes stay
+        assert torch.equal(TransferPGD(EPS, **settings)(model, x, y), PGD(EPS, **settings)(model, x, y))
+    assert (model(found).argmax(1) != y).all()  # across the plane, which has no gradient for PGD on the model
+    assert (model(PGD(EPS, **settings)(model, x, y)).argmax(1) == y).all()
 
 
 # --- the flags --------------------------------------------------------------------------------------------------------
