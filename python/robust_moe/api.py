@@ -111,7 +111,8 @@ def evaluate(
         eps: radius of the ball, such as ``"8/255"``; pixels are in [0, 1].
         norm: ``"Linf"`` or ``"L2"``.
         preset: a key of :data:`robust_moe.evaluation.PRESETS`: ``"quick"``: ``attack`` alone; ``"standard"`` or
-            ``"rand"``: and AutoAttack; ``"moe"``: a curve over 20 radii, and attacks on experts and router.
+            ``"rand"``: and AutoAttack; ``"full"``: beside the standard one PGD on the margin loss, and attacks on
+            routes; ``"moe"``: a curve over 20 radii, and attacks on experts and router.
         attack: its settings, e.g. ``PGD.Config(steps=50, restarts=5)``, or its name; its ball is ``eps`` and ``norm``.
             None: PGD-20 with steps of 2.5 eps / 20.
         seed: of all attacks; the random start of an image depends on it and on the image's position.

@@ -74,7 +74,7 @@ def evaluation_facts(
     ]
     whole = 0
     for stage in preset_stages(model, config.eval.attack, preset, config.eval_seed, "eval.attack"):
-        forwards, backwards = stage.attack.passes
+        forwards, backwards = stage.attack.most_passes(model)
         whole += n * (forwards + 2 * backwards)
         facts.append((f"attack {stage.name}", f"at most {forwards:,} forwards and {backwards:,} backwards of an image"))
     facts.append(("passes", f"at most {whole:,} of an image, {whole * cost.multiply_adds:.3g} multiply-adds"))

@@ -24,7 +24,7 @@ from robust_moe.settings import plain
 __all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice"]
 
 SPLITS = ("train", "val", "test")
-SINGLE_SUITE = ("quick", "standard", "rand")  # presets all of whose attacks are known before they run
+SINGLE_SUITE = ("quick", "standard", "rand", "full")  # presets all of whose attacks are known before they run
 
 
 def expect_choice(split: str, count: int | None) -> None:

@@ -27,8 +27,8 @@ class Networks(nn.Module):
 
 
 def linear(*weights: list[float]) -> nn.Sequential:
-    """An affine function of an image's two pixels (a, b), a row a logit: [of a, of b, bias]."""
-    layer = nn.Linear(2, len(weights))
+    """An affine function of an image's pixels, one row per logit; of two pixels (a, b): [of a, of b, bias]."""
     table = torch.tensor(weights, dtype=torch.float32)
-    layer.weight.data, layer.bias.data = table[:, :2].clone(), table[:, 2].clone()
+    layer = nn.Linear(table.shape[1] - 1, len(table))
+    layer.weight.data, layer.bias.data = table[:, :-1].clone(), table[:, -1].clone()
     return nn.Sequential(nn.Flatten(), layer)

@@ -10,7 +10,7 @@ from robust_moe.attacks.autoattack import AutoAttack
 from robust_moe.attacks.base import Attack, Crafted, Found
 from robust_moe.attacks.fab import FAB
 from robust_moe.attacks.fgsm import FGSM
-from robust_moe.attacks.moe import ExpertPGD, JointPGD, RouterPGD
+from robust_moe.attacks.moe import ExpertPGD, JointPGD, RouterPGD, TransferPGD
 from robust_moe.attacks.passes import Counts
 from robust_moe.attacks.pgd import PGD
 from robust_moe.attacks.square import Square
@@ -34,5 +34,6 @@ __all__ = [
     "RouterPGD",
     "Square",
     "Steering",
+    "TransferPGD",
     "attack_mode",
 ]

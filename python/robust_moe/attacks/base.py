@@ -176,6 +176,10 @@ class Attack(ABC):
     def passes(self) -> tuple[int, int]:
         """(forwards, backwards) that :meth:`prepare` and :meth:`run` make on one batch."""
 
+    def most_passes(self, model: nn.Module) -> tuple[int, int]:
+        """The most (forwards, backwards) that an image can cost on ``model``: of one that nothing fools."""
+        return self.passes
+
     def prepare(self, passes: Passes, x0: Tensor) -> Passes:
         """``passes`` with the loss of this attack on the clean images ``x0``, called once before :meth:`run`: where the
         loss compares with more than the labels, ``dataclasses.replace(passes, loss=..., extras=...)``."""

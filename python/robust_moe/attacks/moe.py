@@ -33,9 +33,9 @@ from robust_moe.attacks.routes import (
     worst_route,
 )
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import FixedRoutes, MoELayer, last_routes, moe_layers, rerouted
+from robust_moe_kernels.modules import AllExperts, FixedRoutes, MoELayer, last_routes, moe_layers, rerouted
 
-__all__ = ["ExpertPGD", "JointPGD", "RouterPGD", "router_margin"]
+__all__ = ["ExpertPGD", "JointPGD", "RouterPGD", "TransferPGD", "router_margin"]
 
 
 def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Tensor:
@@ -266,6 +266,16 @@ class JointPGD(RouterAttack):
 
     def objective(self, logits: Tensor, y: Tensor, router: Tensor) -> Tensor:
         return self.loss(logits, y) + self.router_weight * router
+
+
+class TransferPGD(PGD):
+    """PGD that climbs the soft mixture of all experts, which has a gradient through its gates; its images are for the
+    model itself, whose hard choice has none. Arguments: see :class:`~robust_moe.attacks.pgd.PGD`."""
+
+    def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        free = [name for name, layer in moe_layers(passes.model).items() if layer.reroute is None]
+        with rerouted(passes.model, dict.fromkeys(free, AllExperts())):
+            return super().climb(passes, x, x0)
 
 
 class _Gates:

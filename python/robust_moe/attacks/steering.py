@@ -134,7 +134,6 @@ class Steering(PGD):
         return self._most([self.routes if self.experts is None else len(self.experts)])
 
     def most_passes(self, model: nn.Module) -> tuple[int, int]:
-        """The most (forwards, backwards) that a sample can cost on ``model``: of one that nothing fools."""
         return self._most([self._count(layer) for layer in self.steered(model)])
 
     def _most(self, counts: list[int]) -> tuple[int, int]:

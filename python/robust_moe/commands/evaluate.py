@@ -65,7 +65,7 @@ def evaluate_checkpoint(
         str | None,
         typer.Option(
             metavar="TITLE",
-            help="With --preset standard: write RobustBench's entry of that name beside the results too.",
+            help="With --preset standard or full: write RobustBench's entry of that name beside the results too.",
             show_default=False,
         ),
     ] = None,
@@ -86,7 +86,7 @@ def evaluate_checkpoint(
             settings.append(f"eval.attack.{name}={value}")
     if batch_size is not None:
         settings.append(f"eval.batch_size={batch_size}")
-    if robustbench is not None and preset != "standard":
+    if robustbench is not None and preset not in ("standard", "full"):
         raise ConfigError(f"robustbench: expected --preset standard, which it is about, got {preset!r}")
     file = checkpoint_file(checkpoint)
     if dry_run:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust_moe.attacks import PGD, JointPGD, RouterPGD
+from robust_moe.attacks import PGD, JointPGD, RouterPGD, TransferPGD
 from robust_moe.data import Batch
 from robust_moe.evaluation.moe_stages import MoEStages, attack_settings, moe_arguments, title
 from robust_moe.evaluation.outcome import MOE, Stage, StageResult
@@ -27,7 +27,6 @@ from robust_moe.evaluation.routing_measures import (
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.evaluation.stages import as_fraction
 from robust_moe_kernels.modules import (
-    AllExperts,
     DropTop,
     MoELayer,
     RandomRoutes,
@@ -53,9 +52,9 @@ class MoENumbers(MoEStages):
         arguments = {**moe_arguments(attack), "seed": run.seed}
         experts = max(layer.num_experts for layer in layers.values())
         self.attacks |= {
-            "ra_r_targeted": (RouterPGD(**arguments, targeted=True, routes=experts), {}),
-            "joint": (JointPGD(**arguments), {}),
-            "transfer": (self.pgd(), dict.fromkeys(layers, AllExperts())),
+            "ra_r_targeted": RouterPGD(**arguments, targeted=True, routes=experts),
+            "joint": JointPGD(**arguments),
+            "transfer": TransferPGD(**arguments),
         }
         singles = sum(layer.num_experts for layer in layers.values())
         imposed = sum(3 for layer in layers.values() if layer.num_experts > 1)
@@ -86,7 +85,7 @@ class MoENumbers(MoEStages):
     def _stage(self, name: str, seen: dict[str, Tensor]) -> StageResult:
         alone = share(self.clean["right"] & seen["right"])
         return StageResult.of(
-            Stage(name, self.attacks[name][0], f"{MOE}/{name}"),
+            Stage(name, self.attacks[name], f"{MOE}/{name}"),
             self.clean["prediction"].numpy(),
             self.run.labels.numpy(force=True),
             np.arange(len(self.run)),

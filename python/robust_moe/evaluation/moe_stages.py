@@ -5,7 +5,6 @@ SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks t
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from robust_moe.data import Batch
 from robust_moe.evaluation.routing_measures import routes
 from robust_moe.evaluation.staged import Attacked, StagedEvaluation
 from robust_moe.settings import field_types, plain
-from robust_moe_kernels.modules import MoELayer, Reroute, only_expert, rerouted
+from robust_moe_kernels.modules import MoELayer, only_expert
 
 __all__ = ["MoEStages", "attack_settings", "moe_arguments", "title"]
 
@@ -35,10 +34,10 @@ class MoEStages:
         self.run, self.model, self.layers, self.settings = run, run.model, layers, attack
         self.number_of_classes = run.classes()
         arguments = moe_arguments(attack)
-        self.attacks: dict[str, tuple[Attack, dict[str, Reroute]]] = {  # and the routes under which it is crafted
-            "ra": (self.pgd(), {}),
-            "ra_e": (ExpertPGD(**arguments, seed=run.seed), {}),
-            "ra_r": (RouterPGD(**arguments, seed=run.seed), {}),
+        self.attacks: dict[str, Attack] = {
+            "ra": self.pgd(),
+            "ra_e": ExpertPGD(**arguments, seed=run.seed),
+            "ra_r": RouterPGD(**arguments, seed=run.seed),
         }
 
     def pgd(self) -> PGD:
@@ -79,10 +78,8 @@ class MoEStages:
         return {**self.look(images, batch.labels), **spent}
 
     def craft(self, name: str, batch: Batch) -> Attacked:
-        """The images of the attack ``name``, crafted under its routes."""
-        attack, imposed = self.attacks[name]
-        with rerouted(self.model, imposed) if imposed else nullcontext():  # a dense model has no routes
-            return self.run.attacked(attack, batch, self.settings.norm)
+        """The images of the attack ``name``."""
+        return self.run.attacked(self.attacks[name], batch, self.settings.norm)
 
 
 def moe_arguments(attack: PGD.Config) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import numpy as np
 from robust_moe.attacks import Attack, Counts
 from robust_moe.evaluation.scorer import LayerRouting
 
-__all__ = ["AUTOATTACK", "MOE", "Flag", "Stage", "StageResult", "SuiteResult"]
+__all__ = ["AUTOATTACK", "MOE", "ROUTES", "Flag", "Stage", "StageResult", "SuiteResult"]
 
 AUTOATTACK = "autoattack"  # the chain of its attacks
 MOE = "moe"  # begins the chains of the attacks on mixtures, which start anew each
+ROUTES = f"{MOE}/routes"  # the chain of those on the routes
 
 
 @dataclass(frozen=True)

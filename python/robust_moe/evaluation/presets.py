@@ -14,6 +14,7 @@ from robust_moe.attacks import PGD, Attack, AutoAttack
 from robust_moe.attacks.autoattack import VERSIONS
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.evaluation.curve import curve_radii, error_curve
+from robust_moe.evaluation.full import full_notes, full_stages
 from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.moe import run_moe
 from robust_moe.evaluation.outcome import Stage, SuiteResult
@@ -40,6 +41,7 @@ PRESETS = {
     "quick": "clean, and eval.attack (PGD-20 unless set otherwise)",
     "standard": "quick, and AutoAttack standard",
     "rand": "quick, and AutoAttack rand, for models that draw random numbers",
+    "full": "standard, PGD on the margin loss, and of a mixture of experts: attacks on its routes; one worst case",
     "moe": "quick, an error curve over 20 radii, and of a mixture of experts: experts, router and routing under attack",
 }
 
@@ -55,15 +57,17 @@ def preset_stages(model: nn.Module, attack: Attack.Config, preset: str, seed: in
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    version = preset if preset in VERSIONS else None
+    version = "standard" if preset == "full" else preset if preset in VERSIONS else None
     if version is not None and isinstance(attack, AutoAttack.Config):
         raise ConfigError(f"{key}.name: expected another beside preset {preset!r}, which runs 'autoattack' itself")
-    if preset == "moe":
+    if preset in ("moe", "full"):
+        with_preset = f"with preset {preset!r}"
         if not isinstance(attack, PGD.Config):
-            raise ConfigError(f"{key}.name: expected 'pgd' with preset 'moe', whose attacks are, got {attack.name!r}")
+            raise ConfigError(f"{key}.name: expected 'pgd' {with_preset}, whose attacks are, got {attack.name!r}")
         if attack.loss not in LOSSES and moe_layers(model):
-            losses = ", ".join(LOSSES)
-            raise ConfigError(f"{key}.loss: expected one of {losses} with preset 'moe', got {attack.loss!r}")
+            raise ConfigError(f"{key}.loss: expected one of {', '.join(LOSSES)} {with_preset}, got {attack.loss!r}")
+        if preset == "full":
+            return full_stages(model, attack, seed)
     return plan(attack.name, attack.build(seed=seed), version, seed)
 
 
@@ -173,7 +177,10 @@ class PresetEvaluation:
         """(results, samples), of which the journal keeps every batch."""
         how: dict[str, Any] = {"index": self.index, **self.how, "journal": journal}
         ball: dict[str, Any] = {"eps": float(self.attack.eps), "norm": self.attack.norm}
-        suite = run_suite(self.model, self.images, self.labels, self.stages, **ball, **how)
+        full = self.preset == "full"
+        for note in full_notes(self.model, self.stages) if full else ():
+            self.say(note)
+        suite = run_suite(self.model, self.images, self.labels, self.stages, **ball, **how, random=not full)
         moe = curve = None
         if self.preset == "moe":
             common: dict[str, Any] = {"images": self.images, "labels": self.labels, "attack": self.attack, **how}

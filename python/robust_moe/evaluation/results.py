@@ -59,10 +59,10 @@ def make_results(
     """The result file's content, plain types.
 
     ``robust`` is the share, of all n images, of those correct when clean and after every attack; ``autoattack`` that
-    after AutoAttack's attacks alone, which start anew with all right images; those on a mixture are each given all
-    images, for their routes, and ``broken`` counts the right ones. ``robust_after`` of an attack counts all
-    that ran before it, ``alone`` it only (null where it was given what another of its ``chain`` left). Passes are a
-    mean over the images that an attack was given. What did not run is null.
+    after AutoAttack's attacks alone, which start anew with all right images, as those on routes of the preset ``full``
+    do; those of the preset ``moe`` are each given all images, for their routes, and ``broken`` counts the right ones.
+    ``robust_after`` of an attack counts all that ran before it, ``alone`` it only (null where it was given what another
+    of its ``chain`` left). Passes are a mean over the images that an attack was given. What did not run is null.
 
     Args:
         model: its ``name``, ``parameters`` and settings.

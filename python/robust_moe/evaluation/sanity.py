@@ -18,6 +18,7 @@ from robust_moe.attacks import PGD, Square
 from robust_moe.attacks.base import ordinary
 from robust_moe.attacks.losses import cross_entropy, margin
 from robust_moe.evaluation.outcome import Flag, StageResult
+from robust_moe.evaluation.paired import ce_weak, route_hides_gradients
 from robust_moe.evaluation.scorer import predict, score, scoring_mode
 from robust_moe_kernels.modules import attack_mode
 
@@ -49,7 +50,8 @@ def probe_flags(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str) -
 
 def result_flags(stages: Sequence[StageResult], eps: float, norm: str, size: int) -> list[Flag]:
     """The checks that the attacks themselves show; ``size``: values of an image."""
-    return [square_stronger(stages), outside_ball(stages, eps, norm, size)]
+    own = [square_stronger(stages), outside_ball(stages, eps, norm, size)]
+    return [*own, route_hides_gradients(stages), ce_weak(stages)]
 
 
 def curve_flag(curve: Mapping[str, Any], count: int) -> Flag:

@@ -47,6 +47,7 @@ def run_suite(
     batch_size: int = 256,
     journal: Journal | None = None,
     task: Task | None = None,
+    random: bool = True,
 ) -> SuiteResult:
     """Attack ``model`` on every image that is still robust, stage by stage, and score everything in float32.
 
@@ -65,10 +66,12 @@ def run_suite(
         batch_size: images a forward, >= 1.
         journal: where batches are kept, of this model, images and attacks; None: in memory.
         task: shows progress; see :meth:`robust_moe.engine.Reporter.task`.
+        random: the model may draw random numbers, which a flag then says.
 
     Raises:
         ValueError: no images, pixels or labels out of range, a wrong shape or dtype; an attack of another ball, or of
-            the model in train mode; a model that takes no float32 images, writes to them or returns no tensor.
+            the model in train mode; a model that takes no float32 images, writes to them or returns no tensor, or that
+            draws random numbers and may not.
         ResumeError: the journal has another suite's batches.
         FloatingPointError: a logit or a gradient is NaN or infinite: it would count as robust, or as broken.
     """
@@ -77,7 +80,7 @@ def run_suite(
     expect_ball(stages, eps, norm)
     loop.claim("suite", {"eps": eps, "norm": norm}, stages)
     run = _Suite(loop, eps, norm)
-    flags = run.probe()
+    flags = run.probe(random)
     run.clean()
     results = [run.attack(stage) for stage in stages]
     return SuiteResult(
@@ -133,7 +136,7 @@ class _Suite:
         self.routing: dict[str, LayerRouting] = {}
         self._examples: list[tuple[int, int, np.ndarray]] = []  # row, prediction, adversarial image
 
-    def probe(self) -> list[Flag]:
+    def probe(self, random: bool) -> list[Flag]:
         """The sanity checks that need no result."""
         # from all over the data set, which may be in the order of its classes
         rows = np.random.default_rng(derive_seed(self.loop.seed, "probe")).permutation(len(self.label))[:PROBED]
@@ -144,7 +147,10 @@ class _Suite:
             self.loop.expect_labels(logits)
             expect(len(logits) == len(x), "model", f"logits of {len(x)} images", f"shape {list(logits.shape)}")
             refuse_nonfinite((~torch.isfinite(logits).all(1)).sum(), "clean images")
-            return {"flags": [flag.plain() for flag in probe_flags(self.model, x, y, self.eps, self.norm)]}
+            flags = probe_flags(self.model, x, y, self.eps, self.norm)
+            drawn = next(flag for flag in flags if flag.name == "randomised_output")
+            expect(random or not drawn.raised, "model", "one that draws no random numbers", drawn.message)
+            return {"flags": [flag.plain() for flag in flags]}
 
         with self.loop.task("sanity checks", len(x), 0) as advance:
             record = self.loop.once("sanity", compute)

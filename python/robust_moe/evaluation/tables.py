@@ -43,7 +43,7 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
 def attack_table(results: Mapping[str, Any]) -> Table:
     """One row per attack: images attacked and broken, and its cost."""
     table = Table(
-        title="attacks, each on what its predecessors left; AutoAttack, and every attack on a mixture, starts anew"
+        title="attacks; those with an accuracy alone start anew, the others are given what the one above left"
     )
     for column in ("attack", "attacked", "broken", "robust after %", "alone %", "forwards", "backwards", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right", no_wrap=True)

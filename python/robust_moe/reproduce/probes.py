@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.analysis import class_margins, estimate_lipschitz, model_cost
-from robust_moe.attacks import ATTACKS, PGD, Attack, AutoAttack, JointPGD
+from robust_moe.attacks import ATTACKS, PGD, Attack, AutoAttack, JointPGD, TransferPGD
 from robust_moe.certifiers import Noise, make_certifier
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch, ImageSet
@@ -28,7 +28,7 @@ from robust_moe.evaluation.routing_measures import expert_use, routes, routing_c
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
 from robust_moe.settings import replaced
-from robust_moe_kernels.modules import AllExperts, Reroute, attack_mode, moe_layers, only_expert
+from robust_moe_kernels.modules import attack_mode, moe_layers, only_expert
 
 __all__ = ["PROBES", "Subject"]
 
@@ -88,13 +88,12 @@ def attacks(subject: Subject) -> dict[str, Any]:
             ),
         }
         if layers:
-            found["joint"] = JointPGD(**moe_arguments(attack), seed=subject.seed)
-            found["transfer"] = stages.pgd()
+            arguments = {**moe_arguments(attack), "seed": subject.seed}
+            found |= {"joint": JointPGD(**arguments), "transfer": TransferPGD(**arguments)}
             steering = ATTACKS.choose(STEERING, "attack")(**ball)
             assert isinstance(steering, Attack.Config)  # as all in the table
             found["steering"] = steering.build(seed=subject.seed)
-        imposed: dict[str, dict[str, Reroute]] = {"transfer": dict.fromkeys(layers, AllExperts())}
-        stages.attacks = {name: (each, imposed.get(name, {})) for name, each in found.items()}
+        stages.attacks = found
         start = stages.clean_stage()
         seen = {name: stages.attack_stage(name) for name in found}
     clean = start["right"]

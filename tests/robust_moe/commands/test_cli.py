@@ -354,7 +354,7 @@ def test_eval_writes_what_the_contract_says(config, tmp_path):
     assert results["curve"]["eps"] == pytest.approx([level / 200 for level in range(1, 21)])  # up to eps itself
     other = run("eval", tmp_path / "run", "--preset", "all")
     assert other.exit_code == 2
-    assert "preset: expected one of quick, standard, rand, moe, got 'all'" in other.stderr
+    assert "preset: expected one of quick, standard, rand, full, moe, got 'all'" in other.stderr
 
 
 def test_presets_refuse_what_they_cannot_run(config, tmp_path):
@@ -362,7 +362,9 @@ def test_presets_refuse_what_they_cannot_run(config, tmp_path):
     refused = {
         ("--preset", "standard", "eval.attack.name=autoattack"): "eval.attack.name: expected another beside preset",
         ("--preset", "rand", "eval.attack.name=autoattack"): "eval.attack.name: expected another beside preset 'rand'",
+        ("--preset", "full", "eval.attack.name=autoattack"): "eval.attack.name: expected another beside preset 'full'",
         ("--preset", "moe", "eval.attack.name=square"): "eval.attack.name: expected 'pgd' with preset 'moe'",
+        ("--preset", "full", "eval.attack.name=square"): "eval.attack.name: expected 'pgd' with preset 'full'",
         (
             "--preset",
             "moe",

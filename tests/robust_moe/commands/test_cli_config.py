@@ -60,6 +60,11 @@ def test_a_dry_run_of_training_says_what_it_costs_and_writes_nothing(tiny, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def count(facts: dict[str, str]) -> int:
+    """Passes of an image that a dry run names."""
+    return int(facts["passes"].split()[2].replace(",", ""))
+
+
 def test_a_dry_run_of_an_evaluation_counts_the_attacks_passes(tiny, tmp_path):
     save_config(tiny("run.epochs=1"), tmp_path / "run.yaml")
     assert run("train", tmp_path / "run.yaml").exit_code == 0
@@ -71,6 +76,14 @@ def test_a_dry_run_of_an_evaluation_counts_the_attacks_passes(tiny, tmp_path):
     assert facts["attack pgd"] == "at most 2 forwards and 2 backwards of an image"
     assert facts["attack square"] == "at most 5,002 forwards and 0 backwards of an image"
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
+    done = run("eval", tmp_path / "run", "--n", 20, "--preset", "full", "--dry-run")
+    full = dict(line.split(": ", 1) for line in done.output.splitlines())
+    assert full["attack pgd-margin"] == "at most 2 forwards and 2 backwards of an image"
+    # 4 experts: PGD, the clean images and PGD's, and four climbs of 40 steps with a score each
+    assert full["attack steering"] == "at most 206 forwards and 200 backwards of an image"
+    joint, transfer, margin, steering = 3 + 4, 2 + 4, 2 + 4, 206 + 400
+    extra = 20 * (joint + transfer + margin + steering)
+    assert [count(facts) + extra, list(full)[:3]] == [count(full), list(facts)[:3]]
     wrong = run("eval", tmp_path / "run", "--preset", "fast", "--dry-run")
     assert wrong.exit_code == 2
     assert "preset: expected one of quick" in wrong.stderr

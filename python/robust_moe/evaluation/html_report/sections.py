@@ -88,7 +88,7 @@ def attack_section(results: Mapping[str, Any]) -> Section | Missing:
     text = Text(
         "text",
         "An attack is given the images that the earlier ones of its chain have left; a chain starts with all that are "
-        "classified right (on a mixture with all images, for their routes). "
+        "classified right (those of the preset moe with all images, for their routes). "
         f"Shares are of all {results['count']:,} images: “robust after it” are those right as they "
         "are and after every attack up to this one, “robust against it alone” those right after this one.",
     )
