@@ -129,6 +129,8 @@ def compiles(operation: str, choice: Choice, kind: str, capability: int) -> bool
         return False
     if operation == "product" and choice.variant != "pointer" and kind == "ieee" and capability >= 100:
         return False
+    if operation == "filter" and kind == "tf32" and capability >= 100 and choice == Choice("divide", FILTER[kind][1]):
+        return False
     return choice.variant != "descriptor" or capability >= 90
 
 
