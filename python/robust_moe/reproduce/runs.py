@@ -96,7 +96,8 @@ RUNS: dict[str, Run] = {
         "BlockMoE k=1, released entropy", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=entropy_released"), 140
     ),
     "block-k1-switch": Run("BlockMoE k=1, switch", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=switch"), 140),
-    # masking and the release's router; AutoAttack on 300 images is most of it, and at-soft, which computes all experts, estimated
+    # masking and the release's router; most of it is AutoAttack on 300 images. The cost of at-soft, which computes all
+    # experts, is an estimate: twice the others.
     "at-frozen": Run("AT, frozen linear router", (*FROZEN, *AT), 1330, probes=("attacks",)),
     "at-linear": Run("AT, learned linear router", (*LINEAR, *AT), 1250, probes=("attacks",)),
     "at-soft": Run("AT, soft linear router", (*LINEAR, "model.mixture.routing=soft", *AT), 2500, probes=("attacks",)),

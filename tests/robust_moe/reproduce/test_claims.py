@@ -320,3 +320,13 @@ def test_every_expert_and_every_gated_model_is_inside_its_panel():
         bottom, top = axes.get_ylim()
         assert (bottom, top > 0.9) == (0, True)
         assert all(bottom <= value <= top for line in axes.lines for value in line.get_ydata())
+
+
+def test_a_check_is_shown_as_of_the_claim_that_has_most_seeds(tmp_path):
+    """In a study that was stopped, another claim with the same check may lack a run in every seed."""
+    stopped = ROOT / "benchmarks" / "results" / "study-masking-one-seed" / "study.json"
+    judge_again(stopped, "masking", tmp_path)
+    page = (tmp_path / "summary.md").read_text()
+    assert "| learned: SA, at-frozen | 33.7 % | 20 % | passed |" in page
+    assert "| learned: SA, at-soft | – | 20 % | not measured |" in page
+    assert page == stopped.with_name("summary.md").read_text()
