@@ -26,7 +26,7 @@ from robust_moe.attacks.routes import (
     soft_gates,
     worst_route,
 )
-from robust_moe.attacks.steps import Judged, StepAttack, keep_worse
+from robust_moe.attacks.steps import StepAttack, keep_worse
 from robust_moe.attacks.table import ATTACKS
 from robust_moe.settings import setting
 from robust_moe_kernels.checks import expect
@@ -209,11 +209,11 @@ class _Climb:
         for done in range(attack.steps):
             seen = (drive if done < attack.steps // 2 else through).examine(x)
             loss = attack.loss(seen.logits, passes.y)
-            worst = keep_worse(worst, Judged(x, passes.fooled(seen.logits), loss))
+            worst = keep_worse(worst, Found(x, passes.fooled(seen.logits), loss))
             nonfinite = passes.tally.nonfinite
             x = pgd_step(x, seen.grad, x0, attack.eps, attack.climb_alpha, norm=attack.norm, nonfinite=nonfinite)
         passes.tally.settle()
-        return Found(*keep_worse(worst, Judged(x, *passes.score(x))))
+        return keep_worse(worst, Found(x, *passes.score(x)))
 
     def _drive(self, logits: Tensor, y: Tensor, *goal: Tensor) -> Tensor:
         lead = leads(self.layers, Goal(*goal)).clamp_max(CUSHION)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, per_sample
+from robust_moe.attacks.base import Attack, Found, per_sample
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.passes import Passes
 from robust_moe.settings import setting
@@ -17,21 +17,13 @@ from robust_moe.settings import setting
 __all__ = ["StepAttack"]
 
 
-class Judged(NamedTuple):
-    """Images and what they did to the model."""
-
-    images: Tensor  # [B, ...]
-    fooled: Tensor  # bool [B]
-    loss: Tensor  # [B]
-
-
-def keep_worse(old: Judged | None, new: Judged) -> Judged:
+def keep_worse(old: Found | None, new: Found) -> Found:
     """For each sample the worse of two (fooled first, then by loss; ``old`` where they are even)."""
     if old is None:
         return new
     worse = (new.fooled & ~old.fooled) | ((new.fooled == old.fooled) & (new.loss > old.loss))
     images = torch.where(per_sample(worse, new.images), new.images, old.images)
-    return Judged(images, new.fooled | old.fooled, torch.where(worse, new.loss, old.loss))
+    return Found(images, new.fooled | old.fooled, torch.where(worse, new.loss, old.loss))
 
 
 class StepAttack(Attack):
@@ -77,25 +69,25 @@ class StepAttack(Attack):
 
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
         """Costs ``steps`` forwards and backwards a restart, and one forward more where iterates are compared."""
-        worst: Judged | None = None
+        worst: Found | None = None
         for restart in range(self.restarts):
             x, *seen = self._climb(passes, self.start(x0, sample_index, seed, restart), x0)
             if seen:
-                worst = keep_worse(worst, Judged(*seen))
+                worst = keep_worse(worst, Found(*seen))
             if self.restarts == 1 and not self.best:
                 return x
-            worst = keep_worse(worst, Judged(x, *passes.score(x)))
+            worst = keep_worse(worst, Found(x, *passes.score(x)))
         assert worst is not None  # there is a restart
         return worst.images
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
-        """All steps from the start ``x``: the last iterate, and with ``best`` the worst before it as :class:`Judged`
+        """All steps from the start ``x``: the last iterate, and with ``best`` the worst before it as :class:`Found`
         has it. Draws on nothing but its arguments, so that it may be captured as a CUDA graph."""
-        worst: Judged | None = None
+        worst: Found | None = None
         for _ in range(self.steps):
             seen = passes.examine(x)
             if self.best:
-                worst = keep_worse(worst, Judged(x, passes.fooled(seen.logits), seen.loss))
+                worst = keep_worse(worst, Found(x, passes.fooled(seen.logits), seen.loss))
             x = self.step(x, seen.grad, x0, passes.tally.nonfinite)
         passes.tally.settle()
         return (x, *(worst or ()))
