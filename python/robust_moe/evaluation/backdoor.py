@@ -66,17 +66,21 @@ def backdoor_report(
         expect(free, f"model layer {name!r}", "its gate to decide", "a fixed expert or imposed routes")
     with attack_mode(model):
         run = StagedEvaluation(model, images, labels, name="backdoor", batch_size=batch_size, seed=seed, task=task)
-        others = not_of_target(run, poison)
+        others = not_of_target(run.labels.cpu(), run.classes(), poison)
         return _Backdoor(run, layers, poison, others).report()
 
 
-def not_of_target(run: StagedEvaluation, poison: PoisonConfig) -> Tensor:
-    """Images of another class than the target of ``poison``, bool [n] on the CPU: those that a trigger is put on.
+def not_of_target(labels: Tensor, classes: int, poison: PoisonConfig) -> Tensor:
+    """Images of another class than the target of ``poison``, bool [n]: those that a trigger is put on.
+
+    Args:
+        labels: int64 [n].
+        classes: of the model.
+        poison: the trigger and the target.
 
     Raises:
         ValueError: the model has no such class; no image is of another one.
     """
-    classes, labels = run.classes(), run.labels.cpu()
     expect(poison.target < classes, "poison.target", f"a class in 0..{classes - 1}", poison.target)
     others = labels != poison.target
     expect(bool(others.any()), "labels", f"an image of another class than the target {poison.target}", "none")

@@ -95,8 +95,8 @@ def pruning_curve(
         pruned = prune_experts(model, keep)
         with attack_mode(pruned):
             run = StagedEvaluation(pruned, images, labels, batch_size=batch_size, seed=seed)
-            run.classes()
-            others = None if poison is None else not_of_target(run, poison)
+            classes = run.classes()
+            others = None if poison is None else not_of_target(run.labels.cpu(), classes, poison)
             found = run.over("pruned", partial(_look, run, attacks=attacks or {}, poison=poison))
         parameters = sum(parameter.numel() for parameter in pruned.parameters())
         curve.append({"keep": keep, "parameters": parameters, **_numbers(found, others)})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -213,15 +214,14 @@ def curve(subject: Subject) -> dict[str, Any]:
 
 def cost(subject: Subject) -> dict[str, Any]:
     """Multiply-adds and parameters of one image."""
-    image = subject.run("cost").images[:1]
     model = copy.deepcopy(subject.model).cpu()
-    return dataclasses.asdict(model_cost(model, _floats(image)))
+    return dataclasses.asdict(model_cost(model, _first(subject.run("cost"))))
 
 
 def costs(subject: Subject) -> dict[str, Any]:
     """``table``: cost of the run's routed model for every E of :data:`COSTED_EXPERTS` and k = 1, E / 2 and E. The
     weights of the model itself are not used."""
-    image, table = _floats(subject.run("costs").images[:1]), []
+    image, table = _first(subject.run("costs")), []
     for experts in COSTED_EXPERTS:
         for top_k in sorted({1, max(experts // 2, 1), experts}):
             settings = dataclasses.replace(subject.config.model.moe, num_experts=experts, top_k=top_k)
@@ -231,9 +231,9 @@ def costs(subject: Subject) -> dict[str, Any]:
     return {"table": table}
 
 
-def _floats(images: Tensor) -> Tensor:
-    images = images.cpu()
-    return images if images.is_floating_point() else images.float() / 255
+def _first(run: StagedEvaluation) -> Tensor:
+    """The first image, [1, C, H, W] in [0, 1], on the CPU."""
+    return run.take(np.arange(1)).images.cpu()
 
 
 PROBES: dict[str, Callable[[Subject], dict[str, Any]]] = {
