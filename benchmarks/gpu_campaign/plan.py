@@ -45,10 +45,11 @@ PARTS = (
     Part(2, "correctness", "every candidate of every convolution against float64; graphs; memcheck", 60, 130, 180, 3),
     Part(3, "products", "convolutions: every candidate, over batch and experts, against cuDNN", 50, 100, 150, 5),
     Part(4, "pgd_step", "a PGD-7 training step: precision, determinism; a plain loop trainer", 60, 130, 180, 4),
-    Part(5, "layer", "the layer as a graph, and every small op: native CUDA against Triton", 30, 60, 90, 7),
+    Part(5, "layer", "the layer, as a graph and call by call, against other ways to write it", 20, 45, 60, 7),
     Part(6, "syncs", "where three training steps wait for the device", 20, 30, 45, 9),
     Part(7, "real_run", "train on CIFAR-10, then AutoAttack and the routed attacks", 100, 230, 900, 6),
-    Part(8, "counters", "tensor, L2 and shared-memory use of two kernels, by ncu", 30, 60, 90, 8),
+    Part(8, "counters", "tensor, L2 and shared-memory use of two kernels, by ncu", 30, 60, 90, 10),
+    Part(9, "ops", "every small op, native CUDA against Triton; what follows an attack's convolution", 20, 50, 60, 8),
 )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 
-from benchmarks.gpu_campaign import counters, environment, layer, pgd_step, products, real_run
+from benchmarks.gpu_campaign import counters, environment, ops, pgd_step, products, real_run
 from benchmarks.gpu_campaign.environment import PACKAGES, missing
 from benchmarks.gpu_campaign.pgd_step import LONGEST, kernels_of
 from benchmarks.gpu_campaign.record import Record
@@ -95,10 +95,10 @@ def test_the_attack_steps_bandwidth_is_that_of_the_largest_batch(tmp_path, monke
         cases[0].moved = batch * 1e9
         return cases
 
-    monkeypatch.setattr(layer, "op_cases", op_cases)
-    monkeypatch.setattr(layer, "_op", lambda *_: [{"variant": "triton", "median_ms": 1e4}])
-    monkeypatch.setattr(layer, "_copy_rate", lambda record: 1.0)
-    assert layer._ops(record)[-1] == "attack step at 41% of the copy bandwidth (B=4096)"
+    monkeypatch.setattr(ops, "op_cases", op_cases)
+    monkeypatch.setattr(ops, "_op", lambda *_: [{"variant": "triton", "median_ms": 1e4}])
+    monkeypatch.setattr(ops, "_copy_rate", lambda record: 1.0)
+    assert ops._ops(record)[-1] == "attack step at 41% of the copy bandwidth (B=4096)"
 
 
 def test_a_table_entry_is_a_mean_over_what_it_cannot_tell_apart():
