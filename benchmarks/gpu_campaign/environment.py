@@ -145,7 +145,7 @@ def missing(found: dict[str, Any]) -> list[str]:
         text = f"the compiled extension is missing: expected one for {found['extension_wanted']}"
         said.append(f"{text}, got {', '.join(others) or 'none'} (bare_machine.sh run builds it)")
     elif device and found["extension"] == "CPU":
-        said.append("the compiled extension has no CUDA kernels (RMK_BUILD=cuda builds them): part 5 compares fewer")
+        said.append("the compiled extension has no CUDA kernels (RMK_BUILD=cuda builds them): part 9 compares fewer")
     for name, who in PACKAGES.items():
         if name not in found["packages"]:
             said.append(f"{name} is not installed: {who} cannot run")

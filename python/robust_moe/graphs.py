@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.precision import switches
-from robust_moe_kernels.modules import moe_layers
+from robust_moe_kernels.modules import MoELayer
+from robust_moe_kernels.modules.walk import modules_of, tensors_of
 
 __all__ = [
     "CAPACITY",
@@ -127,10 +128,10 @@ def forms(tensors: Iterable[Tensor]) -> Hashable:
 
 def places(model: nn.Module) -> Hashable:
     """What a graph has fixed of a model: where every parameter and buffer lies, and how its layers choose experts."""
-    return (
-        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())),
-        tuple(layer.route_options for layer in moe_layers(model).values()),
-    )
+    modules = modules_of(model)
+    with torch._C.DisableTorchFunction():  # inside an attack each question would pass through its function modes
+        lie = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors_of(modules))
+    return lie, tuple(module.route_options for module in modules if isinstance(module, MoELayer))
 
 
 def precisions(device: str) -> Hashable:

@@ -10,10 +10,11 @@ from torch import nn
 
 from robust_moe_kernels import native
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules.model import moe_layers
+from robust_moe_kernels.modules.moe_layer import MoELayer
 from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.shared_launches import shared_launches
+from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
 __all__ = ["MODES", "attack_mode"]
 
@@ -51,20 +52,23 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         ValueError: another mode.
     """
     expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
-    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+    modules = modules_of(model)
+    parameters = parameters_of(modules)
+    if any(parameter.device.type == "cpu" for parameter in parameters):
         native.keep_freed_memory()
     with ExitStack() as put_back:  # each on its own: what one module refuses does not keep the others from theirs
-        for layer in moe_layers(model).values():
-            put_back.callback(setattr, layer, "routing", layer.routing)
-        blocks = [module for module in model.modules() if isinstance(module, ResidualExperts)]
+        for layer in modules:
+            if isinstance(layer, MoELayer):
+                put_back.callback(setattr, layer, "routing", layer.routing)
+        blocks = [module for module in modules if isinstance(module, ResidualExperts)]
         for block in blocks:
             put_back.callback(setattr, block, "folded", block.folded)
-        for module in model.modules():
+        for module in modules:
             put_back.callback(setattr, module, "training", module.training)
-        for parameter in model.parameters():
+        for parameter in parameters:
             put_back.callback(parameter.requires_grad_, parameter.requires_grad)
         model.train(mode == "train")
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
             for block in blocks:

@@ -1,13 +1,13 @@
 """Convolution, shift, addition and ReLU as one call of cuDNN, for the folded convolutions of an attack on a GPU.
 
-PyTorch has it as ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``, without a gradient. The other way, the
-default, is a convolution and a kernel of this package: a launch and a pass over the map more. Read in PyTorch's source,
-2.11 to 2.14, and to be confirmed on a GPU (part 5 of the GPU campaign times both ways and says what becomes of NaN):
+PyTorch has it as ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``, without a gradient. The other way is a
+convolution and a kernel of this package: a launch and a pass over the map more. Measured on an H100 (cuDNN 9, PyTorch
+2.11; ``benchmarks/results/gpu``): 1.07 to 1.47 times the speed of that way, and a NaN of the input stays a NaN although
+the ReLU's descriptor keeps its default, CUDNN_NOT_PROPAGATE_NAN (part 9 of the GPU campaign asks again on other GPUs).
 
-- the ReLU's descriptor keeps its default, CUDNN_NOT_PROPAGATE_NAN: it may make zero of NaN, which an attack has to see;
-- the search for an algorithm is told ``deterministic=False``, whatever ``torch.backends.cudnn.deterministic`` says;
-- a pattern for which cuDNN has no engine raises an error: fused engines want channels in multiples of 8 (bfloat16,
-  float16) or 4 (TF32), and float32 without TF32 may have none.
+It is not used under ``torch.backends.cudnn.deterministic``: PyTorch tells the search for an algorithm
+``deterministic=False`` whatever that says. Nor for what fused engines may not have: channels in other than multiples of 8
+(bfloat16, float16) or 4 (TF32), and float32 without TF32.
 
 The forward that the folding learns from has its ReLUs apart, so its last bits may differ from those of later ones.
 """
@@ -19,8 +19,7 @@ from torch import Tensor
 
 __all__ = ["ENABLED", "conv_relu", "takes"]
 
-# Off because of NaN, and because the gain is an estimate: of a ResNet-18's PGD step 14 launches of 99.
-ENABLED = False
+ENABLED = True  # False: never; the benchmark compares both ways
 
 _CHANNELS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}  # a multiple of these
 

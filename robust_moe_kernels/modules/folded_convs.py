@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,25 +10,25 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.folded_conv import FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_knowledge import Known
+from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["FoldedConvs", "frozen"]
 
 
 class FoldedConvs:
-    """The folded convolutions of a model, by what is known of it.
+    """The folded convolutions of a model, by what is known of it (``known``, asked when the first is made).
 
     ``weights``: its convolutions' weights and biases, by the weight's id; ``made``: by the ids of weight and running
     mean, None where they changed.
     """
 
-    def __init__(self, model: nn.Module, known: Known) -> None:
-        self._known = known
+    def __init__(self, model: nn.Module, known: Callable[[], Known]) -> None:
+        self._known, self._model = known, model
         self.weights = {
             id(weight): (weight, module._parameters.get("bias"))
-            for module in model.modules()
+            for module in modules_of(model)
             if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None
         }
-        self._norms = {id(m.running_mean): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         self._rows: dict[Any, Any] = {}  # see FoldedConv.rows
         self.made: dict[tuple[int, int], FoldedConv | None] = {}
 
@@ -37,7 +37,7 @@ class FoldedConvs:
         if not frozen(weight, bias, norm.weight, norm.bias):
             return None
         key = (id(weight), id(norm.mean))
-        if not self.made and self._known.chains:
+        if not self.made and self._known().chains:
             self._make()
         if key not in self.made:
             unseen = _has_no_versions(weight, bias, norm)
@@ -57,10 +57,12 @@ class FoldedConvs:
 
     def _make(self) -> None:
         """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
+        modules = modules_of(self._model)
+        norms = {id(m.running_mean): m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         found = []
         for weight, bias in self.weights.values():
-            chain = self._known.chain_of(weight)
-            module = None if chain is None else self._norms.get(id(chain.mean()))
+            chain = self._known().chain_of(weight)
+            module = None if chain is None else norms.get(id(chain.mean()))
             if module is not None and module.running_mean is not None and module.running_var is not None:
                 norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
                 if not _has_no_versions(weight, bias, norm):

@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from robust_moe_kernels.modules.walk import modules_of
+
 __all__ = ["is_batched", "is_compiled", "is_hooked", "transformed", "version"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -18,7 +20,7 @@ def is_compiled(model: nn.Module) -> bool:
     kinds = (torch.jit.ScriptModule, *(() if dynamo is None else (dynamo.OptimizedModule,)))
     return any(
         isinstance(module, kinds) or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
+        for module in modules_of(model)
     )
 
 
@@ -26,7 +28,7 @@ def is_hooked(model: nn.Module) -> bool:
     """Whether anybody looks at what passes between the modules inside of the model."""
     if nn.modules.module._has_any_global_hook():
         return True
-    return any(getattr(m, name) for m in model.modules() if m is not model for name in _HOOKS)
+    return any(getattr(m, name) for m in modules_of(model) if m is not model for name in _HOOKS)
 
 
 def transformed() -> bool:

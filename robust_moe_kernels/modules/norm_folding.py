@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -32,8 +33,9 @@ from robust_moe_kernels.modules.conv_promise import Blank, Promise, State
 from robust_moe_kernels.modules.folded_conv import Call, Norm
 from robust_moe_kernels.modules.folded_convs import FoldedConvs, frozen
 from robust_moe_kernels.modules.interception import is_compiled, is_hooked, transformed
-from robust_moe_kernels.modules.norm_knowledge import known_of
+from robust_moe_kernels.modules.norm_knowledge import Known, known_of
 from robust_moe_kernels.modules.norm_learning import Operators, Watch, is_plain
+from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["backbone_folded"]
 
@@ -56,11 +58,9 @@ _MOST_BEGUN = 64  # forwards that are watched before the first backward: their g
 def backbone_folded(model: nn.Module) -> Iterator[None]:
     """Inside, forwards of ``model`` in this thread run folded where they can; see the module. A model with hooks below
     its root, compiled or scripted parts, or without a convolution and a norm, runs unfolded."""
-    kinds = {nn.Conv2d: False, nn.BatchNorm2d: False}
-    for module in model.modules():
-        for kind in kinds:
-            kinds[kind] |= isinstance(module, kind)
-    if all(kinds.values()) and not is_compiled(model):
+    modules = modules_of(model)
+    both = all(any(isinstance(module, kind) for module in modules) for kind in (nn.Conv2d, nn.BatchNorm2d))
+    if both and not is_compiled(model):
         with _Folding(model):
             yield
     else:
@@ -73,19 +73,23 @@ class _Folding(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.known = known_of(model)
+        self.folded = FoldedConvs(model, lambda: self.known)
         self.watch: Watch | None = None  # of the forward that is learned from
         self.operators: Operators | None = None
         self.depth = len(_get_current_dispatch_mode_stack())
         self.begun = 0  # how often the watch has met the first weight
         self.first = 0  # id of the weight that a forward begins with
         self.how = ""  # this forward runs: "promises", "careful", or "" for unfolded
-        self.folded = FoldedConvs(model, self.known)
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Folding)]
         self.nested = 0  # other such modes inside of this one, whose work it leaves alone
+
+    @cached_property
+    def known(self) -> Known:
+        """Asked for at the first of the model's convolutions: an attack that is replayed as a graph has none."""
+        return known_of(self.model)
 
     def __enter__(self) -> Self:
         for mode in self.outer:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.norm_learning import Chain
 from robust_moe_kernels.modules.route_options import RouteOptions
+from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
 __all__ = ["KNOWN", "Known", "known_of"]
 
@@ -25,7 +26,7 @@ class Known:
     def is_of(self, model: nn.Module) -> bool:
         """Whether the chains still are of the model's tensors: some were replaced otherwise, as ``double()`` does."""
         chains = (self.chains or {}).values()
-        weights = {id(parameter) for parameter in model.parameters()} if chains else set()
+        weights = {id(parameter) for parameter in parameters_of(modules_of(model))} if chains else set()
         return all(id(chain.weight()) in weights and chain.mean() is not None for chain in chains)
 
     def usable(self) -> bool:
@@ -53,7 +54,7 @@ def known_of(model: nn.Module) -> Known:
 def _form(model: nn.Module) -> list[Any]:
     """What a forward is written in: as long as it stays the same, the same operations should read the same outputs."""
     form: list[Any] = []
-    for module in model.modules():
+    for module in modules_of(model):
         attributes = [item for item in vars(module).items() if item[0] != "training"]
         attributes += [
             item for _, value in attributes if isinstance(value, RouteOptions) for item in vars(value).items()

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from robust_moe_kernels.modules.experts import StackedConv2d
 from robust_moe_kernels.modules.interception import is_batched, is_compiled
+from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
 __all__ = ["shared_launches"]
 
@@ -61,9 +62,10 @@ class _Cast(NamedTuple):
 class _Shared(TorchFunctionMode):
     def __init__(self, model: nn.Module, casts: bool) -> None:
         super().__init__()
+        modules = modules_of(model)
         self.counters = {
             id(module.num_batches_tracked): module.num_batches_tracked
-            for module in model.modules()
+            for module in modules
             # without a momentum a norm divides by its counter, on the host
             if isinstance(module, nn.modules.batchnorm._NormBase)
             and module.num_batches_tracked is not None
@@ -74,8 +76,7 @@ class _Shared(TorchFunctionMode):
         self.casts: dict[tuple[int, torch.dtype, bool], _Cast] = {}  # by the weight, and whether it is trained
         if casts:
             for kinds in ((nn.Conv2d, nn.Linear), (StackedConv2d,)):
-                layers = [module for module in model.modules() if isinstance(module, kinds)]
-                self._together(weight for layer in layers for weight in layer.parameters(recurse=False))
+                self._together(parameters_of(module for module in modules if isinstance(module, kinds)))
 
     def _together(self, weights: Iterable[Tensor]) -> None:
         group = [weight for weight in weights if weight.dtype == torch.float32 and not weight.is_inference()]

@@ -31,6 +31,7 @@ from robust_moe.graphs import (
 )
 from robust_moe.methods.base import Objective, Scored
 from robust_moe_kernels.modules import RoutingRecord, moe_layers
+from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["PassGraphs"]
 
@@ -119,7 +120,7 @@ class PassGraphs:
         assert inputs is not None  # or there is a reason
         kind = (
             places(self.model),
-            tuple(module.training for module in self.model.modules()),
+            tuple(module.training for module in modules_of(self.model)),
             precisions(inputs[0].device.type),
         )
         if kind != self._kind:

@@ -113,9 +113,10 @@ def probed_gain(step: int, model: nn.Module, batch: Batch, images: Tensor) -> di
     mean of adversarial ``images`` minus that of the clean ones, in eval mode. Zero or less: it does not work."""
     if step % PROBE_EVERY:
         return {}
-    with attack_mode(model), torch.no_grad():
-        losses = [F.cross_entropy(full(model(x)), batch.labels) for x in (images, batch.images)]
-    return {"attack_gain": losses[0] - losses[1]}
+    with attack_mode(model), torch.no_grad():  # both in one forward: on a GPU it costs what its launches cost
+        logits = full(model(torch.cat([images, batch.images])))
+    after, before = (F.cross_entropy(half, batch.labels) for half in logits.chunk(2))
+    return {"attack_gain": after - before}
 
 
 def dose(task: Tensor, term: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ __all__ = ["ATTACK_STEP", "NORMS", "pgd_step", "random_start"]
 ATTACK_STEP = Op(
     __package__,
     cpu=("native", "reference"),
-    cuda=("triton", "native", "reference"),
+    cuda=("native", "triton", "reference"),
 )
 NORMS = ("Linf", "L2")
 

@@ -159,7 +159,3 @@ def test_what_is_taken(changes, taken, monkeypatch):
     x = torch.zeros(2, found["channels"], 4, 4, dtype=found["dtype"]).as_subclass(found["type"])
     filters = torch.zeros(8, found["channels"], 3, 3, dtype=found["dtype"])
     assert cudnn_relu.takes(x, filters, found["groups"]) is taken
-
-
-def test_off_unless_it_is_chosen():
-    assert cudnn_relu.ENABLED is False
