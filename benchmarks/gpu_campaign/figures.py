@@ -69,7 +69,7 @@ def _products(rows: Sequence[Row], ceiling: float | None, source: Row) -> Figure
         line[0].set_ylabel("useful TFLOP/s")
     for axes in panels[-1]:
         axes.set_xlabel("batch size B")
-    panels[-1][-1].legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="upper left", ncols=2)
+    panels[0][-1].legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="lower right")
     return figure
 
 

@@ -6,8 +6,8 @@ convolution and a kernel of this package: a launch and a pass over the map more.
 the ReLU's descriptor keeps its default, CUDNN_NOT_PROPAGATE_NAN (part 9 of the GPU campaign asks again on other GPUs).
 
 It is not used under ``torch.backends.cudnn.deterministic``: PyTorch tells the search for an algorithm
-``deterministic=False`` whatever that says. Nor for what fused engines may not have: channels in other than multiples of 8
-(bfloat16, float16) or 4 (TF32), and float32 without TF32.
+``deterministic=False`` whatever that says. Nor for what fused engines may not have: channels in other than multiples of
+8 (bfloat16, float16) or 4 (TF32), and float32 without TF32.
 
 The forward that the folding learns from has its ReLUs apart, so its last bits may differ from those of later ones.
 """
