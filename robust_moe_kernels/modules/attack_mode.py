@@ -31,10 +31,10 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     forward; the results are the same bit for bit. A norm whose parameters or running statistics are replaced or changed
     inside (but through ``.data``, which nothing can see) goes unfolded from then on; so do all in compiled graphs.
 
-    In any model, ordinary convolutions run with the batch norms that follow them folded too
-    (:mod:`~robust_moe_kernels.modules.norm_folding`). That equals the unfolded model up to rounding: a gradient next to
-    zero may have another sign. It is the same in every forward, but for those without gradients that come before the
-    model's first with gradients, from which it is learned.
+    In any model, ordinary convolutions run with the batch norms that follow them folded too, but in small forwards on a
+    CPU (:mod:`~robust_moe_kernels.modules.norm_folding`). That equals the unfolded model up to rounding: a gradient
+    next to zero may have another sign. It is the same in every forward of a size, but for those without gradients that
+    come before the model's first with gradients, from which it is learned.
 
     With a model on the CPU the process keeps freed memory from then on (:func:`~.native.keep_freed_memory`, which says
     how to prevent that): an attack allocates the same large maps again and again.
@@ -73,5 +73,13 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             for block in blocks:
                 block.folded = block.fold() if mode == "eval" else None
-            with shared_launches(model), backbone_folded(model) if mode == "eval" else nullcontext():
+            shared = shared_launches(model) if _shares(mode, parameters) else nullcontext()
+            with shared, backbone_folded(model) if mode == "eval" else nullcontext():
                 yield
+
+
+def _shares(mode: str, parameters: list[nn.Parameter]) -> bool:
+    """Whether layers do things together. Not in evaluation on a CPU without autocast: there is nothing to do, and every
+    question to a tensor would pass through one more function mode, some thousands in a forward."""
+    kinds = {parameter.device.type for parameter in parameters}
+    return mode == "train" or kinds != {"cpu"} or torch.is_autocast_enabled("cpu")

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.modules.folded_conv import FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_knowledge import Known
+from robust_moe_kernels.modules.norm_knowledge import Known, known_of
 from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["FoldedConvs", "frozen"]
 
 
 class FoldedConvs:
-    """The folded convolutions of a model, by what is known of it (``known``, asked when the first is made).
+    """The folded convolutions of a model, by what is known of it.
 
     ``weights``: its convolutions' weights and biases, by the weight's id; ``made``: by the ids of weight and running
     mean, None where they changed.
     """
 
-    def __init__(self, model: nn.Module, known: Callable[[], Known]) -> None:
-        self._known, self._model = known, model
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.weights = {
             id(weight): (weight, module._parameters.get("bias"))
             for module in modules_of(model)
@@ -32,12 +33,17 @@ class FoldedConvs:
         self._rows: dict[Any, Any] = {}  # see FoldedConv.rows
         self.made: dict[tuple[int, int], FoldedConv | None] = {}
 
+    @cached_property
+    def known(self) -> Known:
+        """Asked for at the first of the model's convolutions: an attack that is replayed as a graph has none."""
+        return known_of(self._model)
+
     def of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
         """The convolution of these numbers; None where it must not be folded."""
         if not frozen(weight, bias, norm.weight, norm.bias):
             return None
         key = (id(weight), id(norm.mean))
-        if not self.made and self._known().chains:
+        if not self.made and self.known.chains:
             self._make()
         if key not in self.made:
             unseen = _has_no_versions(weight, bias, norm)
@@ -61,7 +67,7 @@ class FoldedConvs:
         norms = {id(m.running_mean): m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         found = []
         for weight, bias in self.weights.values():
-            chain = self._known().chain_of(weight)
+            chain = self.known.chain_of(weight)
             module = None if chain is None else norms.get(id(chain.mean()))
             if module is not None and module.running_mean is not None and module.running_var is not None:
                 norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)

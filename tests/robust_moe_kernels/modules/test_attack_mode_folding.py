@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from attack_models import assert_same, change, images, network, step
+from torch import nn
 from torch.func import functional_call
 
-from robust_moe_kernels.modules import attack_mode, experts, residual
+from robust_moe_kernels.modules import attack_mode, experts, norm_folding, residual
 from robust_moe_kernels.modules.residual import ResidualExperts
 
 NORMS = 2 + 4  # of BasicBlock, of Bottleneck with its skip's
@@ -198,3 +199,18 @@ def test_compiles_into_one_graph_that_new_numbers_reuse():
             changed = step(compiled, images())
         assert not torch.equal(changed[0], expected[0])
         assert_same(changed, step(plain.eval(), images()))
+
+
+def test_small_forwards_run_unfolded(monkeypatch):
+    """6 images of 8x8 pixels, maps of as many channels as the first convolution has: bit for bit the model itself."""
+    model = network().eval()
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    numbers = images().shape[0] * first.out_channels * 8 * 8
+    expected = step(model, images())
+    found = {}
+    for least in (numbers, numbers + 1):
+        monkeypatch.setattr(norm_folding, "LEAST", least)
+        with attack_mode(model):
+            found[least] = [step(model, images()) for _ in range(2)][1]
+    assert_same(found[numbers + 1], expected)
+    assert not torch.equal(found[numbers][1], expected[1])  # rounded otherwise
