@@ -37,7 +37,7 @@ def layer_in_attack(launches: Launches | Profiled, case: Case, autocast: Autocas
     """The second pass of an attack: what is done once an attack is done."""
     layer = launches.module(case.layer)
     x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
-    with attack_mode(layer), autocast():
+    with autocast(), attack_mode(layer):
         for _ in range(2):
             launches.take()
             y = layer(x)
@@ -71,7 +71,7 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
     images, labels = _maps(launches, case.batch, 3, 32, 32), launches.tensor(case.batch, dtype=torch.int64)
     batch = Batch(images, labels, labels)
     for _ in range(2):  # an attack is needed to learn which norms may be folded
-        with attack_mode(model), autocast():
+        with autocast(), attack_mode(model):
             passes, x = method.attack.aim(model, images, batch.labels, Tally(images.device)), images
             for _ in range(2):
                 launches.take()
