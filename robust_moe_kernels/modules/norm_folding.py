@@ -203,11 +203,11 @@ class _Folding(TorchFunctionMode):
         if kwargs or len(args) != 7 or not is_plain(args[0]):
             return None
         x, weight, bias, *form = args
-        call = Call.of(*form)
         known, _ = self.folded.weights.get(id(weight), (None, None))
-        if known is None or known is not weight or call is None or not self._begun(x, weight):
+        if known is None or known is not weight or not self._begun(x, weight):
             return None
-        if x.device != weight.device or not frozen(weight, bias) or transformed():
+        call = Call.of(*form)
+        if call is None or x.device != weight.device or not frozen(weight, bias) or transformed():
             return None
         promise = Promise(self._real(x), args[1:], call, State(x.device.type))
         if not promise.is_valid():
