@@ -22,7 +22,7 @@ from robust_moe_kernels.modules.route_control import (
     only_expert,
     rerouted,
 )
-from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
+from robust_moe_kernels.modules.route_options import DrawnReroute, Reroute, RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.modules.shared_launches import shared_launches
 
@@ -31,6 +31,7 @@ __all__ = [
     "GATES",
     "AllExperts",
     "ConvGapGate",
+    "DrawnReroute",
     "DropTop",
     "FixedGate",
     "FixedRoutes",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["Reroute", "RouteOptions"]
+__all__ = ["DrawnReroute", "Reroute", "RouteOptions"]
 
 
 class Reroute(Protocol):
@@ -18,6 +18,14 @@ class Reroute(Protocol):
 
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         """(indices int64 [B, n], weights [B, n]) from the layer's options and its gate's decision; n need not be k."""
+
+
+@runtime_checkable
+class DrawnReroute(Reroute, Protocol):
+    """One that draws random numbers, and says what it draws from: attacks on routes then see more than one draw."""
+
+    def mean_weights(self, options: RouteOptions, record: RoutingRecord) -> Tensor:
+        """Each expert's mean weight over the draws, [B, E], without a gradient; 0: never drawn."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robust_moe.attacks.base import Found, expect_length, expect_number
 from robust_moe.attacks.losses import LOSSES
@@ -25,6 +25,7 @@ from robust_moe.attacks.routes import (
     CUSHION,
     CleanGates,
     Goal,
+    eval_rule,
     full,
     leads,
     record_clean,
@@ -33,7 +34,15 @@ from robust_moe.attacks.routes import (
     worst_route,
 )
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import AllExperts, FixedRoutes, MoELayer, last_routes, moe_layers, rerouted
+from robust_moe_kernels.modules import (
+    AllExperts,
+    DrawnReroute,
+    FixedRoutes,
+    MoELayer,
+    last_routes,
+    moe_layers,
+    rerouted,
+)
 
 __all__ = ["ExpertPGD", "JointPGD", "RouterPGD", "TransferPGD", "router_margin"]
 
@@ -41,28 +50,29 @@ __all__ = ["ExpertPGD", "JointPGD", "RouterPGD", "TransferPGD", "router_margin"]
 def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Tensor:
     """How far a gate is from giving up one more of the experts it had selected, [B].
 
-    Pair the selected experts, weakest first, with the others, strongest first: as many experts have left the top k as
-    there are pairs in which the other is ahead. The margin is the lead of the other in the first pair that is not ahead
-    by more than ``cushion``, or in the last pair. So one expert after the other is pushed out, the easiest first, and
-    none is let in again. For k = 1 this is the margin loss of Carlini and Wagner with the expert as the class. For
-    k = E no expert can leave: 0, without a gradient.
+    Pair the selected experts, weakest first, with the others, strongest first: as many selected experts have fallen
+    behind as there are pairs in which the other is ahead. The margin is the lead of the other in the first pair that is
+    not ahead by more than ``cushion``, or in the last pair. So one expert after the other is pushed out, the easiest
+    first, and none is let in again. For one selected expert this is the margin loss of Carlini and Wagner with the
+    expert as the class. Where all are selected no expert can leave: 0, without a gradient.
 
     Args:
         logits: [B, E], any floating dtype; computed in fp32 at least.
-        selected: int64 [B, k], the experts that the gate chose on the clean images.
+        selected: the experts selected on the clean images, int64 [B, k], or bool [B, E] where their number differs
+            between images.
         cushion: >= 0, in units of the logits.
     """
     h = full(logits)
-    k, experts = selected.shape[1], h.shape[1]
-    if k == experts:
-        return torch.zeros_like(h[:, 0])
-    pairs = min(k, experts - k)
-    weakest = h.gather(1, selected).topk(pairs, dim=1, largest=False).values
-    chosen = torch.zeros_like(h, dtype=torch.bool).scatter(1, selected, True)
-    strongest = h.masked_fill(chosen, -torch.inf).topk(pairs, dim=1).values
+    mask = selected.dtype == torch.bool
+    chosen = selected if mask else torch.zeros_like(h, dtype=torch.bool).scatter(1, selected, True)
+    most = max(h.shape[1] // 2, 1)  # pairs; the lead of one that an image does not have is -infinity
+    weakest = h.masked_fill(~chosen, torch.inf).topk(most, dim=1, largest=False).values
+    strongest = h.masked_fill(chosen, -torch.inf).topk(most, dim=1).values
     lead = strongest - weakest  # falls from pair to pair
-    first = (lead.detach() > cushion).sum(1, keepdim=True).clamp_max(pairs - 1)
-    return lead.gather(1, first)[:, 0]
+    count = chosen.sum(1, keepdim=True)
+    pairs = torch.minimum(count, h.shape[1] - count)
+    first = torch.minimum((lead.detach() > cushion).sum(1, keepdim=True), pairs - 1).clamp_min(0)
+    return torch.where(pairs > 0, lead.gather(1, first), 0.0)[:, 0]
 
 
 class MoEAttack(PGD):
@@ -120,7 +130,8 @@ class ExpertPGD(MoEAttack):
 
     Args:
         freeze_weights: the gate's weights are held too, so that no gradient reaches a gate and only the experts are
-            attacked; ``False``: the experts are held, their weights follow the gate.
+            attacked; ``False``: the experts are held, their weights follow the gate. Of a routing rule of evaluation
+            that draws its experts the mean weights over the draws are held.
         others: see :class:`MoEAttack`.
     """
 
@@ -129,10 +140,22 @@ class ExpertPGD(MoEAttack):
         self.freeze_weights = freeze_weights
 
     def routed(self, passes: Passes) -> Passes:
-        routes = last_routes(passes.model).values()
-        held = [(route.indices, route.weights if self.freeze_weights else None) for route in routes]
-        extras = tuple(tensor for route in held for tensor in route if tensor is not None)
-        return replace(passes, loss=self._loss, extras=extras)
+        layers, extras = moe_layers(passes.model), list[Tensor]()
+        for name, route in last_routes(passes.model).items():
+            layer = layers[name]
+            free = layer.reroute is None and layer.fixed_expert is None
+            rule = eval_rule(layer, layer.training) if free else None
+            if not self.freeze_weights:
+                expected = "True where a routing rule of evaluation weighs the experts"
+                expect(rule is None, "freeze_weights", expected, f"False with {rule!r} in layer {name!r}")
+                extras.append(route.indices)
+            elif isinstance(rule, DrawnReroute):
+                mean = rule.mean_weights(layer.route_options, layer.last_routing)
+                extras += mean.sort(dim=1, descending=True, stable=True)[::-1]
+            else:
+                assert route.weights is not None
+                extras += [route.indices, route.weights]
+        return replace(passes, loss=self._loss, extras=tuple(extras))
 
     def _loss(self, logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
         return self.loss(logits, y)
@@ -150,8 +173,9 @@ class RouterAttack(MoEAttack):
 
     The router's loss is the sum over the layers of :func:`router_margin`, each layer's in units of the spread (the
     standard deviation over the experts) of its logits at the clean image, so that a layer with large logits does not
-    outweigh the others, and with a cushion of ``CUSHION`` such units. Layers with k = E or a fixed expert cannot be
-    rerouted and add nothing.
+    outweigh the others, and with a cushion of ``CUSHION`` such units. Where a routing rule of evaluation replaces the
+    gate's choice, the selected experts are those that it gives weight to, or might have drawn; where it does so to all,
+    the gate's first alone. Layers with k = E and no such rule, or a fixed expert, cannot be rerouted and add nothing.
 
     Args:
         soft_gradient: let the classification loss, and the gates of later layers, see a hard choice of experts as the
@@ -169,7 +193,7 @@ class RouterAttack(MoEAttack):
         """Loss of each sample [B] from the logits, the labels and the router's loss [B]."""
 
     def routed(self, passes: Passes) -> Passes:
-        gates = _Gates(self, passes.model)
+        gates = _Gates(self, routed_layers(passes.model, passes.mode == "train"))
         return replace(passes, loss=gates.loss, extras=gates.clean())
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
@@ -214,15 +238,14 @@ class RouterPGD(RouterAttack):
         return passes if self._targets(passes) else super().routed(passes)
 
     def _targets(self, passes: Passes) -> list[MoELayer]:
-        return routed_layers(passes.model) if self.each_expert else []
+        return routed_layers(passes.model, passes.mode == "train") if self.each_expert else []
 
     def run(self, passes: Passes, x0: Tensor, sample_index: Tensor | None, seed: int) -> Tensor:
         layers = self._targets(passes)
         if not layers:
             return super().run(passes, x0, sample_index, seed)
         gates = CleanGates.of(layers)  # the last forward was that of the clean images, in prepare
-        others = [ranked[:, layer.top_k :] for layer, ranked in zip(layers, gates.ranked, strict=True)]
-        candidates = [experts[:, : self.routes] for experts in others]
+        candidates = [experts[:, : self.routes] for experts in gates.others()]
         nothing = passes.y.new_zeros(len(x0), dtype=torch.bool), gates.spread.new_full((len(x0),), -torch.inf)
         found = Found(x0, *nothing)
 
@@ -281,19 +304,16 @@ class TransferPGD(PGD):
 class _Gates:
     """The gates of a model under attack. Reads each layer's record of the forward just made."""
 
-    def __init__(self, attack: RouterAttack, model: nn.Module) -> None:
-        self.attack = attack
-        self.layers: list[MoELayer] = routed_layers(model)
+    def __init__(self, attack: RouterAttack, layers: list[MoELayer]) -> None:
+        self.attack, self.layers = attack, layers
 
     def clean(self) -> tuple[Tensor, ...]:
-        """For each layer the experts selected, int64 [B, k], and the spread of its logits, float64 [B, 1], at the clean
+        """For each layer the experts selected, bool [B, E], and the spread of its logits, float64 [B, 1], at the clean
         images."""
         if not self.layers:
             return ()
-        gates, found = CleanGates.of(self.layers), []
-        for layer, ranked, spread in zip(*gates[:2], gates.spread.split(1, 1), strict=True):
-            found += [ranked[:, : layer.top_k], spread]
-        return tuple(found)
+        gates = CleanGates.of(self.layers)
+        return tuple(tensor for pair in zip(gates.chosen, gates.spread.split(1, 1), strict=True) for tensor in pair)
 
     def loss(self, logits: Tensor, y: Tensor, *clean: Tensor) -> Tensor:
         # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing.

@@ -13,14 +13,17 @@ from robust_moe.attacks.apgd import merge
 from robust_moe.attacks.base import Found
 from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import MoELayer, SoftGradient, moe_layers
+from robust_moe_kernels.modules import DrawnReroute, MoELayer, Reroute, SoftGradient, moe_layers
 
 __all__ = [
     "CUSHION",
     "CleanGates",
     "Goal",
+    "chosen_experts",
+    "eval_rule",
     "full",
     "leads",
+    "most_chosen",
     "record_clean",
     "route_lead",
     "routed_layers",
@@ -35,17 +38,31 @@ class CleanGates(NamedTuple):
     """What the gates of L layers say of B clean images."""
 
     layers: list[MoELayer]
-    ranked: list[Tensor]  # of each layer int64 [B, E], all experts, the best first
+    chosen: list[Tensor]  # of each layer bool [B, E], see chosen_experts; where that is all, the gate's first alone
+    ranked: list[Tensor]  # of each layer int64 [B, E], all experts, the chosen ones first, each kind from the best on
     spread: Tensor  # float64 [B, L], > 0: standard deviation, over the experts, of each layer's logits
 
     @classmethod
     def of(cls, layers: list[MoELayer]) -> CleanGates:
         """From the records of the forward just made."""
         logits = [layer.last_routing.logits.detach() for layer in layers]
-        # as the gate ranks them, also where a caller's routes replace its choice
-        ranked = [h.sort(dim=1, descending=True, stable=True).indices for h in logits]
+        chosen, ranked = [], []
+        for layer, h in zip(layers, logits, strict=True):
+            order, found = _ranking(h), chosen_experts(layer)
+            found &= ~found.all(1, keepdim=True) | torch.zeros_like(found).scatter(1, order[:, :1], True)
+            chosen.append(found)
+            ranked.append(order.gather(1, found.gather(1, order).sort(dim=1, descending=True, stable=True).indices))
         spread = torch.stack([h.double().std(dim=1, correction=0) for h in logits], 1)
-        return cls(layers, ranked, spread.clamp_min(torch.finfo(torch.float32).eps))
+        return cls(layers, chosen, ranked, spread.clamp_min(torch.finfo(torch.float32).eps))
+
+    def others(self) -> list[Tensor]:
+        """Of each layer int64 [B, m], the experts that are not chosen, from the best on. Where a rule of evaluation
+        chooses more of them for some images than the fewest it may, chosen ones fill their rows."""
+        found = []
+        for layer, chosen, ranked in zip(self.layers, self.chosen, self.ranked, strict=True):
+            order = ranked.gather(1, chosen.gather(1, ranked).sort(dim=1, stable=True).indices)
+            found.append(order[:, : layer.num_experts - fewest_chosen(layer, layer.training)])
+        return found
 
 
 class Goal(NamedTuple):
@@ -79,20 +96,51 @@ def record_clean(passes: Passes, x0: Tensor) -> None:
         expect(layer.routing is not old, "model", "a forward that reaches every routed layer", f"none through {name!r}")
 
 
-def routed_layers(model: nn.Module) -> list[MoELayer]:
-    """The layers whose gate chooses among experts: no fixed expert, and k < E."""
+def eval_rule(layer: MoELayer, training: bool) -> Reroute | None:
+    """The rule that replaces the gate's choice of k in the given mode; None: there is none."""
+    return None if training else layer.inference
+
+
+def chosen_experts(layer: MoELayer) -> Tensor:
+    """Experts that the layer gives weight to in the forward just made, bool [B, E]: the gate's first k, also where a
+    caller's routes replace them; with a rule of evaluation those that it gives weight to, and of a rule that draws
+    those that it might have drawn (:meth:`~robust_moe_kernels.modules.DrawnReroute.mean_weights`)."""
+    record, rule = layer.last_routing, eval_rule(layer, layer.training)
+    none = torch.zeros_like(record.scores)
+    if rule is None:
+        return none.scatter(1, _ranking(record.logits)[:, : layer.top_k], 1) > 0
+    if isinstance(rule, DrawnReroute):
+        return rule.mean_weights(layer.route_options, record) > 0
+    return none.scatter_add(1, record.indices, record.weights.detach().abs().to(none.dtype)) > 0
+
+
+def fewest_chosen(layer: MoELayer, training: bool) -> int:
+    """Experts that the layer gives weight to, at least: k; 1 with a rule of evaluation."""
+    return layer.top_k if eval_rule(layer, training) is None else 1
+
+
+def most_chosen(layer: MoELayer, training: bool) -> int:
+    """Experts that the layer gives weight to, at most: k; with a rule of evaluation its ``top``, E if it has none."""
+    rule, count = eval_rule(layer, training), layer.num_experts
+    return layer.top_k if rule is None else min(getattr(rule, "top", count), count)
+
+
+def routed_layers(model: nn.Module, training: bool) -> list[MoELayer]:
+    """The layers that choose among experts in the given mode: k < E or a rule of evaluation, and no fixed expert."""
     return [
-        layer for layer in moe_layers(model).values() if layer.fixed_expert is None and layer.top_k < layer.num_experts
+        layer
+        for layer in moe_layers(model).values()
+        if layer.fixed_expert is None and fewest_chosen(layer, training) < layer.num_experts
     ]
 
 
 def soft_gates(model: nn.Module) -> dict[str, SoftGradient]:
-    """A :class:`~robust_moe_kernels.modules.SoftGradient` for each layer in which the gate chooses; layers whose routes
-    the caller imposes are left alone."""
+    """A :class:`~robust_moe_kernels.modules.SoftGradient` for each layer that chooses among experts; layers
+    whose routes the caller imposes are left alone."""
     return {
         name: SoftGradient()
         for name, layer in moe_layers(model).items()
-        if layer.reroute is None and layer.top_k < layer.num_experts
+        if layer.reroute is None and fewest_chosen(layer, layer.training) < layer.num_experts
     }
 
 
@@ -101,17 +149,30 @@ def full(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def route_lead(logits: Tensor, expert: Tensor, top_k: int) -> Tensor:
-    """Lead of an expert over the k-th best of the others, [B]: positive where it is among the selected.
+def _ranking(logits: Tensor) -> Tensor:
+    """All experts of each image [B, E], best first, ties to the lowest index as in the gate."""
+    return logits.detach().sort(dim=1, descending=True, stable=True).indices
+
+
+def route_lead(logits: Tensor, expert: Tensor, chosen: Tensor) -> Tensor:
+    """How far an expert is inside the choice, [B]: the distance of its logit from the nearest expert's that is not
+    chosen; where it is not chosen itself, minus that from the nearest expert's that is.
+
+    For the first k of a gate this is its lead over the k-th best of the others. Where all experts are chosen it is
+    ``CUSHION``, without a gradient.
 
     Args:
         logits: [B, E], any floating dtype; computed in fp32 at least.
         expert: int64 [B].
-        top_k: k < E.
+        chosen: bool [B, E], the experts that the layer gives weight to.
     """
-    h = full(logits)
-    others = h.scatter(1, expert[:, None], -torch.inf)
-    return h.gather(1, expert[:, None])[:, 0] - others.topk(top_k, dim=1).values[:, -1]
+    h, place = full(logits), expert[:, None]
+    inside = chosen.gather(1, place)
+    gaps = h.gather(1, place) - h
+    rival = gaps.detach().abs().masked_fill(chosen == inside, torch.inf).argmin(1, keepdim=True)
+    gap = gaps.gather(1, rival)
+    lead = torch.where(torch.where(inside, gap < 0, gap > 0), -gap, gap)  # at a tie its own logit is to rise
+    return torch.where((chosen == inside).all(1, keepdim=True), CUSHION, lead)[:, 0]
 
 
 def leads(layers: Sequence[MoELayer], goal: Goal) -> Tensor:
@@ -120,7 +181,7 @@ def leads(layers: Sequence[MoELayer], goal: Goal) -> Tensor:
     columns = []
     for layer, expert, spread in zip(layers, goal.experts.unbind(1), goal.spread.unbind(1), strict=True):
         h = full(layer.last_routing.logits)
-        lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), layer.top_k)
+        lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), chosen_experts(layer))
         columns.append(torch.where(expert < 0, CUSHION, lead))
     return torch.stack(columns, 1)
 

@@ -51,17 +51,19 @@ class Steering(PGD):
     where the image is sent to the expert, and ``route_weight`` times what is missing of that lead, so that an image
     that was lost to another expert is driven back. All iterates are judged. Layers take turns, and are then joined
     greedily (:func:`~robust_moe.attacks.routes.worst_route`). For k > 1 the expert is to be among the selected; the
-    weight that it has there is something that the loss has a gradient to.
+    weight that it has there is something that the loss has a gradient to. Where a routing rule of evaluation replaces
+    the gate's choice (:mod:`robust_moe.models.inference`), an expert counts as selected where the rule gives it weight,
+    or might have drawn it.
 
     PGD comes first, with the same settings and starts, and its images are replaced by worse ones only: this attack is
-    never weaker. Where no gate has a choice (a dense model, k = E, a fixed expert, routes that the caller imposes) it
-    is PGD, and warns. Of two members of a dual model the layers of both are steered.
+    never weaker. Where no gate has a choice (a dense model, k = E without such a rule, a fixed expert, routes that the
+    caller imposes) it is PGD, and warns. Of two members of a dual model the layers of both are steered.
 
     Args:
         eps: radius of the ball, >= 0, pixels being in [0, 1].
         steps: gradient steps of each climb, >= 0.
         routes: experts of each layer to steer to, >= 1: the first in the ranking of its gate at the clean image, the
-            selected ones among them; of a layer with fewer experts all.
+            selected ones first of all; of a layer with fewer experts all.
         experts: numbers of the experts to steer to, instead of the first ``routes``.
         route_weight: λ >= 0, of the lead that is missing.
         soft_gradient: let the loss see a hard choice as the soft mixture in the backward pass
@@ -148,12 +150,12 @@ class Steering(PGD):
         return min(self.routes, layer.num_experts) if self.experts is None else len(self.experts)
 
     def steered(self, model: nn.Module) -> list[MoELayer]:
-        """The layers of ``model`` whose gates choose among experts, and whose choice nobody replaces.
+        """The layers of ``model`` that choose among experts, and whose choice the caller does not replace.
 
         Raises:
             ValueError: one that lacks an expert of ``experts``.
         """
-        layers = [layer for layer in routed_layers(model) if layer.reroute is None]
+        layers = [layer for layer in routed_layers(model, self.mode == "train") if layer.reroute is None]
         for layer in layers:
             for number, expert in enumerate(self.experts or ()):
                 expected = f"an expert below {layer.num_experts}, as the layer has them"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from robust_moe.attacks import PGD, JointPGD, Steering, TransferPGD
+from robust_moe.attacks.routes import most_chosen
 from robust_moe.evaluation.moe_stages import moe_arguments
 from robust_moe.evaluation.outcome import ROUTES, Stage
 from robust_moe.evaluation.stages import plan
@@ -44,7 +45,8 @@ def full_stages(model: nn.Module, attack: PGD.Config, seed: int) -> list[Stage]:
         arguments = {**moe_arguments(attack), "seed": seed}
         more += [Stage("joint", JointPGD(**arguments), ROUTES), Stage("transfer", TransferPGD(**arguments), ROUTES)]
         room = (COST - 1) * passes([first, *autoattack]) - passes(more)
-        most, least = max(layer.num_experts for layer in layers), 1 + max(layer.top_k for layer in layers)
+        most = max(layer.num_experts for layer in layers)
+        least = min(most, 1 + max(most_chosen(layer, training=False) for layer in layers))
         fits = (routes for routes in range(most, least, -1) if sum(steering(routes).most_passes(model)) <= room)
         more.append(Stage("steering", steering(next(fits, least)), ROUTES))
     return [first, *more, *autoattack]

@@ -139,6 +139,12 @@ class RandomTop:
         chance = (scores / scores.sum(1, keepdim=True)).gather(1, drawn).log()
         return indices.gather(1, drawn), 1 + (chance - chance.detach())
 
+    def mean_weights(self, options: RouteOptions, record: RoutingRecord) -> Tensor:
+        """p of the experts that may be drawn, 0 of the others, [B, E]."""
+        scores, indices = _first(record, self.top)
+        chances = (scores / scores.sum(1, keepdim=True)).detach()
+        return torch.zeros_like(record.scores).scatter(1, indices, chances)
+
 
 def _expect_top(top: int) -> None:
     expect(top >= 2, "top", "m >= 2", top)
