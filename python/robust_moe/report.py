@@ -16,7 +16,7 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_expe
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import PresetEvaluation, plot_routing, plot_training, read_results
-from robust_moe.evaluation.common import expect_common
+from robust_moe.evaluation.common import expect_common, expect_same_images
 from robust_moe.evaluation.results import samples_file
 from robust_moe.evaluation.stages import describe_attack
 from robust_moe.settings import plain
@@ -82,7 +82,8 @@ def assess(
         CheckpointError, ConfigError, DataError: what cannot be read or does not fit.
         ResumeError: a journal of another model, other data or other settings.
         FloatingPointError: NaN in a logit or an attack's gradient.
-        ValueError: one of ``beside`` is no result file, or has no attack in common with this evaluation.
+        ValueError: one of ``beside`` is no result file, or is of other images, or has no attack in common with this
+            evaluation.
     """
     expect_choice(split, count)
     others = _named_results([Path(other) for other in beside])
@@ -114,7 +115,10 @@ def assess(
             say=reporter.line,
             key="eval.attack",
         )
-        if preset in SINGLE_SUITE:  # sooner said than after hours of attacks
+        # sooner said than after hours of attacks
+        measured = {"count": len(index), "data": {"sha256": evaluation.identity["data"]}}
+        expect_same_images([("this evaluation", measured), *others])
+        if preset in SINGLE_SUITE:
             planned = [
                 {"name": stage.name, "chain": stage.chain, "settings": describe_attack(stage.attack)}
                 for stage in evaluation.stages

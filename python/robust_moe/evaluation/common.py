@@ -1,6 +1,7 @@
-"""Models compared by the worst case over the attacks that all of them were given.
+"""Models compared by the worst case over the attacks that all of them were given, on the same images.
 
 A worst case over more attacks is lower: results of several attacks beside results of one are no comparison of models.
+Nor are results on other images.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import wilson_interval
 
-__all__ = ["expect_common", "in_common"]
+__all__ = ["expect_common", "expect_same_images", "in_common"]
 
 Rows = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -32,9 +33,10 @@ def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> li
         samples: the arrays of the first row; None: as of the others.
 
     Raises:
-        ValueError: two results without a common attack, with what to run; or a worst case over some of the attacks that
+        ValueError: two results on other images, or without a common attack, with what to run; or a worst case over some of the attacks that
             the result does not hold, its arrays not being there.
     """
+    expect_same_images(rows)
     shared = expect_common(rows)
     chosen = []
     for number, (name, results) in enumerate(rows):
@@ -72,6 +74,31 @@ def expect_common(rows: Rows) -> list[str]:
             "robust-moe eval on all of them with the same --preset and eval.attack settings"
         )
     return shared
+
+
+def expect_same_images(rows: Rows) -> None:
+    """Refuse rows whose images and labels differ: in SHA-256, or in number where one does not say that.
+
+    Raises:
+        ValueError: the first two that differ, with what to run.
+    """
+    for number, (name, results) in enumerate(rows):
+        for other, against in rows[:number]:
+            counts, data = (results.get("count"), against.get("count")), (_data(results), _data(against))
+            same = counts[0] == counts[1] if None in data else data[0] == data[1]
+            if not same:
+                got, expected = (
+                    f"{count} images" + (f" of SHA-256 {sha[:12]}" if sha else "")
+                    for count, sha in zip(counts, data, strict=True)
+                )
+                raise ValueError(
+                    f"{name}: expected results on the images and labels of {other} ({expected}), got {got}; run "
+                    "robust-moe eval on both with the same data settings, --split and --n"
+                )
+
+
+def _data(results: Mapping[str, Any]) -> str | None:
+    return results.get("data", {}).get("sha256")
 
 
 def _chains(results: Mapping[str, Any]) -> dict[str, list[str]]:

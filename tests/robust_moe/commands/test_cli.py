@@ -421,6 +421,11 @@ def test_results_of_other_models_are_shown_beside(config, tmp_path):
         assert [f'scope="row">{name}</th>' in page for name in names] == [True, finished, finished]
         label = page.partition('aria-label="Clean against robust accuracy.')[2].partition('"')[0]
         assert [f"{name}: clean " in label for name in names] == [True, finished, finished]
+    new = tmp_path / "fewer.json"
+    done = run("eval", folder, "--preset", "moe", "--n", 10, "--out", new, "--beside", twins[0])
+    assert done.exit_code == 2
+    assert "error: twin: expected results on the images and labels of this evaluation (10 images of" in done.stderr
+    assert not new.with_suffix(".journal").exists()  # said before any attack
 
 
 @pytest.mark.parametrize(

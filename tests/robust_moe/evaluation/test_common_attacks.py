@@ -5,6 +5,7 @@ import pytest
 
 from robust_moe.evaluation.common import in_common
 from robust_moe.evaluation.results import wilson_interval
+from robust_moe.evaluation.tables import results_table
 
 IMAGES = 40
 CLEAN = np.arange(IMAGES) < 36
@@ -94,3 +95,24 @@ def test_a_clean_evaluation_restricts_nothing():
     clean, _ = result({})
     (_, one), (_, two) = in_common([("mine", mine), ("clean", clean)])
     assert (one["robust"], two["robust"]) == (35 / 40, None)
+
+
+def test_results_on_other_images_are_no_comparison():
+    mine, _ = result({"pgd": broken(1)}, data={"name": "digits", "sha256": "a" * 64})
+    same, _ = result({"pgd": broken(2)}, data={"name": "digits", "sha256": "a" * 64})
+    other, _ = result({"pgd": broken(3)}, data={"name": "digits", "sha256": "b" * 64})  # another label, say
+    clean, _ = result({}, data={"name": "digits", "sha256": "b" * 64})
+    fewer, _ = result({"pgd": broken(3)}, count=39)
+    unsaid, _ = result({"pgd": broken(3)})
+    assert len(in_common([("mine", mine), ("same", same), ("unsaid", unsaid)])) == 3
+    words = (
+        r"other: expected results on the images and labels of mine \(40 images of SHA-256 aaaaaaaaaaaa\), got 40 images "
+        "of SHA-256 bbbbbbbbbbbb; run robust-moe eval on both with the same data settings, --split and --n"
+    )
+    for compare in (in_common, lambda rows: results_table(rows, "")):
+        with pytest.raises(ValueError, match=words):
+            compare([("unsaid", unsaid), ("mine", mine), ("other", other)])
+    with pytest.raises(ValueError, match="clean: expected results on the images and labels of mine"):
+        in_common([("mine", mine), ("clean", clean)])
+    with pytest.raises(ValueError, match="fewer: expected results on the images and labels of mine .*, got 39 images;"):
+        in_common([("mine", mine), ("fewer", fewer)])
