@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Found, expect_length, expect_number
+from robust_moe.attacks.base import Found, expect_length
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.pgd import PGD
@@ -26,6 +25,7 @@ from robust_moe.attacks.routes import (
     CleanGates,
     Goal,
     eval_rule,
+    expect_routes,
     full,
     leads,
     record_clean,
@@ -210,27 +210,26 @@ class RouterPGD(RouterAttack):
         targeted: drive each layer's gate to every other expert in turn, the nearest in its ranking first, and then the
             layers jointly (:func:`~robust_moe.attacks.routes.worst_route`), by the lead of that expert over the k-th
             best of the others; each image keeps what is misclassified, else the highest loss.
-        routes: experts of each layer that ``targeted`` tries, >= 1; of a layer with fewer others all.
+        routes: experts of each layer that ``targeted`` tries, >= 1; None, and of a layer with fewer others: all.
         others: see :class:`RouterAttack`.
     """
 
     def __init__(
-        self, eps: float, steps: int, *args: Any, targeted: bool = False, routes: int = 8, **settings: Any
+        self, eps: float, steps: int, *args: Any, targeted: bool = False, routes: int | None = 8, **settings: Any
     ) -> None:
         super().__init__(eps, steps, *args, **settings)
         expect(isinstance(targeted, bool), "targeted", "True or False", repr(targeted))
-        expect_number("routes", routes, Integral)
-        expect(routes >= 1, "routes", "a count >= 1", routes)
+        expect_routes(routes)
         self.each_expert = targeted  # "targeted" is PGD's, of labels
         self.routes = routes
 
     @property
     def passes(self) -> tuple[int, int]:
         """(forwards, backwards); with ``targeted`` of a sample that nothing fools, on a model with one layer that has
-        ``routes`` experts to spare: the most for one layer."""
+        ``routes`` experts to spare: the most for one layer. None counts as one expert: the model is not known."""
         if not self.each_expert:
             return super().passes
-        climbs = self.restarts * self.routes
+        climbs = self.restarts * (self.routes or 1)
         return 1 + climbs * (self.steps * self.eot_iter + 1), climbs * self.steps * self.eot_iter
 
     def routed(self, passes: Passes) -> Passes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks.apgd import merge
-from robust_moe.attacks.base import Found
+from robust_moe.attacks.base import Found, expect_number
 from robust_moe.attacks.passes import Passes
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import DrawnReroute, MoELayer, Reroute, SoftGradient, moe_layers
@@ -21,6 +22,7 @@ __all__ = [
     "Goal",
     "chosen_experts",
     "eval_rule",
+    "expect_routes",
     "full",
     "leads",
     "most_chosen",
@@ -80,6 +82,13 @@ class Climber(Protocol):
     def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
         """First iterate."""
         ...
+
+
+def expect_routes(routes: int | None) -> None:
+    """Refuse a setting ``routes``, experts of each layer to try, that is neither a count >= 1 nor None, all."""
+    if routes is not None:
+        expect_number("routes", routes, Integral)
+        expect(routes >= 1, "routes", "a count >= 1", routes)
 
 
 def record_clean(passes: Passes, x0: Tensor) -> None:

@@ -20,6 +20,7 @@ from robust_moe.attacks.routes import (
     CUSHION,
     CleanGates,
     Goal,
+    expect_routes,
     leads,
     record_clean,
     routed_layers,
@@ -63,7 +64,7 @@ class Steering(PGD):
         eps: radius of the ball, >= 0, pixels being in [0, 1].
         steps: gradient steps of each climb, >= 0.
         routes: experts of each layer to steer to, >= 1: the first in the ranking of its gate at the clean image, the
-            selected ones first of all; of a layer with fewer experts all.
+            selected ones first of all; None, and of a layer with fewer experts: all.
         experts: numbers of the experts to steer to, instead of the first ``routes``.
         route_weight: λ >= 0, of the lead that is missing.
         soft_gradient: let the loss see a hard choice as the soft mixture in the backward pass
@@ -105,7 +106,7 @@ class Steering(PGD):
         seed: int = 0,
         *,
         loss: str = "ce",
-        routes: int = 8,
+        routes: int | None = 8,
         experts: Sequence[int] | None = None,
         route_weight: float = 1.0,
         soft_gradient: bool = False,
@@ -116,8 +117,7 @@ class Steering(PGD):
         expect(loss in LOSSES, "loss", f"one of {', '.join(LOSSES)}", repr(loss))
         options: dict[str, Any] = {"loss": loss, "eot_iter": eot_iter, "mode": mode, "graph": graph}
         super().__init__(eps, steps, alpha, norm, random_start, restarts, seed, **options)
-        expect_number("routes", routes, Integral)
-        expect(routes >= 1, "routes", "a count >= 1", routes)
+        expect_routes(routes)
         expect_length("route_weight", route_weight)
         self.routes = routes
         expect(experts is None or len(experts) > 0, "experts", "at least one expert, or None", experts)
@@ -132,8 +132,8 @@ class Steering(PGD):
     @property
     def passes(self) -> tuple[int, int]:
         """(forwards, backwards) of a sample that nothing fools, on a model with one layer of at least ``routes``
-        experts: the most for one layer. :meth:`most_passes` knows other models."""
-        return self._most([self.routes if self.experts is None else len(self.experts)])
+        experts (None: of one): the most for one layer. :meth:`most_passes` knows other models."""
+        return self._most([(self.routes or 1) if self.experts is None else len(self.experts)])
 
     def most_passes(self, model: nn.Module) -> tuple[int, int]:
         return self._most([self._count(layer) for layer in self.steered(model)])
@@ -147,7 +147,8 @@ class Steering(PGD):
         return 2 + forwards + steps + climbs, backwards + steps  # the clean images, and what PGD made of them, are seen
 
     def _count(self, layer: MoELayer) -> int:
-        return min(self.routes, layer.num_experts) if self.experts is None else len(self.experts)
+        experts = layer.num_experts
+        return min(self.routes or experts, experts) if self.experts is None else len(self.experts)
 
     def steered(self, model: nn.Module) -> list[MoELayer]:
         """The layers of ``model`` that choose among experts, and whose choice the caller does not replace.

@@ -33,8 +33,8 @@ def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> li
         samples: the arrays of the first row; None: as of the others.
 
     Raises:
-        ValueError: two results on other images, or without a common attack, with what to run; or a worst case over some of the attacks that
-            the result does not hold, its arrays not being there.
+        ValueError: two results on other images, or without a common attack, with what to run; or a worst case over some
+            of the attacks that the result does not hold, its arrays not being there.
     """
     expect_same_images(rows)
     shared = expect_common(rows)

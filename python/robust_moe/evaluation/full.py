@@ -35,7 +35,7 @@ def full_stages(model: nn.Module, attack: PGD.Config, seed: int) -> list[Stage]:
         more.append(Stage(name, dataclasses.replace(attack, loss="margin").build(seed=seed), name))
     ball: dict[str, Any] = {"norm": attack.norm, "random_start": attack.random_start, "graph": attack.graph}
 
-    def steering(routes: int) -> Steering:
+    def steering(routes: int | None) -> Steering:
         return Steering(float(attack.eps), seed=seed, loss="margin", routes=routes, **ball)
 
     def passes(stages: list[Stage]) -> int:
@@ -48,7 +48,9 @@ def full_stages(model: nn.Module, attack: PGD.Config, seed: int) -> list[Stage]:
         most = max(layer.num_experts for layer in layers)
         least = min(most, 1 + max(most_chosen(layer, training=False) for layer in layers))
         fits = (routes for routes in range(most, least, -1) if sum(steering(routes).most_passes(model)) <= room)
-        more.append(Stage("steering", steering(next(fits, least)), ROUTES))
+        routes = next(fits, least)
+        # a number that follows from the model is no setting by which results of two models differ
+        more.append(Stage("steering", steering(routes if routes < most else None), ROUTES))
     return [first, *more, *autoattack]
 
 
@@ -58,9 +60,9 @@ def full_notes(model: nn.Module, stages: list[Stage]) -> list[str]:
     if not attacks:
         return ["no gate of the model has a choice: joint, transfer and steering, which would be PGD again, do not run"]
     (steering,) = attacks
-    most = max(layer.num_experts for layer in steering.steered(model))
-    if steering.routes == most:
+    if steering.routes is None:
         return []
+    most = max(layer.num_experts for layer in steering.steered(model))
     return [
         f"steering tries the gate's first {steering.routes} of up to {most} experts a layer: all would cost too much"
     ]

@@ -50,9 +50,8 @@ class MoENumbers(MoEStages):
     def __init__(self, run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Config) -> None:
         super().__init__(run, layers, attack)
         arguments = {**moe_arguments(attack), "seed": run.seed}
-        experts = max(layer.num_experts for layer in layers.values())
         self.attacks |= {
-            "ra_r_targeted": RouterPGD(**arguments, targeted=True, routes=experts),
+            "ra_r_targeted": RouterPGD(**arguments, targeted=True, routes=None),
             "joint": JointPGD(**arguments),
             "transfer": TransferPGD(**arguments),
         }

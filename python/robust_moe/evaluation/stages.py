@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -120,20 +122,37 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model: its modules and their options as it prints them, weights and all buffers (persistent or
-    not), and what each MoE layer has imposed. Not of its code, nor of options that it does not print."""
+    not), and of each MoE layer what it has imposed and how it routes in evaluation. Not of its code, nor of options
+    that it does not print.
+
+    Raises:
+        ValueError: a routing rule, or what it holds, that cannot be described, so that a change of it would go unseen.
+    """
     state = model.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     tensors |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
-    imposed = {name: [layer.fixed_expert, _imposed(layer.reroute, name)] for name, layer in moe_layers(model).items()}
+    imposed = {
+        name: [
+            layer.fixed_expert,
+            *(_rule(getattr(layer, kind), f"{name}.{kind}") for kind in ("reroute", "inference")),
+        ]
+        for name, layer in moe_layers(model).items()
+    }
     others = {name: repr(value) for name, value in state.items() if name not in tensors}
     printed = re.sub(r" at 0x[0-9a-f]+", "", f"{model!r} {others!r}")
     return hashlib.sha256(f"{printed}\n{json.dumps(imposed)}\n{digest(tensors)}".encode()).hexdigest()
 
 
-def _imposed(reroute: Any, layer: str) -> Any:
-    if reroute is None:
-        return None
-    return [type(reroute).__qualname__, _plain(getattr(reroute, "__dict__", {}), f"{layer}.reroute")]
+def _rule(rule: Any, what: str) -> Any:
+    """A routing rule as JSON will have it: the name of its class and all of its attributes."""
+    if rule is None or isinstance(rule, nn.Module | FunctionType):
+        return _plain(rule, what)
+    kind = type(rule)
+    # what copies itself in a way of its own, as functools.partial does, may hold more than its attributes
+    told = kind.__reduce__ is object.__reduce__ and "<" not in kind.__qualname__
+    expect(told, what, "an object of a class of a module, or a named function", repr(rule))
+    state = object.__getstate__(rule)  # its __dict__, and with __slots__ a pair
+    return [f"{kind.__module__}.{kind.__qualname__}", _plain(state, what)]
 
 
 def identity(
@@ -145,8 +164,15 @@ def identity(
     index: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a result depends on, plain values by name: SHA-256 of the model (:func:`fingerprint`), of images with
-    labels, and of positions (None: 0..n-1); ``settings`` and those of the attacks; what decides rounding."""
+    labels, and of positions (None: 0..n-1); ``settings`` and those of the attacks; what decides rounding.
+
+    A model of which :func:`fingerprint` cannot tell all is another one in every call, for a reason that ``"model"``
+    says: nothing of it is gone on with."""
     device = device_of(model)
+    try:
+        told = fingerprint(model)
+    except ValueError as error:
+        told = f"cannot be told from another one, so that nothing is resumed ({error}; {secrets.token_hex(8)})"
     index = torch.arange(len(images)) if index is None else index
     attacks = {
         f"{stage.name}.{name}": value
@@ -154,7 +180,7 @@ def identity(
         for name, value in {"chain": stage.chain, **describe_attack(stage.attack)}.items()
     }
     return {
-        "model": fingerprint(model),
+        "model": told,
         "data": digest({"images": images, "labels": labels}),
         "index": digest({"index": index}),
         **settings,

@@ -285,6 +285,7 @@ class Rows(nn.Module):
     ("kind", "settings", "passes"),
     [
         ("block", {}, (2 + 5 + 3 * 6, 5 + 3 * 5)),
+        ("block", {"routes": None}, (2 + 5 + 3 * 6, 5 + 3 * 5)),
         ("block", {"routes": 2, "restarts": 2}, (2 + 2 * (5 + 1) + 2 * 2 * 6, 2 * 5 + 2 * 2 * 5)),
         ("block", {"experts": [2]}, (2 + 5 + 6, 5 + 5)),
         ("whole networks", {"eot_iter": 2}, (2 + 10 + 3 * 11, 10 + 3 * 10)),

@@ -106,13 +106,15 @@ def test_results_on_other_images_are_no_comparison():
     unsaid, _ = result({"pgd": broken(3)})
     assert len(in_common([("mine", mine), ("same", same), ("unsaid", unsaid)])) == 3
     words = (
-        r"other: expected results on the images and labels of mine \(40 images of SHA-256 aaaaaaaaaaaa\), got 40 images "
-        "of SHA-256 bbbbbbbbbbbb; run robust-moe eval on both with the same data settings, --split and --n"
+        r"other: expected results on the images and labels of mine \(40 images of SHA-256 aaaaaaaaaaaa\), got 40 "
+        "images of SHA-256 bbbbbbbbbbbb; run robust-moe eval on both with the same data settings, --split and --n"
     )
     for compare in (in_common, lambda rows: results_table(rows, "")):
         with pytest.raises(ValueError, match=words):
             compare([("unsaid", unsaid), ("mine", mine), ("other", other)])
     with pytest.raises(ValueError, match="clean: expected results on the images and labels of mine"):
         in_common([("mine", mine), ("clean", clean)])
-    with pytest.raises(ValueError, match="fewer: expected results on the images and labels of mine .*, got 39 images;"):
+    with pytest.raises(
+        ValueError, match=r"fewer: expected results on the images and labels of mine .*, got 39 images;"
+    ):
         in_common([("mine", mine), ("fewer", fewer)])

@@ -133,7 +133,7 @@ def test_steering_tries_the_experts_that_the_cost_leaves_room_for(layers, expert
     model = nn.Sequential(*(Hidden(experts) for _ in range(layers)))
     stages = stages_of(model)
     (steering,) = (stage.attack for stage in stages["full"] if isinstance(stage.attack, Steering))
-    assert (steering.routes, steering.loss_name) == (routes, "margin")
+    assert (steering.routes, steering.loss_name) == (routes if routes < experts else None, "margin")
     full, standard = (sum(sum(stage.attack.most_passes(model)) for stage in stages[name]) for name in stages)
     assert (full <= COST * standard) == (layers < 30)  # one expert that the gate has not chosen is always tried
     notes = full_notes(model, stages["full"])

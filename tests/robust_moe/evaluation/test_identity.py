@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,9 @@ from torch import Tensor, nn
 from robust_moe.attacks import APGD, PGD, Attack, AutoAttack, Square
 from robust_moe.config import load_config
 from robust_moe.engine.experiment import make_model
-from robust_moe.evaluation import (
-    Stage,
-    identity,
-)
-from robust_moe.evaluation.stages import as_fraction, describe_attack
-from robust_moe_kernels.modules import AllExperts, FixedRoutes, MoELayer, moe_layers
+from robust_moe.evaluation import Journal, ResumeError, Stage, identity
+from robust_moe.evaluation.stages import as_fraction, describe_attack, fingerprint
+from robust_moe_kernels.modules import AllExperts, FixedRoutes, MoELayer, RoutingRecord, moe_layers
 
 
 def test_identity_names_all_that_matters(victim):
@@ -109,6 +107,71 @@ def test_identity_sees_routes_and_positions_and_precision(victim):
         layer.reroute = FixedRoutes(torch.full((96, 1), expert))
         shas.append(identity(model, victim.x, victim.y, [], {})["model"])
     assert shas[0] != shas[1]
+
+
+class Rule:
+    """A rule from outside that prints its address only."""
+
+    def __init__(self, **settings: object) -> None:
+        vars(self).update(settings)
+
+    def __call__(self, options: object, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        return record.indices, record.weights
+
+
+class Slotted(Rule):
+    __slots__ = ("place",)
+
+
+class OtherRule(Rule):
+    pass
+
+
+def first(options: object, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    return record.indices[:, :1], record.weights[:, :1]
+
+
+def slotted(place: int) -> Slotted:
+    rule = Slotted()
+    rule.place = place
+    return rule
+
+
+def model_by(rule: object, option: str = "inference") -> nn.Module:
+    model = mixture()
+    imposed(next(iter(moe_layers(model).values())), **{option: rule})
+    return model
+
+
+@pytest.mark.parametrize("option", ["inference", "reroute"])
+def test_a_rule_from_outside_is_told_by_its_class_and_attributes(option):
+    rules = [
+        lambda: Rule(place=1),
+        lambda: Rule(place=2),
+        lambda: Rule(weight=torch.ones(2)),
+        lambda: Rule(weight=torch.zeros(2)),
+        lambda: OtherRule(place=1),
+        lambda: slotted(1),
+        lambda: slotted(2),
+        lambda: first,
+    ]
+    found = [fingerprint(model_by(make(), option)) for make in rules]
+    assert found == [fingerprint(model_by(make(), option)) for make in rules]  # other objects of the same kind
+    assert len(set(found)) == len(rules)
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(inner=object()), partial(first), lambda options, record: first(options, record), Rule().__call__]
+)
+def test_what_cannot_be_told_is_never_resumed(rule, tmp_path):
+    model, x, y = model_by(rule), torch.zeros(3, 1, 8, 8), torch.arange(3)
+    with pytest.raises(ValueError, match=r"inference: expected .*, got"):
+        fingerprint(model)
+    Journal(tmp_path / "journal", identity(model, x, y, [], {})).close()
+    with pytest.raises(
+        ResumeError, match=r"model: 'cannot be told from another one, so that nothing is resumed \(layer2"
+    ):
+        Journal(tmp_path / "journal", identity(model, x, y, [], {}))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from robust_moe.evaluation.routing_measures import (
     routing_change,
     top_k_margin,
 )
+from robust_moe.evaluation.stages import describe_attack
 from robust_moe.models import BasicBlock, NetworkExperts
 from robust_moe_kernels.modules import (
     AllExperts,
@@ -609,3 +610,22 @@ def test_the_radii_of_a_curve_reach_20_255_and_the_attacks_own(eps, last):
     radii = curve_radii(eps)
     assert radii == tuple(last * level / 20 for level in range(1, 21))
     assert curve_radii("8/255") == curve_radii() == tuple(Fraction(level, 255) for level in range(1, 21))
+
+
+def test_models_of_other_numbers_of_experts_have_all_attacks_in_common():
+    """Settings of the user's make an attack another one; what follows from the model does not."""
+
+    def attacks(experts: int, steps: int = 1) -> dict[str, dict]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        replace_blocks(model, "0", num_experts=experts, top_k=1)
+        _, stages = run_moe(
+            model, torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2), attack=pgd(0.1, steps)
+        )
+        return {stage.stage.name: describe_attack(stage.stage.attack) for stage in stages}
+
+    three = attacks(3)
+    assert three["ra_r_targeted"]["routes"] is None
+    assert three == attacks(2)
+    again = attacks(3, steps=2)
+    assert all(again[name] != settings for name, settings in three.items())
