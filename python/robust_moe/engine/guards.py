@@ -41,7 +41,9 @@ class GateWatch:
         self.weights = {
             name: [p.detach().clone() for p in layer.gate.parameters()] for name, layer in self.layers.items()
         }
-        self.seen: dict[str, Tensor] = {}  # bool scalars on the device: some gradient was not zero
+        self.seen: dict[
+            str, Tensor
+        ] = {}  # bool scalars on the device: some gradient was not zero, in an update that trains the gate
         self.asked: set[str] = set()  # layers whose gate some update was to train
         self.steps = False  # some update had a rate above 0
 
@@ -58,15 +60,15 @@ class GateWatch:
     def look(
         self, rate: float, gradients: Mapping[str, Tensor], trains: Collection[nn.Parameter] | None = None
     ) -> None:
-        """Take in the :meth:`gradients` before a step of learning rate ``rate`` that moves ``trains`` (None: all);
-        never waits for the device."""
+        """Take in the :meth:`gradients` before a step of learning rate ``rate`` that moves ``trains`` (None: all), of the
+        gates that it moves; never waits for the device."""
         moving = None if trains is None else {id(parameter) for parameter in trains}
         for name, layer in self.layers.items():
             if moving is None or any(id(parameter) in moving for parameter in layer.gate.parameters()):
                 self.asked.add(name)
+                if name in gradients:
+                    self.seen[name] = gradients[name] | self.seen[name] if name in self.seen else gradients[name]
         self.steps |= rate > 0
-        for name, flag in gradients.items():
-            self.seen[name] = flag | self.seen[name] if name in self.seen else flag
 
     def warnings(self) -> dict[str, str]:
         """What is wrong with the gates since the last call, by layer. Reads the host."""

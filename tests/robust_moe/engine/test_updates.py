@@ -15,9 +15,11 @@ from robust_moe.engine import Reporter, Trainer, WeightAverage, load_checkpoint,
 from robust_moe.engine.ema import average_decay
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.engine.fabric import make_fabric
+from robust_moe.engine.guards import GateWatch
 from robust_moe.engine.updates import Updater
 from robust_moe.methods import METHODS, Method, Objective
 from robust_moe.optim import OPTIMIZERS
+from robust_moe_kernels.modules import FusedConvMoE
 
 NEVER_EQUAL = ("seconds", "val_seconds")
 DUAL = ("model.moe.layers=[]", "model.mixture.num_experts=2", "model.dual.enabled=true")
@@ -150,6 +152,24 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_anything_is_written(tin
         fit(config)
     assert not Path(config.run.out).exists()
     assert fit(tiny("run.epochs=1", "optim.warmup_epochs=1"))[1].finished
+
+
+def test_a_gradient_in_an_update_of_the_experts_is_none_of_the_gates_learning():
+    """The update that trains the gate gives it none."""
+    layer = FusedConvMoE.from_conv(nn.Conv2d(1, 2, 1), 2, 1)
+    gate, experts = list(layer.gate.parameters()), list(layer.experts.parameters())
+    for trained in (experts, gate):  # of the first update
+        watch = GateWatch(layer)
+        layer(torch.rand(4, 1, 2, 2)).square().sum().backward()
+        found = watch.gradients()
+        assert bool(found[""])
+        watch.look(0.1, found, trained)
+        for parameter in gate:
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.data += 1
+        watch.look(0.1, watch.gradients(), gate)
+        no_gradient = {"": "the mixture: its gate gets no gradient, so its routing does not learn"}
+        assert watch.warnings() == (no_gradient if trained is experts else {})
 
 
 def test_a_healthy_run_warns_of_nothing(tiny):
