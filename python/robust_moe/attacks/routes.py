@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -95,14 +96,21 @@ def record_clean(passes: Passes, x0: Tensor) -> None:
     """One forward of the clean images: every layer's record is theirs.
 
     Raises:
-        ValueError: a mixture-of-experts layer that the forward does not reach, whose record is none or of other images.
+        ValueError: a mixture-of-experts layer that the forward does not reach, whose record is none or of other images;
+            or that it uses more than once, whose record is of the last use alone.
     """
     layers = moe_layers(passes.model)
-    before = [layer.routing for layer in layers.values()]
-    with torch.no_grad():
-        passes.logits(x0)
-    for (name, layer), old in zip(layers.items(), before, strict=True):
-        expect(layer.routing is not old, "model", "a forward that reaches every routed layer", f"none through {name!r}")
+    uses = Counter[nn.Module]()
+    hooks = [layer.register_forward_hook(lambda module, *_: uses.update((module,))) for layer in layers.values()]
+    try:
+        with torch.no_grad():
+            passes.logits(x0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        expect(uses[layer] > 0, "model", "a forward that reaches every routed layer", f"none through {name!r}")
+        expect(uses[layer] == 1, "model", "a forward that uses a routed layer once", f"{uses[layer]} uses of {name!r}")
 
 
 def eval_rule(layer: MoELayer, training: bool) -> Reroute | None:

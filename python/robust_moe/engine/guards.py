@@ -60,8 +60,8 @@ class GateWatch:
     def look(
         self, rate: float, gradients: Mapping[str, Tensor], trains: Collection[nn.Parameter] | None = None
     ) -> None:
-        """Take in the :meth:`gradients` before a step of learning rate ``rate`` that moves ``trains`` (None: all), of the
-        gates that it moves; never waits for the device."""
+        """Take in the :meth:`gradients`, of gates that are trained, before a step of learning rate ``rate`` that moves
+        ``trains`` (None: all); never waits for the device."""
         moving = None if trains is None else {id(parameter) for parameter in trains}
         for name, layer in self.layers.items():
             if moving is None or any(id(parameter) in moving for parameter in layer.gate.parameters()):

@@ -381,6 +381,29 @@ def test_a_layer_that_the_forward_does_not_reach_is_refused(make):
         make(0.1, 3)(model, x, y)
 
 
+class Twice(nn.Module):
+    """One routed model, used on the image and on its mirror image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = routed(["1"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + self.used(x.flip(3))
+
+
+@pytest.mark.parametrize("make", [*ROUTED.values(), RouterPGD, JointPGD, ExpertPGD])
+def test_a_layer_that_is_used_twice_is_refused(make):
+    """Its record is that of the last use."""
+    model = Twice()
+    x, y = labelled(model)
+    with pytest.raises(
+        ValueError, match=r"^model: expected a forward that uses a routed layer once, got 2 uses of 'used\.1'"
+    ):
+        make(0.1, 3)(model, x, y)
+    assert not moe_layers(model)["used.1"]._forward_hooks
+
+
 def test_as_a_member_of_a_custom_autoattack():
     model = hard(linear([0, 20, -10], [0, -20, 10]), [linear([1, 0, 0], [0, 0, 9]), linear([-20, 0, 10], [20, 0, -10])])
     x, y = points((0.59, 0.59), (0.9, 0.9))
