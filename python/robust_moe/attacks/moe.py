@@ -87,6 +87,8 @@ class MoEAttack(PGD):
             one that its forward does not reach.
     """
 
+    losses = tuple(LOSSES)
+
     def __init__(
         self,
         eps: float,
@@ -102,7 +104,6 @@ class MoEAttack(PGD):
         mode: str = "eval",
         graph: str | bool = "auto",
     ) -> None:
-        expect(loss in LOSSES, "loss", f"one of {', '.join(LOSSES)}", repr(loss))
         options: dict[str, Any] = {"loss": loss, "eot_iter": eot_iter, "mode": mode, "graph": graph}
         super().__init__(eps, steps, alpha, norm, random_start, restarts, seed, **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.steps import StepAttack
 from robust_moe.attacks.table import ATTACKS
 from robust_moe.settings import setting
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.ops.attack_step import NORMS, pgd_step, random_start
 
 __all__ = ["PGD"]
@@ -57,6 +58,8 @@ class PGD(StepAttack):
             "ce", "what is raised; kl: the divergence from the clean prediction"
         )
 
+    losses: ClassVar[tuple[str, ...]] = (*LOSSES, "kl")  # that the attack can raise
+
     def __init__(
         self,
         eps: float,
@@ -87,8 +90,7 @@ class PGD(StepAttack):
         self.targeted = targeted
         if norm not in NORMS:
             raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-        if loss not in (*LOSSES, "kl"):
-            raise ValueError(f"loss: expected one of {', '.join((*LOSSES, 'kl'))}, got {loss!r}")
+        expect(loss in self.losses, "loss", f"one of {', '.join(self.losses)}", repr(loss))
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts: expected 1 without a random start, got {restarts}")
         if loss == "kl" and not random_start:

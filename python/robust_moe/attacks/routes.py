@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import NamedTuple, Protocol
 
@@ -228,41 +228,36 @@ def worst_route(
     """
     search = _Search(passes, x0, gates, candidates, climb, Found(*(tensor.clone() for tensor in found)))
     for restart in range(attack.restarts):
-        search.start = attack.start(x0, sample_index, seed, restart)
-        search.restart()
+        search.climb_all(attack.start(x0, sample_index, seed, restart))
     return search.found
 
 
+@dataclass(eq=False)
 class _Search:
-    """The state of :func:`worst_route`: what was found, and each layer's most harmful candidate."""
+    """The arguments of :func:`worst_route` and what was found so far, which it writes to."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        x0: Tensor,
-        gates: CleanGates,
-        candidates: Sequence[Tensor],
-        climb: Callable[[Passes, Tensor, Tensor, Goal], Found],
-        found: Found,
-    ) -> None:
-        self.passes, self.x0, self.gates, self.candidates = passes, x0, gates, candidates
-        self.climb, self.found, self.start = climb, found, x0
+    passes: Passes
+    x0: Tensor
+    gates: CleanGates
+    candidates: Sequence[Tensor]
+    climb: Callable[[Passes, Tensor, Tensor, Goal], Found]
+    found: Found
 
-    def restart(self) -> None:
-        """All climbs from ``start``."""
+    def climb_all(self, start: Tensor) -> None:
+        """To every candidate of every layer, and to the most harmful ones joined."""
         layers = range(len(self.candidates))
         none = torch.full_like(self.gates.ranked[0][:, :1], -1).expand(-1, len(layers))  # [B, L]
         alone = none.clone()
-        self._try([(layer, rank) for layer in layers for rank in range(self._width(layer))], none, alone)
+        self._try(start, [(layer, rank) for layer in layers for rank in range(self._width(layer))], none, alone)
         held = none.clone()
         held[:, 0] = alone[:, 0]
         for layer in layers[1:]:
-            self._try([(layer, rank) for rank in range(self._width(layer))], held.clone(), held)
+            self._try(start, [(layer, rank) for rank in range(self._width(layer))], held.clone(), held)
 
     def _width(self, layer: int) -> int:
         return self.candidates[layer].shape[1]
 
-    def _try(self, trials: list[tuple[int, int]], held: Tensor, worst: Tensor) -> None:
+    def _try(self, start: Tensor, trials: list[tuple[int, int]], held: Tensor, worst: Tensor) -> None:
         """Climb to the candidate of each (layer, rank) while the other layers are held; write the most harmful into
         that layer's column of ``worst`` [B, L]."""
         passes, y = self.passes, self.passes.y
@@ -282,7 +277,7 @@ class _Search:
                 goals.append(experts)
             times = len(together)
             goal = Goal(torch.cat(goals), self.gates.spread[left].repeat(times, 1))
-            starts, clean = (torch.cat([images[left]] * times) for images in (self.start, self.x0))
+            starts, clean = (torch.cat([images[left]] * times) for images in (start, self.x0))
             every = self.climb(replace(passes, y=y[left].repeat(times)), starts, clean, goal)
             parts = zip(*(tensor.split(len(left)) for tensor in every), strict=True)
             for (layer, rank), part in zip(together, map(Found._make, parts), strict=True):

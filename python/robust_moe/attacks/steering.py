@@ -95,6 +95,8 @@ class Steering(PGD):
         route_weight: float = setting(1.0, "of the lead that the expert's gate logit misses", at_least=0)
         soft_gradient: bool = setting(False, "a hard choice has the soft mixture's gradient; runs all experts")
 
+    losses = tuple(LOSSES)
+
     def __init__(
         self,
         eps: float,
@@ -114,7 +116,6 @@ class Steering(PGD):
         mode: str = "eval",
         graph: str | bool = "auto",
     ) -> None:
-        expect(loss in LOSSES, "loss", f"one of {', '.join(LOSSES)}", repr(loss))
         options: dict[str, Any] = {"loss": loss, "eot_iter": eot_iter, "mode": mode, "graph": graph}
         super().__init__(eps, steps, alpha, norm, random_start, restarts, seed, **options)
         expect_routes(routes)
