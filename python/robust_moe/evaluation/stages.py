@@ -149,8 +149,13 @@ def _rule(rule: Any, what: str) -> Any:
         return _plain(rule, what)
     kind = type(rule)
     # what copies itself in a way of its own, as functools.partial does, may hold more than its attributes
-    told = kind.__reduce__ is object.__reduce__ and "<" not in kind.__qualname__
-    expect(told, what, "an object of a class of a module, or a named function", repr(rule))
+    own = any(name in vars(base) for base in kind.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__"))
+    expect(
+        not own and "<" not in kind.__qualname__,
+        what,
+        "an object of a class of a module, or a named function",
+        repr(rule),
+    )
     state = object.__getstate__(rule)  # its __dict__, and with __slots__ a pair
     return [f"{kind.__module__}.{kind.__qualname__}", _plain(state, what)]
 
