@@ -437,32 +437,35 @@ def test_a_figure_of_a_probe_says_of_how_many_images_it_is(tmp_path, monkeypatch
 def test_the_page_shows_what_probes_found_and_the_best_checkpoint():
     number = {"mean": 0.25, "sd": None, "n": 1}
     one = {"attack": {"steps": 2, "eps": "1/10"}, "measures": {"images": 20, "attacks_images": 15}}
+    one["seconds"] = {"train": 0.0}
     runs = {
         "x": {
             "title": "X",
             "mean": {"sa": number, "attacks_worst": number},
             "best": {"ra": number},
             "seeds": {"0": one},
-        }
-    }
-    page = summary(
-        {
-            "study": "x",
-            "scale": {"name": "cpu", "why": ""},
-            "overrides": [],
-            "failed": {},
-            "runs": runs,
-            "data": {"name": "digits"},
-            "seeds": [0],
-            "hardware": "",
-            "commits": [],
-            "rule": "",
-            "seconds": {"computing": 1, "unknown": 0},
-            "parts": {"p": {"title": "P", "runs": ["x"], "claims": []}},
+            "parts": {"model.init_from": "before", "model.dual.standard.init_from": "before"},
         },
-        {},
-    )
+        "before": {"parts": {}, "seeds": {"0": one | {"seconds": {"train": 40.2}}}},
+    }
+    results = {
+        "study": "x",
+        "scale": {"name": "cpu", "why": ""},
+        "overrides": [],
+        "failed": {},
+        "runs": runs,
+        "data": {"name": "digits"},
+        "seeds": [0],
+        "hardware": "",
+        "commits": [],
+        "rule": "",
+        "seconds": {"computing": 1, "unknown": 0},
+        "parts": {"p": {"title": "P", "runs": ["x"], "claims": []}},
+    }
+    page = summary(results, {})
     assert "| run | attacks: worst | images |" in page
     assert "| X | 25.0 | 15 |" in page
-    assert "| SA, best checkpoint | RA, best checkpoint | PGD |" in page
-    assert "| – | 25.0 | 2 steps, ε = 1/10 |" in page
+    assert "| SA, best checkpoint | RA, best checkpoint | training, s | PGD |" in page
+    assert "| – | 25.0 | 40 | 2 steps, ε = 1/10 |" in page  # the seconds of the run that it starts from, once
+    runs["before"]["seeds"]["1"] = one | {"seconds": {"train": None}}  # was killed, and went on
+    assert "| – | 25.0 | – | 2 steps, ε = 1/10 |" in summary(results, {})
