@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks.losses import kl_divergence
 from robust_moe.data import Batch
-from robust_moe.methods.adversarial import probed_gain
+from robust_moe.methods.adversarial import dose, probed_gain
 from robust_moe.methods.base import TRAINING, Forward, Objective, Scored, full
 from robust_moe.methods.moe_attacks import RoutePGD, gate_divergence
 from robust_moe.methods.options import BetaOption, LabelSmoothing
@@ -143,4 +143,6 @@ class RouterConsistency(RoutedMethod):
         pairs = list(zip(clean, attacked, strict=True))
         route = torch.stack([self.divergence(*pair) for pair in pairs]).sum()
         flips = torch.stack([(one.argmax(1) != two.argmax(1)).float().mean() for one, two in pairs]).mean()
-        return loss + self.beta * route, {**logs, "route_loss": route.detach(), "route_flips": flips}
+        term = self.beta * route
+        logs |= {"dose": dose(logs["task_loss"], term), "route_loss": route.detach(), "route_flips": flips}
+        return loss + term, logs

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from robust_moe.reproduce.claims import Check, Measures
+from robust_moe.reproduce.compute import TOLERANCE
 from robust_moe.reproduce.quantities import AT, SWITCH, along, of, top_share
 
 
@@ -134,4 +135,38 @@ def routed_apart(one: str, other: str) -> Check:
         lambda runs: abs(top_share(runs, one) - top_share(runs, other)),
         0.1,
         "a balance loss acts through the routing; the same loss varies by 5 points from seed to seed",
+    )
+
+
+def steadied(run: str, other: str) -> Check:
+    return Check(
+        "routes steadied",
+        f"share of routes changed by the attack on the router, {other} − {run}",
+        lambda runs: runs[other]["flips"]["ra_r"] - runs[run]["flips"]["ra_r"],
+        0.05,
+        "a term for steady routes that leaves them as they were has not been put to the test",
+    )
+
+
+def gate_taught(run: str) -> Check:
+    return Check(
+        "gate taught",
+        f"share of training images sent first to the expert of the lowest attacked loss, {run}",
+        of(run, "gate_hits"),
+        0.275,
+        "of four experts a gate that has learned nothing finds the best in 25 %; a tenth more is the least to speak of",
+    )
+
+
+def equal_cost(one: str, other: str) -> Check:
+    def ratio(runs: Measures) -> float:
+        costs = [runs[run]["cost_multiply_adds"] for run in (one, other)]
+        return min(costs) / max(costs)
+
+    return Check(
+        "equal compute",
+        f"the smaller of two numbers of multiply-adds as a share of the larger, {one} and {other}",
+        ratio,
+        1 - TOLERANCE,
+        "with more compute either would be better for that alone",
     )

@@ -17,7 +17,8 @@ from robust_moe.reproduce.checks import (
 )
 from robust_moe.reproduce.claims import Check, Claim, Measures, Part
 from robust_moe.reproduce.compute import COSTED_EXPERTS
-from robust_moe.reproduce.quantities import DUAL_MODEL, OURS, ROBUST_EXPERTS, gain, of
+from robust_moe.reproduce.quantities import DUAL_MODEL, OURS, ROBUST_EXPERTS, gains, of
+from robust_moe.reproduce.robust_routing import ROBUST_ROUTING
 
 __all__ = ["COVERAGE", "EXPERIMENTS"]
 
@@ -36,12 +37,6 @@ SWITCHED = ("experts-4-switch", "experts-16-switch")
 COLLAPSE = tuple(f"collapse-{loss}{how}" for loss in ("switch", "entropy_released") for how in ("", "-no-gradient"))
 SMALL_BETA, LARGE_BETA = "rt-er-beta-1", "rt-er-beta-30"
 SEEN = 0.02  # what one attack has to take beyond another to count as having seen through the model
-
-
-def _gains(statement: str, source: str, quantity: str, name: str, better: str, other: str, *checks: Check) -> Claim:
-    """``name`` is larger in the run ``better``."""
-    found = f"{quantity}, {better} − {other}"
-    return Claim(statement, source, found, gain(name, better, other), (better, other), checks=checks)
 
 
 def _best_of(name: str, best: str, others: tuple[str, ...]) -> Callable[[Measures], float]:
@@ -132,17 +127,17 @@ COVERAGE: dict[str, Part] = {
         "The mixtures and dual models of the other parts under the worst of all attacks: does the order stay?",
         AGAIN,
         (
-            _gains(
+            gains(
                 "RT-ER is more robust than AT under the worst of all attacks.",
                 *(DUAL_MODEL, "worst", "attacks_worst", "again-rt-er", "again-at"),
                 *(learned("again-at", "attacks_sa"), dose("again-rt-er"), flipped_by_probe("again-at")),
             ),
-            _gains(
+            gains(
                 "RT-ER is more robust than AT under AutoAttack (published: by 16 points).",
                 *(DUAL_MODEL, "AutoAttack", "attacks_autoattack", "again-rt-er", "again-at"),
                 *(learned("again-at", "attacks_sa"), dose("again-rt-er"), flipped_by_probe("again-at")),
             ),
-            _gains(
+            gains(
                 "JTDMoE is more robust than separate training under AutoAttack (published: by 20 points).",
                 *(DUAL_MODEL, "AutoAttack", "attacks_autoattack", "again-joint", "again-separate"),
                 *(learned("again-separate", "attacks_sa"), dose("again-joint")),
@@ -153,7 +148,7 @@ COVERAGE: dict[str, Part] = {
         "What the certified bound is made of: margins, Lipschitz constants, and a radius that is certified",
         AGAIN,
         (
-            _gains(
+            gains(
                 "RT-ER lowers the experts' Lipschitz constants (estimates in the ball, L times its radius).",
                 *(DUAL_MODEL, "slope of an expert", "slopes_expert", "again-at", "again-rt-er"),
                 *(learned("again-at", "attacks_sa"), learned("again-rt-er", "attacks_sa"), dose("again-rt-er")),
@@ -166,7 +161,7 @@ COVERAGE: dict[str, Part] = {
                 ("again-joint", "again-separate"),
                 checks=(learned("again-separate", "attacks_sa"), dose("again-joint")),
             ),
-            _gains(
+            gains(
                 "RT-ER has a larger certified radius than AT (randomised smoothing of either, ℓ2, in units of sigma).",
                 *(DUAL_MODEL, "mean certified radius", "certified_radius", "again-rt-er", "again-at"),
                 *(learned("again-at", "attacks_sa"), dose("again-rt-er")),
@@ -183,7 +178,7 @@ COVERAGE: dict[str, Part] = {
         "The release's frozen linear router against a learned one: where does RT-ER gain over AT?",
         RELEASED_ROUTERS,
         tuple(
-            _gains(
+            gains(
                 f"RT-ER raises robust accuracy over AT behind a {kind} router (published: by 16 points).",
                 *(DUAL_MODEL, "worst of all attacks", "attacks_worst", f"rt-er-{kind}", f"at-{kind}"),
                 *(dose(f"rt-er-{kind}"), flipped(f"at-{kind}")),
@@ -195,7 +190,7 @@ COVERAGE: dict[str, Part] = {
         "RT-ER with the release's attacks, each expert attacked on its own, against the paper's",
         RELEASED_FORM,
         tuple(
-            _gains(
+            gains(
                 f"The released form is more robust than the paper's behind a {kind} router.",
                 *(OURS, "worst of all attacks", "attacks_worst", f"rt-er-{kind}-released", f"rt-er-{kind}"),
                 dose(f"rt-er-{kind}-released"),
@@ -207,12 +202,12 @@ COVERAGE: dict[str, Part] = {
         "From the weights of one standard training: AT, RT-ER and TRADES for five epochs",
         WARM,
         (
-            _gains(
+            gains(
                 "RT-ER raises robust accuracy over AT from standard weights.",
                 *(DUAL_MODEL, "worst of all attacks", "attacks_worst", "warm-rt-er", "warm-at"),
                 *(learned("warm-at"), dose("warm-rt-er"), flipped("warm-at")),
             ),
-            _gains(
+            gains(
                 "RT-ER raises robust accuracy over TRADES, which has a divergence of the model's own outputs.",
                 *(OURS, "worst of all attacks", "attacks_worst", "warm-rt-er", "warm-trades"),
                 *(learned("warm-trades"), dose("warm-rt-er")),
@@ -223,12 +218,12 @@ COVERAGE: dict[str, Part] = {
         "RT-ER: what does β trade?",
         (SMALL_BETA, "mixture-rt-er", LARGE_BETA),
         (
-            _gains(
+            gains(
                 "A larger β makes the experts more robust.",
                 *(DUAL_MODEL, "RA-E", "ra_e", LARGE_BETA, SMALL_BETA),
                 *(learned(SMALL_BETA), dose(LARGE_BETA), flipped(SMALL_BETA)),
             ),
-            _gains(
+            gains(
                 "A larger β costs clean accuracy.",
                 *(DUAL_MODEL, "SA", "sa", SMALL_BETA, LARGE_BETA),
                 *(learned(SMALL_BETA), dose(LARGE_BETA)),
@@ -239,12 +234,12 @@ COVERAGE: dict[str, Part] = {
         "Two experts for each convolution: AdvMoE against AT, and against a dense network",
         ("dense-at", "pathways-at", "pathways-advmoe"),
         (
-            _gains(
+            gains(
                 "AdvMoE is more robust than the dense network (published: by 1 to 4 points).",
                 *(ADVMOE, "RA", "ra", "pathways-advmoe", "dense-at"),
                 *(learned("dense-at"), dose("pathways-advmoe")),
             ),
-            _gains(
+            gains(
                 "AdvMoE is more robust than AT of the same routed network.",
                 *(ADVMOE, "RA", "ra", "pathways-advmoe", "pathways-at"),
                 *(learned("pathways-at"), dose("pathways-advmoe")),
@@ -255,7 +250,7 @@ COVERAGE: dict[str, Part] = {
         "Experts that are blocks against experts that are convolutions, one an image",
         (BLOCK, CONV),
         (
-            _gains(
+            gains(
                 "Blocks are more robust than convolutions (the authors' own best row is a ConvMoE).",
                 *(ROBUST_EXPERTS, "RA", "ra", BLOCK, CONV),
                 *(in_use(BLOCK), in_use(CONV)),
@@ -274,7 +269,7 @@ COVERAGE: dict[str, Part] = {
                 (BLOCK, *OTHER_BLOCKS),
                 checks=(learned(BLOCK), in_use(BLOCK)),
             ),
-            _gains(
+            gains(
                 "Two routed blocks lose clean accuracy against one.",
                 *(ROBUST_EXPERTS, "SA", "sa", BLOCK, BOTH_BLOCKS),
                 learned(BLOCK),
@@ -301,17 +296,17 @@ COVERAGE: dict[str, Part] = {
         "Four gates before the same block: GAP-FC, Conv-GAP, two convolutions, and one that never learns",
         GATES,
         (
-            _gains(
+            gains(
                 "GAP-FC is more robust than Conv-GAP (published for k = 2).",
                 *(ROBUST_EXPERTS, "RA", "ra", GATES[0], GATES[1]),
                 *(in_use(GATES[0]), in_use(GATES[1])),
             ),
-            _gains(
+            gains(
                 "Two convolutions route more robustly than one.",
                 *(OURS, "RA", "ra", GATES[2], GATES[1]),
                 *(in_use(GATES[2]), in_use(GATES[1])),
             ),
-            _gains(
+            gains(
                 "A gate that learns is more robust than a fixed one.",
                 *(OURS, "RA", "ra", GATES[0], GATES[3]),
                 *(in_use(GATES[0]), in_use(GATES[3])),
@@ -322,12 +317,12 @@ COVERAGE: dict[str, Part] = {
         "One to 32 experts behind a Conv-GAP gate, and single experts against the gate",
         (*MANY, *SWITCHED),
         (
-            _gains(
+            gains(
                 "Clean accuracy falls beyond eight experts.",
                 *(ROBUST_EXPERTS, "SA", "sa", "experts-8", "experts-32"),
                 *(learned("experts-8"), in_use("experts-32")),
             ),
-            _gains(
+            gains(
                 "Under the entropy loss clean accuracy falls with the number of experts from the start.",
                 *(ROBUST_EXPERTS, "SA", "sa", "experts-2", "experts-8"),
                 *(learned("experts-2"), in_use("experts-8")),
@@ -354,7 +349,7 @@ COVERAGE: dict[str, Part] = {
                 for run in COLLAPSE[:2]
             ),
             *(
-                _gains(
+                gains(
                     f"The switch loss leaves routing less balanced than the released entropy ({words}).",
                     *(ROBUST_EXPERTS, "largest share of first choices", "use_largest", switch, entropy),
                     learned(switch),
@@ -370,18 +365,19 @@ COVERAGE: dict[str, Part] = {
         "BlockMoE with two experts an image against a dense network of as many multiply-adds",
         ("dense-equal", "again-block-k2"),
         (
-            _gains(
+            gains(
                 "The routed network is the more robust over the radii (mean of five, a quarter to twice the attack's).",
                 *(DENSE_OR_MOE, "mean robust share", "curve_mean", "again-block-k2", "dense-equal"),
                 *(learned("dense-equal"), in_use_by_probe("again-block-k2")),
             ),
-            _gains(
+            gains(
                 "The routed network has the smaller Lipschitz constant (estimate in the ball).",
                 *(DENSE_OR_MOE, "slope of the model", "slopes_model", "dense-equal", "again-block-k2"),
                 *(learned("dense-equal"), learned_near("again-block-k2"), in_use_by_probe("again-block-k2")),
             ),
         ),
     ),
+    **ROBUST_ROUTING,
     "cost": Part(
         "What experts cost: multiply-adds and parameters over E and k (nothing is trained)",
         ("block-costs",),

@@ -223,7 +223,10 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
     },
     **{
         name: {"attacks": (PARTS[name].runs, _accuracies("Robust under single attacks and under all", ATTACKS))}
-        for name in ("masking", "worst-case", "router", "released-form", "warm-start")
+        for name in (
+            *("masking", "worst-case", "router", "released-form", "warm-start"),
+            *("robust-routing", "routing-rule"),
+        )
     },
     **{
         name: {"accuracy": (PARTS[name].runs, _accuracies("Adversarial training, under attack"))}

@@ -28,6 +28,7 @@ BEST = "best.pt"  # of the validation images; its numbers stand beside those of 
 FORMAT = 3  # of what is measured; raised when finished runs have to be measured anew
 ELSEWHERE = ("data.root", "eval.batch_size")  # besides the trainer's: where things are, how many at once
 ADVICE = "Start anew with --fresh, or choose another folder with --runs"
+KEPT = ("run.epochs",)  # a run that has its own keeps it under an override: those that are compared have the same one
 MEASURED = ("eps", "steps", "alpha", "norm")  # settings of eval.attack that a study's PGD has
 
 
@@ -142,13 +143,16 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
+def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Refuse overrides that would remove what is compared, or that a study does not heed.
+
+    Returns:
+        A sentence for each override that some of the runs do not follow, see :data:`KEPT`.
 
     Raises:
         ConfigError: a setting by which the runs ``names`` differ, or which the study decides itself.
     """
-    compared = {key: name for name in reversed(names) for key, _ in _chosen(RUNS[name].settings)}
+    compared = {key: name for name in reversed(names) for key, _ in _chosen(RUNS[name].settings) if key not in KEPT}
     compared |= {key: name for name in names for key in RUNS[name].parts}
     for key, value in _chosen(overrides):
         why = None
@@ -164,6 +168,17 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> None:
             why = f"which makes the run {compared[key]} what it is"
         if why is not None:
             raise ConfigError(f"{key}: expected no such override, {why}, got {str(value)!r}")
+    own = {name: _kept(name) for name in names}
+    notes = []
+    for key, _ in _chosen(overrides):
+        if keep := [f"{name} ({kept[key]})" for name, kept in own.items() if key in kept]:
+            notes.append(f"{key}: the override is for all other runs; of their own have it {', '.join(keep)}")
+    return notes
+
+
+def _kept(name: str) -> dict[str, Any]:
+    """Those settings of a run that overrides leave as they are."""
+    return {key: value for key, value in _chosen(RUNS[name].settings) if key in KEPT}
 
 
 def _chosen(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -210,7 +225,8 @@ def make_jobs(
     def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
         # of a setting that only other runs' methods have, such as method.beta, this run takes no notice
         mine = [item for item in overrides if _has(own[name], item) or item not in heeded]
-        config = config_from_dict(plain(own[name]), [*mine, *parts], where=name)
+        kept = [f"{key}={value}" for key, value in _kept(name).items()]
+        config = config_from_dict(plain(own[name]), [*mine, *kept, *parts], where=name)
         return config if RUNS[name].equal is None else equal_compute(config, common(RUNS[name].equal))
 
     def add(name: str, seed: int) -> Job:

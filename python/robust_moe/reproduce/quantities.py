@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from robust_moe.reproduce.claims import Measures
+from robust_moe.reproduce.claims import Check, Claim, Measures
 
 DUAL_MODEL = "Zhang et al., ICML 2025"
 ROBUST_EXPERTS = "Robust Experts, arXiv:2509.05086"
@@ -19,6 +19,12 @@ def of(run: str, name: str) -> Callable[[Measures], float]:
 
 def gain(name: str, better: str, other: str) -> Callable[[Measures], float]:
     return lambda runs: runs[better][name] - runs[other][name]
+
+
+def gains(statement: str, source: str, quantity: str, name: str, better: str, other: str, *checks: Check) -> Claim:
+    """The claim that the measure ``name`` is larger in the run ``better`` than in the run ``other``."""
+    found = f"{quantity}, {better} − {other}"
+    return Claim(statement, source, found, gain(name, better, other), (better, other), checks=checks)
 
 
 def at_alpha(runs: Measures, run: str, alpha: float) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def reproduce(
         scale: a key of :data:`SCALES`.
         data_root: ``data.root`` of all runs.
         overrides: key=value on top of the scale's settings, for all runs, e.g. ``["data.name=cifar10"]``; not those by
-            which runs differ.
+            which runs differ. ``run.epochs`` is for the runs that have no number of their own.
         seeds: how many; the first is 0.
         workers: runs at a time; None: one a CPU core on a CPU, one on a GPU.
         runs: folder of the run folders; None: ``runs/study-SCALE``, with overrides another for each set of them.
@@ -98,12 +98,14 @@ def reproduce(
     target = Path(out) if out is not None else folder / f"report-{study}"
     settings = [] if data_root is None else [f"data.root={data_root}"]
     names = list(dict.fromkeys(run for part in parts for run in PARTS[part].runs))
-    expect_overrides(names, overrides)
+    notes = expect_overrides(names, overrides)
     settings += overrides
     splits = load_data([*size.settings, *settings])
     content = data_digest(splits)
     jobs = make_jobs(names, size, range(seeds), folder, settings, content)
     expect_runnable(jobs, splits)
+    for note in notes:
+        reporter.line(note)
     workers = workers or default_workers(jobs[0])
     described: dict[str, Any] = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
     asked: dict[str, Any] = {

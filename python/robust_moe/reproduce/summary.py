@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,23 @@ def claim_line(claim: Mapping[str, Any]) -> str:
 def verdict_line(claim: Mapping[str, Any], mark: str = "") -> str:
     """The verdict between ``mark``; behind it the checks that failed, with their numbers, or were not measured."""
     checks = [check for check in claim.get("checks", ()) if claim["n"]]  # study.json of format 2 has none
-    failed = [_check(check) for check in checks if check["outcome"] == FAILED]
-    missing = [check["name"] for check in checks if check["outcome"] == NOT_MEASURED]
+    names = [check["name"] for check in checks]
+
+    def named(check: Mapping[str, Any]) -> str:  # of two checks of a name the quantity says the run
+        name: str = check["name"]
+        return name if names.count(name) == 1 else f"{name}: {check['quantity']}"
+
+    failed = [f"{named(check)} {_short_of(check)}" for check in checks if check["outcome"] == FAILED]
+    missing = [named(check) for check in checks if check["outcome"] == NOT_MEASURED]
     notes = ["; ".join(failed)] if failed else []
     notes += [f"check not measured: {', '.join(missing)}"] if missing else []
     return f"{mark}{claim['verdict']}{mark}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def _check(check: Mapping[str, Any]) -> str:
-    """``dose 1.1 %, needs 10 %``."""
+def _short_of(check: Mapping[str, Any]) -> str:
+    """``1.1 %, needs 10 %``."""
     mean, bound = check["mean"], check["bound"]
-    if check["share"]:
-        return f"{check['name']} {100 * mean:.1f} %, needs {100 * bound:g} %"
-    return f"{check['name']} {mean:g}, needs {bound:g}"
+    return f"{100 * mean:.1f} %, needs {100 * bound:g} %" if check["share"] else f"{mean:g}, needs {bound:g}"
 
 
 def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -> str:
@@ -147,12 +152,14 @@ def _probes(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
 
 def _runs(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
     best = any(runs[name].get("best") for name in names)  # of studies of this version
-    head = ["run", *(title for _, title in COLUMNS), *(BEST * best), "PGD", "images", "n"]
+    head = ["run", *(title for _, title in COLUMNS), *(BEST * best), "training, s", "PGD", "images", "n"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         run = runs[name]
         cells = [run["title"], *(percent(run["mean"].get(key)) for key, _ in COLUMNS)]
         cells += [percent(run["best"].get(key)) for key in ("sa", "ra")] if best else []
+        seconds = _training(name, runs)
+        cells.append("–" if seconds is None else f"{seconds:.0f}")
         first = next(iter(run["seeds"].values()), None)
         if first is None:
             cells += ["–", "–"]
@@ -162,3 +169,14 @@ def _runs(names: Sequence[str], runs: Mapping[str, Any]) -> list[str]:
         cells.append(str(len(run["seeds"])))
         rows.append("| " + " | ".join(cells) + " |")
     return rows
+
+
+def _training(name: str, runs: Mapping[str, Any]) -> float | None:
+    """Seconds of training in the weights of a run, a mean over the seeds: its own, and those of the runs that it starts
+    from. None where they are not known, as of a training that was killed and went on."""
+    seconds = [found["seconds"]["train"] for found in runs[name]["seeds"].values()]
+    parts = [_training(part, runs) for part in sorted(set(runs[name]["parts"].values()))]
+    known = [value for value in (*seconds, *parts) if value is not None]
+    if not seconds or len(known) < len(seconds) + len(parts):
+        return None
+    return statistics.fmean(seconds) + sum(known[len(seconds) :])

@@ -31,9 +31,10 @@ from robust_moe.reproduce.preparation import alone_in
 from robust_moe.reproduce.probes import PROBES, Subject
 from robust_moe.reproduce.runs import RUNS
 
-__all__ = ["STOPPED", "mean_dose", "work"]
+__all__ = ["STOPPED", "work"]
 
 STOPPED = 130  # exit status of a worker that a signal stopped
+LOGGED = ("dose", "gate_hits")  # what methods log in training of the part that their own term played
 PATIENCE = 60.0  # seconds: the worker of a killed study may still be saving
 
 
@@ -55,9 +56,7 @@ def work(job: Job, reporter: Reporter) -> bool:
     began = time.perf_counter()
     with cpu_threads(job.config.run.threads):
         model, trained = _model(job, splits)
-        measures = _measures(job, model, splits)
-        if (found := mean_dose(_trained_in(job))) is not None:
-            measures["dose"] = found
+        measures = _measures(job, model, splits) | _logged(_trained_in(job))
         facts: dict[str, Any] = {"checkpoint": trained, "best": _best(job, splits, trained, measures)}
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -68,11 +67,13 @@ def work(job: Job, reporter: Reporter) -> bool:
     return True
 
 
-def mean_dose(folder: Path) -> float | None:
-    """Share of the training loss that the method's own term contributed (``dose``), a mean over the epochs of the run;
-    None: it has not trained, or its method logs none."""
-    doses = [line["train_dose"] for line in read_metrics(folder, "epoch") if "train_dose" in line]
-    return statistics.fmean(doses) if doses else None
+def _logged(folder: Path) -> dict[str, float]:
+    """The mean over the epochs of the run of each of :data:`LOGGED` that its method logs; none of a run that has not
+    trained. ``dose``: share of the training loss that the method's own term contributed. ``gate_hits``: share of the
+    images that the gate sends first to the expert of the lowest attacked loss."""
+    epochs = read_metrics(folder, "epoch")
+    found = {name: [line[f"train_{name}"] for line in epochs if f"train_{name}" in line] for name in LOGGED}
+    return {name: statistics.fmean(values) for name, values in found.items() if values}
 
 
 def _trained_in(job: Job) -> Path:

@@ -91,8 +91,10 @@ def test_prc_is_cross_entropy_and_the_divergence_of_the_routes_at_one_attacked_i
     _, got = update(tiny(*settings), model, batch)
     x = ascend(lambda x: ce(whole(reference, x), batch.labels), batch.images, batch.index, 5)
     route = BY_HAND[consistency](reference.gate(batch.images), reference.gate(x))
-    assert_same_update(model, reference, got, ce(whole(reference, x), batch.labels).mean() + BETA * route)
+    task = ce(whole(reference, x), batch.labels).mean()
+    assert_same_update(model, reference, got, task + BETA * route)
     torch.testing.assert_close(got.logs["route_loss"], route.detach())
+    torch.testing.assert_close(got.logs["dose"], (BETA * route / (task + BETA * route)).detach())
 
 
 def test_prc_has_a_second_image_that_raises_the_divergence_of_the_routes(tiny, batch):

@@ -226,6 +226,25 @@ def test_a_count_is_no_percentage():
     assert verdict_line(judge(claim, dosed(1.0))) == "not testable here (experts 4, needs 8)"
 
 
+def test_of_two_checks_of_a_name_the_quantity_says_which_failed():
+    both = [Check("learned", f"SA, {run}", lambda runs, run=run: runs[run]["sa"], 0.2, "because") for run in "ab"]
+    claim = dataclasses.replace(DOSED, checks=(*both, *DOSED.checks))
+
+    def line(a, b, dose):
+        seeds = dosed(*[dose] * 3)
+        for runs in seeds.values():
+            runs["a"] |= a
+            runs["b"] |= b
+        return verdict_line(judge(claim, seeds))
+
+    first = "not testable here (learned: SA, a 10.0 %, needs 20 %"
+    assert (
+        line({"sa": 0.1}, {"sa": 0.1}, 0.01) == f"{first}; learned: SA, b 10.0 %, needs 20 %; dose 1.0 %, needs 10 %)"
+    )
+    assert line({"sa": 0.1}, {"sa": 0.3}, 0.2) == f"{first})"
+    assert line({"sa": 0.3}, {}, 0.2) == "held (check not measured: learned: SA, b)"
+
+
 def test_a_claim_without_its_measure_is_an_error_that_says_so():
     seeds = dosed(0.2, 0.2)
     del seeds[1]["b"]["x"]

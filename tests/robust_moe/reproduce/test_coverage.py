@@ -16,7 +16,7 @@ from robust_moe.config import ConfigError, load_config
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
 from robust_moe.reproduce import SCALES, probes
-from robust_moe.reproduce.claims import FAILED, HELD, NOT_HELD, NOT_TESTABLE, judge
+from robust_moe.reproduce.claims import FAILED, HELD, NOT_HELD, NOT_MEASURED, NOT_TESTABLE, judge
 from robust_moe.reproduce.compute import COSTED_EXPERTS, TOLERANCE, equal_compute, multiply_adds
 from robust_moe.reproduce.coverage import COVERAGE
 from robust_moe.reproduce.figures import FIGURES, draw_part
@@ -42,6 +42,7 @@ TINY = (
     "run.epochs=1",
     "run.batch_size=32",
 )
+ROUTING = COVERAGE["robust-routing"]
 DATA = {"class_names": [str(n) for n in range(10)], "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3, "name": "x"}
 
 
@@ -267,6 +268,36 @@ def test_a_run_with_probes_is_measured_by_them_alone_or_too(trained, tmp_path):
     assert "second" not in one.finished()["measures"]  # of one expert none is second
 
 
+def test_routing_is_compared_on_models_that_are_alike_but_for_it(tmp_path):
+    names = [*ROUTING.runs, *COVERAGE["routing-rule"].runs]
+    jobs = {job.run: job.config for job in make_jobs(names, SCALES["cpu"], [0], tmp_path, ["data.root=/data"])}
+    twin, dense = (jobs[name].model for name in ("dense-equal-attacked", "dense-equal"))
+    assert dataclasses.replace(twin, init_from=None) == dense
+    plain = jobs["block-k2"]
+    for name in ("block-k2-attacked", "block-prc", "block-robust-gate"):
+        assert dataclasses.replace(jobs[name].model, init_from=None) == plain.model
+        assert (jobs[name].run.epochs, jobs[name].method.attack) == (plain.run.epochs, plain.method.attack)
+    soft = jobs["block-k2-margin-soft"].model.moe
+    assert soft.inference.build() is not None
+    assert dataclasses.replace(soft, inference=plain.model.moe.inference) == plain.model.moe
+
+
+def test_every_check_of_the_routing_study_is_measured(tmp_path):
+    """All of its runs, trained and measured on a few images."""
+    parts = [ROUTING, COVERAGE["routing-rule"]]
+    jobs = make_jobs([name for part in parts for name in part.runs], SCALES["cpu"], [0], tmp_path, TINY, "digest")
+    for job in sorted(jobs, key=lambda job: bool(job.parts)):
+        assert work(job, Reporter(enabled=False, console=Console(quiet=True)))
+    found = {job.run: job.finished()["measures"] for job in jobs}
+    for claim in (claim for part in parts for claim in part.claims):
+        judged = judge(claim, {0: found})
+        assert judged["n"] == 1
+        assert NOT_MEASURED not in {check["outcome"] for check in judged["checks"]}
+    plain, soft = (found[name] for name in ("block-k2-attacked", "block-k2-margin-soft"))
+    assert plain["cost_multiply_adds"] < soft["cost_multiply_adds"]  # which runs all experts
+    assert found["block-k2-attacked"]["ra"] == found["block-k2"]["ra"]  # the same weights and the same attack
+
+
 # --- claims, on worlds in which the answer is known ---
 
 
@@ -275,7 +306,8 @@ def run(**changes):
     attacks = {"sa": 0.5, "pgd": 0.3, "autoattack": 0.28, "steering": 0.28, "worst": 0.28}
     others = {"slopes_expert": 0.2, "slopes_model": 0.2, "certified_radius": 0.5, "certified_share": 0.4}
     margins = {"margins_by_class": {"clean": [0.1, None, 0.2]}, "use_largest": 0.3, "curve_mean": 0.3}
-    routes = {"flips": {"ra": 0.3}, "attacks_moved": 0.3, "curve_points": [[0.25], [0.4]]}
+    routes = {"flips": {"ra": 0.3, "ra_r": 0.3}, "attacks_moved": 0.3, "curve_points": [[0.25], [0.4]]}
+    routes |= {"gate_hits": 0.5, "cost_multiply_adds": 1000}
     shares = {f"attacks_{name}": value for name, value in attacks.items()}
     return base | shares | others | margins | routes | changes
 
@@ -290,6 +322,7 @@ def table(growth):
 
 
 ALL = {name for part in COVERAGE.values() for name in part.runs}
+STEADY = {"flips": {"ra": 0.3, "ra_r": 0.1}}
 AS_CLAIMED = {name: run() for name in ALL} | {
     "at-frozen": run(attacks_worst=0.1, attacks_pgd=0.4),
     "at-linear": run(attacks_worst=0.15),
@@ -314,6 +347,9 @@ AS_CLAIMED = {name: run() for name in ALL} | {
     "experts-16-switch": run(best_single=0.4),
     "collapse-switch": run(use_largest=0.9),
     "collapse-switch-no-gradient": run(use_largest=0.9),
+    "block-prc": run(attacks_worst=0.32, **STEADY),
+    "block-robust-gate": run(attacks_worst=0.31, best_single=0.4),
+    "block-k2-margin-soft": run(attacks_worst=0.32),
     "block-costs": {"costs_table": table(lambda e, k: 1000 * (k - 1) + e)},
 }
 OTHERWISE = {name: run() for name in ALL} | {
@@ -341,6 +377,9 @@ OTHERWISE = {name: run() for name in ALL} | {
     "experts-16-switch": run(best_single=0.2),
     "collapse-switch": run(use_largest=0.2),
     "collapse-switch-no-gradient": run(use_largest=0.2),
+    "block-prc": run(attacks_worst=0.27, **STEADY),
+    "block-robust-gate": run(attacks_worst=0.27, best_single=0.2),
+    "block-k2-margin-soft": run(attacks_worst=0.27),
     "block-costs": {"costs_table": table(lambda e, k: 10 * e)},
 }
 CLAIMS = [(part, claim) for part, content in COVERAGE.items() for claim in content.claims]
@@ -391,6 +430,36 @@ def test_each_check_alone_makes_a_claim_untestable(part):
             assert found["verdict"] == NOT_TESTABLE
 
 
+@pytest.mark.parametrize(
+    ("name", "of", "change"),
+    [
+        ("learned", "dense-equal-attacked", {"attacks_sa": 0.1}),
+        ("router attack", "block-k2-attacked", {"flips": {"ra": 0.3, "ra_r": 0.05}}),
+        ("routes steadied", "block-prc", {"flips": {"ra": 0.3, "ra_r": 0.26}}),
+        ("gate taught", "block-robust-gate", {"gate_hits": 0.26}),
+        ("experts in use", "block-robust-gate", {"first": [0.99, 0.01, 0, 0]}),
+        ("equal compute", "dense-equal-attacked", {"cost_multiply_adds": 1040}),
+        ("equal compute", "dense-equal-attacked", {"cost_multiply_adds": 960}),
+    ],
+)
+def test_routing_is_judged_where_it_was_put_to_the_test_alone(name, of, change):
+    world = AS_CLAIMED | {of: AS_CLAIMED[of] | change}
+    judged = [judge(claim, dict.fromkeys(range(3), world)) for claim in ROUTING.claims]
+    failed = [{check["name"] for check in found["checks"] if check["outcome"] == FAILED} for found in judged]
+    assert any(name in names for names in failed)
+    verdicts = [found["verdict"] for found in judged]
+    assert verdicts == [NOT_TESTABLE if names else HELD for names in failed]
+
+
+def test_two_points_over_the_dense_network_are_the_least():
+    over = ROUTING.claims[2]
+    assert over.bound == 0.02
+    world = AS_CLAIMED | {"block-prc": run(attacks_worst=0.295, **STEADY), "block-robust-gate": run(attacks_worst=0.25)}
+    found = judge(over, dict.fromkeys(range(3), world))
+    assert found["mean"] == pytest.approx(0.015)  # of the better one, over 0.28
+    assert found["verdict"] == NOT_HELD
+
+
 def test_what_pgd_misses_of_any_network_is_no_masking():
     """PGD-20 leaves some points more than AutoAttack on a dense network too."""
     world = dict.fromkeys(ALL, run(attacks_pgd=0.34, attacks_autoattack=0.31, attacks_worst=0.305))
@@ -437,32 +506,35 @@ def test_a_figure_of_a_probe_says_of_how_many_images_it_is(tmp_path, monkeypatch
 def test_the_page_shows_what_probes_found_and_the_best_checkpoint():
     number = {"mean": 0.25, "sd": None, "n": 1}
     one = {"attack": {"steps": 2, "eps": "1/10"}, "measures": {"images": 20, "attacks_images": 15}}
+    one["seconds"] = {"train": 0.0}
     runs = {
         "x": {
             "title": "X",
             "mean": {"sa": number, "attacks_worst": number},
             "best": {"ra": number},
             "seeds": {"0": one},
-        }
-    }
-    page = summary(
-        {
-            "study": "x",
-            "scale": {"name": "cpu", "why": ""},
-            "overrides": [],
-            "failed": {},
-            "runs": runs,
-            "data": {"name": "digits"},
-            "seeds": [0],
-            "hardware": "",
-            "commits": [],
-            "rule": "",
-            "seconds": {"computing": 1, "unknown": 0},
-            "parts": {"p": {"title": "P", "runs": ["x"], "claims": []}},
+            "parts": {"model.init_from": "before", "model.dual.standard.init_from": "before"},
         },
-        {},
-    )
+        "before": {"parts": {}, "seeds": {"0": one | {"seconds": {"train": 40.2}}}},
+    }
+    results = {
+        "study": "x",
+        "scale": {"name": "cpu", "why": ""},
+        "overrides": [],
+        "failed": {},
+        "runs": runs,
+        "data": {"name": "digits"},
+        "seeds": [0],
+        "hardware": "",
+        "commits": [],
+        "rule": "",
+        "seconds": {"computing": 1, "unknown": 0},
+        "parts": {"p": {"title": "P", "runs": ["x"], "claims": []}},
+    }
+    page = summary(results, {})
     assert "| run | attacks: worst | images |" in page
     assert "| X | 25.0 | 15 |" in page
-    assert "| SA, best checkpoint | RA, best checkpoint | PGD |" in page
-    assert "| – | 25.0 | 2 steps, ε = 1/10 |" in page
+    assert "| SA, best checkpoint | RA, best checkpoint | training, s | PGD |" in page
+    assert "| – | 25.0 | 40 | 2 steps, ε = 1/10 |" in page  # the seconds of the run that it starts from, once
+    runs["before"]["seeds"]["1"] = one | {"seconds": {"train": None}}  # was killed, and went on
+    assert "| – | 25.0 | – | 2 steps, ε = 1/10 |" in summary(results, {})

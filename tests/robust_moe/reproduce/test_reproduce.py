@@ -24,7 +24,7 @@ from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
 from robust_moe.files import lock
 from robust_moe.reproduce import SCALES, STUDIES, StudyError, judge_again, reproduce
-from robust_moe.reproduce.jobs import Job, make_jobs
+from robust_moe.reproduce.jobs import Job, _kept, expect_overrides, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
 from robust_moe.reproduce.preparation import (
     alone_in,
@@ -36,7 +36,7 @@ from robust_moe.reproduce.preparation import (
     variant,
 )
 from robust_moe.reproduce.runs import RUNS
-from robust_moe.reproduce.studies import CORE
+from robust_moe.reproduce.studies import CORE, PARTS
 from robust_moe.reproduce.worker import work
 from robust_moe.settings import replaced
 
@@ -409,6 +409,21 @@ def test_overrides_that_would_mislead_are_refused(override, why, tmp_path):
     with pytest.raises(ConfigError, match=rf"{override.split('=')[0]}[a-z.]*: expected no such override, {why}"):
         reproduce("core", overrides=[*TINY, override], runs=tmp_path / "runs", reporter=quiet())
     assert not (tmp_path / "runs").exists()
+
+
+def test_epochs_of_its_own_stay_with_a_run_and_others_follow_the_override(tmp_path):
+    names = ["warm-at", "block-k1"]
+    notes = expect_overrides(names, ["run.epochs=2", "run.threads=1"])
+    assert notes == ["run.epochs: the override is for all other runs; of their own have it warm-at (5)"]
+    assert expect_overrides(["block-k1"], ["run.epochs=2"]) == []
+    for override in ("run.epochs=2", "run={epochs: 2}"):
+        jobs = make_jobs(names, SCALES["cpu"], [0], tmp_path, [*TINY, override])
+        assert {job.run: job.config.run.epochs for job in jobs} == {"warm": 2, "warm-at": 5, "block-k1": 2}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_runs_that_are_compared_have_the_same_settings_that_overrides_leave(part):
+    assert len({tuple(sorted(_kept(name).items())) for name in PARTS[part].runs}) == 1
 
 
 def test_other_settings_have_another_folder():
