@@ -22,6 +22,7 @@ __all__ = [
     "Gate",
     "TwoConvGate",
     "build_gate",
+    "noisy_choice",
     "score_noise_scale",
 ]
 
@@ -128,8 +129,27 @@ def build_gate(gate: Gate, in_channels: int, num_experts: int) -> nn.Module:
 def score_noise_scale(logits: Tensor, noise_std: float) -> Tensor:
     """Standard deviation [B, 1] of the score noise: ``noise_std`` in units of each row's own spread, no gradient.
 
-    Noise in logit units, so that the temperature of the softmax does not change. The release of Robust Experts differs:
-    it divides the softmax scores by one standard deviation over the whole [B, E] matrix and adds N(0, 0.1) to choose
-    the experts, whose weights are the scores without noise; under the switch and the column entropy loss alone.
+    Noise in logit units, so that the temperature of the softmax does not change. It changes the weights too;
+    :func:`noisy_choice` does not.
     """
     return noise_std * logits.detach().std(dim=1, keepdim=True, correction=0)
+
+
+def noisy_choice(scores: Tensor, noise_std: float, top_k: int) -> Tensor:
+    """The ``top_k`` experts of each row under the score noise of the code released with 2509.05086, best first.
+
+    They are the largest of ``scores / std(scores) + N(0, noise_std)``, with one (unbiased) standard deviation of the
+    whole [B, E] matrix, so a row's choice depends on its batch. The release has a ``noise_std`` of 0.1, in training,
+    under the switch and the column entropy loss, not under its entropy loss. Equal scores get no noise here.
+
+    Args:
+        scores: [B, E], softmax over the experts.
+        noise_std: >= 0; the noise is drawn from PyTorch's global generator of the device.
+        top_k: 1 <= k <= E.
+
+    Returns:
+        int64 [B, k]; ties go to the lowest index.
+    """
+    scores = scores.detach()
+    noisy = scores + noise_std * scores.std() * torch.randn_like(scores)  # times std(scores): the order is the same
+    return noisy.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.experts import ExpertModule, Experts, StackedConv2d
-from robust_moe_kernels.modules.gates import Gate, build_gate, score_noise_scale
+from robust_moe_kernels.modules.gates import Gate, build_gate, noisy_choice, score_noise_scale
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
@@ -57,10 +57,11 @@ class MoELayer(nn.Module):
     model.
 
     ``route_options`` (:class:`RouteOptions`) holds what the layer does with its gate's logits; each option is an
-    attribute of the layer too. Beside the arguments these are ``inference``, the routing rule in eval mode (None: that
-    of training), ``fixed_expert``, the expert that takes every sample with weight 1, gate unused, and ``reroute``,
-    which replaces what the gate, or the rule, decides (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets
-    it).
+    attribute of the layer too. Beside the arguments these are ``noise``, what kind of score noise there is ("logits",
+    or "released": :func:`~robust_moe_kernels.modules.gates.noisy_choice`, which leaves scores, weights and statistics
+    without noise), ``inference``, the routing rule in eval mode (None: that of training), ``fixed_expert``, the expert
+    that takes every sample with weight 1, gate unused, and ``reroute``, which replaces what the gate, or the rule,
+    decides (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets it).
 
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
@@ -68,7 +69,8 @@ class MoELayer(nn.Module):
         top_k: k, 1 <= k <= E.
         renormalize: divide the k kept scores by their sum.
         straight_through: for k = 1, forward weight exactly 1 and the score's gradient.
-        noise_std: standard deviation of the score noise in training, in units of each row's own spread; 0: none.
+        noise_std: standard deviation of the score noise in training, in units of each row's own spread (of the whole
+            batch's with ``noise="released"``); 0: none.
 
     forward: [B, C, H, W] -> what the replaced module returns, dtype and memory format as the experts leave them.
     With the grouped engine nothing waits for the gate. Elsewhere (see ``modules.experts``) the experts run by
@@ -83,6 +85,7 @@ class MoELayer(nn.Module):
     renormalize = _Option[bool]()
     straight_through = _Option[bool]()
     noise_std = _Option[float]()
+    noise = _Option[str]()
     fixed_expert = _Option[int | None]()
     reroute = _Option[Reroute | None]()
     inference = _Option[Reroute | None]()
@@ -174,12 +177,16 @@ class MoELayer(nn.Module):
         )
         noise_scale = None
         logits = clean
-        if self.training and options.noise_std > 0:
+        noise = options.noise if self.training and options.noise_std > 0 else None
+        if noise == "logits":
             noise_scale = score_noise_scale(clean, options.noise_std)
             logits = clean + noise_scale * torch.randn_like(clean)
         out, route = top_k_route(logits, options.top_k, options.renormalize, options.straight_through)
         record = RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
-        rules = [rule for rule in (None if self.training else options.inference, options.reroute) if rule is not None]
+        own = None if self.training else options.inference
+        if noise == "released":
+            own = _choose_by_noise
+        rules = [rule for rule in (own, options.reroute) if rule is not None]
         for rule in rules:
             indices, weights = rule(options, record)
             record = replace(record, indices=indices, weights=weights)
@@ -210,6 +217,11 @@ class MoELayer(nn.Module):
         layer = cls(built, experts, **options).to(like.device, like.dtype)
         experts.requires_grad_(like.requires_grad)
         return layer
+
+
+def _choose_by_noise(options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    indices = noisy_choice(record.scores, options.noise_std, options.top_k)
+    return indices, options.weigh(record.scores.gather(1, indices))
 
 
 def _expect_count(num_experts: int) -> None:

@@ -103,7 +103,7 @@ class FixedRoutes:
         expect(len(self.indices) == samples, "indices", f"routes for the {samples} samples", len(self.indices))
         if self.weights is not None:
             return self.indices, self.weights
-        return self.indices, _weigh(options, record.scores.gather(1, self.indices))
+        return self.indices, options.weigh(record.scores.gather(1, self.indices))
 
 
 def last_routes(model: nn.Module) -> dict[str, FixedRoutes]:
@@ -132,7 +132,7 @@ class DropTop:
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
         _expect_two(record, "DropTop")
         indices = _ranked(record)[:, 1 : options.top_k + 1]
-        return indices, _weigh(options, record.scores.gather(1, indices))
+        return indices, options.weigh(record.scores.gather(1, indices))
 
 
 @dataclass(frozen=True)
@@ -201,13 +201,6 @@ class SoftGradient:
 def _ranked(record: RoutingRecord) -> Tensor:
     """All experts of each sample [B, E], best first, ties to the lowest index as in the gate."""
     return record.logits.detach().sort(dim=1, descending=True, stable=True).indices
-
-
-def _weigh(options: RouteOptions, kept: Tensor) -> Tensor:
-    """Weights of experts with scores ``kept`` [B, n], as the layer would weigh them had its gate chosen them."""
-    if kept.shape[1] == 1 and options.straight_through and options.top_k == 1:
-        return 1 + (kept - kept.detach())
-    return kept / kept.sum(1, keepdim=True) if options.renormalize else kept
 
 
 def _expect_two(record: RoutingRecord, what: str) -> None:

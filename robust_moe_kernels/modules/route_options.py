@@ -10,7 +10,9 @@ from torch import Tensor
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["DrawnReroute", "Reroute", "RouteOptions"]
+__all__ = ["NOISES", "DrawnReroute", "Reroute", "RouteOptions"]
+
+NOISES = ("logits", "released")
 
 
 class Reroute(Protocol):
@@ -42,7 +44,8 @@ class RouteOptions:
     top_k: int = 2  # experts of a sample
     renormalize: bool = True  # divide the k kept scores by their sum
     straight_through: bool = True  # k = 1: forward weight exactly 1, gradient through the score
-    noise_std: float = 0.0  # of the score noise in training, in units of a row's own standard deviation; 0: none
+    noise_std: float = 0.0  # of the score noise in training, in the units of ``noise``; 0: none
+    noise: str = "logits"  # "logits": added to them, in units of a row's own spread; "released": `noisy_choice`
     fixed_expert: int | None = None  # takes every sample with weight 1, the gate unused
     reroute: Reroute | None = None  # replaces what the gate decides, for a while
     inference: Reroute | None = None  # replaces what the gate decides in eval mode; a reroute gets its routes
@@ -50,12 +53,19 @@ class RouteOptions:
     def __post_init__(self) -> None:
         expect(type(self.top_k) is int, "top_k", "an integer", repr(self.top_k))
         expect(self.noise_std >= 0, "noise_std", "a number >= 0", self.noise_std)
+        expect(self.noise in NOISES, "noise", f"one of {', '.join(NOISES)}", repr(self.noise))
 
     def expect_fits(self, num_experts: int) -> None:
         """Raise :class:`ValueError` unless a layer of so many experts can route by these options."""
         expect(1 <= self.top_k <= num_experts, "top_k", f"1 <= k <= num_experts = {num_experts}", self.top_k)
         if self.fixed_expert is not None:
             expect_expert(self.fixed_expert, num_experts, "fixed_expert")
+
+    def weigh(self, kept: Tensor) -> Tensor:
+        """Weights of experts with scores ``kept`` [B, n], as the layer would weigh them had its gate chosen them."""
+        if kept.shape[1] == 1 and self.straight_through and self.top_k == 1:
+            return 1 + (kept - kept.detach())
+        return kept / kept.sum(1, keepdim=True) if self.renormalize else kept
 
 
 def expect_expert(index: int, num_experts: int, argument: str) -> None:

@@ -206,7 +206,7 @@ class Trainer:
         rate = learning_rate(config.optim, state.step, self.total_steps, len(self.loader))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
+        self.model.train(self.method.train_mode == "train")
         self.method.epoch, self.method.step = state.epoch, state.step
         self.method.progress = state.step / self.total_steps
         logs, nonfinite = self.updater.run(batch, derive_seed(config.run.seed, "attack", state.step))

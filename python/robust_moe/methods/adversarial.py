@@ -29,7 +29,9 @@ class AdversarialMethod(Method):
 
     They are made in eval mode and trained on in train mode, so that every forward that is trained on moves the BN
     statistics once and the attack never does. ``method.attack_mode: train`` makes them in train mode, as some published
-    code does; the BN statistics then move with every step of the attack too.
+    code does; the BN statistics then move with every step of the attack too. ``method.train_mode: eval`` trains in eval
+    mode, as RT-ER's released code does where its attack leaves the model so: batch norms then normalise by statistics
+    that never move, those of the checkpoint that the run starts from, or mean 0 and variance 1 of fresh weights.
 
     With ``method.attack_steps_schedule`` the attack of :meth:`craft` has few steps in the beginning, when it needs few
     to fool the network, and more later (curriculum adversarial training, Cai et al., 2018, arXiv:1805.04807). The whole

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robust_moe.data import Batch
 from robust_moe.graphs import several_processes
-from robust_moe.methods.options import LabelSmoothing
+from robust_moe.methods.options import AttackOptions, LabelSmoothing
 from robust_moe.methods.table import METHODS
 from robust_moe.methods.weight_perturbation import WeightPerturbation
 from robust_moe.models.config import ModelConfig
@@ -118,6 +118,9 @@ class Method(ABC):
         self.config = config
         self.balance = model.moe.balance.build()
         self.label_smoothing = config.label_smoothing if isinstance(config, LabelSmoothing) else 0.0
+        self.train_mode = config.train_mode if isinstance(config, AttackOptions) else "train"  # the engine sets it
+        if self.train_mode == "eval":
+            _expect_same_routing(model)
         self.epoch = 0  # epochs finished; the engine sets these three before each batch
         self.step = 0  # batches finished
         self.progress = 0.0  # share of the run's batches that is finished, in [0, 1)
@@ -145,7 +148,7 @@ class Method(ABC):
         """The updates of one batch, each computed when it is asked for.
 
         Args:
-            model: in train mode; logits [B, classes].
+            model: in the mode ``train_mode``; logits [B, classes].
             batch: images [B, C, H, W] in [0, 1], labels [B], index [B].
             step_seed: of every random choice in this step; with the index it decides an attack's random start.
             forward: the training pass, e.g. a distributed wrapper of ``model``; None: ``model`` itself.
@@ -207,6 +210,17 @@ class Method(ABC):
         """Continue from :meth:`state_dict`. Raises KeyError for one of another method."""
         if state:
             raise KeyError(f"method: expected no state for {type(self).__name__}, got {', '.join(state)}")
+
+
+def _expect_same_routing(model: ModelConfig) -> None:
+    """Raise :class:`ConfigError` for layers that route otherwise in training than in evaluation."""
+    for key, section in model.routed():
+        for name, wanted, got in (("noise_std", 0, section.noise_std), ("inference", "none", section.inference.name)):
+            if got != wanted:
+                raise ConfigError(
+                    f"model.{key}.{name}: expected {wanted} with method.train_mode=eval, where layers train on the "
+                    f"routes of evaluation, got {got!r}"
+                )
 
 
 def _in_few_launches(model: nn.Module, compute: Callable[..., Scored], *inputs: Tensor) -> Scored:

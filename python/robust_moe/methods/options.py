@@ -31,6 +31,14 @@ class AttackOptions(Config):
 
     attack: Attack.Config = setting(PGD.Config(alpha=Fraction(2, 255)), "that makes the adversarial images")
     attack_mode: Literal["eval", "train"] = setting("eval", "the model's mode while adversarial images are made")
+    train_mode: Literal["train", "eval"] = setting(
+        "train", "the model's mode while weights are trained; eval: with BN statistics that stay as they are"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.train_mode == "eval" and self.attack_mode == "train":
+            raise ConfigError("attack_mode: expected eval with train_mode=eval, which keeps BN statistics, got 'train'")
 
     def expect_attack(self, why: str, **expected: Collection[Any]) -> None:
         """Raise :class:`ConfigError` where a setting of the attack is none of those that the method heeds."""

@@ -84,7 +84,7 @@ def _network(config: NetworkConfig, images: ImageSpec, alone: bool) -> nn.Module
             init=moe.init,
         )
         for layer in moe_layers(network).values():
-            layer.inference = moe.inference.build()
+            layer.noise, layer.inference = moe.noise, moe.inference.build()
     if config.normalizes:
         return network
     return nn.Sequential(OrderedDict(normalize=Normalize(images.mean, images.std), network=network))

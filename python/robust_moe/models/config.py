@@ -30,7 +30,12 @@ class MoEConfig(Config):
     gate: GateConfig = setting(GATES["gap_fc"](), "what scores the experts")
     renormalize: bool = setting(True, "divide the kept scores by their sum (k >= 2)")
     straight_through: bool = setting(True, "k = 1: forward weight exactly 1, gradient through the score")
-    noise_std: float = setting(0.0, "standard deviation of the score noise in units of a row's own; 0: off", at_least=0)
+    noise_std: float = setting(0.0, "standard deviation of the score noise, in the units of noise; 0: off", at_least=0)
+    noise: Literal["logits", "released"] = setting(
+        "logits",
+        "what gets the noise: logits, in units of a row's spread; released: scores, in units of a batch's, and only to "
+        "choose the experts",
+    )
     inference: InferenceConfig = setting(
         INFERENCE_ROUTINGS["none"](), "how the layers route in evaluation, attacks included; none: as in training"
     )
@@ -44,6 +49,10 @@ class MoEConfig(Config):
     def check(self) -> None:
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k: expected 1 <= k <= {self.num_experts}, got {self.top_k}")
+        if self.noise == "released" and self.noise_std == 0:
+            raise ConfigError(f"noise_std: expected > 0 for noise=released, got {self.noise_std}")
+        if self.noise == "released" and self.balance.needs_noise:
+            raise ConfigError(f"noise: expected logits for balance={self.balance.name}, got {self.noise!r}")
         self.inference.expect_fits(self.num_experts)
 
 
@@ -167,15 +176,12 @@ class ModelConfig(NetworkConfig):
         super().check()
         if not (self.moe.balance.needs_noise and self.moe.balance.build()):
             return
-        for key, half in self.halves():
-            used = {"moe": half.moe.layers, "mixture": half.mixture.num_experts > 0}
-            for section in (name for name, on in used.items() if on):
-                noise = getattr(half, section).noise_std
-                if noise == 0:
-                    raise ConfigError(
-                        f"{key}{section}.noise_std: expected > 0 for model.moe.balance={self.moe.balance.name}, which "
-                        f"is about the score noise, got {noise}"
-                    )
+        for key, section in self.routed():
+            if section.noise_std == 0:
+                raise ConfigError(
+                    f"{key}.noise_std: expected > 0 for model.moe.balance={self.moe.balance.name}, which is about the "
+                    f"score noise, got {section.noise_std}"
+                )
 
     def standard(self) -> NetworkConfig:
         """F_S of a dual model, described as a model of its own."""
@@ -189,3 +195,11 @@ class ModelConfig(NetworkConfig):
         yield "", self
         if self.dual.enabled:
             yield "dual.standard.", self.standard()
+
+    def routed(self) -> Iterator[tuple[str, MoEConfig | MixtureConfig]]:
+        """The sections of what routes, of F_R and of F_S where there is one, with their places below ``model``."""
+        for key, half in self.halves():
+            if half.moe.layers:
+                yield f"{key}moe", half.moe
+            if half.mixture.num_experts > 0:
+                yield f"{key}mixture", half.mixture

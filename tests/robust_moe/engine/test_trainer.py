@@ -118,10 +118,11 @@ KILLED = """
 
 
 # noise in the gate and colour jitter use random numbers: they have to come back too
-@pytest.mark.parametrize(("every", "resumed_from"), [("null", 4), ("3", 6)])
-def test_killed_in_mid_epoch_a_run_goes_on_to_the_same_bits(tiny, tmp_path, every, resumed_from):
+@pytest.mark.parametrize(("every", "resumed_from", "noise"), [("null", 4, "logits"), ("3", 6, "released")])
+def test_killed_in_mid_epoch_a_run_goes_on_to_the_same_bits(tiny, tmp_path, every, resumed_from, noise):
     settings = (
         "model.moe.noise_std=0.1",
+        f"model.moe.noise={noise}",
         "data.augment.flip=true",
         "data.augment.crop_padding=1",
         f"run.checkpoint_steps={every}",

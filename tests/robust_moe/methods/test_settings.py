@@ -1,8 +1,11 @@
 """Settings that some methods have: smoothed labels, and an attack whose steps grow over the run."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from robust_moe.attacks import PGD
 from robust_moe.attacks.graph import StepGraphs
@@ -11,6 +14,7 @@ from robust_moe.data import Batch
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import make_method, make_model
 from robust_moe.methods import METHODS
+from robust_moe.seeding import derive_seed
 
 DATA = {"class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.3], "std": [0.4]}
 DENSE = ("model.moe.layers=[]", "model.moe.balance=none")
@@ -54,6 +58,74 @@ def test_of_trades_the_cross_entropy_of_clean_images_is_smoothed(tiny):
     clean = model(batch.images)
     torch.testing.assert_close(losses[SMOOTHING].logs["task_loss"], smoothed(clean, batch.labels).detach())
     assert torch.equal(losses[SMOOTHING].logs["robust_loss"], losses[0.0].logs["robust_loss"])  # images, divergence
+
+
+class WrittenNorm(nn.Module):
+    """A batch norm in eval mode, written out."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        mean, variance, weight, bias = (
+            value[:, None, None]
+            for value in (self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias)
+        )
+        return (x - mean) / (variance + self.norm.eps).sqrt() * weight + bias
+
+
+def with_written_norms(model):
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, WrittenNorm(child))
+    return model
+
+
+ONE_STEP = ("run.max_steps=1", "run.epochs=1", "optim.momentum=0", "optim.nesterov=false", "optim.weight_decay=0")
+
+
+def test_in_eval_mode_the_weights_step_on_what_the_running_statistics_give(tiny):
+    """One step of SGD on CE(F(x'), y), by hand."""
+    config = tiny("method.train_mode=eval", *DENSE, *ONE_STEP)
+    trainer = Trainer(config, Reporter(enabled=False))
+    step, seen = trainer._step, []
+
+    def watched(batch):
+        seen.append((batch, copy.deepcopy(trainer.model)))
+        step(batch)
+
+    trainer._step = watched
+    trainer.fit()
+    ((batch, before),) = seen
+    seed = derive_seed(config.run.seed, "attack", 0)
+    x = config.method.attack.build(seed=seed)(before, batch.images, batch.labels, batch.index)
+    by_hand = with_written_norms(before)
+    loss = F.cross_entropy(by_hand(x), batch.labels)
+    weights = list(by_hand.parameters())
+    (rate,) = {group["lr"] for group in trainer.optimizer.param_groups}
+    for weight, gradient, now in zip(
+        weights, torch.autograd.grad(loss, weights), trainer.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(now, weight - rate * gradient, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(now, weight)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"standard"}))
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_only_in_train_mode_do_running_statistics_move(tiny, name, mode):
+    shape = DUAL if name == "jtdmoe" else ()
+    layers = DENSE[:1] if shape else ()
+    trainer = Trainer(
+        tiny(f"method.name={name}", f"method.train_mode={mode}", *layers, *shape, "run.epochs=1"),
+        Reporter(enabled=False),
+    )
+    trainer.fit()
+    moved = {key: value for key, value in trainer.model.named_buffers() if "running_" in key or "num_batches" in key}
+    fresh = {key: torch.full_like(value, float(key.endswith("running_var"))) for key, value in moved.items()}
+    assert moved
+    assert all(torch.equal(moved[key], fresh[key]) for key in moved) == (mode == "eval")
 
 
 HEEDED = {

@@ -203,6 +203,28 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         (["model.moe.balance=load"], r"model.moe.noise_std: expected > 0 for model.moe.balance=load.*got 0.0"),
         (["model.moe.balance=load", *SOFT], r"model.mixture.noise_std: expected > 0 for model.moe.balance=load"),
         (["model.moe.balance=load", *DUAL, "method.name=jtdmoe"], r"model.mixture.noise_std: expected > 0"),
+        (["model.moe.noise=released"], r"model.moe.noise_std: expected > 0 for noise=released, got 0.0"),
+        (
+            ["model.moe.noise=released", "model.moe.noise_std=0.1", "model.moe.balance=load"],
+            "model.moe.noise: expected logits for balance=load, got 'released'",
+        ),
+        (
+            ["method.train_mode=eval", "method.attack_mode=train"],
+            "method.attack_mode: expected eval with train_mode=eval.*got 'train'",
+        ),
+        (
+            ["method.train_mode=eval", "model.moe.noise_std=0.1"],
+            r"model.moe.noise_std: expected 0 with method.train_mode=eval.*got 0.1",
+        ),
+        (
+            ["method.train_mode=eval", "model.moe.inference=random_top"],
+            r"model.moe.inference: expected none with method.train_mode=eval.*got 'random_top'",
+        ),
+        (
+            ["method.train_mode=eval", *DUAL, "method.name=jtdmoe", "model.mixture.noise_std=0.1"],
+            r"model.mixture.noise_std: expected 0 with method.train_mode=eval",
+        ),
+        (["method.name=standard", "method.train_mode=eval"], "unknown key 'method.train_mode' of method 'standard'"),
         (["method.name=free_at", "method.attack.norm=L2"], "method.attack.norm: expected 'Linf'"),
         (["method.name=trades", "run.devices=2"], "run.devices: expected 1 for trades"),
         (["method.awp_gamma=0.01", "run.devices=2"], "run.devices: expected 1 for adversarial weight perturbation"),

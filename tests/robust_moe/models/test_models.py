@@ -122,6 +122,7 @@ def test_experts_that_copy_their_block_change_nothing():
 def test_every_setting_of_the_mixture_reaches_it():
     """Each differs from its default, so that one that is not passed on shows."""
     settings = {"num_experts": 5, "top_k": 3, "renormalize": False, "straight_through": False, "noise_std": 0.3}
+    settings["noise"] = "released"
     moe = MoEConfig(layers=["layer3.0", "layer4.1"], gate=GATES["conv_gap"](), init="fresh", **settings)
     model = build_model(ResNetSmallConfig(width=4, moe=moe), **TINY)
     assert set(moe_layers(model)) == {"layer3.0", "layer4.1"}

@@ -65,6 +65,7 @@ def test_attributes_read_and_replace_the_options():
         ("top_k", 5, "top_k: expected 1 <= k <= num_experts = 4, got 5"),
         ("top_k", 2.0, "top_k: expected an integer, got 2.0"),
         ("noise_std", -1.0, "noise_std: expected a number >= 0, got -1.0"),
+        ("noise", "scores", "noise: expected one of logits, released, got 'scores'"),
         ("fixed_expert", 4, "fixed_expert: expected an expert in 0..3, got 4"),
     ],
 )
@@ -221,6 +222,76 @@ def test_noise_has_the_deviation_asked_for():
     n = noise.numel()  # mean within 5 std/sqrt(n), deviation within 5 std/sqrt(2n)
     assert noise.mean().abs() < 5 * 0.1 / math.sqrt(n)
     assert abs(noise.std() - 0.1) < 5 * 0.1 / math.sqrt(2 * n)
+
+
+@mark.parametrize(
+    ("top_k", "straight_through", "renormalize"),
+    [(1, True, True), (1, False, False), (2, True, True), (2, True, False)],
+)
+def test_released_noise_chooses_experts_and_changes_nothing_else(top_k, straight_through, renormalize):
+    """Chosen by softmax / its deviation in the whole batch + N(0, 0.7); the weights are of the plain softmax."""
+    torch.manual_seed(2)
+    gate = TableGate(torch.randn(64, 4, dtype=torch.float64))
+    options = {"straight_through": straight_through, "renormalize": renormalize, "noise_std": 0.7}
+    moe, x = conv_layer(4, top_k, gate=gate, **options), images(64)
+    moe.noise = "released"
+    torch.manual_seed(5)
+    y = moe(x)
+    r = moe.routing
+
+    scores = gate.logits.softmax(1)
+    torch.manual_seed(5)
+    noisy = scores / scores.std() + 0.7 * torch.randn(64, 4, dtype=torch.float64)
+    indices = noisy.topk(top_k, dim=1).indices
+    assert torch.equal(r.indices, indices)
+    assert not torch.equal(indices, scores.topk(top_k, dim=1).indices), "the noise must have changed a route"
+    kept = scores.gather(1, indices)
+    weights = kept / kept.sum(1, keepdim=True) if renormalize else kept
+    if top_k == 1 and straight_through:
+        weights = 1 + kept - kept.detach()
+    torch.testing.assert_close(r.weights, weights, **CLOSE)
+    assert r.logits is r.clean_logits
+    assert r.noise_scale is None
+    torch.testing.assert_close(r.scores, scores, **CLOSE)
+    fraction = scores.argmax(1).bincount(minlength=4).double() / 64  # of the balance losses: without noise
+    torch.testing.assert_close(r.argmax_fraction, fraction, **CLOSE)
+
+    outputs = torch.stack([moe.expert(e)(x) for e in range(4)], 1)
+    mixed = (weights[..., None, None, None] * outputs[torch.arange(64)[:, None], indices]).sum(1)
+    torch.testing.assert_close(y, mixed, rtol=1e-10, atol=1e-12)
+    (got,) = torch.autograd.grad(y.square().sum(), gate.logits)
+    (wanted,) = torch.autograd.grad(mixed.square().sum(), gate.logits)
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_released_noise_is_drawn_in_training_alone_and_anew_from_the_seed():
+    moe = conv_layer(8, gate=TableGate(torch.randn(64, 8, dtype=torch.float64)), noise_std=1.0)
+    moe.noise = "released"
+    found = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        moe(images(64))
+        found.append(moe.routing.indices)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    state = torch.get_rng_state()
+    moe.eval()(images(64))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(moe.routing.indices, moe.gate.logits.topk(2, dim=1).indices)
+
+
+def test_equal_scores_get_no_released_noise():
+    moe = conv_layer(gate=TableGate(torch.zeros(6, 4, dtype=torch.float64)), noise_std=1.0)
+    moe.noise = "released"
+    moe(images())
+    assert moe.routing.indices.tolist() == [[0, 1]] * 6
+
+
+def test_a_reroute_replaces_what_released_noise_chose():
+    moe = conv_layer(noise_std=1.0)
+    moe.noise, moe.reroute = "released", DropTop()
+    moe(images())
+    assert torch.equal(moe.routing.indices, moe.routing.logits.topk(3, dim=1).indices[:, 1:])
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
