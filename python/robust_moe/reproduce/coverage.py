@@ -28,6 +28,7 @@ MASKED = ("at-frozen", "at-linear", "at-soft")
 AGAIN = ("again-at", "again-rt-er", "again-separate", "again-joint")
 RELEASED_ROUTERS = ("at-frozen", "at-linear", "rt-er-frozen", "rt-er-linear")
 RELEASED_FORM = ("rt-er-frozen", "rt-er-linear", "rt-er-frozen-released", "rt-er-linear-released")
+IN_EVAL_MODE = {"at-frozen-eval": "at-frozen", "rt-er-frozen-eval": "rt-er-frozen-released"}  # by each: in train mode
 WARM = ("warm-at", "warm-rt-er", "warm-trades")
 OTHER_BLOCKS, OTHER_CONVS = ("block-30", "block-40", "block-both"), ("conv-2", "conv-all")
 BLOCK, BOTH_BLOCKS, CONV = "block-k1-released", "block-both", "conv-4"
@@ -35,6 +36,7 @@ GATES = ("block-40", "experts-4", "gate-two-conv", "gate-fixed")  # GAP-FC, Conv
 MANY = tuple(f"experts-{experts}" for experts in COSTED_EXPERTS)
 SWITCHED = ("experts-4-switch", "experts-16-switch")
 COLLAPSE = tuple(f"collapse-{loss}{how}" for loss in ("switch", "entropy_released") for how in ("", "-no-gradient"))
+RELEASED_NOISE = "collapse-switch-released"
 SMALL_BETA, LARGE_BETA = "rt-er-beta-1", "rt-er-beta-30"
 SEEN = 0.02  # what one attack has to take beyond another to count as having seen through the model
 
@@ -187,15 +189,32 @@ COVERAGE: dict[str, Part] = {
         ),
     ),
     "released-form": Part(
-        "RT-ER with the release's attacks, each expert attacked on its own, against the paper's",
-        RELEASED_FORM,
-        tuple(
+        "RT-ER with the release's attacks, each expert attacked on its own, against the paper's; and what training in "
+        "eval mode does",
+        (*RELEASED_FORM, "at-frozen", *IN_EVAL_MODE),
+        (
+            *(
+                gains(
+                    f"The released form is more robust than the paper's behind a {kind} router.",
+                    *(OURS, "worst of all attacks", "attacks_worst", f"rt-er-{kind}-released", f"rt-er-{kind}"),
+                    dose(f"rt-er-{kind}-released"),
+                )
+                for kind in ("frozen", "linear")
+            ),
             gains(
-                f"The released form is more robust than the paper's behind a {kind} router.",
-                *(OURS, "worst of all attacks", "attacks_worst", f"rt-er-{kind}-released", f"rt-er-{kind}"),
-                dose(f"rt-er-{kind}-released"),
-            )
-            for kind in ("frozen", "linear")
+                "RT-ER raises robust accuracy over AT with the release's router, attacks and mode (published: by 16 "
+                "points).",
+                *(DUAL_MODEL, "worst of all attacks", "attacks_worst", "rt-er-frozen-eval", "at-frozen-eval"),
+                *(dose("rt-er-frozen-eval"), flipped("at-frozen-eval")),
+            ),
+            *(
+                gains(
+                    f"Training in eval mode costs robustness ({in_eval}).",
+                    *(OURS, "worst of all attacks", "attacks_worst", in_train, in_eval),
+                    learned(in_train, "attacks_sa"),
+                )
+                for in_eval, in_train in IN_EVAL_MODE.items()
+            ),
         ),
     ),
     "warm-start": Part(
@@ -333,7 +352,7 @@ COVERAGE: dict[str, Part] = {
     ),
     "collapse": Part(
         "Eight experts in both blocks of the last stage, with score noise: does routing collapse?",
-        COLLAPSE,
+        (*COLLAPSE, RELEASED_NOISE),
         (
             *(
                 Claim(
@@ -346,7 +365,7 @@ COVERAGE: dict[str, Part] = {
                     bound=COLLAPSE_SHARE,
                     checks=(learned(run),),
                 )
-                for run in COLLAPSE[:2]
+                for run in (*COLLAPSE[:2], RELEASED_NOISE)
             ),
             *(
                 gains(

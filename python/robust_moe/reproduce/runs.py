@@ -56,15 +56,16 @@ def _many(experts: int, balance: str) -> Run:
     return Run(f"E={experts}, Conv-GAP, {balance.replace('_', ' ')}", settings, 140 + 2 * experts)
 
 
-def _collapse(balance: str, straight_through: bool) -> Run:
-    """Eight experts in both blocks of layer4, with the release's score noise, as in figure 7 of Robust Experts. Without
-    the straight-through gradient only the balance loss trains the gate, as in the release."""
+def _collapse(balance: str, straight_through: bool, noise: str = "logits") -> Run:
+    """Eight experts in both blocks of layer4, with score noise, as in figure 7 of Robust Experts. Without the
+    straight-through gradient only the balance loss trains the gate, as in the release."""
     settings = (
         *_placed("layer4.0", "layer4.1", balance=balance),
-        *("model.moe.num_experts=8", "model.moe.noise_std=0.1"),
+        *("model.moe.num_experts=8", "model.moe.noise_std=0.1", f"model.moe.noise={noise}"),
         f"model.moe.straight_through={str(straight_through).lower()}",
     )
     how = "straight-through" if straight_through else "no task gradient"
+    how += ", noise as released" if noise == "released" else ""
     return Run(f"E=8, both blocks, {balance.replace('_', ' ')}, {how}", settings, 200, probes=("use",))
 
 
@@ -121,6 +122,18 @@ RUNS: dict[str, Run] = {
         (*LINEAR, "method.name=rt_er", "method.form=released"),
         *(425, {}, True, True, None, ("attacks",)),
     ),
+    # both methods with what the release does: its attacks (AT's are the same), its router, and training in eval mode
+    **{
+        f"{name}-frozen-eval": Run(
+            f"{title}, frozen linear router, trained in eval mode",
+            (*FROZEN, *method, "method.train_mode=eval"),
+            *(cost, {}, True, True, None, ("attacks",)),
+        )
+        for name, title, method, cost in (
+            ("at", "AT", AT, 1330),
+            ("rt-er", "RT-ER as released", ("method.name=rt_er", "method.form=released"), 425),
+        )
+    },
     # the models of other runs, asked for more
     "again-at": _again("mixture-at", (*MIXTURE, *AT), 150, "attacks", "margins", "slopes", "certified"),
     "again-rt-er": _again(
@@ -159,6 +172,7 @@ RUNS: dict[str, Run] = {
         for balance in ("switch", "entropy_released")
         for through in (True, False)
     },
+    "collapse-switch-released": _collapse("switch", False, "released"),
     # methods and budgets
     **{
         f"rt-er-beta-{beta}": Run(
