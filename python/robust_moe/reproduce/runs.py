@@ -55,8 +55,9 @@ BACKDOORED = {
             "model.moe.top_k=1",
             "model.moe.balance=entropy_released",
         ),
+        60,
     ),
-    "mixture": ("mixture", MIXTURE),
+    "mixture": ("mixture", MIXTURE, 205),
 }
 
 
@@ -86,10 +87,10 @@ def _collapse(balance: str, straight_through: bool) -> Run:
 def _backdoored(kind: str, share: float) -> Run:
     """A routed model of which ``share`` of the training images have the trigger; see
     :mod:`robust_moe.reproduce.backdoors`."""
-    model, settings = BACKDOORED[kind]
+    model, settings, cost = BACKDOORED[kind]
     title = f"{model}, {f'{share:.0%} poisoned' if share else 'clean data'}"
     settings = (*settings, *STANDARD, f"data.poison.share={share}")
-    return Run(title, settings, 90, basic=False, probes=("backdoor",))
+    return Run(title, settings, cost, basic=False, probes=("backdoor",))
 
 
 def _again(run: str, settings: tuple[str, ...], cost: float, *probes: str) -> Run:
