@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from numbers import Integral
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -46,8 +47,8 @@ def prune_experts(model: M, keep: Mapping[str, Sequence[int]] | Sequence[int]) -
     for name, experts in chosen.items():
         expect(name in layers, "keep", f"names of layers ({', '.join(map(repr, layers))})", repr(name))
         count = layers[name].num_experts
-        ok = len(experts) > 0 and list(experts) == sorted(set(experts)) and set(experts) <= set(range(count))
-        expect(ok, f"keep of layer {name!r}", f"ascending experts in 0..{count - 1}, at least one", list(experts))
+        expected = f"ascending experts in 0..{count - 1}, at least one"
+        expect(_are_experts(experts, count), f"keep of layer {name!r}", expected, experts)
         fixed = layers[name].fixed_expert
         expect(fixed is None, f"model layer {name!r}", "its gate to decide", f"the fixed expert {fixed}")
     pruned = copy.deepcopy(model)
@@ -55,6 +56,16 @@ def prune_experts(model: M, keep: Mapping[str, Sequence[int]] | Sequence[int]) -
         if name in chosen:
             _prune(name, layer, chosen[name])
     return pruned
+
+
+def _are_experts(experts: Any, count: int) -> bool:
+    """Whether this is a sequence of different integers in 0..count-1, ascending. PyTorch takes a list of booleans for a
+    mask, and refuses numbers such as 1.0."""
+    if isinstance(experts, Mapping) or not (hasattr(experts, "__len__") and hasattr(experts, "__iter__")):
+        return False
+    found = list(experts)
+    whole = all(isinstance(each, Integral) and not isinstance(each, bool) for each in found)
+    return len(found) > 0 and whole and found == sorted(set(found)) and set(found) <= set(range(count))
 
 
 def _prune(name: str, layer: MoELayer, experts: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from robust_moe.reproduce.claims import Check, Measures
 from robust_moe.reproduce.compute import TOLERANCE
-from robust_moe.reproduce.quantities import AT, SWITCH, along, of, top_share
+from robust_moe.reproduce.quantities import AT, SWITCH, along, gain, of, top_share
 
 
 def learned(run: str, name: str = "sa") -> Check:
@@ -113,9 +113,9 @@ def in_use(run: str) -> Check:
     return _in_use(run, lambda runs: top_share(runs, run))
 
 
-def in_use_by_probe(run: str) -> Check:
-    """The same of a run that only probes have looked at."""
-    return _in_use(run, of(run, "use_largest"))
+def in_use_by_probe(run: str, name: str = "use_largest") -> Check:
+    """The same of a run that only probes have looked at; ``name``: which measure is the largest share."""
+    return _in_use(run, of(run, name))
 
 
 def _in_use(run: str, largest: Callable[[Measures], float]) -> Check:
@@ -169,4 +169,25 @@ def equal_cost(one: str, other: str) -> Check:
         ratio,
         1 - TOLERANCE,
         "with more compute either would be better for that alone",
+    )
+
+
+def backdoor_took(run: str, clean: str) -> Check:
+    """``clean``: the same model, trained on images without a trigger."""
+    return Check(
+        "backdoor took",
+        f"attack success, {run} − {clean}",
+        gain("backdoor_asr", run, clean),
+        0.5,
+        "where no backdoor was planted none can be found or removed",
+    )
+
+
+def robust_by_probe(run: str) -> Check:
+    return Check(
+        "worst case",
+        f"robust share of the whole model, {run}",
+        of(run, "backdoor_robust"),
+        0.1,
+        "where an attack takes nearly everything from the whole model there is nothing to lose",
     )

@@ -110,23 +110,33 @@ def _name_groups(axes: Axes, found: Found) -> None:
     axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12))
 
 
-def _sweep(found: Found) -> Figure:
-    """SA and RA of the dual models against alpha; the band is the seeds' range."""
-    figure = new_figure(9.0, 4.0, "Dual model: what alpha trades")
-    panels = figure.subplots(1, 2)
-    for axes, key, label in ((panels[0], "sa", "clean accuracy (SA)"), (panels[1], "ra", "robust accuracy (RA)")):
-        for number, (run, seeds) in enumerate(found.items()):
-            alphas = [point["alpha"] for point in next(iter(seeds.values()))["sweep"]]
-            values = np.array([[point[key] for point in each["sweep"]] for each in seeds.values()])  # [seeds, alphas]
-            color = RUNS[number]
-            axes.fill_between(alphas, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-            axes.plot(np.repeat([alphas], len(values), 0).T, values.T, ".", color=color, markersize=4)
-            axes.plot(alphas, values.mean(0), f"-{MARKERS[number]}", color=color, label=runs.RUNS[run].title)
-        tidy(axes, "alpha, share of the robust model", label)
-        axes.yaxis.set_major_formatter(PERCENT)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center")
-    return figure
+def _curves(
+    title: str, points: str, x: tuple[str, str], panels: Sequence[tuple[str, str]]
+) -> Callable[[Found], Figure]:
+    """The numbers of the list ``points`` against one of them, ``x``, a panel for each; the band is the seeds' range.
+
+    ``x``, ``panels``: key and label.
+    """
+
+    def draw(found: Found) -> Figure:
+        figure = new_figure(4.5 * len(panels), 4.0, title)
+        for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for number, (run, seeds) in enumerate(found.items()):
+                places = [point[x[0]] for point in next(iter(seeds.values()))[points]]
+                values = np.array([[point[key] for point in each[points]] for each in seeds.values()])  # [seeds, x]
+                color = RUNS[number]
+                axes.fill_between(places, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+                axes.plot(np.repeat([places], len(values), 0).T, values.T, ".", color=color, markersize=4)
+                axes.plot(places, values.mean(0), f"-{MARKERS[number]}", color=color, label=runs.RUNS[run].title)
+            tidy(axes, x[1], label)
+            axes.yaxis.set_major_formatter(PERCENT)
+            if all(isinstance(place, int) for place in places):
+                axes.set_xticks(places)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, ncols=len(found), loc="outside lower center")
+        return figure
+
+    return draw
 
 
 def _utilisation(found: Found) -> Figure:
@@ -215,7 +225,15 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
         "accuracy": (PARTS["rt-er"].runs, _accuracies("Adversarial training of a mixture of networks")),
         "single-experts": (PARTS["rt-er"].runs, _single_experts),
     },
-    "dual": {"alpha": (PARTS["dual"].runs, _sweep)},
+    "dual": {
+        "alpha": (
+            PARTS["dual"].runs,
+            _curves(
+                *("Dual model: what alpha trades", "sweep", ("alpha", "alpha, share of the robust model")),
+                (("sa", "clean accuracy (SA)"), ("ra", "robust accuracy (RA)")),
+            ),
+        )
+    },
     "block-moe": {
         "accuracy": (PARTS["block-moe"].runs, _accuracies("Dense network and BlockMoE, adversarially trained")),
         "utilisation": (("block-k1", "block-k1-released", "block-k1-switch"), _utilisation),
@@ -235,6 +253,15 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
     "bounds": {},
     "equal-compute": {
         "curve": (PARTS["equal-compute"].runs, _accuracies("As many multiply-adds, dense and routed", BUDGET))
+    },
+    "backdoors": {
+        "backdoor": (
+            PARTS["backdoors"].runs,
+            _curves(
+                *("The least used experts dropped", "backdoor_curve", ("experts", "experts left")),
+                (("clean", "clean accuracy"), ("robust", "robust accuracy"), ("asr", "attack success of the trigger")),
+            ),
+        )
     },
     "cost": {"experts": (PARTS["cost"].runs, _costs)},
 }

@@ -23,13 +23,13 @@ from robust_moe.certifiers import Noise, make_certifier
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch, ImageSet
 from robust_moe.engine.experiment import make_model
-from robust_moe.evaluation import error_curve
+from robust_moe.evaluation import backdoor_report, error_curve, pruning_curve, routing_shares
 from robust_moe.evaluation.moe_stages import MoEStages, moe_arguments
 from robust_moe.evaluation.routing_measures import expert_use, routes, routing_change
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
 from robust_moe.settings import replaced
-from robust_moe_kernels.modules import attack_mode, moe_layers, only_expert
+from robust_moe_kernels.modules import attack_mode, moe_layers, only_expert, prune_experts
 
 __all__ = ["PROBES", "Subject"]
 
@@ -231,6 +231,55 @@ def costs(subject: Subject) -> dict[str, Any]:
     return {"table": table}
 
 
+def backdoor(subject: Subject) -> dict[str, Any]:
+    """What the trigger of the run's ``data.poison`` does to a model with one routed layer, and what is left of it when
+    the least used experts are dropped (:func:`~robust_moe.evaluation.backdoor_report`,
+    :func:`~robust_moe.evaluation.pruning_curve`).
+
+    Measured on every other one of twice ``subject.count`` images; those between say which experts are used least.
+    ``accuracy``, and ``robust``, under PGD, are of all images; ``asr`` and what follows of those that are not of the
+    target class: ``asr_clean_route``, ``target_rate``, ``route_flips`` as the report has them; ``least_fooled``,
+    ``most_fooled``: the smallest and largest ``asr`` of an expert that takes every image; ``largest``,
+    ``largest_triggered``: the most used expert's share of first choices, without and with the trigger. ``layer``: the
+    report's. ``curve``: for each number of ``experts`` left, falling, the accuracies, ``asr``, and the cost.
+    """
+    index = subject.images.head_index(2 * subject.count)
+    others, measured = (subject.images.subset(index[start::2]) for start in (0, 1))
+    used = routing_shares(subject.model, others, batch_size=subject.batch_size)
+    poison = subject.config.data.poison
+    how: dict[str, Any] = {"batch_size": subject.batch_size, "seed": subject.seed}
+    report = backdoor_report(subject.model, measured.images, measured.labels, poison, **how)
+    ((title, layer),) = report["layers"].items()
+    pruned = pruning_curve(
+        *(subject.model, measured.images, measured.labels, {name: use.selected for name, use in used.items()}),
+        attacks={"pgd": subject.attack.build(seed=subject.seed)},
+        poison=poison,
+        **how,
+    )
+    model, image = copy.deepcopy(subject.model).cpu(), _first(subject.run("cost"))
+    curve = [
+        {"experts": len(kept), "kept": kept, "clean": point["clean"], "robust": point["worst"]}
+        | {key: point[key] for key in ("asr", "target_rate")}
+        | dataclasses.asdict(model_cost(prune_experts(model, kept), image))
+        for point in pruned
+        for kept in point["keep"].values()
+    ]
+    fooled = [single["asr"] for single in layer["single_experts"]]
+    return {
+        "images": len(measured),
+        "accuracy": report["accuracy"],
+        "robust": curve[0]["robust"],
+        **{key: report[key] for key in ("asr", "asr_clean_route", "target_rate")},
+        "route_flips": layer["route_flips"],
+        "least_fooled": min(fooled),
+        "most_fooled": max(fooled),
+        "largest": max(layer["first"]["clean"]),
+        "largest_triggered": max(layer["first"]["triggered"]),
+        "layer": {"name": title, **layer},
+        "curve": curve,
+    }
+
+
 def _first(run: StagedEvaluation) -> Tensor:
     """The first image, [1, C, H, W] in [0, 1], on the CPU."""
     return run.take(np.arange(1)).images.cpu()
@@ -245,4 +294,5 @@ PROBES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "curve": curve,
     "cost": cost,
     "costs": costs,
+    "backdoor": backdoor,
 }

@@ -45,6 +45,24 @@ CONVS = ",".join(f"layer{stage}.0.conv{number}" for stage in (2, 3, 4) for numbe
 PATHWAYS = (f"model.moe.layers=[{CONVS}]", "model.moe.num_experts=2", "model.moe.top_k=1", "model.moe.balance=none")
 
 
+# Standard training, with one expert an image in both models and the balance loss that keeps routing from collapsing. A
+# margin of two pixels, which is the augmentation's at scale cpu, keeps the trigger whole in a shifted image.
+STANDARD = ("method.name=standard", "eval.attack.eps=2/255", "eval.attack.alpha=1/510", "data.poison.margin=2")
+BACKDOORED = {
+    "block": (
+        "BlockMoE",
+        (
+            "model.moe.layers=[layer4.1]",
+            "model.moe.num_experts=4",
+            "model.moe.top_k=1",
+            "model.moe.balance=entropy_released",
+        ),
+        60,
+    ),
+    "mixture": ("mixture", MIXTURE, 205),
+}
+
+
 def _placed(*layers: str, balance: str = "entropy_released") -> tuple[str, ...]:
     """Routed layers with one expert an image, adversarially trained."""
     return (f"model.moe.layers=[{','.join(layers)}]", "model.moe.top_k=1", f"model.moe.balance={balance}", *AT)
@@ -67,6 +85,15 @@ def _collapse(balance: str, straight_through: bool, noise: str = "logits") -> Ru
     how = "straight-through" if straight_through else "no task gradient"
     how += ", noise as released" if noise == "released" else ""
     return Run(f"E=8, both blocks, {balance.replace('_', ' ')}, {how}", settings, 200, probes=("use",))
+
+
+def _backdoored(kind: str, share: float) -> Run:
+    """A routed model of which ``share`` of the training images have the trigger; see
+    :mod:`robust_moe.reproduce.backdoors`."""
+    model, settings, cost = BACKDOORED[kind]
+    title = f"{model}, {f'{share:.0%} poisoned' if share else 'clean data'}"
+    settings = (*settings, *STANDARD, f"data.poison.share={share}")
+    return Run(title, settings, cost, basic=False, probes=("backdoor",))
 
 
 def _again(run: str, settings: tuple[str, ...], cost: float, *probes: str) -> Run:
@@ -208,5 +235,10 @@ RUNS: dict[str, Run] = {
         (*PAIRS, "method.name=robust_gate", "method.attacked=own"),
         *(1300, {}, True, True, None, ("attacks", "cost")),
     ),
+    **{
+        f"{data}-{kind}": _backdoored(kind, share)
+        for kind in BACKDOORED
+        for data, share in (("poisoned", 0.1), ("clean", 0.0))
+    },
     "block-costs": Run("BlockMoE, not trained", (*BLOCK, "model.moe.top_k=1"), 5, {}, False, False, None, ("costs",)),
 }

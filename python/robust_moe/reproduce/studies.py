@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from robust_moe.evaluation.scorer import COLLAPSE_SHARE
+from robust_moe.reproduce.backdoors import BACKDOORS
 from robust_moe.reproduce.checks import (
     EXPERTS,
     HALVES,
@@ -287,7 +288,7 @@ CORE: dict[str, Part] = {
         ),
     ),
 }
-PARTS: dict[str, Part] = {**CORE, **COVERAGE}
+PARTS: dict[str, Part] = {**CORE, **COVERAGE, **BACKDOORS}
 STUDIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in PARTS},
     **EXPERIMENTS,
