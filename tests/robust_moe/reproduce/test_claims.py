@@ -343,9 +343,23 @@ def test_every_expert_and_every_gated_model_is_inside_its_panel():
 
 def test_a_check_is_shown_as_of_the_claim_that_has_most_seeds(tmp_path):
     """In a study that was stopped, another claim with the same check may lack a run in every seed."""
-    stopped = ROOT / "benchmarks" / "results" / "study-masking-one-seed" / "study.json"
-    judge_again(stopped, "masking", tmp_path)
-    page = (tmp_path / "summary.md").read_text()
+    study = json.loads((ROOT / "benchmarks" / "results" / "study-masking" / "study.json").read_text())
+    for run, seeds in {"at-frozen": ("0",), "at-linear": ("0",), "at-soft": ()}.items():
+        of = study["runs"][run]
+        of["seeds"] = {seed: of["seeds"][seed] for seed in seeds}
+    stopped = tmp_path / "study.json"
+    stopped.write_text(json.dumps(study))
+    judge_again(stopped, "masking", tmp_path / "again")
+    page = (tmp_path / "again" / "summary.md").read_text()
     assert "| learned: SA, at-frozen | 33.7 % | 20 % | passed |" in page
     assert "| learned: SA, at-soft | – | 20 % | not measured |" in page
-    assert page == stopped.with_name("summary.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["study-masking", "study-backdoors"])
+def test_committed_pages_have_the_verdicts_of_the_rule(name, tmp_path):
+    study = ROOT / "benchmarks" / "results" / name / "study.json"
+    page = study.with_name("summary.md").read_text()
+    done = judge_again(study, json.loads(study.read_text())["study"], tmp_path)
+    lines = [line for part in done.results["parts"].values() for line in claims_table(part["claims"])]
+    assert len(lines) > 4
+    assert all(line in page for line in lines)
