@@ -276,7 +276,8 @@ class _Fused(torch.autograd.Function):
                 d_x, _, _ = torch.ops.aten.convolution_backward(
                     d, x, filters, None, *call[:3], False, [0, 0], call.groups, [True, False, False]
                 )
-            d_x = d_x.to(ctx.kind, memory_format=_DENSE[ctx.last])
+            # batched gradients have one dimension more than the format is made for
+            d_x = d_x.to(ctx.kind) if is_batched(d) else d_x.to(ctx.kind, memory_format=_DENSE[ctx.last])
         return d_x, d if ctx.needs_input_grad[1] else None, *[None] * 6
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.modules.folded_conv import FoldedConv, Norm, scales_and_shifts
-from robust_moe_kernels.modules.norm_knowledge import Known, known_of
+from robust_moe_kernels.modules.norm_knowledge import known_of
 from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["FoldedConvs", "frozen"]
@@ -24,7 +23,7 @@ class FoldedConvs:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.known, self._model = known_of(model), model
         self.weights = {
             id(weight): (weight, module._parameters.get("bias"))
             for module in modules_of(model)
@@ -32,11 +31,6 @@ class FoldedConvs:
         }
         self._rows: dict[Any, Any] = {}  # see FoldedConv.rows
         self.made: dict[tuple[int, int], FoldedConv | None] = {}
-
-    @cached_property
-    def known(self) -> Known:
-        """Asked for at the first of the model's convolutions: an attack that is replayed as a graph has none."""
-        return known_of(self._model)
 
     def of(self, weight: Tensor, bias: Tensor | None, norm: Norm) -> FoldedConv | None:
         """The convolution of these numbers; None where it must not be folded."""

@@ -151,5 +151,9 @@ def noisy_choice(scores: Tensor, noise_std: float, top_k: int) -> Tensor:
         int64 [B, k]; ties go to the lowest index.
     """
     scores = scores.detach()
-    noisy = scores + noise_std * scores.std() * torch.randn_like(scores)  # times std(scores): the order is the same
+    known = scores.isnan().logical_not()
+    count = known.sum()
+    mean = scores.nansum() / count
+    spread = ((scores - mean).square().nansum() / (count - 1)).sqrt()  # a row with NaN is that row's alone
+    noisy = scores + noise_std * spread * torch.randn_like(scores)  # times the spread: the order is the same
     return noisy.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

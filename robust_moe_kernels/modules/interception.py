@@ -25,10 +25,17 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Whether anybody looks at what passes between the modules inside of the model."""
+    """Whether anybody looks at what passes between the modules inside of the model: any hook, but for those that have
+    an attribute ``blind``, which only note that a module was called."""
     if nn.modules.module._has_any_global_hook():
         return True
-    return any(getattr(m, name) for m in modules_of(model) if m is not model for name in _HOOKS)
+    return any(
+        not getattr(hook, "blind", False)
+        for module in modules_of(model)
+        if module is not model
+        for name in _HOOKS
+        for hook in getattr(module, name).values()
+    )
 
 
 def transformed() -> bool:

@@ -85,7 +85,7 @@ class _Folding(TorchFunctionMode):
         self.depth = len(_get_current_dispatch_mode_stack())
         self.begun = 0  # how often the watch has met the first weight
         self.first = 0  # id of the weight that a forward begins with
-        self.how = ""  # this forward runs: "promises", "careful", or "" for unfolded
+        self.how = ""  # this forward runs: "promises", "careful", "unfolded" while the watch sees it, or "", unseen
         # By the promised tensor, which may hold no numbers. An entry goes when its tensor does.
         self.promises: dict[int, tuple[weakref.ref[Tensor], Promise]] = {}
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -212,6 +212,11 @@ class _Folding(TorchFunctionMode):
         promise = Promise(self._real(x), args[1:], call, State(x.device.type))
         if not promise.is_valid():
             return None
+        if self.how == "unfolded":
+            out = self._otherwise(torch.conv2d, args, kwargs)
+            if self.watch is not None:
+                self.watch.convolved(weight, out)
+            return out
         promise.careful = self.how == "careful" or self.known.chain_of(weight) is None
         if not promise.careful:
             return self._promised(promise)
@@ -225,18 +230,18 @@ class _Folding(TorchFunctionMode):
         self.first = self.first or id(weight)
         if id(weight) == self.first:
             self.how, self.begun = "", self.begun + 1
+            small = x.device.type == "cpu" and weight.shape[0] * (x.numel() // max(1, weight.shape[1])) < LEAST
             if is_hooked(self.model):
                 self._stop()  # somebody looks at what passes between the modules
             elif self.watch is not None:  # the same forward, perhaps, or another before the first backward
-                self.how = "careful"
+                self.how = "unfolded" if small else "careful"
                 if self.begun > _MOST_BEGUN:
                     self._learn([], nothing=True)
-            elif x.device.type == "cpu" and x.shape[0] * weight.shape[0] * x.shape[2:].numel() < LEAST:
-                pass
-            elif self.known.chains is not None:  # no chain at all: nothing is folded
-                self.how = ("promises" if self.known.usable() else "careful") if self.known.chains else ""
+            elif self.known.chains is not None:  # no chain at all, or a small forward: nothing is folded
+                folded = self.known.chains and not small
+                self.how = ("promises" if self.known.usable() else "careful") if folded else ""
             else:
-                self.how = "careful"
+                self.how = "unfolded" if small else "careful"
                 if (
                     torch.is_grad_enabled()
                     and x.requires_grad

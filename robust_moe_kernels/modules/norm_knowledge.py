@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -68,10 +69,12 @@ class _Same:
     """What an attribute was, by identity; callables are not kept alive: a bound method would keep its model so."""
 
     def __init__(self, value: Any) -> None:
-        try:
-            self.get = weakref.ref(value) if callable(value) else lambda: value
-        except TypeError:  # it cannot be referred to weakly, e.g. operator.itemgetter
-            self.get = lambda: value
+        self.get = lambda: value
+        if callable(value):
+            with suppress(TypeError):  # it cannot be referred to weakly, e.g. operator.itemgetter
+                known, gone = weakref.ref(value), object()
+                # what is gone is no other's equal, nor None's
+                self.get = lambda: gone if known() is None else known()
 
     def __eq__(self, other: object) -> bool:
         mine, theirs = self.get(), other.get() if isinstance(other, _Same) else None

@@ -95,7 +95,7 @@ class AutoAttack(Attack):
         attacks: for ``"custom"``: names of :data:`MEMBERS`, with the settings given here, or attacks with their own, of
             the same ``eps``, ``norm`` and ``mode``.
         seed: each attack draws from a seed made of this one and its name; an attack's own is not used.
-        batch_size: images a forward, >= 1; the result does not depend on it.
+        batch_size: images a forward, >= 1; the result does not depend on it, but for rounding.
         steps: of the gradient attacks, >= 0; Square makes 50 times as many queries. The standard is 100.
         restarts: of each attack, >= 1. The standard is 1.
         mode: see :class:`~robust_moe.attacks.base.Attack`.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_moe.attacks.base import Found, expect_length
 from robust_moe.attacks.losses import LOSSES
@@ -26,6 +26,7 @@ from robust_moe.attacks.routes import (
     Goal,
     eval_rule,
     expect_routes,
+    fewest_chosen,
     full,
     leads,
     record_clean,
@@ -230,7 +231,17 @@ class RouterPGD(RouterAttack):
         ``routes`` experts to spare: the most for one layer. None counts as one expert: the model is not known."""
         if not self.each_expert:
             return super().passes
-        climbs = self.restarts * (self.routes or 1)
+        return self._most(self.routes or 1)
+
+    def most_passes(self, model: nn.Module) -> tuple[int, int]:
+        if not self.each_expert:
+            return super().most_passes(model)
+        layers = routed_layers(model, self.mode == "train")
+        spare = [layer.num_experts - fewest_chosen(layer, self.mode == "train") for layer in layers]
+        return self._most(sum(min(self.routes or count, count) for count in spare) or 1)
+
+    def _most(self, routes: int) -> tuple[int, int]:
+        climbs = self.restarts * routes
         return 1 + climbs * (self.steps * self.eot_iter + 1), climbs * self.steps * self.eot_iter
 
     def routed(self, passes: Passes) -> Passes:

@@ -51,8 +51,7 @@ class CleanGates(NamedTuple):
         logits = [layer.last_routing.logits.detach() for layer in layers]
         chosen, ranked = [], []
         for layer, h in zip(layers, logits, strict=True):
-            order, found = _ranking(h), chosen_experts(layer)
-            found &= ~found.all(1, keepdim=True) | torch.zeros_like(found).scatter(1, order[:, :1], True)
+            order, found = _ranking(h), _aimed_at(layer)
             chosen.append(found)
             ranked.append(order.gather(1, found.gather(1, order).sort(dim=1, descending=True, stable=True).indices))
         spread = torch.stack([h.double().std(dim=1, correction=0) for h in logits], 1)
@@ -101,7 +100,13 @@ def record_clean(passes: Passes, x0: Tensor) -> None:
     """
     layers = moe_layers(passes.model)
     uses = Counter[nn.Module]()
-    hooks = [layer.register_forward_hook(lambda module, *_: uses.update((module,))) for layer in layers.values()]
+
+    def count(module: nn.Module, *_: object) -> None:
+        uses[module] += 1
+
+    count.blind = True  # type: ignore[attr-defined]  # see interception.is_hooked: attacks fold on
+    before = {layer: layer.routing for layer in layers.values()}
+    hooks = [layer.register_forward_hook(count) for layer in layers.values()]
     try:
         with torch.no_grad():
             passes.logits(x0)
@@ -109,8 +114,9 @@ def record_clean(passes: Passes, x0: Tensor) -> None:
         for hook in hooks:
             hook.remove()
     for name, layer in layers.items():
-        expect(uses[layer] > 0, "model", "a forward that reaches every routed layer", f"none through {name!r}")
-        expect(uses[layer] == 1, "model", "a forward that uses a routed layer once", f"{uses[layer]} uses of {name!r}")
+        reached = uses[layer] > 0 or layer.routing is not before[layer]  # hooks see no call of ``layer.forward``
+        expect(reached, "model", "a forward that reaches every routed layer", f"none through {name!r}")
+        expect(uses[layer] <= 1, "model", "a forward that uses a routed layer once", f"{uses[layer]} uses of {name!r}")
 
 
 def eval_rule(layer: MoELayer, training: bool) -> Reroute | None:
@@ -131,15 +137,25 @@ def chosen_experts(layer: MoELayer) -> Tensor:
     return none.scatter_add(1, record.indices, record.weights.detach().abs().to(none.dtype)) > 0
 
 
+def _aimed_at(layer: MoELayer) -> Tensor:
+    """:func:`chosen_experts`; where they are all of them, the gate's first alone: then it is the order that can be
+    attacked."""
+    found = chosen_experts(layer)
+    first = torch.zeros_like(found).scatter(1, _ranking(layer.last_routing.logits)[:, :1], True)
+    return found & (~found.all(1, keepdim=True) | first)
+
+
 def fewest_chosen(layer: MoELayer, training: bool) -> int:
     """Experts that the layer gives weight to, at least: k; 1 with a rule of evaluation."""
     return layer.top_k if eval_rule(layer, training) is None else 1
 
 
 def most_chosen(layer: MoELayer, training: bool) -> int:
-    """Experts that the layer gives weight to, at most: k; with a rule of evaluation its ``top``, E if it has none."""
+    """Experts that the layer gives weight to, at most: k; with a rule of evaluation its ``top``, E where that is no
+    integer."""
     rule, count = eval_rule(layer, training), layer.num_experts
-    return layer.top_k if rule is None else min(getattr(rule, "top", count), count)
+    top = getattr(rule, "top", count)
+    return layer.top_k if rule is None else min(top, count) if type(top) is int else count
 
 
 def routed_layers(model: nn.Module, training: bool) -> list[MoELayer]:
@@ -198,7 +214,7 @@ def leads(layers: Sequence[MoELayer], goal: Goal) -> Tensor:
     columns = []
     for layer, expert, spread in zip(layers, goal.experts.unbind(1), goal.spread.unbind(1), strict=True):
         h = full(layer.last_routing.logits)
-        lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), chosen_experts(layer))
+        lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), _aimed_at(layer))
         columns.append(torch.where(expert < 0, CUSHION, lead))
     return torch.stack(columns, 1)
 
@@ -219,7 +235,7 @@ def worst_route(
     Each layer's candidates are tried in turn, the other layers left to their gates. Then they are joined greedily: each
     image keeps the first layer's candidate that did most harm while the second layer's are tried, and so on. Of the
     climbs that fool an image the first counts. Where ``passes.reads``, fooled images take no part in further climbs,
-    and several climbs of those left run as one batch that fits in ``passes.room``; what is found does not depend on it.
+    and several climbs of those left run as one batch that fits in ``passes.room``; what is found does not depend on it, but for rounding.
 
     Args:
         candidates: for each layer int64 [B, m], the experts to try.

@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "plan",
 ]
 
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
 _LENGTHS = ("eps", "alpha")  # given as fractions of the pixel range
 
 
@@ -105,6 +106,7 @@ def _plain(value: Any, what: str) -> Any:
     if isinstance(value, nn.Module):
         return fingerprint(value)
     name = getattr(value, "__qualname__", "<")
+    name = "<" if getattr(value, "__self__", None) is not None and not isinstance(value, BuiltinFunctionType) else name
     expect("<" not in name, what, "plain values, tensors, models, attacks or named functions", repr(value))
     return f"{value.__module__}.{name}"
 
@@ -145,8 +147,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def _rule(rule: Any, what: str) -> Any:
     """A routing rule as JSON will have it: the name of its class and all of its attributes."""
-    if rule is None or isinstance(rule, nn.Module | FunctionType):
+    if rule is None or isinstance(rule, FunctionType):
         return _plain(rule, what)
+    if isinstance(rule, nn.Module):  # with its tensors what it holds beside them, which it need not print
+        kept = {name: value for name, value in vars(rule).items() if name not in _OF_MODULES}
+        return [f"{type(rule).__module__}.{type(rule).__qualname__}", fingerprint(rule), _plain(kept, what)]
     kind = type(rule)
     # what copies itself in a way of its own, as functools.partial does, may hold more than its attributes
     own = any(name in vars(base) for base in kind.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__"))

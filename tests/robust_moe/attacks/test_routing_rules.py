@@ -145,3 +145,36 @@ def test_the_preset_full_steers_a_layer_that_only_a_rule_gives_a_choice():
     model = CASES["all experts in training"][0]()
     names = [stage.name for stage in preset_stages(model, PGD.Config(eps="0.1"), "full", 0)]
     assert names[2:5] == ["joint", "transfer", "steering"]
+
+
+@pytest.mark.parametrize("rule", [RandomTop(2), MarginSoft(1.0, top=2)], ids=["drawn", "mixed"])
+def test_where_all_experts_have_weight_the_targeted_attack_moves_the_gates_first(rule):
+    layer = model_of(rule, 1, linear([0, 2, -1], [0, -2, 1]), [RIGHT, WRONG])
+    image, label = at(0.55)
+    found = RouterPGD(0.1, 20, targeted=True, random_start=False)(layer, image, label)
+    firsts = []
+    for x in (image, found):
+        with torch.no_grad():
+            layer(x)
+        firsts.append(int(layer.last_routing.logits.argmax()))
+    assert firsts[0] != firsts[1]
+
+
+def test_the_targeted_attack_counts_the_experts_of_the_model():
+    experts = [RIGHT, WRONG, WRONG, WRONG]
+    layer = model_of(None, 1, linear([0, 2, -1], [0, -2, 1], [0, 0, 0], [0, 0, 0]), experts)
+    every, three = (RouterPGD(0.1, 4, targeted=True, routes=routes) for routes in (None, 3))
+    assert every.most_passes(layer) == three.most_passes(layer) == three.passes
+
+
+def test_a_layer_may_be_called_by_its_forward():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = model_of(None, 1, linear([0, 2, -1], [0, -2, 1]), [RIGHT, WRONG])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer.forward(x)
+
+    image, label = at(0.55)
+    assert not torch.equal(RouterPGD(0.1, 5, random_start=False)(Around().eval(), image, label), image)

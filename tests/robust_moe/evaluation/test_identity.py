@@ -221,3 +221,24 @@ def test_settings_are_plain_and_complete():
     own.climb = lambda x: x
     with pytest.raises(ValueError, match=r"Own\.climb: expected plain values, tensors, .*, got <function"):
         describe_attack(own)
+
+
+class Shift(nn.Module):
+    """A rule that is a module, and prints nothing of what it holds."""
+
+    def __init__(self, by: object) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, options: object, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+        return record.indices, record.weights
+
+    def method(self) -> None:
+        """Something of another object."""
+
+
+def test_a_rule_that_is_a_module_is_told_by_its_attributes_too():
+    found = [fingerprint(model_by(Shift(by))) for by in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    with pytest.raises(ValueError, match=r"inference: expected .*, got <bound method"):
+        fingerprint(model_by(Shift(Shift(1).method)))

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import folding_models
 import pytest
 import torch
 from attack_models import assert_same, change, images, network, step
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from robust_moe_kernels.modules import attack_mode, experts, norm_folding, residual
@@ -214,3 +215,71 @@ def test_small_forwards_run_unfolded(monkeypatch):
             found[least] = [step(model, images()) for _ in range(2)][1]
     assert_same(found[numbers + 1], expected)
     assert not torch.equal(found[numbers][1], expected[1])  # rounded otherwise
+
+
+class HalfAgain(torch.autograd.Function):
+    """Reads a map unseen by torch functions."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0.5
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 0.5
+
+
+class TwoSizes(nn.Module):
+    """One stem for two sizes of an image; the smaller map has a reader that shows only while a forward is watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.stem(nn.functional.avg_pool2d(x, 2))
+        maps = [self.bn(small), HalfAgain.apply(small), self.bn(self.stem(x))]
+        return torch.cat([each.relu().mean((2, 3)) for each in maps], 1)[:, :5]
+
+
+def test_a_forward_that_is_small_in_part_is_learned_whole(monkeypatch):
+    torch.manual_seed(0)
+    model = TwoSizes().eval()
+    x = torch.rand(6, 3, 8, 8)
+    expected = step(model, x)
+    monkeypatch.setattr(norm_folding, "LEAST", 6 * 8 * 8 * 8)  # the whole image is not small, half of it is
+    with attack_mode(model):
+        for _ in range(3):
+            for found, wanted in zip(step(model, x), expected, strict=True):
+                assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_small_forward_is_the_same_while_a_large_one_is_learned(monkeypatch):
+    model = network().eval()
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    monkeypatch.setattr(norm_folding, "LEAST", 24 * first.out_channels * 8 * 8)
+    small = images(4)
+    with attack_mode(model):
+        found = [model(small).detach()]
+        x = images(24).requires_grad_()
+        out = model(x)
+        found.append(model(small).detach())
+        out.sum().backward()
+        found.append(model(small).detach())
+    assert_same(found[1:], found[:1] * 2)
+
+
+def test_many_gradients_at_once_of_channels_last_images():
+    model = folding_models.network()
+    x = images().contiguous(memory_format=torch.channels_last)
+
+    def gradients() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        out = model(leaf).sum(0)
+        return torch.autograd.grad(out, leaf, torch.eye(len(out)), is_grads_batched=True)[0]
+
+    expected = gradients()
+    with attack_mode(model):
+        step(model, x)
+        found = gradients()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
