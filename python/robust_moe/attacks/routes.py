@@ -235,7 +235,8 @@ def worst_route(
     Each layer's candidates are tried in turn, the other layers left to their gates. Then they are joined greedily: each
     image keeps the first layer's candidate that did most harm while the second layer's are tried, and so on. Of the
     climbs that fool an image the first counts. Where ``passes.reads``, fooled images take no part in further climbs,
-    and several climbs of those left run as one batch that fits in ``passes.room``; what is found does not depend on it, but for rounding.
+    and several climbs of those left run as one batch that fits in ``passes.room``; what is found does not depend on it,
+    but for rounding.
 
     Args:
         candidates: for each layer int64 [B, m], the experts to try.
