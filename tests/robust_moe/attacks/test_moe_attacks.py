@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from itertools import combinations
 
+import attack_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.moe import router_margin
 from robust_moe.models import BasicBlock, NetworkExperts
 from robust_moe_kernels.modules import FusedConvMoE, MoELayer, SwapTop, moe_layers, replace_blocks, rerouted
+from robust_moe_kernels.modules.norm_knowledge import KNOWN
 
 ATTACKS: dict[str, Callable[..., PGD]] = {"ra_e": ExpertPGD, "ra_r": RouterPGD, "joint": JointPGD}
 EPS = {"Linf": 0.1, "L2": 0.6}
@@ -506,3 +508,15 @@ def test_imposed_routes_are_never_replayed_for_others():
 def test_attacks_are_copied_with_their_settings():
     attack = copy.deepcopy(JointPGD(0.1, 3, router_weight=2.5, soft_gradient=False))
     assert (attack.router_weight, attack.soft_gradient, attack.eps) == (2.5, False, 0.1)
+
+
+@pytest.mark.parametrize("attack", [ExpertPGD, RouterPGD, JointPGD])
+def test_attacks_on_routes_keep_what_is_known_of_the_norms(attack):
+    """Neither their hooks nor the routes that they impose make the next attack learn anew which norms may be folded."""
+    model = attack_models.network().eval()
+    x, y = attack_models.images(), torch.arange(6) % 5
+    PGD(0.1, 1)(model, x, y)
+    known = KNOWN[model]
+    assert known.chains
+    attack(0.1, 2)(model, x, y)
+    assert KNOWN[model] is known
