@@ -215,7 +215,7 @@ class _Folding(TorchFunctionMode):
         if self.how == "unfolded":
             out = self._otherwise(torch.conv2d, args, kwargs)
             if self.watch is not None:
-                self.watch.convolved(weight, out)
+                self.watch.convolved(weight, out, plain=True)
             return out
         promise.careful = self.how == "careful" or self.known.chain_of(weight) is None
         if not promise.careful:

@@ -40,10 +40,11 @@ class _Stage:
 
 
 class _Call:
-    """One call of a convolution, and the tensors that its output became."""
+    """One call of a convolution, and the tensors that its output became. ``plain``: in a forward that runs as the model
+    says; otherwise norm and sum are given convolutions of their own."""
 
-    def __init__(self, weight: Tensor, out: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, out: Tensor, plain: bool) -> None:
+        self.weight, self.plain = weight, plain
         self.mean: Tensor | None = None
         self.stages = {"conv": _Stage(out)}
 
@@ -72,9 +73,9 @@ class Watch:
         """Calls of convolutions seen."""
         return len(self._calls)
 
-    def convolved(self, weight: Tensor, out: Tensor) -> None:
-        """A convolution of the model has returned ``out``."""
-        self._calls.append(_Call(weight, out))
+    def convolved(self, weight: Tensor, out: Tensor, plain: bool = False) -> None:
+        """A convolution of the model has returned ``out``; ``plain``: which its norm reads too."""
+        self._calls.append(_Call(weight, out, plain))
         self._follow(out, [(self._calls[-1], "conv")])
 
     def _follow(self, out: Tensor, places: list[tuple[_Call, str]]) -> None:
@@ -132,7 +133,7 @@ class Watch:
         consumers = _consumers([root.grad_fn for root in roots if root.grad_fn is not None])
         found: dict[int, Chain | None] = {}
         for call in self._calls:
-            then = _chained(call.stages, consumers)
+            then = _chained(call.stages, consumers, int(call.plain))
             chain = None
             if then is not None and call.mean is not None:
                 chain = Chain(weakref.ref(call.weight), weakref.ref(call.mean), then)
@@ -146,8 +147,9 @@ class Watch:
         return {key: chain for key, chain in found.items() if chain is not None}
 
 
-def _chained(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str | None:
-    """``Chain.then``; ``None``: more than one batch norm reads the convolution's output, or something else."""
+def _chained(stages: dict[str, _Stage], consumers: dict[Any, list[Any]], plain: int) -> str | None:
+    """``Chain.then``; ``None``: more than one batch norm reads the convolution's output, or something else. ``plain``:
+    how many nodes read a convolution that a norm reads, and a norm or a sum that an addition or a ReLU reads."""
 
     def only(name: str, kind: str, nodes: int) -> bool:
         stage = stages[name]
@@ -156,13 +158,13 @@ def _chained(stages: dict[str, _Stage], consumers: dict[Any, list[Any]]) -> str 
         # of another forward, or of a branch without gradients, the graph knows nothing
         return stage.node not in consumers or consumers[stage.node] == [stage.readers[0][1]][:nodes]
 
-    # the watched forward gives the norm a convolution of its own: no gradient comes to the watched one from it
-    if "norm" not in stages or not only("conv", "norm", 0):
+    # a forward that is not plain gives the norm a convolution of its own: no gradient comes to the watched one from it
+    if "norm" not in stages or not only("conv", "norm", plain):
         return None
     if only("norm", "relu", 1):
         return "relu"
     # nor to a sum that a ReLU reads, which gets one of its own too
-    return "add" if only("norm", "add", 0) and "add" in stages and only("add", "relu", 0) else ""
+    return "add" if only("norm", "add", plain) and "add" in stages and only("add", "relu", plain) else ""
 
 
 def _consumers(roots: list[Any]) -> dict[Any, list[Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robust_moe_kernels.modules import attack_mode, experts, norm_folding, residual
+from robust_moe_kernels.modules.norm_knowledge import KNOWN
 from robust_moe_kernels.modules.residual import ResidualExperts
 
 NORMS = 2 + 4  # of BasicBlock, of Bottleneck with its skip's
@@ -283,3 +284,19 @@ def test_many_gradients_at_once_of_channels_last_images():
         step(model, x)
         found = gradients()
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_small_forward_teaches_what_a_large_one_does(monkeypatch):
+    found = []
+    for least in (0, 2**40):
+        monkeypatch.setattr(norm_folding, "LEAST", least)
+        model = folding_models.network()
+        with attack_mode(model):
+            step(model, images())
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        found.append({names[key]: chain.then for key, chain in KNOWN[model].chains.items()})
+    large, small = found
+    assert large.keys() == small.keys()
+    # of a skip the careful forward sees its own sum read the norm, and does not tell that an addition follows
+    assert all(then in (small[name], "") for name, then in large.items())
+    assert [name for name in large if large[name] != small[name]] == ["4.downsample.0.weight"]
