@@ -16,7 +16,7 @@ class Part:
     """One part: a module with ``run(record) -> str``, which says on one line what it found.
 
     ``least``, ``usual`` and ``most`` are seconds: below the first it is not worth starting, the second it should need
-    (estimated; nothing here has run on a GPU), the third it may take if nobody else wants them.
+    (measured on an H100 with the extension built and 16 processors), the third it may take if nobody else wants them.
     """
 
     number: int
@@ -40,16 +40,16 @@ class Part:
 
 
 PARTS = (
-    Part(0, "environment", "what is there, and what is missing", 15, 40, 60, 1),
-    Part(1, "ceilings", "rate of a large bf16 product, copy bandwidth, cost of a launch", 15, 30, 45, 2),
-    Part(2, "correctness", "every candidate of every convolution against float64; graphs; memcheck", 60, 130, 180, 3),
-    Part(3, "products", "convolutions: every candidate, over batch and experts, against cuDNN", 50, 100, 150, 5),
-    Part(4, "pgd_step", "a PGD-7 training step: precision, determinism; a plain loop trainer", 60, 130, 180, 4),
+    Part(0, "environment", "what is there, and what is missing", 12, 20, 60, 1),
+    Part(1, "ceilings", "rate of a large bf16 product, copy bandwidth, cost of a launch", 12, 15, 45, 2),
+    Part(2, "correctness", "every candidate of every convolution against float64; graphs; memcheck", 60, 70, 180, 3),
+    Part(3, "products", "convolutions: every candidate, over batch and experts, against cuDNN", 35, 45, 150, 5),
+    Part(4, "pgd_step", "a PGD-7 training step: precision, determinism; a plain loop trainer", 60, 150, 200, 4),
     Part(5, "layer", "the layer, as a graph and call by call, against other ways to write it", 20, 45, 60, 7),
     Part(6, "syncs", "where three training steps wait for the device", 20, 30, 45, 9),
     Part(7, "real_run", "train on CIFAR-10, then AutoAttack and the routed attacks", 100, 230, 900, 6),
-    Part(8, "counters", "tensor, L2 and shared-memory use of two kernels, by ncu", 30, 60, 90, 10),
-    Part(9, "ops", "every small op, native CUDA against Triton; what follows an attack's convolution", 20, 50, 60, 8),
+    Part(8, "counters", "tensor, L2 and shared-memory use of two kernels, by ncu", 20, 40, 60, 10),
+    Part(9, "ops", "every small op, native CUDA against Triton; what follows an attack's convolution", 20, 45, 60, 8),
 )
 
 

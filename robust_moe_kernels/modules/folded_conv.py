@@ -176,7 +176,7 @@ class FoldedConv:
 def fuses(x: Tensor, dtype: torch.dtype) -> str:
     """How shift, addition and ReLU are done within the convolution's autograd node: ``"in place"``, on the CPU;
     ``"kernel"``, on a GPU with Triton, by one kernel of the routed blocks' (on the whole, one launch and one pass over
-    the map instead of three: estimated); ``""``: by PyTorch, each for itself."""
+    the map instead of three); ``""``: by PyTorch, each for itself."""
     if x.device.type == "cpu":
         return "in place" if x.dtype == dtype == torch.float32 else ""
     triton = x.device.type == "cuda" and EXPERT_BLOCK.why_not("triton", "cuda") is None
