@@ -32,8 +32,9 @@ iteration ahead, which keeps the four buffers that a load depending on a load wo
 What compiles to what (tests/builds/test_triton_compile.py): float16, bfloat16 and tf32 products are wgmma on sm_90,
 tcgen05.mma on sm_100 (64-wide tiles too) and mma.sync on sm_80; float32 without tf32 ("ieee") has no tensor core. wgmma
 reads tf32 operands only with the summed index innermost; Triton copies the filters there in 4-byte pieces in the
-forward pass, which has 81 TFLOP/s where the input gradient has 241. Channels that are no multiple of 16 load single elements, without cp.async: large tiles of those spilled
-thousands of bytes, hence "narrow". Not done: batch-norm sums in the epilogue.
+forward pass, which has 81 TFLOP/s where the input gradient has 241. Channels that are no multiple of 16 load single
+elements, without cp.async: large tiles of those spilled thousands of bytes, hence "narrow". Not done: batch-norm sums
+in the epilogue.
 """
 
 from __future__ import annotations
