@@ -196,9 +196,9 @@ def test_seconds_go_to_the_least_then_the_usual_then_the_most():
 
 
 def test_parts_by_number_range_and_name():
-    assert [part.number for part in chosen(None)] == list(range(9))
+    assert [part.number for part in chosen(None)] == list(range(10))
     assert [part.number for part in chosen("7,0-2, layer")] == [0, 1, 2, 5, 7]
-    for text in ("9", "3-x", "gate", "", "-1"):
+    for text in ("10", "3-x", "gate", "", "-1"):
         with pytest.raises(ValueError, match=r"--parts: expected some of 0 environment, .* got"):
             chosen(text)
 
