@@ -204,7 +204,8 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
             "tile" [m, n, k, warps, stages], "median_ms", "source" ("GPU, date, commit"). The fastest row of a case
             becomes an entry, which serves from the geometric mean of its pairs with the next smaller case's on, the
             smallest case from 0 on; columns likewise. Entries of other architectures, kinds and operations stay, and
-            so do those for fewer columns than were measured: then the fewest measured serve from themselves on.
+            so do those for fewer columns or pairs than were measured: then the fewest columns measured serve from
+            themselves on, and the fewest pairs from sqrt(1/2) of themselves on.
         path: the table, read and written.
 
     Raises:
@@ -222,19 +223,23 @@ def write_table(rows: Iterable[dict[str, Any]], path: Path = TABLE) -> None:
             cases[case] = row
     record = json.loads(path.read_text(encoding="utf-8"))
     fewest = {group: min(columns for columns, _ in cases) for group, cases in groups.items()}
-    kept = []
+    smallest = {group: round(min(pairs for _, pairs in cases) / sqrt(2)) for group, cases in groups.items()}
+    kept, others = [], set()
     for entry in record["entries"]:
         group = entry["architecture"], entry["kind"], entry["operation"]
-        if group not in fewest or entry["columns"] < fewest[group]:
+        if group not in fewest or entry["columns"] < fewest[group] or entry["pairs"] < smallest[group]:
             kept.append(entry)
+            others.add(group)
     measured = []
     for (architecture, kind, operation), cases in groups.items():
         columns_from = _thresholds({columns for columns, _ in cases})
-        least = fewest[architecture, kind, operation]
-        if any((e["architecture"], e["kind"], e["operation"]) == (architecture, kind, operation) for e in kept):
-            columns_from[least] = least
+        group = architecture, kind, operation
+        if group in others:
+            columns_from[fewest[group]] = fewest[group]
         for columns in sorted(columns_from, reverse=True):
             pairs_from = _thresholds({pairs for c, pairs in cases if c == columns})
+            if group in others:
+                pairs_from[min(pairs_from)] = round(min(pairs_from) / sqrt(2))
             for pairs in sorted(pairs_from, reverse=True):
                 best = cases[columns, pairs]
                 measured.append({

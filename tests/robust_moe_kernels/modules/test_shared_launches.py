@@ -264,7 +264,7 @@ def test_an_attack_converts_a_frozen_weight_once(assert_same_bits):
     """Autocast keeps copies of weights that want gradients, and of no others."""
     model = network().eval()
     counted = []
-    with attack_mode(model), bfloat16():
+    with bfloat16(), attack_mode(model):
         for seed in range(4):
             x = images(seed).requires_grad_()
             with Operations() as operations:
