@@ -1,5 +1,5 @@
 """Of part 9: a folded convolution of an attack with its shift, addition and ReLU. By a convolution and this package's
-kernel, the default; by one call of cuDNN (``robust_moe_kernels.modules.cudnn_relu``); by PyTorch's operations. Each is
+kernel; by one call of cuDNN (``robust_moe_kernels.modules.cudnn_relu``); by PyTorch's operations. Each is
 compared with float64, values and gradients, before it is timed, and is then given a NaN.
 """
 

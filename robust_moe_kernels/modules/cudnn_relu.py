@@ -2,8 +2,9 @@
 
 PyTorch has it as ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``, without a gradient. The other way is a
 convolution and a kernel of this package: a launch and a pass over the map more. Measured on an H100 (cuDNN 9, PyTorch
-2.11; ``benchmarks/results/gpu``): 1.07 to 1.47 times the speed of that way, and a NaN of the input stays a NaN although
-the ReLU's descriptor keeps its default, CUDNN_NOT_PROPAGATE_NAN (part 9 of the GPU campaign asks again on other GPUs).
+2.11; ``benchmarks/results/h100``): 1.07 to 1.47 times the speed of that way, and a NaN of the input stays a NaN
+although the ReLU's descriptor keeps its default, CUDNN_NOT_PROPAGATE_NAN (part 9 of the GPU campaign asks again on
+other GPUs).
 
 It is not used under ``torch.backends.cudnn.deterministic``: PyTorch tells the search for an algorithm
 ``deterministic=False`` whatever that says. Nor for what fused engines may not have: channels in other than multiples of

@@ -41,9 +41,8 @@ class GateWatch:
         self.weights = {
             name: [p.detach().clone() for p in layer.gate.parameters()] for name, layer in self.layers.items()
         }
-        self.seen: dict[
-            str, Tensor
-        ] = {}  # bool scalars on the device: some gradient was not zero, in an update that trains the gate
+        # bool scalars on the device: in an update that trains the gate some gradient was not zero
+        self.seen: dict[str, Tensor] = {}
         self.asked: set[str] = set()  # layers whose gate some update was to train
         self.steps = False  # some update had a rate above 0
 

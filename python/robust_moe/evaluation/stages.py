@@ -105,8 +105,8 @@ def _plain(value: Any, what: str) -> Any:
         return digest({"": value})
     if isinstance(value, nn.Module):
         return fingerprint(value)
-    name = getattr(value, "__qualname__", "<")
-    name = "<" if getattr(value, "__self__", None) is not None and not isinstance(value, BuiltinFunctionType) else name
+    bound = getattr(value, "__self__", None) is not None and not isinstance(value, BuiltinFunctionType)
+    name = "<" if bound else getattr(value, "__qualname__", "<")
     expect("<" not in name, what, "plain values, tensors, models, attacks or named functions", repr(value))
     return f"{value.__module__}.{name}"
 
@@ -149,12 +149,13 @@ def _rule(rule: Any, what: str) -> Any:
     """A routing rule as JSON will have it: the name of its class and all of its attributes."""
     if rule is None or isinstance(rule, FunctionType):
         return _plain(rule, what)
-    if isinstance(rule, nn.Module):  # with its tensors what it holds beside them, which it need not print
-        kept = {name: value for name, value in vars(rule).items() if name not in _OF_MODULES}
-        return [f"{type(rule).__module__}.{type(rule).__qualname__}", fingerprint(rule), _plain(kept, what)]
     kind = type(rule)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(rule, nn.Module):  # with its tensors what it holds beside them, which it need not print
+        kept = {key: value for key, value in vars(rule).items() if key not in _OF_MODULES}
+        return [name, fingerprint(rule), _plain(kept, what)]
     # what copies itself in a way of its own, as functools.partial does, may hold more than its attributes
-    own = any(name in vars(base) for base in kind.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__"))
+    own = any(method in vars(base) for base in kind.__mro__[:-1] for method in ("__reduce__", "__reduce_ex__"))
     expect(
         not own and "<" not in kind.__qualname__,
         what,
@@ -162,7 +163,7 @@ def _rule(rule: Any, what: str) -> Any:
         repr(rule),
     )
     state = object.__getstate__(rule)  # its __dict__, and with __slots__ a pair
-    return [f"{kind.__module__}.{kind.__qualname__}", _plain(state, what)]
+    return [name, _plain(state, what)]
 
 
 def identity(

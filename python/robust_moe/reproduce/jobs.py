@@ -177,7 +177,7 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> list[str
 
 
 def _kept(name: str) -> dict[str, Any]:
-    """Those settings of a run that overrides leave as they are."""
+    """The settings of a run that an override does not replace."""
     return {key: value for key, value in _chosen(RUNS[name].settings) if key in KEPT}
 
 

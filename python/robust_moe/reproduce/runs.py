@@ -49,16 +49,7 @@ PATHWAYS = (f"model.moe.layers=[{CONVS}]", "model.moe.num_experts=2", "model.moe
 # margin of two pixels, which is the augmentation's at scale cpu, keeps the trigger whole in a shifted image.
 STANDARD = ("method.name=standard", "eval.attack.eps=2/255", "eval.attack.alpha=1/510", "data.poison.margin=2")
 BACKDOORED = {
-    "block": (
-        "BlockMoE",
-        (
-            "model.moe.layers=[layer4.1]",
-            "model.moe.num_experts=4",
-            "model.moe.top_k=1",
-            "model.moe.balance=entropy_released",
-        ),
-        60,
-    ),
+    "block": ("BlockMoE", (*ROUTED, "model.moe.top_k=1", "model.moe.balance=entropy_released"), 60),
     "mixture": ("mixture", MIXTURE, 205),
 }
 
