@@ -114,11 +114,14 @@ class Broken(Reporter):
 def test_an_error_here_stops_the_workers(stubbed):
     jobs, _, _ = stubbed
     quick, slow = (next(job for job in jobs if job.run == run) for run in ("dense-at", "dual-joint"))
+    # The quick worker ends only once the slow one is ready to be stopped, however slowly that one starts.
     code = (
-        "import sys, signal, pathlib, json; f = pathlib.Path(sys.argv[1]).parent\n"
-        "if 'dense' in str(f): sys.exit(1)\n"
+        "import sys, signal, pathlib, time; f = pathlib.Path(sys.argv[1]).parent; ready = f.parents[1] / 'ready'\n"
+        "if 'dense' in str(f):\n"
+        "    while not ready.exists(): time.sleep(0.01)\n"
+        "    sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit((f / 'stopped').write_text('yes') * 0 + 130))\n"
-        "signal.pause()"
+        "ready.touch(); signal.pause()"
     )
     with pytest.raises(BrokenPipeError):
         run_jobs([quick, slow], 2, Broken(console=Console(quiet=True)), (sys.executable, "-c", code))
