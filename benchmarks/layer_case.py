@@ -147,7 +147,7 @@ def _filters(module: nn.Module) -> list[list[nn.Parameter]]:
     """The convolutions' weights, each a list to be stacked along E."""
     names = ("conv1", "conv2")
     if isinstance(module, FusedBlockMoE):
-        return [[getattr(module.experts, name).weight] for name in names]
+        return [[getattr(expert, name).weight for expert in module.experts] for name in names]
     return [[getattr(block, name).weight for block in module.blocks] for name in names]
 
 
@@ -160,8 +160,7 @@ def _results(module: nn.Module, x: Tensor, gradient: Tensor, weights: bool) -> d
     found = {"output": y, "input gradient": d_x}
     gradients = iter(torch.zeros_like(p) if g is None else g for g, p in zip(rest, flat, strict=True))
     for number, stack in enumerate(stacks, start=1):
-        parts = [next(gradients) for _ in stack]
-        found[f"conv{number} weight gradient"] = parts[0] if parts[0].dim() == 5 else torch.stack(parts)
+        found[f"conv{number} weight gradient"] = torch.stack([next(gradients) for _ in stack])
     return found
 
 

@@ -3,6 +3,7 @@
 from robust_moe_kernels.modules.attack_mode import attack_mode
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
 from robust_moe_kernels.modules.gates import GATES, ConvGapGate, FixedGate, GapFcGate, TwoConvGate
+from robust_moe_kernels.modules.general_path import general_path
 from robust_moe_kernels.modules.model import (
     balance_loss,
     check_finite,
@@ -49,6 +50,7 @@ __all__ = [
     "attack_mode",
     "balance_loss",
     "check_finite",
+    "general_path",
     "last_routes",
     "moe_layers",
     "only_expert",

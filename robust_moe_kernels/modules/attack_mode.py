@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,17 +57,14 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     parameters = parameters_of(modules)
     if any(parameter.device.type == "cpu" for parameter in parameters):
         native.keep_freed_memory()
-    with ExitStack() as put_back:  # each on its own: what one module refuses does not keep the others from theirs
-        for layer in modules:
-            if isinstance(layer, MoELayer):
-                put_back.callback(setattr, layer, "routing", layer.routing)
-        blocks = [module for module in modules if isinstance(module, ResidualExperts)]
-        for block in blocks:
-            put_back.callback(setattr, block, "folded", block.folded)
-        for module in modules:
-            put_back.callback(setattr, module, "training", module.training)
-        for parameter in parameters:
-            put_back.callback(parameter.requires_grad_, parameter.requires_grad)
+    blocks = [module for module in modules if isinstance(module, ResidualExperts)]
+    before: list[_Setting] = [
+        (setattr, layer, "routing", layer.routing) for layer in modules if isinstance(layer, MoELayer)
+    ]
+    before += [(setattr, block, "folded", block.folded) for block in blocks]
+    before += [(setattr, module, "training", module.training) for module in modules]
+    before += [(parameter.requires_grad_, parameter.requires_grad) for parameter in parameters]
+    try:
         model.train(mode == "train")
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -76,6 +74,23 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
             shared = shared_launches(model) if _shares(mode, parameters) else nullcontext()
             with shared, backbone_folded(model) if mode == "eval" else nullcontext():
                 yield
+    finally:
+        _put_back(before)
+
+
+_Setting = tuple[Any, ...]  # a function and its arguments
+
+
+def _put_back(settings: list[_Setting]) -> None:
+    """Call each, the last first, and only then raise: what one module refuses does not keep the others from theirs."""
+    error = None
+    for function, *arguments in reversed(settings):
+        try:
+            function(*arguments)
+        except Exception as raised:
+            error = raised
+    if error is not None:
+        raise error
 
 
 def _shares(mode: str, parameters: list[nn.Parameter]) -> bool:

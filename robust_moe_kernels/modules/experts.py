@@ -1,64 +1,42 @@
-"""Experts with stacked parameters: every tensor of the replaced module with a leading dimension E.
+"""Experts: E ordinary modules of one form, which the grouped engine runs together where it can.
 
-Where the engine can compute them (see ``engine_computes``), all experts run in one grouped operation. Elsewhere rows
-arrive sorted by expert with a list of counts and each expert runs on its own contiguous segment, whole. Either way: no
-masks, no zeros, no work for an expert without rows.
+The engine reads the modules' parameters and computes what they would (see ``engine_computes``). Where it cannot, or
+where a tool has changed a module so that its parameters no longer say what it does (a hook, a parametrisation, a layer
+of another class), rows arrive sorted by expert with a list of counts and each module runs on its own contiguous
+segment, whole. Either way: no masks, no zeros, no work for an expert without rows.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row, pair_of
+from robust_moe_kernels.modules.interception import has_hooks
+from robust_moe_kernels.modules.reading import Reading
+from robust_moe_kernels.modules.stacks import Stack, lie_together, stacked
+from robust_moe_kernels.modules.walk import modules_of
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = [
+    "ConvExperts",
+    "ExpertBatchNorm2d",
     "ExpertModule",
     "Experts",
-    "StackedBatchNorm2d",
-    "StackedConv2d",
+    "copies",
     "engine_computes",
     "engine_dtype",
-    "keep_rows",
-    "keep_statistics",
+    "expect_plain_conv",
+    "geometry_of",
 ]
-
-
-def _stack(tensor: Tensor, num_experts: int) -> Tensor:
-    return tensor.detach().expand(num_experts, *tensor.shape).clone()
-
-
-def _output_innermost(weight: Tensor) -> Tensor:
-    """Filters [E, O, I, kh, kw] laid out as [E, kh, kw, I, O]: the order in which the engine reads and writes them."""
-    return _innermost_view(_innermost(weight).contiguous())
-
-
-def keep_rows(module: nn.Module, rows: Sequence[int]) -> None:
-    """Replace each parameter and buffer of the module, its submodules' apart, by its entries ``rows`` along the first
-    dimension, in the same memory format."""
-    for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        kept = value.detach()[list(rows)]
-        kept = _output_innermost(kept) if kept.dim() == 5 else kept.contiguous(memory_format=dense_format(value))
-        trained = isinstance(value, nn.Parameter)
-        setattr(module, name, nn.Parameter(kept, value.requires_grad) if trained else kept)
-
-
-def _innermost(weight: Tensor) -> Tensor:
-    return weight.permute(0, 3, 4, 2, 1)
-
-
-def _innermost_view(weight: Tensor) -> Tensor:
-    return weight.permute(0, 4, 3, 1, 2)
-
 
 _ENGINE = {
     "cpu": ("native", (torch.float32,)),
@@ -94,7 +72,9 @@ class ExpertModule(Protocol):
     """A module that a :class:`~robust_moe_kernels.modules.MoELayer` sends samples to: :class:`Experts`, or whole
     networks."""
 
-    in_channels: int  # of the maps that the experts take
+    @property
+    def in_channels(self) -> int:
+        """Of the maps that the experts take."""
 
     @property
     def num_experts(self) -> int:
@@ -109,6 +89,12 @@ class ExpertModule(Protocol):
     def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k]."""
 
+    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's, each through its own -> [R, ...]."""
+
+    def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Outputs [B, n, ...] of n experts each, as ``one`` and ``segments`` return them, mixed with weights [B, n]."""
+
     def extract(self, expert: int) -> nn.Module:
         """One expert as an ordinary module, with its own copy of the parameters."""
 
@@ -116,203 +102,253 @@ class ExpertModule(Protocol):
         """Drop all other experts, in place."""
 
 
-class Experts(nn.Module, ABC):
-    """E copies of a module, run by segments. Subclasses say how one expert computes."""
+class ExpertBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm that sees its own expert's rows only, however few they are.
 
-    num_experts: int
-    in_channels: int  # of the maps that the experts take
+    In training, no rows leave the running statistics as they were. A single value a channel (n*H*W = 1), where
+    ``nn.BatchNorm2d`` raises, has variance 0: the output is the bias, no gradient flows to the input, the running mean
+    moves and the running variance, whose unbiased estimate does not exist, stays.
+    """
 
-    def __init__(self, template: nn.Module, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        # The replaced module without its numbers, to rebuild single experts; in a tuple, so that it is no submodule.
-        self._template = (copy.deepcopy(template).to("meta"),)
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.numel() > x.shape[1]:
+            return super().forward(x)
+        if x.shape[0] > 0 and self.running_mean is not None:
+            batches: Any = self.num_batches_tracked
+            batches.add_(1)
+            share = 1.0 / float(batches) if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.running_mean.lerp_(x.detach().flatten().to(self.running_mean.dtype), share)
+        # Zeros that hang on x: what came before, and the scale, have the gradient 0 then, not none.
+        zeros = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
+        return (zeros.to(self.weight.dtype) * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class Experts(nn.ModuleList, ABC):
+    """E modules of one form under the names 0..E-1. Subclasses say which modules the engine can read.
+
+    Args:
+        modules: at least one, alike; kept, and given memory next to each other.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__(modules)
+        self._kinds = [type(module) for module in modules_of(self[0])]
+        self._warned = False  # that they run as modules
+        self._reading: Reading[Any] | None = None  # of the last forward
+        lie_together(list(self))
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self)
+
+    @property
+    @abstractmethod
+    def in_channels(self) -> int:
+        """Of the maps that the experts take."""
 
     @abstractmethod
-    def unbind(self) -> list[Any]:
-        """Each expert's parameters, as ``run`` takes them; unbound once a forward, so that gradients are stacked
-        once."""
+    def read(self, members: list[list[Any]]) -> Any:
+        """What ``on_engine`` needs of the experts' modules; None where the engine does not compute such experts.
+        ``members``: each expert's modules, itself first, in the order of ``modules()``."""
 
     @abstractmethod
-    def run(self, x: Tensor, parameters: Any) -> Tensor:
-        """One expert on its rows [n, C, H, W]."""
+    def on_engine(self, content: Any, x: Tensor, route: Route, weights: Tensor) -> Tensor | None:
+        """``mix`` on the engine, of what ``read`` returned; None where the engine does not compute such input."""
+
+    def content(self) -> Any:
+        """What ``read`` returns of the experts as they are; or, as text, why each must run by itself."""
+        if torch.compiler.is_compiling():
+            members = self._members()
+            return members if isinstance(members, str) else self.read(members)
+        if self._reading is None or not self._reading.holds():
+            members = self._members()
+            if isinstance(members, str):
+                return members
+            self._reading = Reading(self, members, self.read(members))
+        found, self._reading = self._reading, self._reading if self._reading.keeps else None
+        return found.content
+
+    def _members(self) -> list[list[nn.Module]] | str:
+        """Each expert's modules; or why their parameters do not say what they compute, so that each must run by
+        itself."""
+        found = [modules_of(expert) for expert in self]
+        for expert, modules in enumerate(found):
+            kinds = [type(module) for module in modules]
+            if kinds != self._kinds:
+                names = sorted({kind.__name__ for kind in kinds} - {kind.__name__ for kind in self._kinds})
+                return f"expert {expert} has other layers than it was built of ({', '.join(names) or 'fewer'})"
+            for module in modules:
+                if has_hooks(module):
+                    return f"{type(module).__name__} of expert {expert} has hooks"
+                if "forward" in module.__dict__:
+                    return f"{type(module).__name__} of expert {expert} has a forward of its own"
+                if "weight" in module.__dict__:
+                    return f"the weight of {type(module).__name__} of expert {expert} is computed"
+        return found
 
     def reset(self) -> None:
-        """Initialise every expert's convolutions independently; normalisation keeps the replaced module's
-        parameters."""
+        """Initialise every expert's convolutions independently, He normal by fan-out as ResNets are initialised, with
+        zero bias; normalisation keeps its parameters."""
         for module in self.modules():
-            if isinstance(module, StackedConv2d):
-                module.reset()
-
-    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's -> [R, C', H', W']."""
-        segments = rows.split(counts)
-        outputs = [
-            self.run(segment, parameters)
-            for segment, parameters in zip(segments, self.unbind(), strict=True)
-            if segment.shape[0]
-        ]
-        if not outputs:  # an empty batch still has an output shape
-            return self.one(0, rows)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k] -> [B, C', H', W'].
 
-        Reads the segments' sizes on the host: on a GPU, the host waits for the gate.
+        Off the engine this reads the segments' sizes on the host: on a GPU, the host waits for the gate.
         """
-        return combine(self(dispatch(x, route), route.counts.tolist()), route, weights)
+        content = self.content()
+        if isinstance(content, str):
+            self._warn(content)
+        elif content is not None and (out := self.on_engine(content, x, route, weights)) is not None:
+            return out
+        out = combine(self.segments(dispatch(x, route), route.counts.tolist()), route, weights)
+        return out.contiguous(memory_format=dense_format(x))
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"{reason}: the experts of this layer run one by one, as modules, which on a GPU takes several times as"
+                " long as together",
+                stacklevel=4,
+            )
+
+    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's -> [R, C', H', W'].
+
+        With gradients an expert without rows runs on none: its parameters' gradient is 0 then, as the engine's is.
+        """
+        every = torch.is_grad_enabled() or rows.shape[0] == 0
+        pairs = zip(self, rows.split(counts), strict=True)
+        return torch.cat([expert(segment) for expert, segment in pairs if every or len(segment)])
+
+    def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Outputs [B, n, C, H, W] summed with weights [B, n], in float32 at least; dtype of the outputs."""
+        kind = torch.promote_types(outputs.dtype, torch.float32)
+        return (outputs.to(kind) * weights.to(kind)[:, :, None, None, None]).sum(1).to(outputs.dtype)
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """All of x [B, C, H, W] through one expert."""
-        return self.run(x, self.unbind()[expert])
+        return self[expert](x)
 
     def extract(self, expert: int) -> nn.Module:
         """One expert as an ordinary module of the replaced type, with its own copy of the parameters."""
-        module = copy.deepcopy(self._template[0])
-        state = {
-            name: value[expert].detach().clone(memory_format=torch.contiguous_format)
-            for name, value in self.state_dict().items()
-        }
-        module.load_state_dict(state, assign=True)
-        return module.train(self.training).requires_grad_(True)
+        module = copy.deepcopy(self[expert])
+        for each in module.modules():
+            if type(each) is ExpertBatchNorm2d:
+                each.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+            for value in (*each._parameters.values(), *each._buffers.values()):
+                if value is not None:
+                    value.data = value.data.clone(memory_format=torch.contiguous_format)
+        return module.requires_grad_(True)
 
     def keep(self, experts: Sequence[int]) -> None:
-        """Drop all other experts, in place: new parameters and buffers, with ``len(experts)`` as their leading
-        dimension, in the order given. Optimisers that hold the old ones do not follow."""
-        for module in self.modules():
-            if isinstance(module, Experts):
-                module.num_experts = len(experts)
-            keep_rows(module, experts)
+        """Drop all other experts, in place; those that stay are in the order given, in new memory."""
+        kept = [self[expert] for expert in experts]
+        self._modules = {str(number): module for number, module in enumerate(kept)}
+        lie_together(kept)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        self._reading = None  # it would keep the old memory
+        super()._apply(fn, recurse)
+        # .to(memory_format=torch.contiguous_format) takes filters whose output channels lie innermost for contiguous.
+        channels_last = torch.zeros(1, 2, 2, 2, device="cpu").contiguous(memory_format=torch.channels_last)
+        lie_together(list(self), contiguous=fn(channels_last).is_contiguous())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        lie_together(list(self))  # a copy's parameters were copied one by one
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Earlier states have the experts' names without their numbers, and a leading dimension E.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            stack = not name.split(".")[0].isdecimal() and state_dict[key].dim() > 0
+            if stack and len(state_dict[key]) == len(self):
+                for number, value in enumerate(state_dict.pop(key)):
+                    state_dict[f"{prefix}{number}.{name}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class StackedConv2d(Experts):
-    """E convolutions of one geometry. State: ``weight`` [E, O, I/groups, kh, kw], ``bias`` [E, O] or None.
+class ConvExperts(Experts):
+    """E convolutions of one geometry. State: ``{e}.weight`` [O, I/groups, kh, kw], ``{e}.bias`` [O] or none."""
 
-    In memory the weight's output channels lie innermost, as the engine reads them: like a model in channels-last
-    format, its parameters are dense but not contiguous. What insists on contiguous tensors (safetensors,
-    parameters_to_vector, LBFGS, FSDP2) needs ``.contiguous()`` copies, and an optimiser's state must keep the
-    parameters' layout, as torch.save does.
-    """
+    @classmethod
+    def of(cls, conv: nn.Conv2d, num_experts: int) -> Self:
+        """Copies of a convolution. Raises ValueError for one of another kind."""
+        expect_plain_conv(conv, "conv")
+        return cls(copies(conv, num_experts))
 
-    def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
-        # A subclass with another forward, or a weight that is computed (weight norm), would lose that silently.
-        plain = isinstance(conv, nn.Conv2d) and {"weight"} <= conv.state_dict().keys() <= {"weight", "bias"}
-        if not plain or (type(conv).forward, type(conv)._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
-            raise ValueError(f"conv: expected a plain torch.nn.Conv2d, got {type(conv).__name__}")
-        super().__init__(conv, num_experts)
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"conv: expected padding_mode 'zeros', got {conv.padding_mode!r}")
-        self.weight = nn.Parameter(_output_innermost(_stack(conv.weight, num_experts)))
-        self.bias = None if conv.bias is None else nn.Parameter(_stack(conv.bias, num_experts))
-        self.in_channels = conv.in_channels
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+    @property
+    def in_channels(self) -> int:
+        first: Any = self[0]
+        return first.in_channels
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # As a matrix: fn keeps the layout then, and .to(memory_format=torch.channels_last), which refuses five
-        # dimensions, has nothing to change.
-        def as_matrix(tensor: Tensor) -> Tensor:
-            if tensor.dim() != 5:
-                return fn(tensor)
-            stored = _innermost(tensor).contiguous()
-            return _innermost_view(fn(stored.flatten(0, 3)).unflatten(0, stored.shape[:4]))
+    def read(self, members: list[list[Any]]) -> tuple[Geometry, list[Stack]] | None:
+        convs: list[Any] = [conv for (conv,) in members]
+        geometry = geometry_of(convs)
+        names = ("weight",) if convs[0].bias is None else ("weight", "bias")
+        stacks = [Stack.of([getattr(conv, name) for conv in convs]) for name in names]
+        return None if geometry is None else (geometry, stacks)
 
-        return super()._apply(as_matrix, recurse)
-
-    def geometry(self) -> Geometry | None:
-        """As the engine takes it, or ``None`` for what it does not compute (groups, odd
-        "same")."""
-        padding = self.padding
-        if self.groups != 1:
+    def on_engine(
+        self, content: tuple[Geometry, list[Stack]], x: Tensor, route: Route, weights: Tensor
+    ) -> Tensor | None:
+        geometry, stacks = content
+        if not engine_computes(x, (stack.tensors[0] for stack in stacks)):
             return None
-        if isinstance(padding, str):
-            high, wide = (d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[3:], strict=True))
-            if padding == "same" and (high % 2 or wide % 2):
-                return None
-            padding = (high // 2, wide // 2) if padding == "same" else (0, 0)
-        return Geometry(pair_of(self.stride), pair_of(padding), pair_of(self.dilation))
-
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        geometry = self.geometry()
-        if geometry is None or not engine_computes(x, self.parameters()):
-            return super().mix(x, route, weights)
         dtype = engine_dtype(x)
-        rows = dispatch(x.to(dtype), route)
-        rows = expert_conv(rows, self.weight.to(dtype), route.offsets, *geometry)
-        if self.bias is not None:
+        weight, *bias = stacked(stacks)
+        rows = expert_conv(dispatch(x.to(dtype), route), weight.to(dtype), route.offsets, *geometry)
+        if bias:
             expert = expert_of_row(route.offsets, len(rows))
-            rows = rows + self.bias.index_select(0, expert)[:, :, None, None]
+            rows = rows + bias[0].index_select(0, expert)[:, :, None, None]
         out = combine(rows, route, weights)
         return out.contiguous(memory_format=dense_format(x))
 
-    def unbind(self) -> list[Any]:
-        biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
-        return list(zip(self.weight.unbind(0), biases, strict=True))
 
-    def run(self, x: Tensor, parameters: tuple[Tensor, Tensor | None]) -> Tensor:
-        return F.conv2d(x, *parameters, self.stride, self.padding, self.dilation, self.groups)
-
-    def reset(self) -> None:
-        """Draw every expert anew: He normal by fan-out, as ResNets are initialised; zero bias."""
-        for weight in self.weight.data:
-            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+def expect_plain_conv(conv: nn.Module, argument: str) -> None:
+    """Raise ValueError for a convolution that computes something else than its weight says: a subclass with another
+    forward, a weight that is computed (weight norm), other padding than zeros."""
+    plain = isinstance(conv, nn.Conv2d) and {"weight"} <= conv.state_dict().keys() <= {"weight", "bias"}
+    methods = ("forward", "_conv_forward")
+    if not plain or any(getattr(type(conv), name) != getattr(nn.Conv2d, name) for name in methods):
+        raise ValueError(f"{argument}: expected a plain torch.nn.Conv2d, got {type(conv).__name__}")
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"{argument}: expected padding_mode 'zeros', got {conv.padding_mode!r}")
 
 
-class StackedBatchNorm2d(nn.Module):
-    """E batch normalisations; each sees its own expert's rows only.
-
-    In training, an expert without rows keeps its running statistics. An expert with a single value a channel (n*H*W =
-    1) has variance 0: its output is its bias, no gradient flows to its input, its running mean moves and its running
-    variance, whose unbiased estimate does not exist, stays.
-    """
-
-    running_mean: Tensor  # [E, C], as the next
-    running_var: Tensor
-    num_batches_tracked: Tensor  # [E]
-
-    def __init__(self, norm: nn.BatchNorm2d, num_experts: int) -> None:
-        super().__init__()
-        if not norm.affine or not norm.track_running_stats or norm.momentum is None:
-            raise ValueError(
-                "norm: expected BatchNorm2d with affine=True, track_running_stats=True and a numeric momentum, got"
-                f" affine={norm.affine}, track_running_stats={norm.track_running_stats}, momentum={norm.momentum}"
-            )
-        self.weight = nn.Parameter(_stack(norm.weight, num_experts))
-        self.bias = nn.Parameter(_stack(norm.bias, num_experts))
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, _stack(getattr(norm, name), num_experts))
-        self.eps, self.momentum = norm.eps, norm.momentum
-
-    def unbind(self) -> list[Any]:
-        """Per-expert (index, weight, bias)."""
-        return list(zip(range(self.weight.shape[0]), self.weight.unbind(0), self.bias.unbind(0), strict=True))
-
-    def run(self, x: Tensor, parameters: tuple[int, Tensor, Tensor]) -> Tensor:
-        """One expert's normalisation of its rows [n, C, H, W]."""
-        expert, weight, bias = parameters
-        if x.shape[0] == 0:
-            return x
-        # .data: all experts share one buffer, and a counted in-place change of one slice would invalidate what autograd
-        # keeps of the others.
-        mean, variance = self.running_mean.data[expert], self.running_var.data[expert]
-        if self.training:
-            self.num_batches_tracked[expert].add_(1)  # counted: by this a folded norm knows that its numbers moved
-            if x.numel() == x.shape[1]:
-                mean.lerp_(x.detach().flatten().to(mean.dtype), self.momentum)
-                return bias.view(1, -1, 1, 1).expand_as(x).to(x.dtype)
-        return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
+def copies(module: nn.Module, count: int) -> list[nn.Module]:
+    """Copies of a module, each norm of which is that of an expert; modes and ``requires_grad`` as in the module."""
+    made = [copy.deepcopy(module) for _ in range(count)]
+    for each in (part for copied in made for part in modules_of(copied)):
+        if type(each) is nn.BatchNorm2d:
+            each.__class__ = ExpertBatchNorm2d
+    return made
 
 
-@torch.no_grad()
-def keep_statistics(norms: Sequence[StackedBatchNorm2d], moved: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Give norms the running means, running variances and numbers of batches that ``routed_block`` found for them.
-
-    In two operations for all norms. ``.data`` as in ``run``, but for the numbers of batches, whose change is counted
-    there too; copies, so that the buffers stay the tensors that others may hold.
-    """
-    means, variances, batches = zip(*moved, strict=True)
-    buffers = [norm.running_mean.data for norm in norms] + [norm.running_var.data for norm in norms]
-    torch._foreach_copy_(buffers, [*means, *variances])
-    torch._foreach_copy_([norm.num_batches_tracked for norm in norms], list(batches))
+def geometry_of(convs: Sequence[nn.Conv2d]) -> Geometry | None:
+    """The geometry that convolutions have in common, as the engine takes it; ``None`` for what it does not compute
+    (groups, odd "same", one that differs)."""
+    forms = {(c.stride, c.padding, c.dilation, c.groups, c.padding_mode, c.bias is None) for c in convs}
+    if len(forms) != 1:
+        return None
+    stride, padding, dilation, groups, mode, _ = forms.pop()
+    if groups != 1 or mode != "zeros":
+        return None
+    if isinstance(padding, str):
+        high, wide = (d * (k - 1) for d, k in zip(dilation, convs[0].weight.shape[2:], strict=True))
+        if padding == "same" and (high % 2 or wide % 2):
+            return None
+        padding = (high // 2, wide // 2) if padding == "same" else (0, 0)
+    return Geometry(pair_of(stride), pair_of(padding), pair_of(dilation))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from robust_moe_kernels.modules.general_path import is_general
+from robust_moe_kernels.modules.interception import has_hooks
 from robust_moe_kernels.ops.gate import pool_linear
 
 __all__ = [
@@ -31,6 +33,11 @@ Gate = str | nn.Module | Callable[[int, int], nn.Module]  # a name, a module, or
 FUSED = {"cuda"}  # where a launch saved counts: pool and linear layer as one; on a CPU both are PyTorch's
 
 
+def _dtype(layer: nn.Module) -> torch.dtype:
+    """What a layer computes in; a quantised one, whose weight is no tensor, takes float32."""
+    return layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32
+
+
 class GapFcGate(nn.Module):
     """Global average pool, then one linear layer (2509.05086, "GAP-FC").
 
@@ -44,10 +51,12 @@ class GapFcGate(nn.Module):
         self.fc = nn.Linear(in_channels, num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type in FUSED and self.fc.weight.dtype in (torch.float32, torch.float64):
+        kind = _dtype(self.fc)
+        plain = type(self.fc) is nn.Linear and not has_hooks(self.fc)
+        if x.device.type in FUSED and plain and kind in (torch.float32, torch.float64) and not is_general():
             return pool_linear(x, self.fc.weight, self.fc.bias)
         with torch.autocast(x.device.type, enabled=False):
-            return self.fc(x.to(self.fc.weight.dtype).mean((2, 3)))
+            return self.fc(x.to(kind).mean((2, 3)))
 
 
 class ConvGapGate(nn.Module):
@@ -66,7 +75,7 @@ class ConvGapGate(nn.Module):
         if min(x.shape[2:]) < 3:
             raise ValueError(f"x: expected maps of at least 3x3 for the conv_gap gate, got {list(x.shape[2:])}")
         with torch.autocast(x.device.type, enabled=False):
-            return self.conv(x.to(self.conv.weight.dtype)).mean((2, 3))
+            return self.conv(x.to(_dtype(self.conv))).mean((2, 3))
 
 
 class TwoConvGate(nn.Module):
@@ -89,7 +98,7 @@ class TwoConvGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            hidden = torch.relu(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
+            hidden = torch.relu(self.bn1(self.conv1(x.to(_dtype(self.conv1)))))
             return self.conv2(hidden).mean((2, 3))
 
 

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.walk import modules_of
 
-__all__ = ["is_batched", "is_compiled", "is_hooked", "transformed", "version"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+__all__ = ["has_hooks", "is_batched", "is_compiled", "is_hooked", "tracing", "transformed", "transforming", "version"]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -24,29 +22,47 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody looks at what passes through this very module: any hook, but for those that have an attribute
+    ``blind``, which only note that a module was called."""
+    found = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(found) and any(not getattr(hook, "blind", False) for hooks in found for hook in hooks.values())
+
+
 def is_hooked(model: nn.Module) -> bool:
-    """Whether anybody looks at what passes between the modules inside of the model: any hook, but for those that have
-    an attribute ``blind``, which only note that a module was called."""
+    """Whether anybody looks at what passes between the modules inside of the model."""
     if nn.modules.module._has_any_global_hook():
         return True
-    return any(
-        not getattr(hook, "blind", False)
-        for module in modules_of(model)
-        if module is not model
-        for name in _HOOKS
-        for hook in getattr(module, name).values()
-    )
+    return any(has_hooks(module) for module in modules_of(model) if module is not model)
 
 
 def transformed() -> bool:
     """Whether somebody else intercepts operations too: function transforms, forward gradients, saved tensors' hooks,
     tracing."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        transforming() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch.jit.is_tracing()
     )
+
+
+def transforming() -> str | None:
+    """What asks for more than a value or a gradient of the operations that run now, in words."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms the forward"
+    return (
+        "the forward has a tangent (forward-mode derivatives)"
+        if torch.autograd.forward_ad._current_level >= 0
+        else None
+    )
+
+
+def tracing() -> str | None:
+    """What writes down the operations that run now, to run them on other numbers later, in words; not torch.compile,
+    which knows the fused operations."""
+    if torch.jit.is_tracing():
+        return "torch.jit traces the forward"
+    return "torch.export traces the forward" if torch.compiler.is_exporting() else None
 
 
 def version(tensor: Tensor) -> int:

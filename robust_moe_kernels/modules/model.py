@@ -80,15 +80,31 @@ def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor]
         A scalar on the graph of that forward; 0 for a model without such layers.
 
     Raises:
-        ValueError: an unknown kind. RuntimeError: a layer that no forward has reached.
+        ValueError: an unknown kind. RuntimeError: a layer that no forward has reached; with gradients enabled, a layer
+            in training whose last forward was under ``no_grad``: the loss would train nothing.
     """
     if not (callable(kind) or kind in BALANCE_LOSSES):
         near = difflib.get_close_matches(str(kind), BALANCE_LOSSES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"kind: expected one of {', '.join(BALANCE_LOSSES)}, got {kind!r}{hint}")
     loss = kind if callable(kind) else BALANCE_LOSSES[kind]
-    losses = [loss(record) for record in _records(model).values()]
+    records = _records(model)
+    if torch.is_grad_enabled():
+        for name, layer in moe_layers(model).items():
+            _expect_graph(name, layer, records[name])
+    losses = [loss(record) for record in records.values()]
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())
+
+
+def _expect_graph(name: str, layer: MoELayer, record: RoutingRecord) -> None:
+    """Raise RuntimeError where the loss would have no gradient although the gate is trained."""
+    trained = layer.training and layer.fixed_expert is None and any(p.requires_grad for p in layer.gate.parameters())
+    if trained and not record.logits.requires_grad:
+        raise RuntimeError(
+            f"model: expected a forward with gradients through {name or 'the layer'!r}, whose gate is trained; the last"
+            " one was under no_grad, as torch.utils.checkpoint makes it with use_reentrant=True (use False, or add the"
+            " balance loss inside of the checkpointed function); to read the value alone, call this under no_grad"
+        )
 
 
 def check_finite(model: nn.Module) -> None:

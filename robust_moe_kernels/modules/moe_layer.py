@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect, expect_dtype
-from robust_moe_kernels.modules.experts import ExpertModule, Experts, StackedConv2d
+from robust_moe_kernels.modules.experts import ConvExperts, ExpertModule, Experts
 from robust_moe_kernels.modules.gates import Gate, build_gate, noisy_choice, score_noise_scale
+from robust_moe_kernels.modules.general_path import decide_plainly, general_path, mix_plainly, wanted
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
@@ -23,7 +24,7 @@ __all__ = ["FusedBlockMoE", "FusedConvMoE", "MoELayer"]
 INITS = ("copy", "fresh")
 
 _IMPOSED = ("fixed_expert", "reroute")  # options that are set for a while, and not printed
-_PRINTED_IF_SET = ("inference",)
+_PRINTED_IF_SET = {"inference": None, "impl": "auto"}  # printed if they differ from these
 T = TypeVar("T")
 
 
@@ -71,6 +72,8 @@ class MoELayer(nn.Module):
         straight_through: for k = 1, forward weight exactly 1 and the score's gradient.
         noise_std: standard deviation of the score noise in training, in units of each row's own spread (of the whole
             batch's with ``noise="released"``); 0: none.
+        impl: "auto", or "reference": the layer in plain PyTorch, see
+            :func:`~robust_moe_kernels.modules.general_path`.
 
     forward: [B, C, H, W] -> what the replaced module returns, dtype and memory format as the experts leave them.
     With the grouped engine nothing waits for the gate. Elsewhere (see ``modules.experts``) the experts run by
@@ -89,6 +92,7 @@ class MoELayer(nn.Module):
     fixed_expert = _Option[int | None]()
     reroute = _Option[Reroute | None]()
     inference = _Option[Reroute | None]()
+    impl = _Option[str]()
 
     def __init__(
         self,
@@ -98,9 +102,10 @@ class MoELayer(nn.Module):
         renormalize: bool = True,
         straight_through: bool = True,
         noise_std: float = 0.0,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
-        options = RouteOptions(top_k, renormalize, straight_through, noise_std)
+        options = RouteOptions(top_k, renormalize, straight_through, noise_std, impl=impl)
         options.expect_fits(experts.num_experts)
         trained = any(parameter.requires_grad for parameter in gate.parameters())
         if trained and top_k == 1 < experts.num_experts and renormalize and not straight_through:
@@ -127,7 +132,6 @@ class MoELayer(nn.Module):
         """E."""
         return self.experts.num_experts
 
-    @property
     def last_routing(self) -> RoutingRecord:
         """``routing`` after a forward. Raises RuntimeError where there was none."""
         if self.routing is None:
@@ -151,6 +155,8 @@ class MoELayer(nn.Module):
         return self.experts.extract(index)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # to a symbolic trace the layer is one operation
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         channels = self.experts.in_channels
         ok = x.dim() == 4 and x.shape[1] == channels and min(x.shape[2:]) >= 1
         expect(ok, "x", f"shape [B, {channels}, H, W] with H, W >= 1", list(x.shape))
@@ -160,6 +166,10 @@ class MoELayer(nn.Module):
             self.routing = RoutingRecord.fixed(x, fixed, self.num_experts)
             return self.experts.one(fixed, x)
         # Read from the local name: another thread's forward may replace self.routing meanwhile.
+        if wanted(self._route_options.impl):
+            with general_path():
+                self.routing = record = self._decide(x, plainly=True)[0]
+                return mix_plainly(self.experts, x, record.indices, record.weights)
         record, route = self.decide(x)
         self.routing = record
         return self.experts.mix(x, route, record.weights)
@@ -167,6 +177,11 @@ class MoELayer(nn.Module):
     def decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
         """What the layer's gate and options, the fixed expert apart, make of ``x`` [B, C, H, W], without running an
         expert: the record that a forward would leave in ``routing``, and where it would send each sample."""
+        record, route = self._decide(x)
+        return record, sort_by_expert(record.indices, self.num_experts) if route is None else route
+
+    def _decide(self, x: Tensor, plainly: bool = False) -> tuple[RoutingRecord, Route | None]:
+        """The record, and its route where the gate's kernel has sorted it; ``plainly``: on the general path."""
         options = self._route_options
         clean = self.gate(x)
         expect(
@@ -181,7 +196,11 @@ class MoELayer(nn.Module):
         if noise == "logits":
             noise_scale = score_noise_scale(clean, options.noise_std)
             logits = clean + noise_scale * torch.randn_like(clean)
-        out, route = top_k_route(logits, options.top_k, options.renormalize, options.straight_through)
+        route = None
+        if plainly:
+            out = decide_plainly(logits, options)
+        else:
+            out, route = top_k_route(logits, options.top_k, options.renormalize, options.straight_through)
         record = RoutingRecord(logits=logits, clean_logits=clean, noise_scale=noise_scale, **out._asdict())
         own = None if self.training else options.inference
         if noise == "released":
@@ -190,7 +209,7 @@ class MoELayer(nn.Module):
         for rule in rules:
             indices, weights = rule(options, record)
             record = replace(record, indices=indices, weights=weights)
-        return record, sort_by_expert(record.indices, self.num_experts) if rules else route
+        return record, None if rules else route
 
     def _expect_kind(self, x: Tensor) -> None:
         weight = next(self.experts.parameters())
@@ -205,17 +224,19 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         options = self._route_options
         names = [field.name for field in fields(options) if field.name not in _IMPOSED]
-        names = [name for name in names if name not in _PRINTED_IF_SET or getattr(options, name) is not None]
+        names = [n for n in names if n not in _PRINTED_IF_SET or getattr(options, n) != _PRINTED_IF_SET[n]]
         return ", ".join([f"num_experts={self.num_experts}", *(f"{name}={getattr(options, name)}" for name in names)])
 
     @classmethod
-    def _build(cls, experts: Experts, gate: Gate, like: Tensor, init: str, **options: Any) -> Self:
+    def _build(cls, experts: Experts, gate: Gate, like: Tensor, training: bool, init: str, **options: Any) -> Self:
         expect(init in INITS, "init", f"one of {', '.join(INITS)}", repr(init))
-        built = build_gate(gate, experts.in_channels, experts.num_experts)
+        with like.device:  # whatever the default is
+            built = build_gate(gate, experts.in_channels, experts.num_experts)
         if init == "fresh":
             experts.reset()
-        layer = cls(built, experts, **options).to(like.device, like.dtype)
-        experts.requires_grad_(like.requires_grad)
+        layer = cls(built.to(like.device, like.dtype), experts, **options)
+        built.train(training)
+        layer.training = experts.training = training  # each expert's parts keep the modes that they had
         return layer
 
 
@@ -243,6 +264,7 @@ class FusedBlockMoE(MoELayer):
         straight_through: bool = True,
         noise_std: float = 0.0,
         init: str = "copy",
+        impl: str = "auto",
     ) -> Self:
         """Replace a torchvision or timm BasicBlock or Bottleneck.
 
@@ -254,7 +276,7 @@ class FusedBlockMoE(MoELayer):
             block: the block; not changed. Its device, dtype and mode are taken over, and whether it is trained
                 (its first convolution's ``requires_grad``), but not by the gate.
             num_experts: E >= 1.
-            top_k, renormalize, straight_through, noise_std: see :class:`MoELayer`.
+            top_k, renormalize, straight_through, noise_std, impl: see :class:`MoELayer`.
             gate: a name in ``GATES`` ("gap_fc", "conv_gap", "two_conv", "fixed"), a module, [B, C, H, W] -> logits
                 [B, E], or a function that makes one from (C, E).
             init: "copy" or "fresh".
@@ -263,17 +285,18 @@ class FusedBlockMoE(MoELayer):
             ValueError: an argument out of range, or a block of another kind (see :class:`ResidualExperts`).
         """
         _expect_count(num_experts)
-        layer = cls._build(
-            ResidualExperts(block, num_experts),
+        return cls._build(
+            ResidualExperts.of(block, num_experts),
             gate,
             block.get_parameter("conv1.weight"),
+            block.training,
             init,
             top_k=top_k,
             renormalize=renormalize,
             straight_through=straight_through,
             noise_std=noise_std,
+            impl=impl,
         )
-        return layer.train(block.training)
 
 
 class FusedConvMoE(MoELayer):
@@ -290,17 +313,19 @@ class FusedConvMoE(MoELayer):
         straight_through: bool = True,
         noise_std: float = 0.0,
         init: str = "copy",
+        impl: str = "auto",
     ) -> Self:
         """Replace a Conv2d; arguments and errors as :meth:`FusedBlockMoE.from_block`."""
         _expect_count(num_experts)
-        layer = cls._build(
-            StackedConv2d(conv, num_experts),
+        return cls._build(
+            ConvExperts.of(conv, num_experts),
             gate,
             conv.weight,
+            conv.training,
             init,
             top_k=top_k,
             renormalize=renormalize,
             straight_through=straight_through,
             noise_std=noise_std,
+            impl=impl,
         )
-        return layer.train(conv.training)

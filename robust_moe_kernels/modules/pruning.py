@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules.experts import keep_rows
+from robust_moe_kernels.layout import dense_format
 from robust_moe_kernels.modules.model import moe_layers
 from robust_moe_kernels.modules.moe_layer import MoELayer
 
@@ -77,13 +77,21 @@ def _prune(name: str, layer: MoELayer, experts: Sequence[int]) -> None:
         raise ValueError(f"{gate}: expected nn.Linear or nn.Conv2d as its last layer (see last_layer), got {found}")
     outputs = last.out_features if isinstance(last, nn.Linear) else last.out_channels
     expect(outputs == layer.num_experts, gate, f"a last layer of {layer.num_experts} outputs, one per expert", outputs)
-    keep_rows(last, experts)
+    _keep_rows(last, experts)
     if isinstance(last, nn.Linear):
         last.out_features = len(experts)
     else:
         last.out_channels = len(experts)
     layer.top_k = min(layer.top_k, len(experts))  # while the layer still has more experts
     layer.experts.keep(experts)
+
+
+def _keep_rows(module: nn.Module, rows: Sequence[int]) -> None:
+    """Replace each parameter of the module by its entries ``rows`` along the first dimension, in the same memory
+    format."""
+    for name, value in module.named_parameters(recurse=False):
+        kept = value.detach()[list(rows)].contiguous(memory_format=dense_format(value))
+        setattr(module, name, nn.Parameter(kept, value.requires_grad))
 
 
 def _last_layer(module: nn.Module) -> nn.Linear | nn.Conv2d | None:

@@ -1,9 +1,8 @@
-"""Residual blocks as experts: what may be replaced, and how one expert computes."""
+"""Residual blocks as experts: what may be replaced, and how the engine computes them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,268 +11,318 @@ from torch.func import functional_call
 
 from robust_moe_kernels.layout import Geometry, dense_format
 from robust_moe_kernels.modules.experts import (
+    ExpertBatchNorm2d,
     Experts,
-    StackedBatchNorm2d,
-    StackedConv2d,
+    copies,
     engine_computes,
     engine_dtype,
-    keep_statistics,
+    expect_plain_conv,
+    geometry_of,
 )
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
+from robust_moe_kernels.modules.shared_launches import converted
+from robust_moe_kernels.modules.stacks import Stack, overwrite, stacked
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["ResidualExperts"]
 
 _PASSIVE = (nn.Identity, nn.ReLU)  # children that need no parameters: activations, and what timm leaves switched off
+_POOLS = (nn.AvgPool2d, nn.Identity)
 
 
 class FoldedNorm(NamedTuple):
-    """A batch norm in evaluation as a scale and a shift, and the numbers that they were made of."""
+    """The experts' batch norms of one layer, in evaluation, as a scale and a shift, and what they were made of."""
 
     scale: Tensor  # [E, O]
     shift: Tensor  # [E, O]
-    numbers: tuple[Tensor, ...]  # weight, bias, running mean, running variance, and the number of batches
-    versions: tuple[int, ...]  # how often each had been changed in place; a norm in training counts the last alone
+    numbers: list[Stack]  # weight, bias, running mean, running variance, and the number of batches
+    versions: list[int]  # how often each expert's had been changed in place; a norm in training counts the last alone
 
     @classmethod
-    def of(cls, norm: StackedBatchNorm2d) -> Self:
-        numbers = (*_numbers(norm), norm.num_batches_tracked)
-        return cls(*fold_norm(*_numbers(norm), norm.eps), numbers, _versions(numbers))
+    def of(cls, numbers: list[Stack], eps: float) -> Self:
+        weight, bias, mean, variance, _ = (stack.whole() for stack in numbers)
+        return cls(*fold_norm(weight, bias, mean, variance, eps), numbers, _versions(numbers))
 
-    def is_of(self, norm: StackedBatchNorm2d) -> bool:
-        numbers = (*_numbers(norm), norm.num_batches_tracked)
-        same = all(a is b for a, b in zip(numbers, self.numbers, strict=True))
-        return same and _versions(numbers) == self.versions
+    def is_of(self, numbers: list[Stack]) -> bool:
+        return _same(numbers, self.numbers) and _versions(numbers) == self.versions
 
 
 class CastFilters(NamedTuple):
-    """Filters in another dtype, and those that they were made of."""
+    """All layers' filters in another dtype, and those that they were made of."""
 
-    value: Tensor
-    weight: Tensor
-    versions: tuple[int, ...]
+    values: list[Tensor]
+    filters: list[Stack]
+    versions: list[int]
 
-    def is_of(self, weight: Tensor, dtype: torch.dtype) -> bool:
-        same = self.weight is weight and self.value.dtype == dtype
-        return same and _versions((weight,)) == self.versions
+    def is_of(self, filters: list[Stack], dtype: torch.dtype) -> bool:
+        same = _same(filters, self.filters) and self.values[0].dtype == dtype
+        return same and _versions(filters) == self.versions
 
 
 class FoldedNorms(list[FoldedNorm]):
-    """A block's norms, layer by layer, and ``filters``: those that a forward has cast, by the number of their layer."""
+    """A block's norms, layer by layer, and ``filters``: those that a forward has cast."""
 
     def __init__(self, norms: Iterable[FoldedNorm]) -> None:
         super().__init__(norms)
-        self.filters: dict[int, CastFilters] = {}
+        self.filters: CastFilters | None = None
+
+
+class Stages(NamedTuple):
+    """A block as the engine reads it: for each layer, the skip's last if there is one, every expert's."""
+
+    pools: nn.Module  # before the skip's convolution
+    geometries: list[Geometry]
+    norms: list[list[nn.BatchNorm2d]]
+    filters: list[Stack]
+    numbers: list[list[Stack]]  # of each norm: weight, bias, running mean, running variance, number of batches
+    trained: list[Stack]  # filters, then weight and bias of each norm
+
+    def modes(self) -> list[bool] | None:
+        """Whether each layer's norm is in training; None where the experts' are not in one mode."""
+        found = [{norm.training for norm in norms} for norms in self.norms]
+        return [mode.pop() for mode in found] if all(len(mode) == 1 for mode in found) else None
 
 
 class ResidualExperts(Experts):
     """E residual blocks in place of one: torchvision's and timm's BasicBlock and Bottleneck, any stride, with or
     without downsampling (convolution and normalisation, after an average pool in timm's "d" variants).
 
-    State: the block's own names with a leading dimension E, e.g. ``conv1.weight`` [E, O, I, 3, 3],
-    ``bn1.running_mean`` [E, O], ``downsample.0.weight``. Whether a block really computes
-    relu(bn2(conv2(relu(bn1(conv1(x))))) + skip(x)) cannot be read off its attributes (pre-activation blocks have the
-    same), so the constructor runs both on one random input and compares.
+    State: the blocks' own names after the expert's number, e.g. ``0.conv1.weight`` [O, I, 3, 3].
 
     Raises:
-        ValueError: a block with other parts (squeeze-and-excitation, drop path, other activations or normalisations)
-            or another order of computation.
+        ValueError: no blocks.
     """
 
-    conv1: StackedConv2d
-    downsample: nn.Sequential | None
-
-    def __init__(self, block: nn.Module, num_experts: int) -> None:
-        super().__init__(block, num_experts)
-        depth = 3 if hasattr(block, "conv3") else 2
-        expected = {f"{kind}{i}" for kind in ("conv", "bn") for i in range(1, depth + 1)}
-        children = dict(block.named_children())
-        if not expected <= children.keys():
-            raise ValueError(
-                "block: expected a BasicBlock or Bottleneck (conv1, bn1, conv2, bn2, ...), got"
-                f" {type(block).__name__} with {', '.join(children) or 'no children'}"
-            )
-        self.depth = depth
-        for name, child in children.items():
-            if name in expected:
-                self.add_module(name, _stacked(child, num_experts, name))
-            elif name == "downsample":
-                self.downsample = _stacked_downsample(child, num_experts)
-            elif not isinstance(child, _PASSIVE):
-                raise ValueError(
-                    f"block.{name}: expected a convolution, a batch norm, a downsample or a ReLU, got"
-                    f" {type(child).__name__}"
-                )
-        if not hasattr(self, "downsample"):
-            self.downsample = None
-        self.in_channels = self.conv1.in_channels
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.depth = 3 if hasattr(self[0], "conv3") else 2
         # During an attack, each engine layer's batch norm; see ``attack_mode``.
         self.folded: FoldedNorms | None = None
-        _probe(block, self)
 
-    def unbind(self) -> list[Any]:
-        indices = range(1, self.depth + 1)
-        layers = [(getattr(self, f"conv{i}").unbind(), getattr(self, f"bn{i}").unbind()) for i in indices]
-        skips = [] if self.downsample is None else [module.unbind() for module in _stacks(self.downsample)]
-        return [
-            ([(convs[e], norms[e]) for convs, norms in layers], [skip[e] for skip in skips])
-            for e in range(self.num_experts)
-        ]
+    @classmethod
+    def of(cls, block: nn.Module, num_experts: int) -> Self:
+        """Copies of a block.
 
-    def run(self, x: Tensor, parameters: Any) -> Tensor:
-        layers, skips = parameters
-        y = x
-        for i, (conv, norm) in enumerate(layers, start=1):
-            y = getattr(self, f"bn{i}").run(getattr(self, f"conv{i}").run(y, conv), norm)
-            if i < self.depth:
-                y = torch.relu(y)
-        return torch.relu(y + self._skip(x, skips))
+        Whether a block really computes relu(bn2(conv2(relu(bn1(conv1(x))))) + skip(x)) cannot be read off its
+        attributes (pre-activation blocks have the same), so both run on one random input and are compared.
 
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        stages = self._stages()
-        if stages is None or not engine_computes(x, self.parameters()) or x.shape[0] == 0:
-            return super().mix(x, route, weights)
-        pools, layers = stages
-        fixed = [Layer(geometry, norm.eps, norm.momentum, norm.training) for _, norm, geometry in layers]
-        plan = Plan(tuple(fixed), len(layers) > self.depth)
+        Raises:
+            ValueError: a block with other parts (squeeze-and-excitation, drop path, other activations or
+                normalisations) or another order of computation.
+        """
+        _expect_block(block)
+        _probe(block)
+        return cls(copies(block, num_experts))
+
+    @property
+    def in_channels(self) -> int:
+        first: Any = self[0]
+        return first.conv1.in_channels
+
+    def read(self, members: list[list[Any]]) -> Stages | None:
+        """``None`` where the engine does not compute the blocks: biases, groups, a skip of another form, norms without
+        parameters, statistics or a momentum."""
+        layers: list[list[tuple[Any, Any]]] = []
+        blocks = [block._modules for block, *_ in members]
+        for number in range(1, self.depth + 1):
+            layers.append([(block[f"conv{number}"], block[f"bn{number}"]) for block in blocks])
+        skips: list[Any] = [block.get("downsample") for block in blocks]
+        pools: nn.Module = nn.Identity()
+        if isinstance(skips[0], nn.Sequential):
+            *before, conv, norm = skips[0]
+            kinds = [type(module) for module in before]
+            if (type(conv), type(norm)) != (nn.Conv2d, ExpertBatchNorm2d) or any(kind not in _POOLS for kind in kinds):
+                return None
+            if before:
+                pools = nn.Sequential(*before)
+            layers.append([(skip[-2], skip[-1]) for skip in skips])
+        convs = [[conv for conv, _ in layer] for layer in layers]
+        norms = [[norm for _, norm in layer] for layer in layers]
+        found = [geometry_of(layer) for layer in convs]
+        geometries = [geometry for geometry in found if geometry is not None]
+        if any(layer[0].bias is not None for layer in convs) or len(geometries) < len(found):
+            return None
+        if not all(map(_alike, norms)):
+            return None
+        filters = [Stack.of([conv._parameters["weight"] for conv in layer]) for layer in convs]
+        numbers = [_numbers(layer) for layer in norms]
+        trained = [*filters, *(stack for layer in numbers for stack in layer[:2])]
+        return Stages(pools, geometries, norms, filters, numbers, trained)
+
+    def on_engine(self, content: Stages, x: Tensor, route: Route, weights: Tensor) -> Tensor | None:
+        modes = content.modes()
+        if modes is None or x.shape[0] == 0 or not engine_computes(x, (s.tensors[0] for s in content.trained)):
+            return None
+        fixed = []
+        for geometry, (norm, *_), training in zip(content.geometries, content.norms, modes, strict=True):
+            fixed.append(Layer(geometry, norm.eps, float(norm.momentum or 0.0), training))
+        count = len(fixed)
+        plan = Plan(tuple(fixed), count > self.depth)
         dtype = engine_dtype(x)
         rows = x.to(dtype)
-        x_skip = pools(rows) if len(pools) else None
+        x_skip = None if type(content.pools) is nn.Identity else content.pools(rows)
+        stacks = stacked(content.trained)
+        filters = self._filters(content.filters, stacks[:count], dtype)
         tensors: list[Tensor | None] = []
-        for i, (conv, norm, _) in enumerate(layers):
-            tensors += [self._filters(i, conv.weight, dtype), *_numbers(norm), norm.num_batches_tracked]
-            tensors += self._tables(i, norm)
+        for i, (training, numbers) in enumerate(zip(modes, content.numbers, strict=True)):
+            tables = (None, None) if training else self._tables(i, numbers)
+            moved = stacked(numbers[2:]) if tables[0] is None else [None] * 3
+            tensors += [filters[i], *stacks[count + 2 * i : count + 2 * i + 2], *moved, *tables]
         weights = weights.to(torch.promote_types(dtype, torch.float32))  # a gate may compute in float64
         out, statistics = routed_block(rows, x_skip, weights, route, plan, tensors)
         if statistics:
-            keep_statistics([norm for _, norm, _ in layers if norm.training], statistics)
+            learning = [numbers[2:] for training, numbers in zip(modes, content.numbers, strict=True) if training]
+            overwrite([s for each in learning for s in each], [value for moved in statistics for value in moved])
             self.folded = None  # of other statistics
         return out.contiguous(memory_format=dense_format(x))
 
+    @torch.no_grad()
     def fold(self) -> FoldedNorms | None:
         """Every layer's batch norm in evaluation; ``None`` where the engine does not compute the block."""
-        stages = self._stages()
-        return None if stages is None else FoldedNorms(FoldedNorm.of(norm) for _, norm, _ in stages[1])
+        content = self.content()
+        if content is None or isinstance(content, str):
+            return None
+        pairs = zip(content.numbers, content.norms, strict=True)
+        return FoldedNorms(FoldedNorm.of(numbers, norms[0].eps) for numbers, norms in pairs)
 
-    def _filters(self, i: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Layer i's filters in the engine's dtype. While the norms are folded, frozen filters are cast once, and again
-        only where they were replaced or changed."""
-        if weight.dtype == dtype:
-            return weight
-        if self.folded is None or weight.requires_grad or torch.compiler.is_compiling():
-            return weight.to(dtype)
-        cast = self.folded.filters.get(i)
-        if cast is None or not cast.is_of(weight, dtype):
-            cast = self.folded.filters[i] = CastFilters(weight.to(dtype), weight, _versions((weight,)))
-        return cast.value
+    def _filters(self, filters: list[Stack], stacks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Every layer's filters in the engine's dtype. While the norms are folded, frozen filters are cast once, and
+        again only where they were replaced or changed."""
+        if all(stack.dtype == dtype for stack in stacks):
+            return stacks
+        if torch.compiler.is_compiling():
+            return [stack.to(dtype) for stack in stacks]
+        if self.folded is None or any(stack.requires_grad for stack in stacks):
+            return converted(stacks, dtype)
+        cast = self.folded.filters
+        if cast is None or not cast.is_of(filters, dtype):
+            cast = self.folded.filters = CastFilters(converted(stacks, dtype), filters, _versions(filters))
+        return cast.values
 
-    def _tables(self, i: int, norm: StackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-        """Layer i's folded norm, unless the norm was set to training or unfrozen since, or its numbers were replaced
-        or changed. A compiled graph folds by itself: it could not tell."""
-        if self.folded is None or torch.compiler.is_compiling() or norm.training:
+    def _tables(self, i: int, numbers: list[Stack]) -> tuple[Tensor | None, Tensor | None]:
+        """Layer i's folded norm, unless the norm was unfrozen since, or its numbers were replaced or changed. A
+        compiled graph folds by itself: it could not tell."""
+        if self.folded is None or torch.compiler.is_compiling():
             return None, None
         folded = self.folded[i]
-        frozen = not (norm.weight.requires_grad or norm.bias.requires_grad)
-        return (folded.scale, folded.shift) if frozen and folded.is_of(norm) else (None, None)
+        with torch._C.DisableTorchFunction():
+            frozen = not any(stack.learns() for stack in numbers[:2])
+            return (folded.scale, folded.shift) if frozen and folded.is_of(numbers) else (None, None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         self.folded = None  # of the numbers as they were
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy leads its own life: what was folded for the attack on this one would not follow its numbers.
-        return {**self.__dict__, "folded": None}
-
-    def _stages(self) -> tuple[nn.Sequential, list[tuple[StackedConv2d, StackedBatchNorm2d, Geometry]]] | None:
-        """(pooling before the skip's convolution, every convolution with its norm and geometry, the skip's last);
-        ``None`` where the engine does not compute the block: biases, groups, a skip of another form."""
-        pairs = [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.depth + 1)]
-        pools = nn.Sequential()
-        if self.downsample is not None:
-            modules = list(self.downsample)
-            stacked = _stacks(self.downsample)
-            kinds = [type(module) for module in stacked]
-            if kinds != [StackedConv2d, StackedBatchNorm2d] or modules[-2:] != stacked:
-                return None
-            pools = nn.Sequential(*modules[:-2])
-            pairs.append((stacked[0], stacked[1]))
-        layers = [(conv, norm, conv.geometry()) for conv, norm in pairs]
-        if any(conv.bias is not None or geometry is None for conv, _, geometry in layers):
-            return None
-        return pools, layers
-
-    def _skip(self, x: Tensor, skips: list[Any]) -> Tensor:
-        if self.downsample is None:
-            return x
-        stacked = iter(skips)
-        for module in self.downsample:
-            x = module.run(x, next(stacked)) if isinstance(module, StackedConv2d | StackedBatchNorm2d) else module(x)
-        return x
+        return {**super().__getstate__(), "folded": None}
 
 
-def _numbers(norm: StackedBatchNorm2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+def _alike(norms: list[nn.BatchNorm2d]) -> bool:
+    """Whether the engine computes these norms, one of each expert, as one."""
+    forms = {(norm.eps, norm.momentum) for norm in norms}
+    whole = all(norm.weight is not None and norm.running_mean is not None for norm in norms)
+    return len(forms) == 1 and norms[0].momentum is not None and whole
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+def _numbers(norms: Sequence[nn.BatchNorm2d]) -> list[Stack]:
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return [Stack.of([getattr(norm, name) for norm in norms]) for name in names]
+
+
+def _same(stacks: list[Stack], others: list[Stack]) -> bool:
+    pairs = zip(stacks, others, strict=True)
+    return stacks is others or all(a is b for s, o in pairs for a, b in zip(s.tensors, o.tensors, strict=True))
+
+
+def _versions(stacks: list[Stack]) -> list[int]:
     """Counts of in-place changes; tensors made in inference mode have none."""
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+    with torch._C.DisableTorchFunction():
+        return [-1 if tensor.is_inference() else tensor._version for stack in stacks for tensor in stack.tensors]
 
 
-def _stacks(modules: nn.Sequential) -> list[Any]:
-    return [module for module in modules if isinstance(module, StackedConv2d | StackedBatchNorm2d)]
+def _expect_block(block: nn.Module) -> None:
+    depth = 3 if hasattr(block, "conv3") else 2
+    expected = {f"{kind}{i}" for kind in ("conv", "bn") for i in range(1, depth + 1)}
+    children = dict(block.named_children())
+    if not expected <= children.keys():
+        raise ValueError(
+            "block: expected a BasicBlock or Bottleneck (conv1, bn1, conv2, bn2, ...), got"
+            f" {type(block).__name__} with {', '.join(children) or 'no children'}"
+        )
+    for name, child in children.items():
+        if name in expected:
+            _expect_layer(child, name)
+        elif name == "downsample":
+            if not isinstance(child, nn.Identity | nn.Sequential):
+                raise ValueError(f"block.downsample: expected a Sequential, got {type(child).__name__}")
+            for part, module in child.named_children():
+                if not isinstance(module, _POOLS):
+                    _expect_layer(module, f"downsample.{part}")
+        elif not isinstance(child, _PASSIVE):
+            raise ValueError(
+                f"block.{name}: expected a convolution, a batch norm, a downsample or a ReLU, got"
+                f" {type(child).__name__}"
+            )
 
 
-def _stacked(module: nn.Module, num_experts: int, name: str) -> nn.Module:
+def _expect_layer(module: nn.Module, name: str) -> None:
     if isinstance(module, nn.Conv2d):
-        return StackedConv2d(module, num_experts)
-    if isinstance(module, nn.BatchNorm2d):
-        return StackedBatchNorm2d(module, num_experts)
-    raise ValueError(f"block.{name}: expected Conv2d or BatchNorm2d, got {type(module).__name__}")
+        expect_plain_conv(module, f"block.{name}")
+    elif isinstance(module, nn.BatchNorm2d):
+        plain = type(module).forward is nn.BatchNorm2d.forward
+        if not plain or not module.affine or not module.track_running_stats or module.momentum is None:
+            raise ValueError(
+                f"block.{name}: expected a BatchNorm2d with affine=True, track_running_stats=True and a numeric"
+                f" momentum, got {type(module).__name__} with affine={module.affine},"
+                f" track_running_stats={module.track_running_stats}, momentum={module.momentum}"
+            )
+    else:
+        raise ValueError(f"block.{name}: expected Conv2d or BatchNorm2d, got {type(module).__name__}")
 
 
-def _stacked_downsample(module: nn.Module, num_experts: int) -> nn.Sequential | None:
-    if isinstance(module, nn.Identity):
-        return None
-    if not isinstance(module, nn.Sequential):
-        raise ValueError(f"block.downsample: expected a Sequential, got {type(module).__name__}")
-    passive = (nn.AvgPool2d, nn.Identity)
-    stacked = nn.Sequential()  # under the same names: they are the state's keys
-    for name, child in module.named_children():
-        kept = isinstance(child, passive)
-        stacked.add_module(name, copy.deepcopy(child) if kept else _stacked(child, num_experts, f"downsample.{name}"))
-    return stacked
+class _AsRead(nn.Module):
+    """A block as the engine reads it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        children: dict[str, Any] = self.block._modules
+        y = x
+        for number in range(1, (3 if "conv3" in children else 2) + 1):
+            y = children[f"bn{number}"](children[f"conv{number}"](y if number == 1 else torch.relu(y)))
+        skip = children.get("downsample")
+        return torch.relu(y + (x if skip is None else skip(x)))
 
 
 @torch.no_grad()
-def _probe(block: nn.Module, experts: ResidualExperts) -> None:
+def _probe(block: nn.Module) -> None:
     """Refuse a block that computes something else than its parts suggest.
 
     Both run on parameters drawn for the purpose, of at least single precision: a last normalisation that starts at zero
     would hide the whole branch, half precision most differences. Eval mode; nothing of the block changes.
     """
-    weight = experts.conv1.weight
+    weight = block.get_parameter("conv1.weight")
     device, kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
     if device.type == "meta":
         return
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(like: Tensor) -> Tensor:
         if like.dim() < 2:  # a normalisation's parameters and statistics, a bias
-            value = torch.rand(like.shape, generator=generator) + 0.5
+            value = torch.rand(like.shape, generator=generator, device="cpu") + 0.5
         else:
-            value = torch.randn(like.shape, generator=generator) / like[0].numel() ** 0.5
+            value = torch.randn(like.shape, generator=generator, device="cpu") / like[0].numel() ** 0.5
         return value.to(device, kind)
 
     state = {name: draw(value) for name, value in block.state_dict().items() if value.is_floating_point()}
-    names = experts.state_dict().keys() & state.keys()
-    stacked = {name: state[name].expand(experts.num_experts, *state[name].shape) for name in names}
-    x = torch.randn(2, experts.in_channels, 8, 8, generator=generator).to(device, kind)
-    counts = [len(x)] + [0] * (experts.num_experts - 1)
-    modes = [(module, module.training) for module in (*block.modules(), *experts.modules())]
+    x = torch.randn(2, weight.shape[1], 8, 8, generator=generator, device="cpu").to(device, kind)
+    modes = [(module, module.training) for module in block.modules()]
     try:
         wanted = functional_call(block.eval(), state, (x.clone(),))
-        got = functional_call(experts.eval(), stacked, (x, counts))
+        got = functional_call(_AsRead(block), {f"block.{name}": value for name, value in state.items()}, (x.clone(),))
     finally:
         for module, mode in modes:
             module.training = mode

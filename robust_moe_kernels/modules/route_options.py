@@ -12,6 +12,7 @@ from robust_moe_kernels.modules.routing_record import RoutingRecord
 
 __all__ = ["NOISES", "DrawnReroute", "Reroute", "RouteOptions"]
 
+IMPLS = ("auto", "reference")
 NOISES = ("logits", "released")
 
 
@@ -49,11 +50,13 @@ class RouteOptions:
     fixed_expert: int | None = None  # takes every sample with weight 1, the gate unused
     reroute: Reroute | None = None  # replaces what the gate decides, for a while
     inference: Reroute | None = None  # replaces what the gate decides in eval mode; a reroute gets its routes
+    impl: str = "auto"  # "reference": in plain PyTorch, differentiable any number of times (``general_path``)
 
     def __post_init__(self) -> None:
         expect(type(self.top_k) is int, "top_k", "an integer", repr(self.top_k))
         expect(self.noise_std >= 0, "noise_std", "a number >= 0", self.noise_std)
         expect(self.noise in NOISES, "noise", f"one of {', '.join(NOISES)}", repr(self.noise))
+        expect(self.impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}", repr(self.impl))
 
     def expect_fits(self, num_experts: int) -> None:
         """Raise :class:`ValueError` unless a layer of so many experts can route by these options."""

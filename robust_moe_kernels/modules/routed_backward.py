@@ -86,9 +86,10 @@ class Backward:
         self.needs = ctx.needs_input_grad
         self.size, self.skip_size = ctx.size, ctx.skip_size
         count = len(self.plan.layers)
-        self.x, self.x_skip, self.weights, *index, self.offsets = ctx.saved_tensors[:7]
+        saved = ctx.saved_tensors  # once: checkpointing refuses to unpack again
+        self.x, self.x_skip, self.weights, *index, self.offsets = saved[:7]
         self.order, self.sample, self.inverse = index
-        rest = ctx.saved_tensors[7:]
+        rest = saved[7:]
         self.zs, rest = rest[:count], rest[count:]
         self.tables, rest = [rest[i : i + 4] for i in range(0, 4 * count, 4)], rest[4 * count :]
         self.filters, rest = rest[:count], rest[count:]

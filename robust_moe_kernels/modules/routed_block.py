@@ -11,17 +11,19 @@ kept, nor the input where a downsampling skip makes it needless.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.modules.plain_block import KEPT, plain_block
 from robust_moe_kernels.modules.routed_backward import FIXED, PER_LAYER, Backward, Layer, Plan, TilePlans
 from robust_moe_kernels.ops.expert_block import column_sums, head_forward, norm_finalise, scale_shift, share_count
 from robust_moe_kernels.ops.expert_conv import conv_forward
 from robust_moe_kernels.ops.routing import Route
+from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
 __all__ = ["Layer", "Plan", "fold_norm", "routed_block"]
 
@@ -149,17 +151,48 @@ class _RoutedBlock(torch.autograd.Function):
         reads_skip = x_skip is not None and wgrads[-1]
         maps = (x if reads_x else None, x_skip if reads_skip else None)
         made = [tensor for tensors in tiles.made.values() for tensor in tensors]
-        ctx.save_for_backward(*maps, weights, order, sample, inverse, offsets, *zs, *tables, *filters, *made)
+        # For derivatives of the gradient alone, which need what the norms were made of as well.
+        numbers = [
+            kept for layer, parameters in zip(plan.layers, layers, strict=True) for kept in _kept(layer, parameters)
+        ]
+        ctx.made = len(made)
+        ctx.save_for_backward(*maps, weights, order, sample, inverse, offsets, *zs, *tables, *filters, *made, *numbers)
         statistics = [moved for norm in norms for moved in norm.moved]
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * len(ctx.needs_input_grad)
-        return Backward(ctx).run(d_out)
+        return _twice_differentiable(ctx, d_out) if another_follows() else Backward(ctx).run(d_out)
+
+
+def _kept(layer: Layer, parameters: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """What ``plain_block`` needs of a norm: a norm in training moves its running statistics, and reads none."""
+    _, weight, bias, mean, variance, _, scale, shift = parameters
+    return [weight, bias, None if layer.training else mean, None if layer.training else variance, scale, shift]
+
+
+def _twice_differentiable(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient in plain PyTorch, for another derivative."""
+    saved = ctx.saved_tensors
+    x, x_skip, weights, *route = saved[:7]
+    if x is None or (x_skip is None and ctx.skip_size is not None):
+        raise RuntimeError(
+            "a derivative of the gradient through experts whose parameters are frozen, with a downsampling skip, was"
+            ' asked for: use impl="reference" on the layer, or robust_moe_kernels.modules.general_path()'
+        )
+    count = len(ctx.plan.layers)
+    filters, numbers = saved[7 + 5 * count : 7 + 6 * count], saved[7 + 6 * count + ctx.made :]
+    layers = [(filters[i], *numbers[6 * i : 6 * i + 6]) for i in range(count)]
+    inputs = [x, x_skip, weights, *(tensor for layer in layers for tensor in layer)]
+    found = plain_gradients(partial(plain_block, ctx.plan, route), inputs, d_out)
+    gradients: list[Tensor | None] = [*found[:3], *[None] * (FIXED - 3)]
+    for i in range(count):
+        of_layer = found[3 + KEPT * i : 3 + KEPT * (i + 1)]
+        gradients += [*of_layer[:3], *[None] * (PER_LAYER - 3)]
+    return tuple(gradients)
 
 
 def routed_block(
@@ -178,7 +211,7 @@ def routed_block(
             twice.
 
     Returns:
-        [B, O, H', W'] channels-last, differentiable once in x, x_skip, weights and the layers' weights and biases (a
+        [B, O, H', W'] channels-last, differentiable in x, x_skip, weights and the layers' weights and biases (a
         folded norm's excepted); and for each layer in training what this batch makes of its norm's running mean,
         running variance and number of batches, whose own tensors are left alone.
     """

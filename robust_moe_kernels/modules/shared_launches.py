@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robust_moe_kernels.modules.experts import StackedConv2d
+from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.interception import is_batched, is_compiled
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
-__all__ = ["shared_launches"]
+__all__ = ["converted", "shared_launches"]
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
 
     Batch norms' counters (``num_batches_tracked``) move when the context is left, or when anything else asks for one.
     Under autocast the weights of ``nn.Conv2d`` and ``nn.Linear`` are converted together when the first is used, and
-    their gradients together once the last has arrived; likewise the filters of stacked experts. A weight that is
+    their gradients together once the last has arrived; experts convert their own. A weight that is
     replaced or changed in place is left to autocast from then on (not one that is changed in place through ``.data``,
     which PyTorch does not count as a change). Frozen weights are converted apart from the others, without a graph. A
     model with compiled or scripted parts runs without any of this.
@@ -75,8 +75,10 @@ class _Shared(TorchFunctionMode):
         self.weights: dict[int, list[Tensor]] = {}  # by each weight: those that are converted with it
         self.casts: dict[tuple[int, torch.dtype, bool], _Cast] = {}  # by the weight, and whether it is trained
         if casts:
-            for kinds in ((nn.Conv2d, nn.Linear), (StackedConv2d,)):
-                self._together(parameters_of(module for module in modules if isinstance(module, kinds)))
+            # Experts run together, and convert their filters together: see ``converted``.
+            inside = {id(part) for module in modules if isinstance(module, Experts) for part in modules_of(module)}
+            kinds = (nn.Conv2d, nn.Linear)
+            self._together(parameters_of(m for m in modules if isinstance(m, kinds) and id(m) not in inside))
 
     def _together(self, weights: Iterable[Tensor]) -> None:
         group = [weight for weight in weights if weight.dtype == torch.float32 and not weight.is_inference()]
@@ -94,11 +96,7 @@ class _Shared(TorchFunctionMode):
             return args[0]
         if self.seen and any(id(tensor) in self.counters for tensor in _tensors((args, tuple(kwargs.values())))):
             self.count()
-        if func is Tensor.to:
-            if len(args) == 2 and not kwargs and id(args[0]) in self.weights and isinstance(args[1], torch.dtype):
-                cast = self._cast(args[0])
-                return cast if cast.dtype == args[1] else func(*args)
-        elif func is torch.conv2d or func is F.linear:
+        if func is torch.conv2d or func is F.linear:
             args = tuple(self._cast(value) if id(value) in self.weights else value for value in args)
         return func(*args, **kwargs)
 
@@ -137,6 +135,13 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(tuple(value))
+
+
+def converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors in another dtype, differentiable: one launch for all of them, and one for all of their gradients."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(_Converted.apply(dtype, *tensors))
+    return _convert([tensor.detach() for tensor in tensors], dtype)
 
 
 class _Converted(torch.autograd.Function):

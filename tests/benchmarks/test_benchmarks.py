@@ -154,7 +154,7 @@ def test_loops_are_the_layer_in_training(baseline: type[nn.Module]):
     other = baseline(layer.train()).train()
     torch.testing.assert_close(other(x), layer(x), rtol=1e-10, atol=1e-10)
     for number, block in enumerate(other.blocks):
-        mean = layer.experts.bn2.running_mean[number]
+        mean = layer.experts[number].bn2.running_mean
         torch.testing.assert_close(block.bn2.running_mean, mean, rtol=1e-10, atol=1e-12)
 
 

@@ -51,6 +51,6 @@ def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
     idle = 0
     for layer in moe_layers(model).values():
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        active = len(layer.last_routing.indices.unique())  # a routing rule, or imposed routes, need not keep to top_k
+        active = len(layer.last_routing().indices.unique())  # a routing rule, or imposed routes, need not keep to top_k
         idle += experts * (layer.num_experts - active) // layer.num_experts
     return ModelCost(counter.get_total_flops() // 2, parameters, parameters - idle)

@@ -152,7 +152,7 @@ class ExpertPGD(MoEAttack):
                 expect(rule is None, "freeze_weights", expected, f"False with {rule!r} in layer {name!r}")
                 extras.append(route.indices)
             elif isinstance(rule, DrawnReroute):
-                mean = rule.mean_weights(layer.route_options, layer.last_routing)
+                mean = rule.mean_weights(layer.route_options, layer.last_routing())
                 extras += mean.sort(dim=1, descending=True, stable=True)[::-1]
             else:
                 assert route.weights is not None
@@ -331,6 +331,6 @@ class _Gates:
         # Clamped, as 0 * infinity is NaN; the NaN of a logit stays, for the tally to see.
         router = (0 * logits.clamp(-1, 1)).sum(1)
         for layer, selected, spread in zip(self.layers, clean[::2], clean[1::2], strict=True):
-            h = full(layer.last_routing.logits)
+            h = full(layer.last_routing().logits)
             router = router + router_margin(h / spread.to(h.dtype), selected, CUSHION)
         return self.attack.objective(logits, y, router)

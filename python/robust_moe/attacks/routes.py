@@ -48,7 +48,7 @@ class CleanGates(NamedTuple):
     @classmethod
     def of(cls, layers: list[MoELayer]) -> CleanGates:
         """From the records of the forward just made."""
-        logits = [layer.last_routing.logits.detach() for layer in layers]
+        logits = [layer.last_routing().logits.detach() for layer in layers]
         chosen, ranked = [], []
         for layer, h in zip(layers, logits, strict=True):
             order, found = _ranking(h), _aimed_at(layer)
@@ -128,7 +128,7 @@ def chosen_experts(layer: MoELayer) -> Tensor:
     """Experts that the layer gives weight to in the forward just made, bool [B, E]: the gate's first k, also where a
     caller's routes replace them; with a rule of evaluation those that it gives weight to, and of a rule that draws
     those that it might have drawn (:meth:`~robust_moe_kernels.modules.DrawnReroute.mean_weights`)."""
-    record, rule = layer.last_routing, eval_rule(layer, layer.training)
+    record, rule = layer.last_routing(), eval_rule(layer, layer.training)
     none = torch.zeros_like(record.scores)
     if rule is None:
         return none.scatter(1, _ranking(record.logits)[:, : layer.top_k], 1) > 0
@@ -141,7 +141,7 @@ def _aimed_at(layer: MoELayer) -> Tensor:
     """:func:`chosen_experts`; where they are all of them, the gate's first alone: then it is the order that can be
     attacked."""
     found = chosen_experts(layer)
-    first = torch.zeros_like(found).scatter(1, _ranking(layer.last_routing.logits)[:, :1], True)
+    first = torch.zeros_like(found).scatter(1, _ranking(layer.last_routing().logits)[:, :1], True)
     return found & (~found.all(1, keepdim=True) | first)
 
 
@@ -213,7 +213,7 @@ def leads(layers: Sequence[MoELayer], goal: Goal) -> Tensor:
     ``CUSHION``, without a gradient, where any expert will do."""
     columns = []
     for layer, expert, spread in zip(layers, goal.experts.unbind(1), goal.spread.unbind(1), strict=True):
-        h = full(layer.last_routing.logits)
+        h = full(layer.last_routing().logits)
         lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), _aimed_at(layer))
         columns.append(torch.where(expert < 0, CUSHION, lead))
     return torch.stack(columns, 1)

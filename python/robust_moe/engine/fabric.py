@@ -65,7 +65,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {run.devices}")
     if run.batch_size % run.devices:
         raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
-    # stacked experts all get a gradient, also those without an image; a network without images gets none
+    # experts of a layer all get a gradient, also those without an image; a network without images gets none
     networks = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
     ddp = "ddp_find_unused_parameters_true" if networks else "ddp"
     strategy = "auto" if run.devices == 1 else ddp

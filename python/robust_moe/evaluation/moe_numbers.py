@@ -100,7 +100,7 @@ class MoENumbers(MoEStages):
         logits = self.run.logits(images)
         found = {**self.found(logits, labels), "logits": logits}
         for name, layer in self.layers.items():
-            found[f"gate/{name}"] = layer.last_routing.clean_logits.double()  # exact for every dtype
+            found[f"gate/{name}"] = layer.last_routing().clean_logits.double()  # exact for every dtype
         return found
 
     def look_clean(self, batch: Batch) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class MoENumbers(MoEStages):
             for hook in hooks:
                 hook.remove()
         for name, layer in self.layers.items():
-            found[f"disagreement/{name}"] = disagreement(layer, inputs[name], layer.last_routing)
+            found[f"disagreement/{name}"] = disagreement(layer, inputs[name], layer.last_routing())
         for name in self.layers:
             found[f"gradient/{name}"] = gradient_share(self.model, name, batch.images, batch.labels)
         del found["logits"]  # of many images and classes; nothing reads them any more

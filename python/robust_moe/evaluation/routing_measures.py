@@ -46,7 +46,7 @@ def routes(layers: Mapping[str, MoELayer]) -> dict[str, Tensor]:
     ``sets/NAME``, bool [B, E], all selected ones."""
     found = {}
     for name, layer in layers.items():
-        indices = layer.last_routing.indices  # [B, k], highest weight first
+        indices = layer.last_routing().indices  # [B, k], highest weight first
         found[f"first/{name}"] = indices[:, 0]
         found[f"sets/{name}"] = expert_sets(indices, layer.num_experts)
     return found

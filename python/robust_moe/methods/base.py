@@ -48,8 +48,8 @@ class Update:
 
     The engine zeroes all gradients, runs the backward of ``loss``, calls ``after_backward``, and steps the optimiser.
     A parameter outside ``trains`` keeps its value and its optimiser state: no gradient, no weight decay. An expert that
-    gets no image is another matter: of stacked experts (ConvMoE, BlockMoE) its gradient is zero, so weight decay and
-    momentum still move it; one of whole networks has no gradient and stays as it is.
+    gets no image is another matter: of blocks and convolutions (BlockMoE, ConvMoE) its gradient is zero, so weight
+    decay and momentum still move it; one of whole networks has no gradient and stays as it is.
     """
 
     loss: Tensor  # scalar with its graph

@@ -54,7 +54,7 @@ def second_experts(model: nn.Module) -> dict[str, Tensor]:
     """Each layer's second-ranked expert of each sample in the last forward, int64 [B], by the gate's logits without
     noise."""
     ranked = {
-        name: layer.last_routing.clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
+        name: layer.last_routing().clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
         for name, layer in moe_layers(model).items()
     }
     return {name: indices[:, 1].contiguous() for name, indices in ranked.items()}
@@ -135,7 +135,7 @@ def _paired(passes: Passes) -> Passes:
 
 def gate_logits(model: nn.Module) -> tuple[Tensor, ...]:
     """Each layer's gate logits [B, E] of the last forward, on its graph."""
-    return tuple(layer.last_routing.logits for layer in moe_layers(model).values())
+    return tuple(layer.last_routing().logits for layer in moe_layers(model).values())
 
 
 def gate_divergence(logits: tuple[Tensor, ...], clean: tuple[Tensor, ...]) -> Tensor:
@@ -176,6 +176,6 @@ class _Gates:
         self.predictions = predictions
 
     def objective(self, logits: Tensor, y: Tensor, clean: Tensor, *gates: Tensor) -> Tensor:
-        now = tuple(layer.last_routing.logits for layer in self.layers)
+        now = tuple(layer.last_routing().logits for layer in self.layers)
         route = gate_divergence(now, gates)
         return kl_divergence(logits, clean) + route if self.predictions else route

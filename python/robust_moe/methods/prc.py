@@ -135,7 +135,7 @@ class RouterConsistency(RoutedMethod):
     def _loss(self, model: nn.Module, forward: Forward, batch: Batch, images: Tensor, others: Tensor | None) -> Scored:
         loss, logs = self.classify(model, forward, images, batch.labels)
         if others is None:
-            attacked = [layer.last_routing.clean_logits for layer in moe_layers(model).values()]
+            attacked = [layer.last_routing().clean_logits for layer in moe_layers(model).values()]
             clean = [gate.logits for gate in run_gates(model, batch.images).values()]
         else:
             both = [gate.logits.chunk(2) for gate in run_gates(model, torch.cat([batch.images, others])).values()]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.weights import filters_and_matrices
-from robust_moe_kernels.modules.experts import Experts
 
 __all__ = ["WeightPerturbation"]
 
@@ -20,9 +19,8 @@ class WeightPerturbation:
     """Moves weights to where the loss is higher, so that an update is computed there: ``w + v``, ``v`` being one ascent
     step ``gamma * ||w|| * g / ||g||`` in each weight tensor (section 4.2, with one step).
 
-    Tensors of one dimension (biases, normalisation) stay, as in the authors' code. Of stacked parameters, which have
-    the experts as their first dimension, every expert's is a tensor of its own: filters [E, O, I, kh, kw] are moved
-    expert by expert, scales and biases [E, C] stay. The ascent's forward leaves running statistics as they were.
+    Tensors of one dimension (biases, normalisation) stay, as in the authors' code; every expert's filters are a tensor
+    of their own. The ascent's forward leaves running statistics as they were.
 
     Args:
         gamma: size of the perturbation relative to each weight tensor, > 0; 0.005 is usual.
@@ -38,7 +36,6 @@ class WeightPerturbation:
         gradient cannot be taken through Fabric's wrapper. Putting back twice is once. What is raised on the way leaves
         the weights as they were.
         """
-        stacked = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
         weights = [p for p in filters_and_matrices(model) if p.requires_grad]
         before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -55,7 +52,7 @@ class WeightPerturbation:
             for weight, grad in zip(weights, grads, strict=True):
                 if grad is not None:
                     before.append((weight, weight.detach().clone()))
-                    self._ascend(weight, grad, id(weight) in stacked)
+                    self._ascend(weight, grad)
         except BaseException:  # an interrupt too
             restore()
             raise
@@ -63,10 +60,5 @@ class WeightPerturbation:
         return restore
 
     @torch.no_grad()
-    def _ascend(self, weight: Tensor, grad: Tensor, stacked: bool) -> None:
-        dims = tuple(range(1, weight.ndim)) if stacked else None
-        weight.add_(grad.to(weight.dtype) * (self.gamma * _norm(weight, dims) / (_norm(grad, dims) + _TINY)))
-
-
-def _norm(tensor: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    def _ascend(self, weight: Tensor, grad: Tensor) -> None:
+        weight.add_(grad.to(weight.dtype) * (self.gamma * weight.norm() / (grad.norm() + _TINY)))

@@ -71,17 +71,26 @@ class NetworkExperts(nn.Module):
         """
         if route.top_k >= self.num_experts:
             return self._mix_all(x, route, weights)
-        counts = route.counts.tolist()
-        segments = dispatch(x, route).split(counts)
-        outputs = [self._run(expert, rows) for expert, rows in enumerate(segments) if len(rows)]
-        if not outputs:  # an empty batch still has an output shape
+        if x.shape[0] == 0:  # an empty batch still has an output shape
             return self.one(0, x)
-        self._expect_one_shape(outputs)
-        rows = self._in_domain(torch.cat(outputs))
+        rows = self.segments(dispatch(x, route), route.counts.tolist())
         if self.domain == "logits":
             return combine(rows, route, weights)
-        pairs = rows.index_select(0, route.inverse).unflatten(0, weights.shape)
-        return log_mixture(pairs, weights.to(pairs.dtype))
+        return self.blend(rows.index_select(0, route.inverse).unflatten(0, weights.shape), weights)
+
+    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Images [R, C, H, W] sorted by network, ``counts[i]`` of them for network i, each through its own, as ``one``
+        returns them."""
+        outputs = [self._run(i, segment) for i, segment in enumerate(rows.split(counts)) if len(segment)]
+        self._expect_one_shape(outputs)
+        return self._in_domain(torch.cat(outputs))
+
+    def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Outputs [B, n, classes] as ``one`` and ``segments`` return them, mixed with weights [B, n]."""
+        kind = torch.promote_types(outputs.dtype, torch.float32)
+        if self.domain == "logits":
+            return (weights[:, :, None].to(kind) * outputs.to(kind)).sum(1).to(outputs.dtype)
+        return log_mixture(outputs, weights.to(outputs.dtype))
 
     def _mix_all(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         outputs = [network(x) for network in self.networks]
@@ -91,10 +100,7 @@ class NetworkExperts(nn.Module):
         # imposed routes may name an expert twice
         expert = expert_of_row(route.offsets, route.order.numel()).index_select(0, route.inverse).view(weights.shape)
         named = expert[:, :, None] == torch.arange(self.num_experts, device=x.device)  # [B, n, E]
-        dense = (named * weights[:, :, None].to(kind)).sum(1)  # [B, E]
-        if self.domain == "logits":
-            return (dense[:, :, None] * stacked.to(kind)).sum(1).to(stacked.dtype)
-        return log_mixture(stacked, dense)
+        return self.blend(stacked, (named * weights[:, :, None].to(kind)).sum(1))
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         try:

@@ -8,15 +8,16 @@ function made of them. All maps are channels-last. No operation waits for the de
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty, pair_of
+from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
 __all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]
 
@@ -43,7 +44,7 @@ def expert_conv(
         impl: "auto", "reference", "native" (CPU, float32) or "triton" (float32, float16, bfloat16).
 
     Returns:
-        [R, O, H', W'], channels-last. Differentiable (once) in x and weight; an expert without rows has gradient 0.
+        [R, O, H', W'], channels-last. Differentiable in x and weight; an expert without rows has gradient 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
@@ -247,9 +248,12 @@ class _Conv(torch.autograd.Function):
         return conv_forward(x, weight, offsets, None, [], geometry, impl)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
+        if another_follows():
+            module = EXPERT_CONV.module("reference")
+            plain = partial(module.forward, offsets=offsets, sample=None, plan=[], geometry=ctx.geometry)
+            return *plain_gradients(plain, (x, weight), d_out), None, None, None
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
             d_x = conv_dgrad(d_out, weight, offsets, [], x.shape[2], x.shape[3], ctx.geometry, ctx.impl)

@@ -11,8 +11,9 @@ from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_tenso
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIGHT_THROUGH
 from robust_moe_kernels.ops.routing import Route
+from robust_moe_kernels.second_derivatives import another_follows
 
-__all__ = ["GATE", "GateOutput", "top_k_gate", "top_k_route"]
+__all__ = ["GATE", "GateOutput", "expect_finite", "top_k_gate", "top_k_route"]
 
 GATE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
@@ -53,7 +54,7 @@ def top_k_gate(
 
     Returns:
         :class:`GateOutput`. ``scores``, ``weights``, ``mean_scores``, ``mean_entropy`` and ``mean_square_lse`` are
-        differentiable (once) with respect to ``logits``.
+        differentiable with respect to ``logits``.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape, k outside 1..E, non-finite logits on the CPU.
@@ -101,20 +102,23 @@ torch.library.define(
 
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    return _finite(GATE.choose(impl, logits).forward(logits.contiguous(), top_k, mode))
+    outputs = GATE.choose(impl, logits).forward(logits.contiguous(), top_k, mode)
+    expect_finite(GateOutput(*outputs[:_FIELDS]))
+    return outputs
 
 
 @torch.library.impl(_SORTED, "default")
 def _forward_sorted(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
-    return _finite(GATE.choose(impl, logits).forward_sorted(logits.contiguous(), top_k, mode))
+    outputs = GATE.choose(impl, logits).forward_sorted(logits.contiguous(), top_k, mode)
+    expect_finite(GateOutput(*outputs[:_FIELDS]))
+    return outputs
 
 
-def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The outputs; on the CPU, where looking costs nothing, refused if a row was not finite."""
-    nonfinite = GateOutput(*outputs[:_FIELDS]).nonfinite
+def expect_finite(output: GateOutput) -> None:
+    """Raise on the CPU, where looking costs nothing, if a row was not finite."""
+    nonfinite = output.nonfinite
     if nonfinite.device.type == "cpu" and nonfinite.item():
         raise ValueError(f"logits: expected finite gate scores, got NaN or infinity in {nonfinite.item()} row(s)")
-    return outputs
 
 
 @torch.library.register_fake(_FORWARD)
@@ -169,6 +173,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     d_scores, _, d_weights, d_mean_scores, _, d_mean_entropy, d_mean_square_lse, *_ = gradients
     logits, scores, indices = ctx.saved_tensors
+    if another_follows():
+        floats = (d_scores, d_weights, d_mean_scores, d_mean_entropy, d_mean_square_lse)
+        return GATE.module("reference").backward(logits, scores, indices, *floats, ctx.mode), None, None, None
     d_logits = torch.ops.robust_moe_kernels.top_k_gate_backward(
         logits,
         scores,
@@ -185,7 +192,7 @@ def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
-    raise RuntimeError("top_k_gate is differentiable once; a derivative of its gradient was asked for")
+    raise RuntimeError("the operation top_k_gate_backward has no derivative; top_k_gate has any number of them")
 
 
 for _name in (_FORWARD, _SORTED):

@@ -11,6 +11,7 @@ from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import dense, dense_format
 from robust_moe_kernels.ops.gate.op import GATE
+from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
 __all__ = ["pool_linear"]
 
@@ -27,7 +28,7 @@ def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str
         impl: "auto", "reference", "native" (CPU) or "triton".
 
     Returns:
-        [B, E] in the dtype of weight. Differentiable (once) in x, weight and bias.
+        [B, E] in the dtype of weight. Differentiable in x, weight and bias.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device.
@@ -94,7 +95,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, means = output
     ctx.size, ctx.dtype, ctx.has_bias = x.shape[2:], x.dtype, bias is not None
     ctx.channels_last = dense_format(x) == torch.channels_last
-    ctx.save_for_backward(weight, means if weight.requires_grad else None)
+    trained = weight.requires_grad
+    ctx.save_for_backward(weight, bias, means if trained else None, x if trained else None)
     ctx.mark_non_differentiable(means)
     ctx.set_materialize_grads(False)
 
@@ -102,7 +104,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, d_logits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if d_logits is None:
         return None, None, None, None
-    weight, means = ctx.saved_tensors
+    weight, bias, means, x = ctx.saved_tensors
+    if another_follows():
+        if x is not None:
+            return *plain_gradients(_plain, (x, weight, bias), d_logits), None
+        d_means = (d_logits @ weight) / ctx.size.numel()
+        return d_means.to(ctx.dtype)[:, :, None, None].expand(-1, -1, *ctx.size), None, None, None
     d_x = d_weight = d_bias = None
     if ctx.needs_input_grad[0]:
         like = (*ctx.size, ctx.channels_last, ctx.dtype, ctx.impl)
@@ -114,8 +121,12 @@ def _autograd(ctx: Any, d_logits: Tensor | None, _: Any) -> tuple[Tensor | None,
     return d_x, d_weight, d_bias, None
 
 
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return GATE.module("reference").pool_linear(x, weight, bias)[0]
+
+
 def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
-    raise RuntimeError("pool_linear is differentiable once; a derivative of its gradient was asked for")
+    raise RuntimeError("the operation pool_linear_backward has no derivative; pool_linear has any number of them")
 
 
 torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from robust_moe_kernels.ops.routing.reference_impl import sort_by_expert
 
 __all__ = [
-    "KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "forward_sorted", "pool_linear",
+    "KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "best_experts", "forward", "forward_sorted", "pool_linear",
     "pool_linear_backward", "why_not",
 ]  # fmt: skip
 
@@ -23,15 +25,23 @@ def _accumulator(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+def best_experts(key: Tensor, top_k: int) -> Tensor:
+    """Columns of the ``top_k`` largest of each row of key [B, E], int64 [B, k], largest first, of equal ones the lowest
+    first."""
+    return key.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+
+
+def forward(
+    logits: Tensor, top_k: int, mode: int, best: Callable[[Tensor, int], Tensor] = best_experts
+) -> tuple[Tensor, ...]:
+    """``best``: another way to do what ``best_experts`` does."""
     experts = logits.shape[1]
     rows = max(logits.shape[0], 1)
     values = logits.to(_accumulator(logits))
     scores = values.softmax(-1)
     # Ranked by logit, not by score: two logits may round to one score. A NaN ranks as minus infinity, so that indices
-    # stay valid; ties go to the lowest index because the sort is stable.
-    key = torch.where(values.isnan(), -torch.inf, values)
-    indices = key.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    # stay valid.
+    indices = best(torch.where(values.isnan(), -torch.inf, values), top_k)
     kept = scores.gather(1, indices)
     if mode == KEEP:
         weights = kept
@@ -39,7 +49,7 @@ def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
         weights = kept / kept.sum(-1, keepdim=True)
     else:
         weights = torch.ones_like(kept)
-    first = torch.nn.functional.one_hot(indices[:, 0], experts)
+    first = indices[:, :1] == torch.arange(experts, device=indices.device)
     lse = values.logsumexp(-1)
     entropy = -torch.special.xlogy(scores, scores).sum(-1)
     return (

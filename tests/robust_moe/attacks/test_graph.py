@@ -52,7 +52,8 @@ def test_replays_equal_the_plain_loop(settings):
 def test_a_replay_leaves_the_model_as_found():
     model = network()
     model[1].eval()
-    model[3].experts.bn1.eval()
+    for expert in model[3].experts:
+        expert.bn1.eval()
     model[7].weight.requires_grad_(False)
     attack, recorder = recorded()
     x, y, index = batch(0)
@@ -90,7 +91,7 @@ def test_norms_are_folded_inside_the_graph():
     for number in range(4):
         assert torch.equal(attack(model, *batch(number)), PGD(0.1, 3, graph=False)(model, *batch(number)))
         for layer in (model[2], model[3]):
-            layer.experts.bn1.running_mean += 1
+            layer.experts[0].bn1.running_mean += 1
     assert (recorder.captures, recorder.replays) == (1, 3)
 
 

@@ -118,7 +118,7 @@ def test_attacks_on_a_rule_that_draws_do_not_depend_on_the_draw_of_the_clean_ima
 def test_the_mean_weights_of_a_rule_are_those_of_its_draws():
     model, x = drawn(), torch.full((4000, 1, 1, 2), 0.5)
     model(x)
-    record = model.last_routing
+    record = model.last_routing()
     share = torch.zeros(4000, 3).scatter(1, record.indices, record.weights).mean(0)
     mean = RandomTop(2).mean_weights(model.route_options, record)
     assert torch.equal(mean, torch.tensor([0.5, 0.5, 0.0]).expand(4000, 3))
@@ -156,7 +156,7 @@ def test_where_all_experts_have_weight_the_targeted_attack_moves_the_gates_first
     for x in (image, found):
         with torch.no_grad():
             layer(x)
-        firsts.append(int(layer.last_routing.logits.argmax()))
+        firsts.append(int(layer.last_routing().logits.argmax()))
     assert firsts[0] != firsts[1]
 
 

@@ -168,7 +168,7 @@ def routed(layers: list[str], top_k: int = 1, experts: int = 3) -> nn.Module:
     for layer in moe_layers(model).values():  # experts used alike, and routes that an attack can change
         nn.init.normal_(layer.gate.fc.weight, 0, 20)
         model(images(16).float())
-        layer.gate.fc.bias.data -= layer.last_routing.logits.detach().mean(0)
+        layer.gate.fc.bias.data -= layer.last_routing().logits.detach().mean(0)
     return model.double().eval()
 
 

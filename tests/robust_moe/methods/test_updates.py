@@ -257,14 +257,14 @@ def test_what_makes_sense_is_not_refused(tiny, overrides):
 
 
 @pytest.mark.parametrize(("overrides", "decays"), [((), True), (NETWORKS, False)])
-def test_an_expert_without_images_decays_where_it_is_stacked(tiny, overrides, decays):
+def test_an_expert_without_images_decays_where_it_is_a_block(tiny, overrides, decays):
     """As documented (:class:`~robust_moe.methods.Update`): its gradient is zero, or there is none."""
     config = tiny("method.name=standard", "model.moe.balance=none", "model.moe.top_k=1", *overrides)
     model, batch = setting(config)
     (layer,) = moe_layers(model).values()
     last = [value for name, value in layer.gate.named_parameters() if name.endswith("bias")][-1]
     last.data[2] = -1e3
-    weight = (lambda: layer.experts.conv1.weight[2]) if decays else (lambda: layer.experts.networks[2].conv1.weight)
+    weight = (lambda: layer.experts[2].conv1.weight) if decays else (lambda: layer.experts.networks[2].conv1.weight)
     before = weight().detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     for _ in run(make_method(config), model, batch, optimizer):

@@ -40,25 +40,25 @@ def test_weights_are_perturbed_by_their_share_and_put_back_bit_for_bit():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), layer, nn.Flatten()).train()
     x = torch.rand(6, 1, 4, 4)
     before = copy.deepcopy(model.state_dict())
-    for name in ("0.bias", "1.weight", "2.experts.bias"):
+    for name in ("0.bias", "1.weight", "2.experts.1.bias"):
         assert before[name].all(), name  # a share of zero would be zero
 
     def compute():
         return model(x).square().mean(), {}
 
-    filters = [model[0].weight, layer.experts.weight]
+    filters = [model[0].weight, *(expert.weight for expert in layer.experts)]
     loss, _ = compute()
     grads = torch.autograd.grad(loss, filters)
     model.load_state_dict(before)
     restore = WeightPerturbation(0.02).apply(model, compute)
-    for name in ("1.running_mean", "1.num_batches_tracked", "0.bias", "1.weight", "2.experts.bias"):
+    for name in ("1.running_mean", "1.num_batches_tracked", "0.bias", "1.weight", "2.experts.1.bias"):
         assert torch.equal(model.state_dict()[name], before[name]), name
     v = model[0].weight - before["0.weight"]
     expected = 0.02 * before["0.weight"].norm() * grads[0] / grads[0].norm()
     torch.testing.assert_close(v.detach(), expected, rtol=1e-4, atol=1e-7)
     for expert in range(2):  # each expert's filters are a tensor of their own
-        w, g = before["2.experts.weight"][expert], grads[1][expert]
-        v = model[2].experts.weight[expert].detach() - w
+        w, g = before[f"2.experts.{expert}.weight"], grads[1 + expert]
+        v = model[2].experts[expert].weight.detach() - w
         torch.testing.assert_close(v, 0.02 * w.norm() * g / g.norm(), rtol=1e-3, atol=1e-6)
     assert compute()[0] > loss  # an ascent
     model.load_state_dict({**model.state_dict(), **{k: v for k, v in before.items() if "running" in k or "num" in k}})
@@ -78,10 +78,9 @@ def test_perturbed_training_has_the_gradient_at_the_perturbed_weights(tiny, name
     updates = make_method(config).updates(model, batch, 0)
     update = next(updates)
     perturbed = moved(model, start)
-    assert {"conv1.weight", "layer2.1.experts.conv1.weight"} <= perturbed
-    # biases and normalisation stay, those of stacked experts too, which have two dimensions
+    assert {"conv1.weight", "layer2.1.experts.0.conv1.weight"} <= perturbed
+    # biases and normalisation stay, those of experts too
     assert not any(name.endswith("bias") or ".bn" in name or name.startswith("bn") for name in perturbed)
-    assert start["layer2.1.experts.bn1.weight"].ndim == 2
     if name == "advmoe":  # what the update does not train is not perturbed
         assert not any(".gate." in name for name in perturbed)
     update.loss.backward()

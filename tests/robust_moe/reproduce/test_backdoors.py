@@ -74,7 +74,7 @@ def test_the_probe_finds_what_can_be_counted_by_hand(poisoned):
     assert found["images"] == len(y) == count
     assert found["accuracy"] == pytest.approx(right(model).double().mean().item())
     assert found["asr"] == pytest.approx(taken(model))
-    routed = torch.bincount(layer.last_routing.indices[:, 0], minlength=4) / others.sum()
+    routed = torch.bincount(layer.last_routing().indices[:, 0], minlength=4) / others.sum()
     assert found["largest_triggered"] == pytest.approx(routed.max().item())
     alone = []
     for expert in range(4):
@@ -83,7 +83,7 @@ def test_the_probe_finds_what_can_be_counted_by_hand(poisoned):
     assert (found["least_fooled"], found["most_fooled"]) == (pytest.approx(min(alone)), pytest.approx(max(alone)))
     with torch.no_grad():
         model(apart.images.float() / 255)
-    used = torch.bincount(layer.last_routing.indices[:, 0], minlength=4)
+    used = torch.bincount(layer.last_routing().indices[:, 0], minlength=4)
     attack = job.config.eval.attack.build(seed=0)
     for left, point in zip((4, 3, 2, 1), found["curve"], strict=True):
         kept = sorted(used.argsort(descending=True, stable=True)[:left].tolist())

@@ -32,9 +32,10 @@ def uneven() -> nn.Sequential:
     """A training model with some of it in eval mode, some of it frozen, gradients and a routing record of its own."""
     model = network().train()
     model[1].eval()
-    model[5].experts.bn2.eval()
+    for expert in model[5].experts:
+        expert.bn2.eval()
     model[8].weight.requires_grad_(False)
-    model[4].experts.conv1.weight.requires_grad_(False)
+    model[4].experts[1].conv1.weight.requires_grad_(False)
     model(images()).sum().backward()
     return model
 

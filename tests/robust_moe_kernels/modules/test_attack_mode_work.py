@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe_kernels.modules import attack_mode
+from robust_moe_kernels.modules.experts import Experts
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -23,7 +24,10 @@ class Operations(TorchDispatchMode):
         self.asked: list[str] = []
         weights = [weight for weight in model.parameters() if weight.dim() >= 2]
         self.shapes = {shape for weight in weights for shape in (weight.shape, weight.shape[::-1])}
-        self.storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        count = {len(module) for module in model.modules() if isinstance(module, Experts)}
+        self.shapes |= {torch.Size((e, *weight.shape)) for e in count for weight in weights if weight.dim() == 4}
+        own = (*model.parameters(), *model.buffers())
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in own}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
@@ -74,7 +78,7 @@ def test_nothing_is_read_on_the_host_from_entering_to_leaving(mode):
 
 
 def saved(layer: nn.Module, x: Tensor) -> dict[int, Tensor]:
-    """What autograd keeps of one forward, by address, parameters left out."""
+    """What autograd keeps of one forward, by address, the layer's own memory left out."""
     found: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -83,8 +87,8 @@ def saved(layer: nn.Module, x: Tensor) -> dict[int, Tensor]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x).sum()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    return {address: tensor for address, tensor in found.items() if address not in parameters}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    return {address: tensor for address, tensor in found.items() if address not in own}
 
 
 @pytest.mark.parametrize(("index", "norms"), [(4, 2), (5, 4)], ids=["BasicBlock", "Bottleneck with downsampling"])

@@ -42,9 +42,10 @@ def conv(top_k: int = 2, experts: int = E, **options) -> MoELayer:
 
 def block(top_k: int = 2, experts: int = E, **options) -> MoELayer:
     layer = FusedBlockMoE.from_block(BasicBlock(C, C), experts, top_k, init="fresh", **options)
-    for norm in (layer.experts.bn1, layer.experts.bn2):
-        norm.running_mean.normal_(0, 0.3)
-        norm.running_var.uniform_(0.5, 2)
+    for expert in layer.experts:
+        for norm in (expert.bn1, expert.bn2):
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
     return layer
 
 

@@ -46,31 +46,30 @@ LAYERS = {"basic": basic, "bottleneck": bottleneck, "conv": conv}
 
 def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
     parts = ("weight", "bias", "running_mean", "running_var")
-    return {f"{name}.{part}": (3, channels) for part in parts} | {f"{name}.num_batches_tracked": (3,)}
+    return {f"{name}.{part}": (channels,) for part in parts} | {f"{name}.num_batches_tracked": ()}
+
+
+def of_three(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"experts.{expert}.{name}": shape for expert in range(3) for name, shape in shapes.items()}
 
 
 GAP_FC = {"gate.fc.weight": (3, 8), "gate.fc.bias": (3,)}
-SHAPES = {  # the stable part of the interface: checkpoints hold these names and shapes
-    "basic": {
-        **GAP_FC,
-        "experts.conv1.weight": (3, 8, 8, 3, 3),
-        **norm_shapes("experts.bn1", 8),
-        "experts.conv2.weight": (3, 8, 8, 3, 3),
-        **norm_shapes("experts.bn2", 8),
-    },
-    "bottleneck": {
-        **GAP_FC,
-        "experts.conv1.weight": (3, 3, 8, 1, 1),
-        **norm_shapes("experts.bn1", 3),
-        "experts.conv2.weight": (3, 3, 3, 3, 3),
-        **norm_shapes("experts.bn2", 3),
-        "experts.conv3.weight": (3, 12, 3, 1, 1),
-        **norm_shapes("experts.bn3", 12),
-        "experts.downsample.0.weight": (3, 12, 8, 1, 1),
-        **norm_shapes("experts.downsample.1", 12),
-    },
-    "conv": {**GAP_FC, "experts.weight": (3, 6, 8, 3, 3), "experts.bias": (3, 6)},
+BASIC = {
+    "conv1.weight": (8, 8, 3, 3), **norm_shapes("bn1", 8), "conv2.weight": (8, 8, 3, 3), **norm_shapes("bn2", 8)
+}  # fmt: skip
+BOTTLENECK = {
+    "conv1.weight": (3, 8, 1, 1),
+    **norm_shapes("bn1", 3),
+    "conv2.weight": (3, 3, 3, 3),
+    **norm_shapes("bn2", 3),
+    "conv3.weight": (12, 3, 1, 1),
+    **norm_shapes("bn3", 12),
+    "downsample.0.weight": (12, 8, 1, 1),
+    **norm_shapes("downsample.1", 12),
 }
+EXPERTS = {"basic": BASIC, "bottleneck": BOTTLENECK, "conv": {"weight": (6, 8, 3, 3), "bias": (6,)}}
+# The stable part of the interface: checkpoints hold these names and shapes.
+SHAPES = {name: {**GAP_FC, **of_three(shapes)} for name, shapes in EXPERTS.items()}
 
 
 def images(batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,7 +104,7 @@ def test_a_downsample_keeps_the_names_of_its_parts():
     block.downsample.add_module("conv", nn.Conv2d(8, 6, 1, 2, bias=False))
     block.downsample.add_module("norm", nn.BatchNorm2d(6))
     moe = FusedBlockMoE.from_block(block.eval(), 3)
-    assert "experts.downsample.conv.weight" in moe.state_dict()
+    assert "experts.1.downsample.conv.weight" in moe.state_dict()
     # Single precision; three convolutions of sums of at most 72 terms.
     torch.testing.assert_close(moe.expert(2)(images()), block(images()), rtol=1e-4, atol=1e-4)
 
@@ -125,8 +124,22 @@ def test_a_state_loads_into_a_fresh_layer(name: str):
         assert torch.equal(fresh.state_dict()[key], value), key
 
 
+@mark.parametrize("name", LAYERS)
+def test_a_state_with_stacked_experts_loads_too(name: str):
+    """As checkpoints had them once: the names without the expert's number, and a leading dimension E."""
+    moe = trained(name)
+    state = {key: value for key, value in moe.state_dict().items() if key.startswith("gate.")}
+    for part in EXPERTS[name]:
+        state[f"experts.{part}"] = torch.stack([moe.state_dict()[f"experts.{expert}.{part}"] for expert in range(3)])
+    kept = {key: value.clone() for key, value in state.items()}
+    fresh = LAYERS[name]()
+    fresh.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in moe.state_dict().items())
+    assert state.keys() == kept.keys()  # the caller's own state is not changed
+
+
 def test_a_state_of_another_number_of_experts_is_refused():
-    with raises(RuntimeError, match=r"size mismatch for experts\.weight"):
+    with raises(RuntimeError, match=r"Missing key.*experts\.3\.weight"):
         FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), 4).load_state_dict(conv().state_dict())
 
 
@@ -174,8 +187,9 @@ def test_a_copied_model_trains_on_its_own():
     twin = copy.deepcopy(model)
     twin.zero_grad()
     twin(images()).square().sum().backward()
-    assert twin[0].experts.conv1.weight.grad.any()
-    assert twin[0].experts.conv1.weight.grad.data_ptr() != model[0].experts.conv1.weight.grad.data_ptr()
+    mine, theirs = (each[0].experts[0].conv1.weight for each in (model, twin))
+    assert theirs.grad.any()
+    assert theirs.grad.data_ptr() != mine.grad.data_ptr()
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -211,12 +225,12 @@ def test_conversion_loses_no_more_than_the_block_does(name: str, dtype: torch.dt
 @mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
 def test_a_converted_layer_trains(convert):
     moe = convert(basic())
-    dtype = moe.experts.conv1.weight.dtype
+    dtype = moe.experts[0].conv1.weight.dtype
     moe(images(dtype=dtype)).float().square().mean().backward()
     for name, parameter in moe.named_parameters():
         assert parameter.grad.dtype == dtype, name
         assert parameter.grad.isfinite().all(), name
-    assert moe.experts.bn1.num_batches_tracked.dtype == torch.int64
+    assert moe.experts[0].bn1.num_batches_tracked.dtype == torch.int64
 
 
 @mark.parametrize("gate", ["gap_fc", "conv_gap"])
@@ -294,21 +308,22 @@ def test_channels_last_comes_out_where_it_goes_in(name: str):
 
 
 @mark.parametrize("name", LAYERS)
-def test_a_model_converts_to_channels_last(name: str):
-    """torch refuses that memory format for tensors of five dimensions, which stacked filters have; they keep their own,
-    output channels innermost, and an extracted expert is an ordinary contiguous block."""
+def test_a_model_converts_to_channels_last_and_back(name: str):
+    """Converted filters have their output channels innermost, the engine's own order; as built they are contiguous, as
+    what flattens or saves parameters needs them. An extracted expert is an ordinary contiguous block."""
     moe = trained(name).double().eval()
     x = images(dtype=torch.float64)
     wanted = moe(x)
     state = {key: value.clone() for key, value in moe.state_dict().items()}
+    assert all(p.is_contiguous() for p in moe.parameters())
     moe.to(memory_format=torch.channels_last)
-    filters = [p for p in moe.parameters() if p.dim() == 5]
+    filters = [p for p in moe.experts.parameters() if p.dim() == 4]
     assert filters
-    assert all(p.permute(0, 3, 4, 2, 1).is_contiguous() for p in filters)
+    assert all(p.permute(2, 3, 1, 0).is_contiguous() for p in filters)
     assert all(torch.equal(value, state[key]) for key, value in moe.state_dict().items())
     torch.testing.assert_close(moe(x.contiguous(memory_format=torch.channels_last)), wanted, **CLOSE)
     expert = moe.expert(1)
-    weight = next(p for p in expert.parameters() if p.dim() == 4)
-    assert weight.is_contiguous()
+    assert all(p.is_contiguous() for p in expert.parameters())
     moe.to(memory_format=torch.contiguous_format)
-    assert all(p.permute(0, 3, 4, 2, 1).is_contiguous() for p in filters)
+    assert all(p.is_contiguous() for p in moe.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in moe.state_dict().items())

@@ -1,0 +1,101 @@
+"""The general path: a mixture layer in plain PyTorch, beside the fused operations.
+
+It can be differentiated any number of times, transformed by ``torch.func``, traced and exported. It is taken with
+``impl="reference"`` on a layer, inside :func:`general_path`, and by itself where something is at work that the fused
+operations cannot take part in.
+
+In evaluation under a transformation or a tracer, where no decision may depend on a number, every expert runs on every
+sample and the weights of those that were not chosen are 0: E/k times the work. Otherwise each runs on its own samples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.experts import ExpertModule
+from robust_moe_kernels.modules.interception import tracing, transforming
+from robust_moe_kernels.modules.route_options import RouteOptions
+from robust_moe_kernels.ops.gate import GATE, GateOutput, expect_finite
+from robust_moe_kernels.ops.routing import ROUTING
+
+__all__ = ["decide_plainly", "general_path", "is_general", "mix_plainly", "wanted"]
+
+_INSIDE: ContextVar[bool] = ContextVar("general_path", default=False)
+
+
+@contextmanager
+def general_path() -> Iterator[None]:
+    """Inside, in this thread, every mixture layer takes the general path."""
+    token = _INSIDE.set(True)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
+
+
+def is_general() -> bool:
+    """Whether the general path is taken now: gates then leave out fused operations too."""
+    return _INSIDE.get()
+
+
+def wanted(impl: str) -> bool:
+    """Whether a layer with that ``impl`` takes the general path in this forward; warns where it does so by itself."""
+    if impl == "reference" or _INSIDE.get():
+        return True
+    reason = transforming() or tracing()
+    if reason is not None and not torch.compiler.is_dynamo_compiling():
+        warnings.warn(
+            f"{reason}: mixture-of-experts layers run in plain PyTorch here, in evaluation every expert on every sample"
+            " (E/k times the work)",
+            stacklevel=3,
+        )
+    return reason is not None
+
+
+def decide_plainly(logits: Tensor, options: RouteOptions) -> GateOutput:
+    """What ``top_k_gate`` returns, from operations of PyTorch alone."""
+    module = GATE.module("reference")
+    best = _best_by_counting if tracing() else module.best_experts
+    found = GateOutput(*module.forward(logits, options.top_k, module.KEEP, best))
+    if logits.device.type == "cpu" and not (transforming() or tracing()):
+        expect_finite(found)
+    return found._replace(weights=options.weigh(found.weights))
+
+
+def _best_by_counting(key: Tensor, top_k: int) -> Tensor:
+    """``best_experts`` of the gate's reference without a stable sort, which ONNX has not: an expert's place is the
+    number of those before it."""
+    expert = torch.arange(key.shape[1], device=key.device)
+    mine, other = key[:, :, None], key[:, None, :]
+    before = (other > mine) | ((other == mine) & (expert < expert[:, None]))
+    place = before.sum(2)  # [B, E]
+    return (expert[:, None] * (place[:, :, None] == expert[:top_k])).sum(1)
+
+
+def mix_plainly(experts: ExpertModule, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Samples [B, C, H, W] through the experts ``indices`` [B, n] of each, mixed with ``weights`` [B, n]."""
+    if x.shape[0] == 0:  # still has an output shape
+        return experts.one(0, x)
+    if tracing() or (transforming() and not _training(experts)):
+        expect(not _training(experts), "layer", "eval mode where a forward is traced or mapped over", "training mode")
+        every = torch.stack([experts.one(expert, x) for expert in range(experts.num_experts)], 1)
+        named = indices[:, :, None] == torch.arange(experts.num_experts, device=indices.device)
+        return experts.blend(every, (named * weights[:, :, None]).sum(1))
+    module = ROUTING.module("reference")
+    _, sample, inverse, offsets, _ = module.sort_by_expert(indices.reshape(-1), experts.num_experts, indices.shape[1])
+    rows = experts.segments(x.index_select(0, sample), offsets.diff().tolist())
+    return experts.blend(rows.index_select(0, inverse).unflatten(0, indices.shape), weights)
+
+
+def _training(experts: ExpertModule) -> bool:
+    """Whether a norm would learn from the rows that it sees."""
+    assert isinstance(experts, nn.Module)
+    norms = (module for module in experts.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+    return any(norm.training or norm.running_mean is None for norm in norms)
