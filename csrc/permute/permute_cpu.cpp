@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "common/dtype.h"
 #include "common/lanes.h"
@@ -27,7 +26,7 @@ void dispatch(const PermuteArgs& a) {
       const T* RMK_RESTRICT from = samples + sample_start(a, pair);
       T* RMK_RESTRICT to = out + r * a.size;
       if (weights == nullptr) {
-        std::memcpy(to, from, sizeof(T) * static_cast<size_t>(a.size));
+        std::copy_n(from, a.size, to);
       } else {
         const A weight = weights[pair];
         for (int64_t i = 0; i < a.size; ++i) store(to + i, weight * load(from + i));

@@ -1,0 +1,136 @@
+"""Random calls of the native ops, beside the reference: valid ones give its numbers, invalid ones are refused.
+
+    python tests/fuzz [--seed N] [--seconds S] [--kind valid|invalid] [--first N] [--calls N]
+
+Call N of a seed is always the same call. Calls run in a process of their own, so that one that ends it is found,
+printed with the line that makes it again, and passed over. Ends with status 1 if a call was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+PATIENCE = 60  # seconds of the processor after which a call ends its process
+KINDS = ("valid", "invalid")
+
+
+def work(seed: int, first: int, calls: int, kinds: list[str]) -> None:
+    """Calls ``first`` and on; a line of JSON to standard output before each and another after it."""
+    import torch
+    from calls import CALLS
+    from draws import Draw
+    from faults import spoil
+    from verdicts import described, fault_of_invalid, fault_of_valid
+
+    torch.set_num_threads(1)  # the native code's own threads are drawn below
+    limit_memory()
+    for number in range(first, first + calls):
+        kind = kinds[number % len(kinds)]
+        d = Draw(f"{seed}/{number}/{kind}")
+        call, threads, note, refused = d.choice(CALLS)(d), d.choice((1, 2, 3, 7)), "", False
+        if kind == "invalid":
+            call.arguments, note = spoil(d, call.arguments)
+        say({"number": number, "kind": kind, "call": described(call), "note": note})
+        signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)  # whose signal ends the process
+        if kind == "valid":
+            fault = fault_of_valid(call, threads)
+        else:
+            fault, refused = fault_of_invalid(call, threads)
+        say({"number": number, "fault": fault, "refused": refused})
+
+
+def limit_memory() -> None:
+    """A call that asks for too much memory is refused it; address sanitizers have their own limit and much space."""
+    if "lib" not in os.environ.get("LD_PRELOAD", ""):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+        if pages:
+            most = pages * resource.getpagesize() + 8 * 2**30
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+
+def say(line: dict[str, object]) -> None:
+    os.write(1, (json.dumps(line) + "\n").encode())
+
+
+class Run:
+    """What has been found so far."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.done: Counter[str] = Counter()  # calls of each kind, and refused ones
+        self.faults: Counter[str] = Counter()  # by function, changed argument and outcome
+
+    def fault(self, call: dict[str, str], text: str) -> None:
+        """Counts it, and prints the first of its sort."""
+        name = f"{call['call'].partition('(')[0]} {call['note']} -> {text.partition(':')[0]}"
+        self.faults[name] += 1
+        if self.faults[name] == 1:
+            replay = f"--seed {self.seed} --kind {call['kind']} --first {call['number']} --calls 1"
+            print(f"FAULT {call['kind']} {call['note']}\n  {call['call']}\n  {text}", flush=True)
+            print(f"  again: python tests/fuzz {replay}", flush=True)
+
+    def follow(self, kinds: list[str], first: int, calls: int, until: float) -> int:
+        """Reads what one process says, until it ends or time is up; returns the number of the call to go on with."""
+        command = [sys.executable, str(Path(__file__).parent), "--work", "--seed", str(self.seed), "--kind", *kinds]
+        process = subprocess.Popen(
+            [*command, "--first", str(first), "--calls", str(calls)], stdout=subprocess.PIPE, text=True
+        )
+        call: dict[str, str] | None = None  # the one that is being made
+        for line in process.stdout or ():
+            said = json.loads(line)
+            if "call" in said:
+                call, first = said, said["number"] + 1
+            elif call is not None:
+                self.done[call["kind"]] += 1
+                self.done["refused"] += said["refused"]
+                if said["fault"]:
+                    self.fault(call, said["fault"])
+                call = None
+            if time.monotonic() >= until:
+                process.kill()
+                process.wait()
+                return first
+        status = process.wait()
+        if call is not None:
+            self.fault(call, f"the process ended: status {status}")
+        elif status:
+            raise SystemExit(f"python tests/fuzz: no call could be made, status {status}")
+        return first
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of all calls")
+    parser.add_argument("--seconds", type=float, default=60.0, help="to go on for")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="of calls; both: in turn")
+    parser.add_argument("--first", type=int, default=0, help="number of the first call")
+    parser.add_argument("--calls", type=int, default=10**9, help="most calls to make")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.work:
+        work(asked.seed, asked.first, asked.calls, asked.kind)
+        return 0
+    run, until, number = Run(asked.seed), time.monotonic() + asked.seconds, asked.first
+    last = asked.first + asked.calls
+    print(f"seed {asked.seed}, {asked.seconds:g} s, calls from {asked.first}", flush=True)
+    while number < last and time.monotonic() < until:
+        number = run.follow(asked.kind, number, last - number, until)
+    for name, count in run.faults.most_common():
+        print(f"{count:6} {name}")
+    counts = f"{run.done['valid']} valid calls, {run.done['invalid']} invalid ones ({run.done['refused']} refused)"
+    print(f"{counts}, {sum(run.faults.values())} faults of {len(run.faults)} kinds")
+    return 1 if run.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
