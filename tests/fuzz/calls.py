@@ -32,9 +32,11 @@ IMAGES = (torch.float32, torch.float64)
 class Call:
     """A call and its error bound, in units of the result's spacing: ``terms`` times ``magnitude``.
 
-    ``magnitude`` is a number or None: what the reference returns for the sizes of the arguments, element by element,
-    which bounds any sum of products; ``spread`` takes its largest element, as Winograd's sums need.
-    ``terms`` 0: the same bits.
+    ``magnitude`` is a number, added to the size of the result's element, or None: what the reference returns for the
+    sizes of the arguments, which bounds any sum of products; ``spread``: the largest element of that, as Winograd's
+    sums need.
+    ``terms`` 0: the same bits. ``derived``: some arguments are results of others, and with one of them spoilt there is
+    no right answer.
     """
 
     function: Callable[..., Any]
@@ -42,11 +44,12 @@ class Call:
     terms: float = 0.0
     magnitude: float | None = None
     spread: bool = False
+    derived: bool = False
 
 
-def top(*tensors: Tensor | None) -> float:
+def top(*tensors: Any) -> float:
     """1 + the largest size of an element."""
-    sizes = [t.double().abs().nan_to_num(0, 0, 0).max().item() for t in tensors if t is not None and t.numel()]
+    sizes = [t.double().abs().nan_to_num(0, 0, 0).max().item() for t in tensors if isinstance(t, Tensor) and t.numel()]
     return 1.0 + max(sizes, default=0.0)
 
 
@@ -69,7 +72,8 @@ def gate_backward(d: Draw) -> Call:
     }
     inputs = {"logits": logits, "scores": gate.scores, "indices": gate.indices}
     magnitude = 8 * experts * top(logits) * top(*gradients.values())
-    return Call(RAW.top_k_gate_backward, inputs | gradients | {"mode": d.choice((0, 1, 2))}, 64, magnitude)
+    arguments = inputs | gradients | {"mode": d.choice((0, 1, 2))}
+    return Call(RAW.top_k_gate_backward, arguments, 64, magnitude, derived=True)
 
 
 def pool(d: Draw) -> Call:
@@ -266,31 +270,24 @@ def norm_backward(d: Draw) -> Call:
     return Call(RAW.norm_backward, {"d": d.floats(*shape), "z": d.floats(*shape), "offsets": offsets} | tables, 8)
 
 
-def finalise(d: Draw) -> Call:
-    experts, channels, shares = d.size(5, 1), d.channels(), d.size(4, 1)
-    _, offsets = d.rows(experts, 4)
-    sums = torch.randn(2, shares, experts, channels, generator=d.generator, dtype=torch.float64)
-    tables = {name: d.floats(experts, channels) for name in ("weight", "bias", "running_mean", "running_var")}
-    rest = {"tracked": d.integers(0, 9, experts), "eps": 1e-5, "momentum": d.number(0, 1)}
+def _shares(d: Draw, *names: str) -> dict[str, Any]:
+    """Sums over an expert's pixels, and tables of these names."""
+    experts, channels = d.size(5, 1), d.channels()
+    sums = torch.randn(2, d.size(4, 1), experts, channels, generator=d.generator, dtype=torch.float64)
     sums[1] = sums[1].abs() + sums[0].square()  # a variance that is no difference of equal numbers
-    magnitude = top(*tables.values()) * 1e3
-    return Call(
-        RAW.norm_finalise, {"shares": sums, "offsets": offsets, "pixels": d.size(9)} | tables | rest, 4, magnitude
-    )
+    tables = {name: d.floats(experts, channels) for name in names}
+    return {"shares": sums, "offsets": d.rows(experts, 4)[1], "pixels": d.size(9)} | tables
+
+
+def finalise(d: Draw) -> Call:
+    arguments = _shares(d, "weight", "bias", "running_mean", "running_var")
+    rest = {"tracked": d.integers(0, 9, arguments["weight"].shape[0]), "eps": 1e-5, "momentum": d.number(0, 1)}
+    return Call(RAW.norm_finalise, arguments | rest, 4, 1e-3)
 
 
 def finalise_backward(d: Draw) -> Call:
-    experts, channels, shares = d.size(5, 1), d.channels(), d.size(4, 1)
-    _, offsets = d.rows(experts, 4)
-    sums = torch.randn(2, shares, experts, channels, generator=d.generator, dtype=torch.float64)
-    tables = {name: d.floats(experts, channels) for name in ("scale", "mean", "rstd")}
-    rest = {"pixels": d.size(9), "training": d.chance(0.5)}
-    return Call(
-        RAW.norm_finalise_backward,
-        {"shares": sums, "offsets": offsets} | tables | rest,
-        16,
-        top(*tables.values()) ** 4 * 8,
-    )
+    arguments = _shares(d, "scale", "mean", "rstd") | {"training": d.chance(0.5)}
+    return Call(RAW.norm_finalise_backward, arguments, 16, 1e-8 * top(*arguments.values()) ** 4)
 
 
 def head(d: Draw) -> Call:

@@ -84,7 +84,7 @@ TENSORS: dict[str, Callable[[Draw, Tensor], Any]] = {
 NUMBERS: dict[str, Callable[[Draw, Any], Any]] = {
     "off by one": lambda d, n: n + d.choice((-1, 1)),
     "size": lambda d, n: d.choice((0, -1, -(2**63), 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64)),
-    "float": lambda d, n: d.choice((float("nan"), float("inf"), -0.5, 1.5, 1e308)),
+    "float": lambda d, n: d.choice((float("nan"), float("inf"), -0.5, 1.5, 1e30)),
     "no number": lambda d, n: d.choice((None, "2", [1], torch.tensor(2), 1j)),
 }
 OTHERS: tuple[Any, ...] = (None, 1, -1, "", "L3", True, 0.5, (), [], (1,), torch.zeros(1), torch.float64, torch.int32)
