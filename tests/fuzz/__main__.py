@@ -63,8 +63,9 @@ def say(line: dict[str, object]) -> None:
 class Run:
     """What has been found so far."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, seconds: float) -> None:
+        self.seed, self.seconds = seed, seconds
+        self.until = float("inf")  # time counts from the first call
         self.done: Counter[str] = Counter()  # calls of each kind, and refused ones
         self.faults: Counter[str] = Counter()  # by function, changed argument and outcome
 
@@ -77,7 +78,7 @@ class Run:
             print(f"FAULT {call['kind']} {call['note']}\n  {call['call']}\n  {text}", flush=True)
             print(f"  again: python tests/fuzz {replay}", flush=True)
 
-    def follow(self, kinds: list[str], first: int, calls: int, until: float) -> int:
+    def follow(self, kinds: list[str], first: int, calls: int) -> int:
         """Reads what one process says, until it ends or time is up; returns the number of the call to go on with."""
         command = [sys.executable, str(Path(__file__).parent), "--work", "--seed", str(self.seed), "--kind", *kinds]
         process = subprocess.Popen(
@@ -86,6 +87,7 @@ class Run:
         call: dict[str, str] = {}
         running = judged = False  # the native code; the reference
         for line in process.stdout or ():
+            self.until = min(self.until, time.monotonic() + self.seconds)
             said = json.loads(line)
             if "call" in said:
                 call, first, running = said, said["number"] + 1, True
@@ -97,7 +99,7 @@ class Run:
                 judged = False
                 if said["fault"]:
                     self.fault(call, said["fault"])
-            if time.monotonic() >= until:
+            if time.monotonic() >= self.until:
                 process.kill()
                 process.wait()
                 return first
@@ -112,7 +114,7 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of all calls")
-    parser.add_argument("--seconds", type=float, default=60.0, help="to go on for")
+    parser.add_argument("--seconds", type=float, default=60.0, help="to go on for, from the first call on")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="of calls; both: in turn")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--calls", type=int, default=10**9, help="most calls to make")
@@ -121,11 +123,10 @@ def main() -> int:
     if asked.work:
         work(asked.seed, asked.first, asked.calls, asked.kind)
         return 0
-    run, until, number = Run(asked.seed), time.monotonic() + asked.seconds, asked.first
-    last = asked.first + asked.calls
+    run, number, last = Run(asked.seed, asked.seconds), asked.first, asked.first + asked.calls
     print(f"seed {asked.seed}, {asked.seconds:g} s, calls from {asked.first}", flush=True)
-    while number < last and time.monotonic() < until:
-        number = run.follow(asked.kind, number, last - number, until)
+    while number < last and time.monotonic() < run.until:
+        number = run.follow(asked.kind, number, last - number)
     for name, count in run.faults.most_common():
         print(f"{count:6} {name}")
     counts = f"{run.done['valid']} valid calls, {run.done['invalid']} invalid ones ({run.done['refused']} refused)"
