@@ -74,8 +74,8 @@ def flags_of(system: str) -> Flags:
 
 FLAGS = flags_of(sys.platform)
 SANITIZERS = os.environ.get("RMK_SANITIZE")
-SANITIZED = (  # the later of two flags counts
-    (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1")
+SANITIZED = (  # the later of two flags counts; Python's own have -fwrapv, under which no overflow is a fault
+    (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g1")
     if SANITIZERS
     else ()
 )

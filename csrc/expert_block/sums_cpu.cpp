@@ -26,7 +26,7 @@ void add_shares(const Shares& s, int64_t expert, double* RMK_RESTRICT total, dou
 }
 
 double count_of(const Shares& s, int64_t expert) {
-  return static_cast<double>((s.offsets[expert + 1] - s.offsets[expert]) * s.pixels);
+  return static_cast<double>(s.offsets[expert + 1] - s.offsets[expert]) * static_cast<double>(s.pixels);
 }
 
 RMK_WIDE_VECTORS void finalise_line(const double* RMK_RESTRICT total, const double* RMK_RESTRICT square, double count,
