@@ -39,7 +39,7 @@ template <typename T, typename A>
 void combine(const PermuteArgs& a) {
   const T* rows = static_cast<const T*>(a.rows);
   T* out = static_cast<T*>(a.out);
-  parallel_for(a.batch, row_grain(a.size * a.top_k), a.threads, [=, &a](int64_t begin, int64_t end) {
+  parallel_for(a.batch, grain_of(kGrain, a.size, a.top_k), a.threads, [=, &a](int64_t begin, int64_t end) {
     A sum[kBlock] = {};
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t start = 0; start < a.size; start += kBlock) {

@@ -157,7 +157,8 @@ def _allowed(call: Call, its: Tensor, size: Tensor | None) -> Tensor:
     exact = its.dtype == torch.float64 and kinds <= {torch.float64}
     unit = torch.finfo(torch.float64 if exact else torch.float32).eps
     own = torch.finfo(its.dtype)
-    return size * unit * call.terms + 2 * own.eps * (its_size + own.tiny)
+    least = 0.0 if exact else torch.finfo(torch.float32).tiny
+    return size * unit * call.terms + 2 * own.eps * (its_size + own.tiny) + least
 
 
 def _summary(value: Any) -> str:
