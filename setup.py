@@ -6,6 +6,8 @@ Environment
               cuda  C++ and CUDA; fails when nvcc is missing
               none  no extension: the pure-Python package
     MAX_JOBS        compilers run at once (default: the number of processors)
+    RMK_SANITIZE    GCC's sanitizers, "address,undefined" or "thread", for a build outside the source tree without CUDA:
+                    `make sanitize` (tests/sanitize) makes one and runs the tests with it
     RMK_CUDA_ARCHS  compute capabilities, default "80;90;100"; PTX is added for the last
 
 On Windows auto builds nothing: the flags for MSVC (2022; run where cl.exe is on the PATH) and what replaces other
@@ -71,6 +73,12 @@ def flags_of(system: str) -> Flags:
 
 
 FLAGS = flags_of(sys.platform)
+SANITIZERS = os.environ.get("RMK_SANITIZE")
+SANITIZED = (  # the later of two flags counts; Python's own have -fwrapv, under which no overflow is a fault
+    (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g1")
+    if SANITIZERS
+    else ()
+)
 
 
 def find_nvcc() -> Path | None:
@@ -137,14 +145,19 @@ def build_mode() -> tuple[str, Toolkit | None]:
             file=sys.stderr,
         )
         return "none", None
-    if asked in ("cpu", "none") or not {
-        "build",
-        "build_ext",
-        "bdist_wheel",
-        "editable_wheel",
-        "develop",
-        "install",
-    } & set(sys.argv):
+    if (
+        asked in ("cpu", "none")
+        or SANITIZERS
+        or not {
+            "build",
+            "build_ext",
+            "bdist_wheel",
+            "editable_wheel",
+            "develop",
+            "install",
+        }
+        & set(sys.argv)
+    ):
         return ("none" if asked == "none" else "cpu"), None
     try:
         return "cuda", Toolkit()
@@ -159,6 +172,8 @@ class BuildNative(build_ext):
     """Compiles each translation unit in a thread of its own, then links once."""
 
     def build_extension(self, ext: Extension) -> None:
+        if SANITIZERS and self.inplace:
+            sys.exit("RMK_SANITIZE: expected a build into a folder of its own, got one into the source tree")
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         sources = [Path(source) for source in ext.sources]
         if not getattr(self.compiler, "initialized", True):  # MSVC looks for its files at first, and may do so once
@@ -222,8 +237,8 @@ def extension() -> Extension:
         define_macros=macros,
         libraries=libraries,
         library_dirs=library_dirs,
-        extra_compile_args=list(FLAGS.compile),
-        extra_link_args=list(FLAGS.link),
+        extra_compile_args=[*FLAGS.compile, *SANITIZED],
+        extra_link_args=[*FLAGS.link, *SANITIZED[:1]],
         language="c++",
     )
 

@@ -38,6 +38,11 @@ void parallel_tasks(int64_t tasks, int threads, F&& work) {
   if (error) std::rethrow_exception(error);
 }
 
+// A grain of about `elements` for items of a * b elements, a product that may be too large for 64 bits.
+inline int64_t grain_of(int64_t elements, int64_t a, int64_t b) {
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, a) / std::max<int64_t>(1, b));
+}
+
 // Calls f(begin, end) for contiguous chunks of [0, n), each of at least `grain` items, on at most `threads` threads.
 // What f computes for an item must not depend on the chunk it is in.
 template <typename F>

@@ -29,6 +29,9 @@ void run_by_own_threads(void (*body)(void*), void* data, int64_t threads) {
 }  // namespace
 
 void set_team(Team team) {
+#if defined(__SANITIZE_THREAD__)
+  team = nullptr;  // the sanitizer does not see what the threads of an OpenMP runtime wait for
+#endif
 #if !defined(_WIN32)  // which has no fork
   static const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
   if (registered != 0) team = nullptr;

@@ -162,37 +162,34 @@ void norm_backward_cpu(const Rows& rows, const float* d, const float* z, const f
 }
 
 void head_forward_cpu(const HeadArgs& a) {
-  parallel_for(a.batch * a.pixels, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, a.channels * a.top_k)), a.threads,
-               [&a](int64_t begin, int64_t end) {
-                 std::vector<float> line(static_cast<size_t>(a.channels));
-                 for (int64_t i = begin; i < end; ++i) {
-                   float* out = a.out + i * a.channels;
-                   std::fill(out, out + a.channels, 0.0f);
-                   for (int64_t j = 0; j < a.top_k; ++j) {
-                     const int64_t pair = i / a.pixels * a.top_k + j;
-                     head_line(a, a.inverse[pair], i % a.pixels, line.data());
-                     add_scaled(out, line.data(), a.weights[pair], a.channels);
-                   }
-                 }
-               });
+  parallel_for(a.batch * a.pixels, grain_of(kGrain, a.channels, a.top_k), a.threads, [&a](int64_t begin, int64_t end) {
+    std::vector<float> line(static_cast<size_t>(a.channels));
+    for (int64_t i = begin; i < end; ++i) {
+      float* out = a.out + i * a.channels;
+      std::fill(out, out + a.channels, 0.0f);
+      for (int64_t j = 0; j < a.top_k; ++j) {
+        const int64_t pair = i / a.pixels * a.top_k + j;
+        head_line(a, a.inverse[pair], i % a.pixels, line.data());
+        add_scaled(out, line.data(), a.weights[pair], a.channels);
+      }
+    }
+  });
 }
 
 void head_backward_cpu(const HeadArgs& a) {
-  parallel_for(a.batch * a.top_k, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, a.channels * a.pixels)), a.threads,
-               [&a](int64_t begin, int64_t end) {
-                 std::vector<float> line(static_cast<size_t>(a.channels));
-                 for (int64_t row = begin; row < end; ++row) {
-                   const int64_t pair = a.order[row];
-                   double inner = 0;
-                   for (int64_t pixel = 0; pixel < a.pixels; ++pixel) {
-                     head_line(a, row, pixel, line.data());
-                     inner +=
-                         gradient_line(line.data(), a.d_out + (pair / a.top_k * a.pixels + pixel) * a.channels,
-                                       a.weights[pair], a.channels, a.d_rows + (row * a.pixels + pixel) * a.channels);
-                   }
-                   a.d_weights[pair] = static_cast<float>(inner);
-                 }
-               });
+  parallel_for(a.batch * a.top_k, grain_of(kGrain, a.channels, a.pixels), a.threads, [&a](int64_t begin, int64_t end) {
+    std::vector<float> line(static_cast<size_t>(a.channels));
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t pair = a.order[row];
+      double inner = 0;
+      for (int64_t pixel = 0; pixel < a.pixels; ++pixel) {
+        head_line(a, row, pixel, line.data());
+        inner += gradient_line(line.data(), a.d_out + (pair / a.top_k * a.pixels + pixel) * a.channels, a.weights[pair],
+                               a.channels, a.d_rows + (row * a.pixels + pixel) * a.channels);
+      }
+      a.d_weights[pair] = static_cast<float>(inner);
+    }
+  });
 }
 
 }  // namespace rmk

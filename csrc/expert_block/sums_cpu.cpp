@@ -26,7 +26,7 @@ void add_shares(const Shares& s, int64_t expert, double* RMK_RESTRICT total, dou
 }
 
 double count_of(const Shares& s, int64_t expert) {
-  return static_cast<double>((s.offsets[expert + 1] - s.offsets[expert]) * s.pixels);
+  return static_cast<double>(s.offsets[expert + 1] - s.offsets[expert]) * static_cast<double>(s.pixels);
 }
 
 RMK_WIDE_VECTORS void finalise_line(const double* RMK_RESTRICT total, const double* RMK_RESTRICT square, double count,
@@ -101,8 +101,7 @@ void norm_finalise_backward_cpu(const NormBackwardArgs& a) {
 }
 
 void sum_rows_cpu(const SumRowsArgs& a) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, a.size * a.top_k));
-  parallel_for(a.batch, grain, a.threads, [&a](int64_t begin, int64_t end) {
+  parallel_for(a.batch, grain_of(kGrain, a.size, a.top_k), a.threads, [&a](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t j = 0; j < a.top_k; ++j) {
         const int64_t row = a.inverse[sample * a.top_k + j];

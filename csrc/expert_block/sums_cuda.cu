@@ -20,7 +20,7 @@ struct Column {
       total += s.sums[share * size + i];
       product += s.products[share * size + i];
     }
-    count = static_cast<double>((s.offsets[expert + 1] - s.offsets[expert]) * s.pixels);
+    count = static_cast<double>(s.offsets[expert + 1] - s.offsets[expert]) * static_cast<double>(s.pixels);
   }
 };
 

@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, see parallel.h
 
-int64_t samples_a_thread(int64_t channels, int64_t pixels) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels * pixels));
-}
-
 // Sums in double, pixel by pixel: the same bits in either memory format.
 template <typename X, typename W>
 void pool_sample(const PoolArgs& a, int64_t sample, double* sums) {
@@ -71,7 +67,7 @@ template <typename Args, typename F>
 void for_samples(const Args& a, F&& f) {
   with_dtype(a.x_dtype, [&](auto x_type) {
     with_image_dtype(a.weight_dtype, [&](auto w_type) {
-      parallel_for(a.batch, samples_a_thread(a.channels, a.pixels), a.threads, [&](int64_t begin, int64_t end) {
+      parallel_for(a.batch, grain_of(kGrain, a.channels, a.pixels), a.threads, [&](int64_t begin, int64_t end) {
         std::vector<double> sums(static_cast<size_t>(a.channels));
         for (int64_t sample = begin; sample < end; ++sample) f(x_type, w_type, sample, sums.data());
       });

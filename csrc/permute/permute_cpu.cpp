@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "common/dtype.h"
 #include "common/lanes.h"
@@ -27,7 +26,7 @@ void dispatch(const PermuteArgs& a) {
       const T* RMK_RESTRICT from = samples + sample_start(a, pair);
       T* RMK_RESTRICT to = out + r * a.size;
       if (weights == nullptr) {
-        std::memcpy(to, from, sizeof(T) * static_cast<size_t>(a.size));
+        std::copy_n(from, a.size, to);
       } else {
         const A weight = weights[pair];
         for (int64_t i = 0; i < a.size; ++i) store(to + i, weight * load(from + i));
@@ -40,7 +39,7 @@ template <typename T, typename A>
 void combine(const PermuteArgs& a) {
   const T* rows = static_cast<const T*>(a.rows);
   T* out = static_cast<T*>(a.out);
-  parallel_for(a.batch, row_grain(a.size * a.top_k), a.threads, [=, &a](int64_t begin, int64_t end) {
+  parallel_for(a.batch, grain_of(kGrain, a.size, a.top_k), a.threads, [=, &a](int64_t begin, int64_t end) {
     A sum[kBlock] = {};
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t start = 0; start < a.size; start += kBlock) {

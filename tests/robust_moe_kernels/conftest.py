@@ -11,6 +11,7 @@ import pytest
 import torch
 from cuda_emulation import emulate_cuda
 
+from robust_moe_kernels import native
 from robust_moe_kernels.dispatch import IMPLEMENTATIONS
 from robust_moe_kernels.modules import norm_folding
 from robust_moe_kernels.modules.conv_promise import Promise
@@ -22,6 +23,11 @@ DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
 EMULATED_CUDA = os.environ.get("RMK_TEST_EMULATED_CUDA")  # an extension whose CUDA kernels run on the host
 if EMULATED_CUDA:
     emulate_cuda(EMULATED_CUDA)
+SANITIZED = os.environ.get("RMK_TEST_SANITIZED")  # the folder of the build that `make sanitize` tests
+if SANITIZED and not str(native.extension().__file__).startswith(SANITIZED):
+    raise pytest.UsageError(f"expected the extension below {SANITIZED}, got {native.extension().__file__}")
+if SANITIZED and SANITIZED.endswith("thread"):  # which PyTorch's own threads, not being instrumented, would mislead
+    torch.set_num_threads = lambda threads: setattr(native, "threads", lambda: threads)
 
 
 class Target(NamedTuple):

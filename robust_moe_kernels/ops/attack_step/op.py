@@ -5,6 +5,8 @@ Not differentiable: an attack's iterate is a constant to the training loss (Madr
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ def random_start(
     expect_images(x0, "x0")
     expect_nonnegative(eps, "eps")
     expect(0 <= stream < 2**32, "stream", "an integer in [0, 2^32)", stream)
-    expect(-(2**63) <= seed < 2**64, "seed", "a 64-bit integer", seed)
+    expect(isinstance(seed, Integral) and -(2**63) <= seed < 2**64, "seed", "a 64-bit integer", seed)
     expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     if sample_index is None:
         sample_index = torch.arange(x0.shape[0], device=x0.device)

@@ -166,6 +166,12 @@ def _wgrad_fake(
 _OPS = torch.ops.robust_moe_kernels
 
 
+def _numbers(geometry: Geometry) -> list[int]:
+    if not isinstance(geometry, Geometry):
+        raise TypeError(f"geometry: expected a Geometry, got {type(geometry).__name__}")
+    return geometry.numbers()
+
+
 def plan_key(
     weight: Tensor, rows: int, height: int, width: int, backward: bool, geometry: Geometry, impl: str = AUTO
 ) -> Hashable | None:
@@ -196,7 +202,7 @@ def conv_plan(
     impl: str = AUTO,
 ) -> list[Tensor]:  # fmt: skip
     """What products with the same ``plan_key`` (whose arguments these are) and ``offsets`` [E+1] share; may be []."""
-    return _OPS.expert_conv_plan(weight, offsets, rows, height, width, backward, geometry.numbers(), impl)
+    return _OPS.expert_conv_plan(weight, offsets, rows, height, width, backward, _numbers(geometry), impl)
 
 
 def conv_forward(
@@ -217,7 +223,7 @@ def conv_forward(
     Returns:
         [R, O, H', W'], channels-last.
     """
-    return _OPS.expert_conv_forward(x, weight, offsets, sample, plan, geometry.numbers(), impl)
+    return _OPS.expert_conv_forward(x, weight, offsets, sample, plan, _numbers(geometry), impl)
 
 
 def conv_dgrad(
@@ -226,7 +232,7 @@ def conv_dgrad(
 ) -> Tensor:  # fmt: skip
     """The rows' gradient [R, I, height, width], channels-last, from that of the output [R, O, H', W']; the other
     arguments are those of ``conv_forward``."""
-    return _OPS.expert_conv_dgrad(d_out, weight, offsets, plan, height, width, geometry.numbers(), impl)
+    return _OPS.expert_conv_dgrad(d_out, weight, offsets, plan, height, width, _numbers(geometry), impl)
 
 
 def conv_wgrad(
@@ -235,7 +241,7 @@ def conv_wgrad(
 ) -> Tensor:  # fmt: skip
     """The filters' gradient, in the shape, dtype and memory order of ``weight``, whose numbers are not read; 0 for an
     expert without rows. Arguments as of ``conv_forward`` and ``conv_dgrad``."""
-    return _OPS.expert_conv_wgrad(x, d_out, offsets, sample, weight, geometry.numbers(), impl)
+    return _OPS.expert_conv_wgrad(x, d_out, offsets, sample, weight, _numbers(geometry), impl)
 
 
 class _Conv(torch.autograd.Function):

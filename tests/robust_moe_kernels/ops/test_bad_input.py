@@ -80,6 +80,10 @@ def convolve_raw(impl: str = "auto") -> object:
     return conv_forward(ROWS, FILTERS, OFFSETS, None, [], UNIT, impl)
 
 
+def convolve_with(geometry: Geometry) -> object:
+    return conv_forward(ROWS, FILTERS, OFFSETS, None, [], geometry)
+
+
 def convolve_back(impl: str = "auto") -> object:
     return conv_dgrad(ROWS[:, :, 2:, 2:], FILTERS, OFFSETS, [], 5, 5, UNIT, impl)
 
@@ -181,6 +185,7 @@ BAD = (
         ValueError,
         "offsets: expected numbers that rise from 0 to R = 4, got [1, 2, 2, 5]",
     ),
+    Bad(convolve_with, {"geometry": (1,) * 6}, TypeError, "geometry: expected a Geometry, got tuple"),
     Bad(convolve, {"stride": 2}, ValueError, "stride: expected two integers >= 1, got 2"),
     Bad(convolve, {"stride": (0, 1)}, ValueError, "stride: expected two integers >= 1, got (0, 1)"),
     Bad(convolve, {"padding": (0, -1)}, ValueError, "padding: expected two integers >= 0, got (0, -1)"),
@@ -235,6 +240,7 @@ BAD = (
     Bad(start, {"stream": 2**32}, ValueError, "stream: expected an integer in [0, 2^32), got 4294967296"),
     Bad(start, {"seed": 2**64}, ValueError, "seed: expected a 64-bit integer, got 18446744073709551616"),
     Bad(start, {"seed": -(2**63) - 1}, ValueError, "seed: expected a 64-bit integer, got -9223372036854775809"),
+    Bad(start, {"seed": torch.tensor(2)}, ValueError, "seed: expected a 64-bit integer, got 2"),
     Bad(start, {"norm": "L1"}, ValueError, "norm: expected one of Linf, L2, got 'L1'"),
     Bad(start, {"sample_index": [0, 1]}, TypeError, "sample_index: expected a tensor, got list"),
     Bad(

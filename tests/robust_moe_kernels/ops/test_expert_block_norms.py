@@ -279,3 +279,15 @@ def test_opcheck(target, generator):
     }
     for op, given in arguments.items():
         torch.library.opcheck(op.default, (*given, target.impl))
+
+
+@pytest.mark.skipif(EXPERT_BLOCK.why_not("native", "cpu") is not None, reason="needs the compiled extension")
+def test_native_counts_do_not_overflow(generator):
+    """Rows times pixels is beyond 64 bits; found by the fuzzer under the sanitizer."""
+    shares = torch.rand(2, 1, 1, 5, generator=generator, dtype=torch.float64) * 1e19
+    tables = [torch.rand(1, 5, generator=generator) for _ in range(4)]
+    rest = (torch.tensor([0, 2**61]), 12, *tables, torch.tensor([3]), EPS, MOMENTUM)
+    for got, wanted in zip(
+        norm_finalise(shares, *rest, "native"), norm_finalise(shares, *rest, "reference"), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=2.5e-7, atol=0)

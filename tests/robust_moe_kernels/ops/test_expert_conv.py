@@ -41,6 +41,7 @@ CASES = (
     Case("border", (2, 1), (3, 4), (2, 3), (3, 3), ONE, (3, 3), ONE, 2, "padding of a kernel: outputs without taps"),
     Case("wide", (21, 15), (70, 67), (2, 2), (2, 2), ONE, ONE, ONE, 9, "more than one block of channels and of rows"),
     Case("one_channel", (2, 1), (1, 1), (3, 3), (3, 3), ONE, ONE, ONE, 2, "C = K = 1"),
+    Case("one_output_a_line", (6, 1), (1, 3), (8, 2), (4, 3), (1, 3), (0, 1), ONE, None, "PyTorch 2.14 gets it wrong"),
     Case("shares", (20,), (3, 4), (4, 4), (1, 1), ONE, NONE, ONE, None, "filter gradient in two shares"),
     Case("no_rows", (0, 0), (3, 4), (4, 4), (3, 3), ONE, ONE, ONE, None, "an empty batch"),
 )  # fmt: skip
