@@ -21,6 +21,7 @@ from robust_moe_kernels.checks import (
 )
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.operands import Operands
 from robust_moe_kernels.ops.attack_step import NORMS
 
 __all__ = ["APGD", "apgd_step", "apgd_track"]
@@ -129,12 +130,14 @@ def apgd_track(
     _expect_like(x, {"grad": grad, **written})
     _expect_per_sample(improved, "improved", x, torch.bool)
     _expect_per_sample(fooled, "fooled", x, torch.bool)
-    layout = dense_format(x)
-    for argument, tensor in written.items():
-        name = "channels-last" if layout == torch.channels_last else "contiguous"
-        expect(tensor.is_contiguous(memory_format=layout), argument, f"a {name} tensor", f"strides {tensor.stride()}")
     torch.ops.robust_moe_kernels.apgd_track(x.detach(), grad.detach(), improved, fooled, *written.values(), impl)
 
+
+_STEP = Operands("x table [B, ...]; previous x [B, ...]; grad x [B, ...]; x0 x [B, ...]; eta x [B]; nonfinite? bool []")
+_TRACK = Operands(
+    "x table [B, ...]; grad x [B, ...]; improved bool [B]; fooled bool [B]; x_best x [B, ...]; grad_best x [B, ...];"
+    " x_fooled x [B, ...]"
+)
 
 torch.library.define(
     "robust_moe_kernels::apgd_step",
@@ -148,6 +151,8 @@ def _apgd_step(
     x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str,
     nonfinite: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    _STEP(x, previous, grad, x0, eta, nonfinite)
+    expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     layout = dense_format(x)
     x, previous, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, previous, grad, x0))
     chosen = APGD.choose(impl, x)
@@ -159,6 +164,7 @@ def _apgd_step_fake(
     x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str,
     nonfinite: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    _STEP.expect_kinds(x, previous, grad, x0, eta, nonfinite)
     return torch.empty_like(x, memory_format=dense_format(x))
 
 
@@ -180,7 +186,11 @@ def _apgd_track(
     x_fooled: Tensor,
     impl: str,
 ) -> None:
+    _TRACK(x, grad, improved, fooled, x_best, grad_best, x_fooled)
     layout = dense_format(x)
+    for argument, tensor in (("x_best", x_best), ("grad_best", grad_best), ("x_fooled", x_fooled)):
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        expect(tensor.is_contiguous(memory_format=layout), argument, f"a {name} tensor", f"strides {tensor.stride()}")
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     rows = improved.contiguous(), fooled.contiguous()
     APGD.choose(impl, x).apgd_track(x, grad, *rows, x_best, grad_best, x_fooled)
@@ -197,4 +207,4 @@ def _apgd_track_fake(
     x_fooled: Tensor,
     impl: str,
 ) -> None:
-    return None
+    _TRACK.expect_kinds(x, grad, improved, fooled, x_best, grad_best, x_fooled)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
 from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.operands import Operands
 from robust_moe_kernels.ops.attack_step.op import ATTACK_STEP
 
 __all__ = ["sample_cross_entropy"]
@@ -53,13 +54,20 @@ torch.library.define(_FORWARD, "(Tensor logits, Tensor y, str impl) -> Tensor")
 torch.library.define(_BACKWARD, "(Tensor d_loss, Tensor logits, Tensor y, str impl) -> Tensor")
 
 
+_LOGITS = Operands("logits float [B, K]; y int64 [B]")
+_GRADIENT = Operands("logits float [B, K]; y int64 [B]; d_loss sum [B]")
+
+
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, y: Tensor, impl: str) -> Tensor:
+    _LOGITS(logits, y)
+    expect(logits.shape[1] >= 1, "logits", "shape [B, classes], classes >= 1", list(logits.shape))
     return ATTACK_STEP.choose(impl, logits).cross_entropy(logits.contiguous(), y.contiguous())
 
 
 @torch.library.register_fake(_FORWARD)
 def _forward_fake(logits: Tensor, y: Tensor, impl: str) -> Tensor:
+    _LOGITS.expect_kinds(logits, y)
     return logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -67,12 +75,15 @@ def _forward_fake(logits: Tensor, y: Tensor, impl: str) -> Tensor:
 def _backward(d_loss: Tensor, logits: Tensor, y: Tensor, impl: str) -> Tensor:
     """d_loss * (softmax(logits) - onehot(y)), in the dtype of logits. d_loss [B] may have any stride: one number that
     is expanded to the batch is not copied."""
+    _GRADIENT(logits, y, d_loss)
+    expect(logits.shape[1] >= 1, "logits", "shape [B, classes], classes >= 1", list(logits.shape))
     chosen = ATTACK_STEP.choose(impl, logits)
     return chosen.cross_entropy_backward(d_loss, logits.contiguous(), y.contiguous())
 
 
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(d_loss: Tensor, logits: Tensor, y: Tensor, impl: str) -> Tensor:
+    _GRADIENT.expect_kinds(logits, y, d_loss)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
