@@ -1,8 +1,8 @@
 """Checks of what raw operations are given. A kernel sees addresses and indices alone: each is checked before it runs.
 
-Sizes, dtypes and devices are compared on the host, always. Numbers (offsets, indices) are read where that costs nothing:
-on the CPU. On a GPU they are not read, since the host would wait: there a kernel keeps every index within its tensor,
-and what an index out of range reaches is NaN.
+Sizes, dtypes and devices are always compared. Numbers (offsets, indices) are read where that costs nothing, on the CPU. On
+a GPU they are not read, since the host would wait: there a kernel keeps every index within its tensor, and what an index
+out of range reaches is NaN.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Operands:
             ok = len(shape) == len(dims)
             if operand.open:
                 rest = shape[len(dims) :]
-                ok = len(rest) > 0 and sizes.setdefault("...", rest) == rest
+                ok = len(rest) > 0 and sizes.get("...", rest) == rest
             if ok:
                 for (letter, more), size in zip(dims, shape, strict=False):
                     if sizes.setdefault(letter, size - more) != size - more:
@@ -90,8 +90,10 @@ class Operands:
                     str(sizes[letter] + more) if letter in sizes and sizes[letter] >= 1 else letter
                     for letter, more in dims
                 )
-                wanted += "".join(f", {size}" for size in sizes.get("...", ())) if operand.open else ""
+                wanted += "".join(f", {size}" for size in sizes.get("...", ("...",))) if operand.open else ""
                 expect(False, operand.name, f"shape [{wanted}] ({operand.shape})", list(shape))
+            if operand.open:
+                sizes["..."] = rest
         return sizes
 
     def _kinds_of(self, kind: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype, ...]:
