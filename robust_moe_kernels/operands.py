@@ -1,8 +1,8 @@
 """Checks of what raw operations are given. A kernel sees addresses and indices alone: each is checked before it runs.
 
-Sizes, dtypes and devices are always compared. Numbers (offsets, indices) are read where that costs nothing, on the CPU. On
-a GPU they are not read, since the host would wait: there a kernel keeps every index within its tensor, and what an index
-out of range reaches is NaN.
+Sizes, dtypes and devices are always compared. Numbers (offsets, indices) are read on the CPU alone, where that costs
+nothing. On a GPU the host would wait for them: there a kernel keeps every index within its tensor, and what an index
+out of range would have reached is NaN.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -78,12 +78,12 @@ class RouteOptions:
         return kept / kept.sum(1, keepdim=True) if self.renormalize else kept
 
 
-def checked_routes(routes: object, record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor | None]:
+def checked_routes(routes: Any, record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a :class:`Reroute` returned: (indices int64 [B, n], weights [B, n], number of experts out of range). Raises
     where it is anything else. On the CPU the number is None: ``sort_by_expert`` looks, and raises."""
     pair = isinstance(routes, tuple | list) and len(routes) == 2
     expect(pair, "reroute", "a function that returns (indices, weights)", type(routes).__name__)
-    indices, weights = routes  # type: ignore[misc]  # the line above
+    indices, weights = routes
     expect_tensor(indices, "reroute: indices")
     expect_dtype(indices, "reroute: indices", (torch.int64, torch.int32))
     samples, experts = record.scores.shape

@@ -1,7 +1,7 @@
 """Every operation that takes tensors, with valid arguments: what the checks of operands are tried on.
 
-An operation is small and valid as it stands here; ``operand_checks`` changes its arguments. Tensors that must agree in a
-size agree in it, and no two sizes of one operation are the same, so that a mix-up shows.
+An operation is small and valid as it stands here; ``operand_checks`` changes its arguments. No two sizes of one
+operation are the same, so that a mix-up shows.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def raw_cases() -> dict[str, Case]:
     weights = _numbers(B, K)
     scale = {"scale": _table(1), "shift": _table(2) - 0.5}
     filters = _numbers(E, O, C, 3, 3)
-    whole = {"geometry": ([0, 1, 1, 1, 1, 1], [1, 1, -1, 1, 1, 1], [1, 1, 1, 1, 1], UNIT + [1], [1, 1, 1, 1, 9, 1],
+    whole = {"geometry": ([0, 1, 1, 1, 1, 1], [1, 1, -1, 1, 1, 1], [1, 1, 1, 1, 1], [*UNIT, 1], [1, 1, 1, 1, 9, 1],
              [1, 1, 2**40, 1, 1, 1])}  # fmt: skip
     ks = {"top_k": (0, -1, K + 1, R + 1)}
     shares = {"shares": _numbers(2, 3, E, C, dtype=torch.float64) + 1.0, "offsets": r.offsets, "pixels": H * W}
@@ -123,8 +123,10 @@ def raw_cases() -> dict[str, Case]:
     return {
         "sort_by_expert": Case(RAW.sort_by_expert, {"indices": r.order.view(B, K) % E, "num_experts": E},
                                {"num_experts": (0, -1, 2, 2**40)}, ("indices",)),
-        "dispatch": Case(RAW.dispatch, {"x": _numbers(B, C, H), **index, "weights": weights, "top_k": K}, ks, routed[:2]),
-        "combine": Case(RAW.combine, {"y": _numbers(R, C, H), **index, "weights": weights, "top_k": K}, ks, routed[:2]),
+        "dispatch": Case(RAW.dispatch, {"x": _numbers(B, C, H), **index, "weights": weights, "top_k": K}, ks,
+                         routed[:2]),
+        "combine": Case(RAW.combine, {"y": _numbers(R, C, H), **index, "weights": weights, "top_k": K}, ks,
+                        routed[:2]),
         "row_dot": Case(RAW.row_dot, {"x": _numbers(B, C, H), "y": _numbers(R, C, H), **index, "top_k": K}, ks,
                         routed[:2]),
         "expert_conv_plan": Case(RAW.expert_conv_plan, {"weight": filters, "offsets": r.offsets, "rows": R, "height": H,

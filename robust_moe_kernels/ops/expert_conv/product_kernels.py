@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div, clamp
 from robust_moe_kernels.ops.expert_conv.plan_kernel import HALF, RECORD
 
 __all__ = ["persistent_kernel", "pointer_kernel"]
@@ -25,14 +25,22 @@ def _read_record(record, taps_h, taps_w, MIRROR: tl.constexpr):
     return taps_y, taps_x, spread_y, spread_x, tap_y, tap_x, tap_step_y, tap_step_x
 
 
-@triton.jit(do_not_specialize=("source_h", "source_w", "taps_h", "taps_w"))
+@triton.jit
+def _where_gathered(sums, row_ptr, sample_ptr, lanes, maps):
+    """Sums, NaN in the rows whose map there is none: the host has not looked. Read again, so as to keep nothing in the
+    loop before."""
+    map_ = tl.load(sample_ptr + tl.load(row_ptr + lanes))
+    return tl.where(((map_ >= 0) & (map_ < maps))[:, None], sums, float("nan"))
+
+
+@triton.jit(do_not_specialize=("maps", "source_h", "source_w", "taps_h", "taps_w"))
 def pointer_kernel(
     source_ptr,  # [*, source_h, source_w, depth]: forward the input, backward the output's gradient
     weight_ptr,  # [E, taps_h, taps_w, I, O]
     target_ptr,  # [R, target_h, target_w, columns]
     record_ptr, row_ptr, spot_ptr, place_ptr,  # from plan_kernel, expert by expert
     sample_ptr,  # [R] int64: the source map of a row; unused unless GATHER
-    source_h, source_w, taps_h, taps_w,
+    maps, source_h, source_w, taps_h, taps_w,
     depth,  # channels of a source pixel: I forward, O backward
     columns,  # channels of a target pixel
     FORWARD: tl.constexpr, GATHER: tl.constexpr,
@@ -57,7 +65,7 @@ def pointer_kernel(
     lanes = number * BLOCK_M + tl.arange(0, BLOCK_M)
     map_ = tl.load(row_ptr + lanes).to(tl.int64)
     if GATHER:
-        map_ = tl.load(sample_ptr + map_)
+        map_ = clamp(tl.load(sample_ptr + map_), 0, maps - 1)
     spot = tl.load(spot_ptr + lanes).to(tl.uint32, bitcast=True)
     near_y, near_x = (spot // (2 * HALF)).to(tl.int32) - HALF, (spot % (2 * HALF)).to(tl.int32) - HALF
     sources = source_ptr + ((map_ * source_h + near_y) * source_w + near_x) * depth
@@ -101,12 +109,14 @@ def pointer_kernel(
         dy += tl.where(next_line, spread_y, 0)
         source_at += tl.where(next_tap, source_tap, BLOCK_K) + tl.where(next_line, source_line, 0)
         filter_at += tl.where(next_tap, filter_tap, filter_block) + tl.where(next_line, filter_line, 0)
+    if GATHER:
+        sums = _where_gathered(sums, row_ptr, sample_ptr, lanes, maps)
     place = tl.load(place_ptr + lanes)
     target = target_ptr + place[:, None] * columns + n[None, :]
     tl.store(target, sums.to(target_ptr.dtype.element_ty), mask=(place >= 0)[:, None] & (n < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=("tiles", "multiprocessors", "source_h", "source_w", "taps_h", "taps_w"))
+@triton.jit(do_not_specialize=("tiles", "multiprocessors", "maps", "source_h", "source_w", "taps_h", "taps_w"))
 def persistent_kernel(
     source_ptr,  # [*, source_h, source_w, depth]: forward the input, backward the output's gradient
     weight_ptr,  # [E, taps_h, taps_w, I, O]; DESCRIPTOR: a descriptor of [E * taps_h * taps_w * I, O] whose block is
@@ -116,7 +126,7 @@ def persistent_kernel(
     sample_ptr,  # [R] int64: the source map of a row; unused unless GATHER
     tiles,  # records of the plan before the one that says how many there are
     multiprocessors,  # of the GPU; the number of programs is a multiple of it
-    source_h, source_w, taps_h, taps_w,
+    maps, source_h, source_w, taps_h, taps_w,
     depth,  # channels of a source pixel: I forward, O backward
     columns,  # channels of a target pixel
     FORWARD: tl.constexpr, GATHER: tl.constexpr,
@@ -150,7 +160,7 @@ def persistent_kernel(
             mask = tl.load(mask_ptr + lanes)
             map_ = tl.load(row_ptr + lanes).to(tl.int64)
             if GATHER:
-                map_ = tl.load(sample_ptr + map_)
+                map_ = clamp(tl.load(sample_ptr + map_), 0, maps - 1)
             sources = source_ptr + (map_ * ((zero + source_h) * source_w) + tl.load(spot_ptr + lanes)) * depth
             sources = sources[:, None] + lane_k[None, :]
             column = (item % across) * BLOCK_N
@@ -210,6 +220,8 @@ def persistent_kernel(
                 source_at += tl.where(next_tap, source_tap, BLOCK_K) + tl.where(next_line, source_line, 0)
                 filter_at += tl.where(next_tap, filter_tap, filter_block.to(filter_at.dtype))
                 filter_at += tl.where(next_line, filter_line, 0)
+            if GATHER:
+                sums = _where_gathered(sums, row_ptr, sample_ptr, lanes, maps)
             place = tl.load(place_ptr + lanes)
             target = target_ptr + place[:, None] * columns + n[None, :]
             kept = (place >= 0)[:, None]

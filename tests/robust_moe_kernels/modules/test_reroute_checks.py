@@ -18,6 +18,7 @@ from robust_moe_kernels.ops.routing import sort_by_expert
 
 B, E, C = 3, 4, 8
 INDICES = torch.tensor([[0, 1], [3, 2], [1, 3]])
+SHAPE = "expected shape [3, 2] (that of indices)"
 WEIGHTS = torch.tensor([[0.7, 0.3], [0.2, 0.9], [1.0, -0.5]])
 
 
@@ -62,9 +63,9 @@ def test_views_of_any_strides_are_as_good_as_copies(layer):
 @pytest.mark.parametrize(
     ("indices", "weights", "error", "message"),
     [
-        (INDICES, torch.ones(B, 1), ValueError, "reroute: weights: expected shape [3, 2] (that of indices), got [3, 1]"),
-        (INDICES, torch.ones(B, 3), ValueError, "reroute: weights: expected shape [3, 2] (that of indices), got [3, 3]"),
-        (INDICES, torch.ones(6), ValueError, "reroute: weights: expected shape [3, 2] (that of indices), got [6]"),
+        (INDICES, torch.ones(B, 1), ValueError, "reroute: weights: " + SHAPE + ", got [3, 1]"),
+        (INDICES, torch.ones(B, 3), ValueError, "reroute: weights: " + SHAPE + ", got [3, 3]"),
+        (INDICES, torch.ones(6), ValueError, "reroute: weights: " + SHAPE + ", got [6]"),
         (INDICES, WEIGHTS.long(), TypeError, "reroute: weights: expected dtype float32 or float64 or float16 or bfloat16,"
          " got int64"),
         (INDICES, WEIGHTS.to("meta"), ValueError,

@@ -59,7 +59,8 @@ def test_sizes_of_a_table():
         (1, torch.zeros(4), ValueError, r"y: expected shape \[4, ...\] \(\[R, ...\]\), got \[4\]"),
         (2, None, TypeError, r"offsets: expected a tensor, got None"),
         (2, torch.zeros(1).long(), ValueError, r"offsets: expected shape \[E\] \(\[E\+1\]\), got \[1\]"),
-        (2, torch.zeros(3).long().to("meta"), ValueError, r"offsets: expected a tensor on cpu \(the device of x\), got meta"),
+        (2, torch.zeros(3).long().to("meta"), ValueError,
+         r"offsets: expected a tensor on cpu \(the device of x\), got meta"),
         (3, torch.zeros(2, 3), ValueError, r"w: expected shape \[2, 2\] \(\[2, E\]\), got \[2, 3\]"),
         (3, torch.zeros(2, 2).double(), TypeError, r"w: expected dtype float32, got float64"),
         (3, torch.zeros(2, 2).to_sparse(), TypeError, r"w: expected a dense tensor, got layout torch.sparse_coo"),
@@ -79,13 +80,13 @@ def test_a_table_that_cannot_be_read():
 
 @pytest.mark.parametrize("wrong", [[0, 2, 1, 4], [1, 2, 3, 4], [0, 2, 3, 5], [-1, 0, 0, 4], [0, 0, 0, 3]])
 def test_offsets_out_of_range(wrong):
-    with pytest.raises(ValueError, match="^offsets: expected numbers that rise from 0 to R = 4, got "):
+    with pytest.raises(ValueError, match=r"^offsets: expected numbers that rise from 0 to R = 4, got "):
         expect_offsets(torch.tensor(wrong), 4)
 
 
 def test_offsets_of_some_number_of_rows():
     assert expect_offsets(torch.tensor([0, 2, 9]), None).tolist() == [0, 2, 9]
-    with pytest.raises(ValueError, match="^offsets: expected numbers that rise from 0 to R, got "):
+    with pytest.raises(ValueError, match=r"^offsets: expected numbers that rise from 0 to R, got "):
         expect_offsets(torch.tensor([0, 2, 1]), None)
 
 
