@@ -41,8 +41,8 @@ struct Kernels {
   // As filter, of the taps in reverse order and element (k, n) at weight + tap*tap_stride + n*n_stride + k.
   void (*filter_back)(const float* weight, int64_t tap_stride, int64_t n_stride, int64_t depth, int columns, float* out,
                       int64_t f_stride);
-  // Taps weight + tap*tap_stride + 0:columns (+)= the filter gradient of one input channel's m[f][0:columns]; `trace` as
-  // of `output`.
+  // Taps weight + tap*tap_stride + 0:columns (+)= the filter gradient of one input channel's m[f][0:columns]; `trace`
+  // as of `output`.
   void (*filter_gradient)(const float* m, int64_t f_stride, float* weight, int64_t tap_stride, int columns,
                           bool accumulate, float* trace);
 };

@@ -51,9 +51,7 @@ class Broken {
   }
 
   bool any() const { return any_.load(std::memory_order_relaxed); }
-  bool operator[](int64_t result) const {
-    return marks_[static_cast<size_t>(result)].load(std::memory_order_relaxed);
-  }
+  bool operator[](int64_t result) const { return marks_[static_cast<size_t>(result)].load(std::memory_order_relaxed); }
 
  private:
   std::vector<std::atomic<bool>> marks_;

@@ -48,7 +48,7 @@ def expert_conv(
         [R, O, H', W'], channels-last. Differentiable in x and weight; an expert without rows has gradient 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also offsets out of range.
         ImplementationUnavailable: a named implementation cannot run here, or not on these operands.
     """
     expect_tensor(x, "x")

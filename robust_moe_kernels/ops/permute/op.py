@@ -65,7 +65,8 @@ def dispatch(x: Tensor, route: Route, impl: str = AUTO) -> Tensor:
         Differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also a route whose order and
+            inverse are not each other's.
         ImplementationUnavailable: a named implementation cannot run here.
     """
     _check(x, "x", True, route)
@@ -87,7 +88,8 @@ def combine(y: Tensor, route: Route, weights: Tensor, impl: str = AUTO) -> Tenso
         [B, ...], dtype and memory format of y. Differentiable in y and weights.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also a route whose order and
+            inverse are not each other's.
         ImplementationUnavailable: a named implementation cannot run here.
     """
     _check(y, "y", False, route)

@@ -17,7 +17,11 @@ ROUTING = Op(__package__, cpu=("native", "reference"), cuda=("native", "triton",
 
 
 class Route(NamedTuple):
-    """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64."""
+    """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64.
+
+    ``sort_by_expert`` and ``top_k_route`` make them. One made by hand is checked by every operation that it is given
+    to: on the CPU whole, on a GPU without its numbers, where an index out of range gives NaN.
+    """
 
     order: Tensor  # [R] pair at each sorted row
     sample: Tensor  # [R] sample of that pair, order // k

@@ -66,8 +66,8 @@ def test_views_of_any_strides_are_as_good_as_copies(layer):
         (INDICES, torch.ones(B, 1), ValueError, "reroute: weights: " + SHAPE + ", got [3, 1]"),
         (INDICES, torch.ones(B, 3), ValueError, "reroute: weights: " + SHAPE + ", got [3, 3]"),
         (INDICES, torch.ones(6), ValueError, "reroute: weights: " + SHAPE + ", got [6]"),
-        (INDICES, WEIGHTS.long(), TypeError, "reroute: weights: expected dtype float32 or float64 or float16 or bfloat16,"
-         " got int64"),
+        (INDICES, WEIGHTS.long(), TypeError,
+         "reroute: weights: expected dtype float32 or float64 or float16 or bfloat16, got int64"),
         (INDICES, WEIGHTS.to("meta"), ValueError,
          "reroute: weights: expected a tensor on cpu (the device of the gate's scores), got meta"),
         (INDICES, [0.5, 0.5], TypeError, "reroute: weights: expected a tensor, got list"),
