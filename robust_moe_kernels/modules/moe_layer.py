@@ -207,7 +207,8 @@ class MoELayer(nn.Module):
             own = _choose_by_noise
         rules = [rule for rule in (own, options.reroute) if rule is not None]
         for rule in rules:
-            indices, weights, invalid = checked_routes(rule(options, record), record)
+            routes = rule(options, record)
+            indices, weights, invalid = (*routes, None) if rule is _choose_by_noise else checked_routes(routes, record)
             record = replace(record, indices=indices, weights=weights, invalid=invalid)
         return record, None if rules else route
 

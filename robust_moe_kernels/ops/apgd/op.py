@@ -118,7 +118,7 @@ def apgd_track(
         grad: its gradient, as x.
         improved: bool [B], the samples whose loss is the best so far.
         fooled: bool [B], the samples that are misclassified now.
-        x_best, grad_best, x_fooled: as x and contiguous in its memory format; written.
+        x_best, grad_best, x_fooled: as x and contiguous in its memory format; written, so each has memory of its own.
         impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Raises:
@@ -175,6 +175,19 @@ torch.library.define(
 )
 
 
+def _expect_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` where a contiguous tensor that is written has memory in common with another one."""
+    places = {
+        name: (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for name, tensor in (written | read).items()
+    }
+    for name in written:
+        first, last = places[name]
+        for other, (begin, end) in places.items():
+            ok = other == name or begin >= last or end <= first
+            expect(ok, name, "memory of its own", f"memory that {other} has a part in")
+
+
 @torch.library.impl("robust_moe_kernels::apgd_track", "default")
 def _apgd_track(
     x: Tensor,
@@ -193,6 +206,7 @@ def _apgd_track(
         expect(tensor.is_contiguous(memory_format=layout), argument, f"a {name} tensor", f"strides {tensor.stride()}")
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     rows = improved.contiguous(), fooled.contiguous()
+    _expect_apart({"x_best": x_best, "grad_best": grad_best, "x_fooled": x_fooled}, {"x": x, "grad": grad})
     APGD.choose(impl, x).apgd_track(x, grad, *rows, x_best, grad_best, x_fooled)
 
 
