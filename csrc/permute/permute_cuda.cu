@@ -37,16 +37,16 @@ __global__ void __launch_bounds__(kThreads) dispatch_kernel(PermuteArgs a) {
 }
 
 template <int N, typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(PermuteArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) combine_kernel(PermuteArgs a) {
   using A = Acc<T>;
   for (int64_t sample = blockIdx.x; sample < a.batch; sample += gridDim.x) {
     each_pack<N>(a.size, [&](int64_t i) {
       A sum[N] = {};
       for (int64_t slot = 0; slot < a.top_k; ++slot) {
         const int64_t pair = sample * a.top_k + slot;
-        const bool there = within(a.inverse[pair], a.batch * a.top_k);
-        const auto pack = Pack<T, N>::read(static_cast<const T*>(a.rows) + (there ? row_start(a, pair) : 0) + i);
-        const A weight = there ? weight_of<A>(a, pair) : kNaN<A>;
+        const int64_t found = a.inverse[pair], row = within(found, a.batch * a.top_k) ? found : 0;
+        const auto pack = Pack<T, N>::read(static_cast<const T*>(a.rows) + row * a.size + i);
+        const A weight = row == found ? weight_of<A>(a, pair) : kNaN<A>;
 #pragma unroll
         for (int j = 0; j < N; ++j) sum[j] = slot_sum<A>(sum[j], weight, pack[j], slot == 0);
       }
