@@ -23,6 +23,7 @@ why_not = triton_support.why_not
 
 _BLOCK = 1024  # elements a program; a 512-channel 4x4 map is 8 programs
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_COMBINE = {**_OPTIONS, "maxnreg": 64}  # left to itself, the assembler spills two registers (float64, sm_100)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None
             _combine_kernel[_grid(out.shape[0], size)](
                 rows, inverse, inverse if weights is None else weights, out, size, top_k,
                 HAS_WEIGHTS=weights is not None, KIND=tl.float64 if rows.dtype == torch.float64 else tl.float32,
-                BLOCK=_BLOCK, **_OPTIONS,
+                BLOCK=_BLOCK, **_COMBINE,
             )  # fmt: skip
     return out
 
@@ -155,6 +156,6 @@ def builds() -> Iterator[Build]:
             flags = {"HAS_WEIGHTS": weighted, "KIND": tl.float64 if kind == "fp64" else tl.float32, "BLOCK": _BLOCK}
             signature = {"rows_ptr": f"*{data}", "inverse_ptr": "*i64", "weights_ptr": weights, "out_ptr": f"*{data}"}
             signature |= {**sizes, **dict.fromkeys(flags, "constexpr")}
-            yield Build(_combine_kernel, signature, flags, _OPTIONS)
+            yield Build(_combine_kernel, signature, flags, _COMBINE)
         signature = {"samples_ptr": f"*{data}", "rows_ptr": f"*{data}", "inverse_ptr": "*i64", "out_ptr": f"*{kind}"}
         yield Build(_row_dot_kernel, {**signature, **sizes, "BLOCK": "constexpr"}, {"BLOCK": _BLOCK}, _OPTIONS)
