@@ -112,7 +112,7 @@ def test_check_finite_names_the_layers_with_experts_out_of_range():
     model(torch.rand(2, C, 5, 5))
     check_finite(model)
     for layer, count in zip(model, (0, 3), strict=True):
-        layer.routing = replace(layer.last_routing, invalid=torch.tensor(count, dtype=torch.int32))
+        layer.routing = replace(layer.last_routing(), invalid=torch.tensor(count, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"^reroute: expected experts of the layer, got others in 1 \(3\)$"):
         check_finite(model)
 
