@@ -78,6 +78,8 @@ def divide_kernel(
     i = (tl.program_id(0) % across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER:  # NaN stays NaN
+        sums = tl.where(_all_gathered(sample_ptr, begin, rows, maps, BLOCK_K), sums, float("nan"))
     for q in range(start, stop, BLOCK_K):
         pair = q + tl.arange(0, BLOCK_K)  # pixel-major: the rows of one pixel follow each other
         live = pair < stop
@@ -94,8 +96,6 @@ def divide_kernel(
             other=0.0,
         )  # fmt: skip
         sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION)
-    if GATHER:
-        sums = tl.where(_all_gathered(sample_ptr, begin, rows, maps, BLOCK_K), sums, float("nan"))
     _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs)
 
 
@@ -183,6 +183,8 @@ def carry_kernel(
     target_step, target_row, target_x = target_step.to(tl.int32), target_row.to(tl.int32), target_x.to(tl.int32)
     inputs_at, gradients_at = input_ptr + i[None, :], gradient_ptr + o[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER:  # NaN stays NaN
+        sums = tl.where(_all_gathered(sample_ptr, begin, count, maps, BLOCK_K), sums, float("nan"))
     for q in range(start, stop, BLOCK_K):
         live = (lane < stop - q)[:, None]
         at = _wide(source)
@@ -201,6 +203,4 @@ def carry_kernel(
         target += target_step + tl.where(row_over, target_row, 0) + tl.where(x_over, target_x, 0)
         if GATHER:  # beyond the last pair a lane's row is still one of the expert's
             map_ = clamp(tl.load(sample_ptr + begin + row).to(tl.int32), 0, maps - 1)
-    if GATHER:
-        sums = tl.where(_all_gathered(sample_ptr, begin, count, maps, BLOCK_K), sums, float("nan"))
     _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs)

@@ -26,11 +26,14 @@ def _read_record(record, taps_h, taps_w, MIRROR: tl.constexpr):
 
 
 @triton.jit
-def _where_gathered(sums, row_ptr, sample_ptr, lanes, maps):
-    """Sums, NaN in the rows whose map there is none: the host has not looked. Read again, so as to keep nothing in the
-    loop before."""
-    map_ = tl.load(sample_ptr + tl.load(row_ptr + lanes))
-    return tl.where(((map_ >= 0) & (map_ < maps))[:, None], sums, float("nan"))
+def _no_sums(row_ptr, sample_ptr, lanes, maps, GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What sums begin from: 0, and NaN, which it stays, in the rows of a map that there is not: the host has not
+    looked."""
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER:
+        map_ = tl.load(sample_ptr + tl.load(row_ptr + lanes))
+        sums = tl.where(((map_ >= 0) & (map_ < maps))[:, None], sums, float("nan"))
+    return sums
 
 
 @triton.jit(do_not_specialize=("maps", "source_h", "source_w", "taps_h", "taps_w"))
@@ -88,7 +91,7 @@ def pointer_kernel(
     source_at, filter_at, filter_block = zero, zero, zero + BLOCK_K * filter_k
     right, spread_y, spread_x = (taps_x * spread_x).to(tl.int32), spread_y.to(tl.int32), spread_x.to(tl.int32)
     dy, dx, k = right * 0, right * 0, right * 0
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = _no_sums(row_ptr, sample_ptr, lanes, maps, GATHER, BLOCK_M, BLOCK_N)
     for _ in range((taps_y * taps_x * blocks).to(tl.int32)):
         at_y, at_x = near_y + dy, near_x + dx
         inside = (at_y >= 0) & (at_y < source_h) & (at_x >= 0) & (at_x < source_w)
@@ -109,8 +112,6 @@ def pointer_kernel(
         dy += tl.where(next_line, spread_y, 0)
         source_at += tl.where(next_tap, source_tap, BLOCK_K) + tl.where(next_line, source_line, 0)
         filter_at += tl.where(next_tap, filter_tap, filter_block) + tl.where(next_line, filter_line, 0)
-    if GATHER:
-        sums = _where_gathered(sums, row_ptr, sample_ptr, lanes, maps)
     place = tl.load(place_ptr + lanes)
     target = target_ptr + place[:, None] * columns + n[None, :]
     tl.store(target, sums.to(target_ptr.dtype.element_ty), mask=(place >= 0)[:, None] & (n < columns)[None, :])
@@ -186,7 +187,7 @@ def persistent_kernel(
             filter_line = ((tap_step_y * taps_w - taps_x * tap_step_x) * unit).to(filter_at.dtype)
             source_at, k = zero, zero.to(tl.int32)
             bit_x, end_x, bit_y = k + 1, (1 << taps_x).to(tl.int32), k + (1 << 16)
-            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            sums = _no_sums(row_ptr, sample_ptr, lanes, maps, GATHER, BLOCK_M, BLOCK_N)
             for _ in range((taps_y * taps_x * blocks).to(tl.int32)):
                 bits = bit_x | bit_y
                 inside = ((mask & bits) == bits)[:, None]
@@ -220,8 +221,6 @@ def persistent_kernel(
                 source_at += tl.where(next_tap, source_tap, BLOCK_K) + tl.where(next_line, source_line, 0)
                 filter_at += tl.where(next_tap, filter_tap, filter_block.to(filter_at.dtype))
                 filter_at += tl.where(next_line, filter_line, 0)
-            if GATHER:
-                sums = _where_gathered(sums, row_ptr, sample_ptr, lanes, maps)
             place = tl.load(place_ptr + lanes)
             target = target_ptr + place[:, None] * columns + n[None, :]
             kept = (place >= 0)[:, None]
