@@ -45,8 +45,9 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bflo
 
 
 def extension() -> ModuleType:
-    """The extension module; call only after ``why_not_*`` returned ``None``."""
-    assert _extension is not None
+    """The extension module. Raises RuntimeError where it is missing: see ``why_not_*``."""
+    if _extension is None:
+        raise RuntimeError(f"the compiled extension is missing ({_import_error})")
     return _extension
 
 

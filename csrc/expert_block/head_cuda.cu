@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadCudaArgs 
         A total[kCount][N] = {};
 #pragma unroll 1
         for (int64_t slot = 0; slot < a.top_k; ++slot) {
-          const int64_t row = rows[slot], e = slot < kSlots ? expert_in[slot] : expert_alone(m, row);
-          const A weight = weights[slot];
+          const bool there = within(rows[slot], m.rows);
+          const int64_t row = there ? rows[slot] : 0, e = slot < kSlots ? expert_in[slot] : expert_alone(m, row);
+          const A weight = there ? weights[slot] : kNaN<A>;
           const Head<N, T> head(a, e, c);
           Pack<T, N> z[kCount] = {}, x[kCount] = {};
           head.read(places, row, sample, z, x);
@@ -91,8 +92,9 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs
   const int64_t size = m.pixels * m.channels;
   const bool with_z = a.d_z != nullptr, own = a.skip_scale != nullptr;
   for (int64_t row = blockIdx.x; row < m.rows; row += gridDim.x) {
-    const int64_t pair = a.order[row], sample = pair / a.top_k, e = expert_of(m, row);
-    const A weight = static_cast<const A*>(a.weights)[pair];
+    const bool there = within(a.order[row], m.rows);
+    const int64_t pair = there ? a.order[row] : 0, sample = pair / a.top_k, e = expert_of(m, row);
+    const A weight = there ? static_cast<const A*>(a.weights)[pair] : kNaN<A>;
     double inner = 0;
     each_channels<N>(m, [&](int64_t c) {
       const Head<N, T> head(a, e, c);
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs
       });
     });
     inner = block_sum<kThreads>(inner, shared);
-    if (block_thread() == 0) static_cast<A*>(a.d_weights)[pair] = static_cast<A>(inner);
+    if (block_thread() == 0 && there) static_cast<A*>(a.d_weights)[pair] = static_cast<A>(inner);
   }
 }
 

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(SumsArgs a, int acros
   const int64_t c = (static_cast<int64_t>(blockIdx.x) * across + column) * N;
   const bool inside = c < m.channels;
   for (int64_t e = blockIdx.y; e < m.experts; e += gridDim.y) {
-    const int64_t begin = m.offsets[e] * m.pixels, total = m.offsets[e + 1] * m.pixels - begin;
+    const int64_t from = clamped(m.offsets[e], 0, m.rows), to = clamped(m.offsets[e + 1], from, m.rows);
+    const int64_t begin = from * m.pixels, total = (to - from) * m.pixels;
     const int64_t each = (total + a.shares - 1) / a.shares;
     const int64_t first = begin + min(blockIdx.z * each, total), last = begin + min((blockIdx.z + 1) * each, total);
     const int64_t table = e * m.channels + c;

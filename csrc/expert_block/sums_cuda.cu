@@ -77,12 +77,14 @@ __global__ void __launch_bounds__(kThreads, 2) sum_rows_kernel(SumRowsCudaArgs a
     for (int64_t i = first * N; i < a.size; i += static_cast<int64_t>(gridDim.y) * kThreads * N) {
       A total[N] = {};
       for (int64_t slot = 0; slot < a.top_k; ++slot) {
-        const int64_t place = a.inverse[sample * a.top_k + slot] * a.size + i;
+        const int64_t found = a.inverse[sample * a.top_k + slot];
+        const bool there = within(found, a.batch * a.top_k);
+        const int64_t place = (there ? found : 0) * a.size + i;
         const auto row = Pack<T, N>::read(static_cast<const T*>(a.rows) + place);
         const auto other = Pack<T, N>::read(static_cast<const T*>(a.other) + place);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const A value = row[j] + other[j];
+          const A value = there ? row[j] + other[j] : kNaN<A>;
           total[j] = slot == 0 ? value : total[j] + value;  // not 0 + value: -0.0 stays -0.0
         }
       }

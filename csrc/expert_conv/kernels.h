@@ -8,6 +8,7 @@ namespace rmk {
 
 constexpr int kTileRows = 6;
 constexpr int kMaxPanel = 64;
+constexpr int kMaxLanes = 16;
 
 // Products compute tiles of at most kTileRows rows and `columns` <= panel columns. Panels are packed [depth][panel],
 // zero beyond the matrix.
@@ -32,16 +33,18 @@ struct Kernels {
   void (*tile)(const float* const* pixels, int64_t channels, int64_t width, float* out, int64_t f_stride);  // 4x4
   void (*gradient_tile)(const float* const* pixels, int64_t channels, int64_t width, float* out,            // 2x2
                         int64_t f_stride);
-  void (*output)(const float* m, int64_t f_stride, float* const* pixels, int columns);  // to 2x2 pixels
+  // To 2x2 pixels. To trace[0:lanes] is added 0 times each number that is written: NaN where one is not finite.
+  void (*output)(const float* m, int64_t f_stride, float* const* pixels, int columns, float* trace);
   // out[f][k][0:panel] from the 3x3 taps of element (k, n) at weight + tap*tap_stride + k*k_stride + n.
   void (*filter)(const float* weight, int64_t tap_stride, int64_t k_stride, int64_t depth, int columns, float* out,
                  int64_t f_stride);
   // As filter, of the taps in reverse order and element (k, n) at weight + tap*tap_stride + n*n_stride + k.
   void (*filter_back)(const float* weight, int64_t tap_stride, int64_t n_stride, int64_t depth, int columns, float* out,
                       int64_t f_stride);
-  // Taps weight + tap*tap_stride + 0:columns (+)= the filter gradient of one input channel's m[f][0:columns].
+  // Taps weight + tap*tap_stride + 0:columns (+)= the filter gradient of one input channel's m[f][0:columns]; `trace`
+  // as of `output`.
   void (*filter_gradient)(const float* m, int64_t f_stride, float* weight, int64_t tap_stride, int columns,
-                          bool accumulate);
+                          bool accumulate, float* trace);
 };
 
 // Throws std::invalid_argument where the environment's RMK_CPU_ISA, the most that may be used, is none of theirs.

@@ -1,10 +1,13 @@
 // What the products of Winograd's algorithm share: winograd_rows_cpu.cpp, winograd_wgrad_cpu.cpp.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "expert_conv/expert_conv.h"
+#include "expert_conv/kernels.h"
 
 namespace rmk {
 
@@ -28,6 +31,31 @@ struct Tiles {
 struct Segment {
   int64_t expert, first_row, last_row;
   int64_t rows() const { return last_row - first_row; }
+};
+
+// Which of some results have a number that is not finite; threads may mark at once.
+class Broken {
+ public:
+  explicit Broken(int64_t count) : marks_(static_cast<size_t>(count)) {}
+
+  // Marks a result whose numbers left a trace (see Kernels::output), and clears that.
+  void note(int64_t result, float (&trace)[kMaxLanes]) {
+    float sum = 0;
+    for (float& lane : trace) {
+      sum += lane;
+      lane = 0;
+    }
+    if (sum == 0) return;
+    marks_[static_cast<size_t>(result)].store(true, std::memory_order_relaxed);
+    any_.store(true, std::memory_order_relaxed);
+  }
+
+  bool any() const { return any_.load(std::memory_order_relaxed); }
+  bool operator[](int64_t result) const { return marks_[static_cast<size_t>(result)].load(std::memory_order_relaxed); }
+
+ private:
+  std::vector<std::atomic<bool>> marks_;
+  std::atomic<bool> any_{false};
 };
 
 // Experts in order, in groups of at most `limit` rows; an expert is cut only where it alone has more.

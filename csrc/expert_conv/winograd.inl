@@ -57,7 +57,13 @@ void gradient_tile(const float* const* pixels, int64_t channels, int64_t width, 
   }
 }
 
-void output(const float* m, int64_t f_stride, float* const* pixels, int columns) {
+void output(const float* m, int64_t f_stride, float* const* pixels, int columns, float* trace) {
+  Vector seen = load_vector(trace);
+  const auto put = [&](float* pixel, int c, Vector value) {
+    if (pixel == nullptr) return;
+    seen += 0.0f * value;
+    store_part(pixel + c, value, columns - c);
+  };
   for (int c = 0; c < columns; c += kLanes) {
     Vector half[8];
     for (int j = 0; j < 4; ++j) {
@@ -68,10 +74,11 @@ void output(const float* m, int64_t f_stride, float* const* pixels, int columns)
     }
     for (int i = 0; i < 2; ++i) {
       const Vector* line = half + 4 * i;
-      if (pixels[2 * i] != nullptr) store_part(pixels[2 * i] + c, line[0] + line[1] + line[2], columns - c);
-      if (pixels[2 * i + 1] != nullptr) store_part(pixels[2 * i + 1] + c, line[1] - line[2] - line[3], columns - c);
+      put(pixels[2 * i], c, line[0] + line[1] + line[2]);
+      put(pixels[2 * i + 1], c, line[1] - line[2] - line[3]);
     }
   }
+  store_vector(trace, seen);
 }
 
 // Nine taps of kLanes filters to 16 frequencies.
@@ -125,8 +132,9 @@ void filter_back(const float* weight, int64_t tap_stride, int64_t n_stride, int6
   }
 }
 
-void filter_gradient(const float* m, int64_t f_stride, float* weight, int64_t tap_stride, int columns,
-                     bool accumulate) {
+void filter_gradient(const float* m, int64_t f_stride, float* weight, int64_t tap_stride, int columns, bool accumulate,
+                     float* trace) {
+  Vector seen = load_vector(trace);
   for (int c = 0; c < columns; c += kLanes) {
     Vector full[16], half[12], taps[9];
     for (int f = 0; f < 16; ++f) full[f] = load_vector(m + f * f_stride + c);
@@ -134,9 +142,12 @@ void filter_gradient(const float* m, int64_t f_stride, float* weight, int64_t ta
     for (int i = 0; i < 3; ++i) filter_gradient_line(half + 4 * i, 1, taps + 3 * i, 1);
     for (int t = 0; t < 9; ++t) {
       float* place = weight + t * tap_stride + c;
-      store_part(place, accumulate ? load_part(place, columns - c) + taps[t] : taps[t], columns - c);
+      const Vector tap = accumulate ? load_part(place, columns - c) + taps[t] : taps[t];
+      seen += 0.0f * tap;
+      store_part(place, tap, columns - c);
     }
   }
+  store_vector(trace, seen);
 }
 
 }  // namespace

@@ -59,20 +59,42 @@ class RowProduct {
       : a_(args),
         forward_(forward),
         kernels_(kernels()),
-        tiles_(forward ? Tiles(args.out_height, args.out_width) : Tiles(args.height, args.width)) {
+        tiles_(forward ? Tiles(args.out_height, args.out_width) : Tiles(args.height, args.width)),
+        broken_(args.offsets[args.experts]) {
     depth_ = forward ? a_.in_channels : a_.out_channels;
     columns_ = forward ? a_.out_channels : a_.in_channels;
     width_ = round_up(depth_, kernels_.lanes);
     chunk_ = std::max<int64_t>(1, kTiles / tiles_.count());
   }
 
-  void run() { few_filters() ? run_strips() : run_groups(); }
+  void run() {
+    few_filters() ? run_strips() : run_groups();
+    if (broken_.any()) repair();
+  }
 
  private:
   struct Task {
     Segment segment;
     int64_t column;
   };
+
+  // Computes the rows that are not finite once more, by tap skipping: sums of the transforms may have overflowed where
+  // those of the convolution do not. A row's result still depends on no other row.
+  void repair() const {
+    for (int64_t e = 0; e < a_.experts; ++e) {
+      int64_t rows[2] = {a_.offsets[e], a_.offsets[e]};
+      ConvArgs part = a_;
+      part.experts = 1;
+      part.offsets = rows;
+      part.weight += e * a_.stride_e;
+      for (; rows[0] < a_.offsets[e + 1]; rows[0] = rows[1]) {
+        const bool broken = broken_[rows[0]];
+        do ++rows[1];
+        while (rows[1] < a_.offsets[e + 1] && broken_[rows[1]] == broken);
+        if (broken) tap_skip_rows(part, forward_);
+      }
+    }
+  }
 
   // Whether all filters can be transformed at once, for a thread to take a strip of tiles from maps to outputs within
   // its second-level cache. No result depends on it.
@@ -111,7 +133,7 @@ class RowProduct {
     });
   }
 
-  void compute_strip(int64_t first, int64_t last, const float* filters, float* maps, float* product) const {
+  void compute_strip(int64_t first, int64_t last, const float* filters, float* maps, float* product) {
     const int64_t tiles = last - first, maps_stride = spread(tiles * width_);
     transform(first, last, maps, maps_stride);
     for (int64_t column = 0; column < columns_; column += kernels_.panel, filters += panel_size()) {
@@ -204,7 +226,7 @@ class RowProduct {
     }
   }
 
-  void compute(const Task& task, float* panel, float* product) const {
+  void compute(const Task& task, float* panel, float* product) {
     const int columns = panel_columns(task.column);
     for (int64_t row = task.segment.first_row; row < task.segment.last_row; row += chunk_) {
       const int64_t last = std::min(task.segment.last_row, row + chunk_), tiles = (last - row) * tiles_.count();
@@ -253,16 +275,21 @@ class RowProduct {
     }
   }
 
-  void store(int64_t first, int64_t last, const float* product, int64_t column) const {
+  void store(int64_t first, int64_t last, const float* product, int64_t column) {
     const int64_t f_stride = spread((last - first) * kernels_.panel);
     float* target = (forward_ ? a_.output : a_.d_input) + column;
     float* pixels[4];
+    float trace[kMaxLanes] = {};
+    int64_t traced = first / tiles_.count();  // row
     for_tiles(first, last, [&](int64_t row, int64_t y, int64_t x) {
+      if (row != traced) broken_.note(traced, trace);
+      traced = row;
       float* map = target + row * tiles_.height * tiles_.width * columns_;
       square(map, tiles_.height, tiles_.width, columns_, 2 * y, 2 * x, 2, pixels);
-      kernels_.output(product, f_stride, pixels, panel_columns(column));
+      kernels_.output(product, f_stride, pixels, panel_columns(column), trace);
       product += kernels_.panel;
     });
+    broken_.note(traced, trace);
   }
 
   const ConvArgs& a_;
@@ -272,6 +299,7 @@ class RowProduct {
   int64_t depth_, columns_, width_, chunk_;
   int64_t first_row_ = 0, f_stride_ = 0;
   Buffer maps_;
+  Broken broken_;  // rows
 };
 
 }  // namespace

@@ -17,7 +17,7 @@ constexpr int64_t kInputs = 48;  // input channels of a block of filter gradient
 class FilterProduct {
  public:
   explicit FilterProduct(const ConvArgs& args)
-      : a_(args), kernels_(kernels()), tiles_(args.out_height, args.out_width) {
+      : a_(args), kernels_(kernels()), tiles_(args.out_height, args.out_width), broken_(args.experts) {
     blocks_ = (a_.in_channels + kInputs - 1) / kInputs;
     panels_ = (a_.out_channels + kernels_.panel - 1) / kernels_.panel;
     product_ = spread(kInputs * kernels_.panel);
@@ -31,6 +31,7 @@ class FilterProduct {
     left_ = buffer(rows * left_size + spare * blocks_);
     right_ = buffer(rows * right_size + spare * panels_);
     for (const std::vector<Segment>& group : groups_of_rows(a_, limit)) run_group(group);
+    if (broken_.any()) repair();
   }
 
  private:
@@ -38,6 +39,18 @@ class FilterProduct {
     const Segment* segment;
     int64_t panel, block;
   };
+
+  // Computes the experts' gradients that are not finite once more, by tap skipping; see winograd_rows_cpu.cpp.
+  void repair() const {
+    for (int64_t e = 0; e < a_.experts; ++e) {
+      if (!broken_[e]) continue;
+      ConvArgs part = a_;
+      part.experts = 1;
+      part.offsets += e;
+      part.d_weight += e * a_.stride_e;
+      tap_skip_wgrad(part);
+    }
+  }
 
   void run_group(const std::vector<Segment>& group) {
     first_row_ = group.front().first_row;
@@ -65,7 +78,7 @@ class FilterProduct {
   // more were not to be had for a measurement.
   int64_t parts_for_threads(int64_t tasks) const { return std::max<int64_t>(1, a_.threads / (2 * tasks)); }
 
-  void compute_whole(const std::vector<Task>& tasks) const {
+  void compute_whole(const std::vector<Task>& tasks) {
     parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
       const Buffer product = buffer(kFrequencies * product_);
       for (int64_t number = next(); number >= 0; number = next()) {
@@ -77,7 +90,7 @@ class FilterProduct {
   }
 
   // For fewer tasks than threads, as with few channels.
-  void compute_by_frequency(const std::vector<Task>& tasks) const {
+  void compute_by_frequency(const std::vector<Task>& tasks) {
     const int64_t count = static_cast<int64_t>(tasks.size());
     const Buffer products = buffer(count * kFrequencies * product_);
     parallel_tasks(count * kFrequencies, a_.threads, [&](auto next) {
@@ -156,16 +169,18 @@ class FilterProduct {
   }
 
   // Taps of input channels first .. last of the task's block.
-  void write(const Task& task, const float* product, int64_t first, int64_t last) const {
+  void write(const Task& task, const float* product, int64_t first, int64_t last) {
     const Segment& s = *task.segment;
     const int64_t column = task.panel * kernels_.panel, input = task.block * kInputs;
     const int columns = static_cast<int>(std::min<int64_t>(kernels_.panel, a_.out_channels - column));
     const bool accumulate = s.first_row > a_.offsets[s.expert];  // rows that did not fit the group before
+    float trace[kMaxLanes] = {};
     for (int64_t i = first; i < std::min(last, a_.in_channels - input); ++i) {
       kernels_.filter_gradient(product + i * kernels_.panel, product_,
                                a_.d_weight + s.expert * a_.stride_e + (input + i) * a_.stride_i + column, a_.stride_tap,
-                               columns, accumulate);
+                               columns, accumulate, trace);
     }
+    broken_.note(s.expert, trace);
   }
 
   const ConvArgs& a_;
@@ -175,6 +190,7 @@ class FilterProduct {
   int64_t product_;  // distance between frequencies of a block's product
   int64_t first_row_ = 0;
   Buffer left_, right_;
+  Broken broken_;  // experts
 };
 
 }  // namespace

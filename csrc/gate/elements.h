@@ -62,8 +62,9 @@ RMK_HOST_DEVICE KeptSums kept_sums(const GateBackwardArgs& a, const A* scores, c
                                    const A* d_weights) {
   if (a.mode != 1) return {1, 0};
   KeptSums sums{0, 0};
-  for (int64_t j = 0; j < a.top_k; ++j) sums.kept += scores[indices[j]];
-  for (int64_t j = 0; j < a.top_k; ++j) sums.shared += d_weights[j] * (scores[indices[j]] / sums.kept);
+  const auto score = [&](int64_t j) { return within(indices[j], a.experts) ? scores[indices[j]] : kNaN<A>; };
+  for (int64_t j = 0; j < a.top_k; ++j) sums.kept += score(j);
+  for (int64_t j = 0; j < a.top_k; ++j) sums.shared += d_weights[j] * (score(j) / sums.kept);
   return sums;
 }
 

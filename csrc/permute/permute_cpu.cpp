@@ -20,6 +20,7 @@ void dispatch(const PermuteArgs& a) {
   const T* samples = static_cast<const T*>(a.samples);
   const A* weights = static_cast<const A*>(a.weights);
   T* out = static_cast<T*>(a.out);
+  if (a.size == 0) return;  // maps without elements have no address that memcpy may be given
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t pair = a.order[r];

@@ -20,13 +20,14 @@ template <int N, typename T>
 __global__ void __launch_bounds__(kThreads) dispatch_kernel(PermuteArgs a) {
   using A = Acc<T>;
   for (int64_t row = blockIdx.x; row < a.batch * a.top_k; row += gridDim.x) {
-    const int64_t pair = a.order[row];
+    const bool there = within(a.order[row], a.batch * a.top_k);
+    const int64_t pair = there ? a.order[row] : 0;
     const T* from = static_cast<const T*>(a.samples) + sample_start(a, pair);
     T* to = static_cast<T*>(a.out) + row * a.size;
-    const A weight = weight_of<A>(a, pair);
+    const A weight = there ? weight_of<A>(a, pair) : kNaN<A>;
     each_pack<N>(a.size, [&](int64_t i) {
       auto pack = Pack<T, N>::read(from + i);
-      if (a.weights != nullptr) {  // without weights a copy, also of what a NaN carries
+      if (a.weights != nullptr || !there) {  // without weights a copy, also of what a NaN carries
 #pragma unroll
         for (int j = 0; j < N; ++j) pack.set(j, weight * pack[j]);
       }
@@ -36,15 +37,16 @@ __global__ void __launch_bounds__(kThreads) dispatch_kernel(PermuteArgs a) {
 }
 
 template <int N, typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(PermuteArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) combine_kernel(PermuteArgs a) {
   using A = Acc<T>;
   for (int64_t sample = blockIdx.x; sample < a.batch; sample += gridDim.x) {
     each_pack<N>(a.size, [&](int64_t i) {
       A sum[N] = {};
       for (int64_t slot = 0; slot < a.top_k; ++slot) {
         const int64_t pair = sample * a.top_k + slot;
-        const auto pack = Pack<T, N>::read(static_cast<const T*>(a.rows) + row_start(a, pair) + i);
-        const A weight = weight_of<A>(a, pair);
+        const int64_t found = a.inverse[pair], row = within(found, a.batch * a.top_k) ? found : 0;
+        const auto pack = Pack<T, N>::read(static_cast<const T*>(a.rows) + row * a.size + i);
+        const A weight = row == found ? weight_of<A>(a, pair) : kNaN<A>;
 #pragma unroll
         for (int j = 0; j < N; ++j) sum[j] = slot_sum<A>(sum[j], weight, pack[j], slot == 0);
       }
@@ -62,8 +64,9 @@ __global__ void __launch_bounds__(kThreads) dot_kernel(PermuteArgs a) {
   __shared__ double shared[kThreads / 32];
   for (int64_t pair = blockIdx.x; pair < a.batch * a.top_k; pair += gridDim.x) {
     const T* x = static_cast<const T*>(a.samples) + sample_start(a, pair);
-    const T* y = static_cast<const T*>(a.rows) + row_start(a, pair);
-    double sum = 0;
+    const bool there = within(a.inverse[pair], a.batch * a.top_k);
+    const T* y = static_cast<const T*>(a.rows) + (there ? row_start(a, pair) : 0);
+    double sum = there ? 0 : kNaN<double>;
     each_pack<N>(a.size, [&](int64_t i) {
       const auto left = Pack<T, N>::read(x + i), right = Pack<T, N>::read(y + i);
 #pragma unroll

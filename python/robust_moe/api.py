@@ -177,10 +177,7 @@ def _in_ball(attack: Attack.Config | str | None, eps: str | float | Fraction, no
     ball: dict[str, Any] = {"eps": as_fraction(float(eps)) if simple else eps, "norm": norm}
     if attack is None:
         return PGD.Config(steps=20, **ball)
-    if isinstance(attack, str):
-        made = ATTACKS.choose(attack, "attack")(**ball)
-        assert isinstance(made, Attack.Config)
-        return made
-    if not isinstance(attack, Attack.Config):
-        raise ConfigError(f"attack: expected an attack's Config, its name or None, got {attack!r}")
-    return dataclasses.replace(attack, **ball)
+    made = ATTACKS.choose(attack, "attack")(**ball) if isinstance(attack, str) else attack
+    if not isinstance(made, Attack.Config):
+        raise ConfigError(f"attack: expected an attack's Config, its name or None, got {made!r}")
+    return dataclasses.replace(made, **ball)

@@ -108,16 +108,22 @@ def _expect_graph(name: str, layer: MoELayer, record: RoutingRecord) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise if a gate's scores were NaN or infinite in the last forward. Waits for the device once; call it where the
-    host reads a result anyway.
+    """Raise if a gate's scores were NaN or infinite in the last forward, or a reroute named an expert out of range.
+    Waits for the device once; call it where the host reads a result anyway.
 
     Raises:
-        FloatingPointError: names the layers and how many rows. RuntimeError: a layer that no forward has reached.
+        FloatingPointError: names the layers and how many rows. ValueError: names the layers and how many experts.
+            RuntimeError: a layer that no forward has reached.
     """
     records = _records(model)
     if not records:
         return
-    rows = torch.stack([record.nonfinite for record in records.values()]).tolist()
-    broken = [f"{name} ({count} rows)" for name, count in zip(records, rows, strict=True) if count]
+    flags = {name: record.nonfinite for name, record in records.items()}
+    rerouted = {name: record.invalid for name, record in records.items() if record.invalid is not None}
+    counts = torch.stack([*flags.values(), *rerouted.values()]).tolist()
+    broken = [f"{name} ({count} rows)" for name, count in zip(flags, counts, strict=False) if count]
     if broken:
         raise FloatingPointError(f"gate scores: expected finite numbers, got NaN or infinity in {', '.join(broken)}")
+    invalid = [f"{name} ({count})" for name, count in zip(rerouted, counts[len(flags) :], strict=True) if count]
+    if invalid:
+        raise ValueError(f"reroute: expected experts of the layer, got others in {', '.join(invalid)}")

@@ -14,7 +14,7 @@ from robust_moe_kernels.modules.experts import ConvExperts, ExpertModule, Expert
 from robust_moe_kernels.modules.gates import Gate, build_gate, noisy_choice, score_noise_scale
 from robust_moe_kernels.modules.general_path import decide_plainly, general_path, mix_plainly, wanted
 from robust_moe_kernels.modules.residual import ResidualExperts
-from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
+from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, checked_routes, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.gate import top_k_route
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
@@ -207,8 +207,9 @@ class MoELayer(nn.Module):
             own = _choose_by_noise
         rules = [rule for rule in (own, options.reroute) if rule is not None]
         for rule in rules:
-            indices, weights = rule(options, record)
-            record = replace(record, indices=indices, weights=weights)
+            routes = rule(options, record)
+            indices, weights, invalid = (*routes, None) if rule is _choose_by_noise else checked_routes(routes, record)
+            record = replace(record, indices=indices, weights=weights, invalid=invalid)
         return record, None if rules else route
 
     def _expect_kind(self, x: Tensor) -> None:

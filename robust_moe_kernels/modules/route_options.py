@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from robust_moe_kernels.checks import expect
+from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["NOISES", "DrawnReroute", "Reroute", "RouteOptions"]
+__all__ = ["NOISES", "DrawnReroute", "Reroute", "RouteOptions", "checked_routes", "expect_expert", "kept_in_range"]
 
 IMPLS = ("auto", "reference")
 NOISES = ("logits", "released")
@@ -20,7 +21,13 @@ class Reroute(Protocol):
     """Replaces what a layer's gate decided. Hashable; equal ones do the same."""
 
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
-        """(indices int64 [B, n], weights [B, n]) from the layer's options and its gate's decision; n need not be k."""
+        """(indices [B, n], weights [B, n]) from the layer's options and its gate's decision; n need not be k.
+
+        Indices are int64 or int32, experts of the layer; weights any floating dtype, on the indices' device; both may
+        be views with any strides. The layer refuses anything else with a ``ValueError`` or ``TypeError`` in its
+        forward, an expert out of range only on the CPU: on a GPU the sample's output is NaN, and
+        :func:`~robust_moe_kernels.modules.check_finite` raises.
+        """
 
 
 @runtime_checkable
@@ -69,6 +76,35 @@ class RouteOptions:
         if kept.shape[1] == 1 and self.straight_through and self.top_k == 1:
             return 1 + (kept - kept.detach())
         return kept / kept.sum(1, keepdim=True) if self.renormalize else kept
+
+
+def checked_routes(routes: Any, record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a :class:`Reroute` returned: (indices int64 [B, n], weights [B, n], number of experts out of range). Raises
+    where it is anything else. On the CPU the number is None: ``sort_by_expert`` looks, and raises."""
+    pair = isinstance(routes, tuple | list) and len(routes) == 2
+    expect(pair, "reroute", "a function that returns (indices, weights)", type(routes).__name__)
+    indices, weights = routes
+    expect_tensor(indices, "reroute: indices")
+    expect_dtype(indices, "reroute: indices", (torch.int64, torch.int32))
+    samples, experts = record.scores.shape
+    ok = indices.dim() == 2 and indices.shape[0] == samples and indices.shape[1] >= 1
+    expect(ok, "reroute: indices", f"shape [{samples}, n] with n >= 1", list(indices.shape))
+    expect_same_device(indices, "reroute: indices", record.scores, "the gate's scores")
+    expect_tensor(weights, "reroute: weights")
+    expect_dtype(weights, "reroute: weights", FLOATS)
+    expect_shape(weights, "reroute: weights", tuple(indices.shape), "that of indices")
+    expect_same_device(weights, "reroute: weights", record.scores, "the gate's scores")
+    if indices.device.type == "cpu":
+        return indices.long(), weights, None
+    return kept_in_range(indices.long(), weights, experts)
+
+
+def kept_in_range(indices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Routes whose numbers the host does not read: each expert out of range becomes one in range with weight NaN, so
+    that it shows in the output. Returns (indices, weights, how many there were, int32)."""
+    kept = indices.clamp(0, experts - 1)
+    outside = kept != indices
+    return kept, weights.masked_fill(outside, float("nan")), outside.sum(dtype=torch.int32)
 
 
 def expect_expert(index: int, num_experts: int, argument: str) -> None:

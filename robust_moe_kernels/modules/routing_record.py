@@ -25,6 +25,7 @@ class RoutingRecord:
     mean_entropy: Tensor  # []
     mean_square_lse: Tensor  # []
     nonfinite: Tensor  # [] int32, rows with NaN or infinite logits
+    invalid: Tensor | None = None  # [] int32, experts out of range that a reroute named; None on a CPU or without one
 
     @classmethod
     def fixed(cls, x: Tensor, expert: int, num_experts: int) -> RoutingRecord:

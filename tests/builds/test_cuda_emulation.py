@@ -30,6 +30,7 @@ OP_TESTS = Path(__file__).parents[1] / "robust_moe_kernels" / "ops"
 FILES = (
     *("test_attack_step", "test_nonfinite_flag", "test_apgd", "test_permute", "test_routing", "test_native_memory"),
     *("test_gate", "test_gate_pool", "test_expert_block", "test_expert_block_norms", "test_sample_cross_entropy"),
+    "test_indices_on_a_gpu",
 )
 # What concerns the CPU's threads or PyTorch's tracing says nothing of kernels.
 CHOSEN = "native and not thread and not compile and not opcheck and not second"

@@ -22,7 +22,8 @@ def rng_state() -> dict[str, Any]:
     """States of the global generators, loadable with ``weights_only=True``."""
     version, words, gauss = random.getstate()
     state = np.random.get_state()  # noqa: NPY002
-    assert isinstance(state, tuple)  # a dictionary is another generator's, or asked for
+    if not isinstance(state, tuple):
+        raise RuntimeError(f"NumPy's global generator: expected MT19937, got {state['bit_generator']}")
     name, keys, position, has_gauss, cached = state
     return {
         "python": [version, list(words), gauss],

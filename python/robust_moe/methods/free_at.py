@@ -65,7 +65,8 @@ class FreeAdversarialTraining(Method):
             )
             # by now the engine has run the backward; the weights' gradients of the last replay are checked there
             grad = images.grad
-            assert grad is not None
+            if grad is None:
+                raise RuntimeError("model: expected a loss that depends on the images, got none: they have no gradient")
             nonfinite = nonfinite | ~torch.isfinite(grad).all()
             delta = (delta + self.eps * grad.sign()).clamp(-self.eps, self.eps)
         self.delta = delta

@@ -21,6 +21,7 @@ from robust_moe_kernels.checks import (
 )
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.operands import Operands
 from robust_moe_kernels.ops.attack_step import NORMS
 
 __all__ = ["APGD", "apgd_step", "apgd_track"]
@@ -117,7 +118,7 @@ def apgd_track(
         grad: its gradient, as x.
         improved: bool [B], the samples whose loss is the best so far.
         fooled: bool [B], the samples that are misclassified now.
-        x_best, grad_best, x_fooled: as x and contiguous in its memory format; written.
+        x_best, grad_best, x_fooled: as x and contiguous in its memory format; written, so each has memory of its own.
         impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Raises:
@@ -129,12 +130,14 @@ def apgd_track(
     _expect_like(x, {"grad": grad, **written})
     _expect_per_sample(improved, "improved", x, torch.bool)
     _expect_per_sample(fooled, "fooled", x, torch.bool)
-    layout = dense_format(x)
-    for argument, tensor in written.items():
-        name = "channels-last" if layout == torch.channels_last else "contiguous"
-        expect(tensor.is_contiguous(memory_format=layout), argument, f"a {name} tensor", f"strides {tensor.stride()}")
     torch.ops.robust_moe_kernels.apgd_track(x.detach(), grad.detach(), improved, fooled, *written.values(), impl)
 
+
+_STEP = Operands("x table [B, ...]; previous x [B, ...]; grad x [B, ...]; x0 x [B, ...]; eta x [B]; nonfinite? bool []")
+_TRACK = Operands(
+    "x table [B, ...]; grad x [B, ...]; improved bool [B]; fooled bool [B]; x_best x [B, ...]; grad_best x [B, ...];"
+    " x_fooled x [B, ...]"
+)
 
 torch.library.define(
     "robust_moe_kernels::apgd_step",
@@ -148,6 +151,8 @@ def _apgd_step(
     x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str,
     nonfinite: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    _STEP(x, previous, grad, x0, eta, nonfinite)
+    expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     layout = dense_format(x)
     x, previous, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, previous, grad, x0))
     chosen = APGD.choose(impl, x)
@@ -159,6 +164,7 @@ def _apgd_step_fake(
     x: Tensor, previous: Tensor, grad: Tensor, x0: Tensor, eta: Tensor, eps: float, share: float, norm: str, impl: str,
     nonfinite: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    _STEP.expect_kinds(x, previous, grad, x0, eta, nonfinite)
     return torch.empty_like(x, memory_format=dense_format(x))
 
 
@@ -167,6 +173,19 @@ torch.library.define(
     "(Tensor x, Tensor grad, Tensor improved, Tensor fooled, Tensor(a!) x_best, Tensor(b!) grad_best,"
     " Tensor(c!) x_fooled, str impl) -> ()",
 )
+
+
+def _expect_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` where a contiguous tensor that is written has memory in common with another one."""
+    places = {
+        name: (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for name, tensor in (written | read).items()
+    }
+    for name in written:
+        first, last = places[name]
+        for other, (begin, end) in places.items():
+            ok = other == name or begin >= last or end <= first
+            expect(ok, name, "memory of its own", f"memory that {other} has a part in")
 
 
 @torch.library.impl("robust_moe_kernels::apgd_track", "default")
@@ -180,9 +199,14 @@ def _apgd_track(
     x_fooled: Tensor,
     impl: str,
 ) -> None:
+    _TRACK(x, grad, improved, fooled, x_best, grad_best, x_fooled)
     layout = dense_format(x)
+    for argument, tensor in (("x_best", x_best), ("grad_best", grad_best), ("x_fooled", x_fooled)):
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        expect(tensor.is_contiguous(memory_format=layout), argument, f"a {name} tensor", f"strides {tensor.stride()}")
     x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     rows = improved.contiguous(), fooled.contiguous()
+    _expect_apart({"x_best": x_best, "grad_best": grad_best, "x_fooled": x_fooled}, {"x": x, "grad": grad})
     APGD.choose(impl, x).apgd_track(x, grad, *rows, x_best, grad_best, x_fooled)
 
 
@@ -197,4 +221,4 @@ def _apgd_track_fake(
     x_fooled: Tensor,
     impl: str,
 ) -> None:
-    return None
+    _TRACK.expect_kinds(x, grad, improved, fooled, x_best, grad_best, x_fooled)

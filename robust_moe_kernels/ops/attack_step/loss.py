@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
 from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.operands import Operands
+from robust_moe_kernels.ops.attack_step import reference_impl
 from robust_moe_kernels.ops.attack_step.op import ATTACK_STEP
 
 __all__ = ["sample_cross_entropy"]
@@ -24,7 +25,7 @@ def sample_cross_entropy(logits: Tensor, y: Tensor, impl: str = AUTO) -> Tensor:
     Args:
         logits: [B, classes], any floating dtype.
         y: int64 [B], in [0, classes). Not read on the host: a label that is no class makes its sample's loss and
-            gradient NaN, but for the reference, which leaves it to PyTorch.
+            gradient NaN.
         impl: "auto", "reference", "native" (CPU and CUDA) or "triton".
 
     Returns:
@@ -42,8 +43,7 @@ def sample_cross_entropy(logits: Tensor, y: Tensor, impl: str = AUTO) -> Tensor:
     expect_shape(y, "y", (logits.shape[0],), "[B]")
     expect_same_device(y, "y", logits, "logits")
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        full = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(full, y, reduction="none")  # the registered operation has gradients alone
+        return reference_impl.cross_entropy(logits, y)  # the registered operation has gradients alone
     return torch.ops.robust_moe_kernels.sample_cross_entropy(logits, y, impl)
 
 
@@ -53,13 +53,20 @@ torch.library.define(_FORWARD, "(Tensor logits, Tensor y, str impl) -> Tensor")
 torch.library.define(_BACKWARD, "(Tensor d_loss, Tensor logits, Tensor y, str impl) -> Tensor")
 
 
+_LOGITS = Operands("logits float [B, K]; y int64 [B]")
+_GRADIENT = Operands("logits float [B, K]; y int64 [B]; d_loss sum [B]")
+
+
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, y: Tensor, impl: str) -> Tensor:
+    _LOGITS(logits, y)
+    expect(logits.shape[1] >= 1, "logits", "shape [B, classes], classes >= 1", list(logits.shape))
     return ATTACK_STEP.choose(impl, logits).cross_entropy(logits.contiguous(), y.contiguous())
 
 
 @torch.library.register_fake(_FORWARD)
 def _forward_fake(logits: Tensor, y: Tensor, impl: str) -> Tensor:
+    _LOGITS.expect_kinds(logits, y)
     return logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -67,12 +74,15 @@ def _forward_fake(logits: Tensor, y: Tensor, impl: str) -> Tensor:
 def _backward(d_loss: Tensor, logits: Tensor, y: Tensor, impl: str) -> Tensor:
     """d_loss * (softmax(logits) - onehot(y)), in the dtype of logits. d_loss [B] may have any stride: one number that
     is expanded to the batch is not copied."""
+    _GRADIENT(logits, y, d_loss)
+    expect(logits.shape[1] >= 1, "logits", "shape [B, classes], classes >= 1", list(logits.shape))
     chosen = ATTACK_STEP.choose(impl, logits)
     return chosen.cross_entropy_backward(d_loss, logits.contiguous(), y.contiguous())
 
 
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(d_loss: Tensor, logits: Tensor, y: Tensor, impl: str) -> Tensor:
+    _GRADIENT.expect_kinds(logits, y, d_loss)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -85,9 +95,7 @@ def _autograd(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
     logits, y = ctx.saved_tensors
     if not torch.is_grad_enabled():
         return torch.ops.robust_moe_kernels.sample_cross_entropy_backward(d_loss, logits, y, ctx.impl), None, None
-    onehot = F.one_hot(y, logits.shape[1])  # the gradient is to have gradients
-    d_logits = d_loss[:, None] * (F.softmax(logits.to(d_loss.dtype), 1) - onehot.to(d_loss.dtype))
-    return d_logits.to(logits.dtype), None, None
+    return reference_impl.cross_entropy_backward(d_loss, logits, y), None, None  # the gradient is to have gradients
 
 
 def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:

@@ -23,6 +23,7 @@ from robust_moe_kernels.checks import (
 )
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import dense_format
+from robust_moe_kernels.operands import Operands
 
 __all__ = ["ATTACK_STEP", "NORMS", "pgd_step", "random_start"]
 
@@ -132,6 +133,9 @@ def random_start(
     return torch.ops.robust_moe_kernels.random_start(x0.detach(), sample_index, float(eps), signed, stream, norm, impl)
 
 
+_STEP = Operands("x table [B, ...]; grad float [B, ...]; x0 x [B, ...]; nonfinite? bool []")
+_START = Operands("x0 table [B, ...]; sample_index int64 [B]")
+
 torch.library.define(
     "robust_moe_kernels::pgd_step",
     "(Tensor x, Tensor grad, Tensor x0, float eps, float alpha, str norm, str impl, Tensor(a!)? nonfinite=None)"
@@ -143,6 +147,8 @@ torch.library.define(
 def _pgd_step(
     x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, impl: str, nonfinite: Tensor | None = None
 ) -> Tensor:
+    _STEP(x, grad, x0, nonfinite)
+    expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     layout = dense_format(x)
     x, grad, x0 = (tensor.contiguous(memory_format=layout) for tensor in (x, grad, x0))
     return ATTACK_STEP.choose(impl, x).pgd_step(x, grad, x0, eps, alpha, norm, nonfinite)
@@ -152,6 +158,7 @@ def _pgd_step(
 def _pgd_step_fake(
     x: Tensor, grad: Tensor, x0: Tensor, eps: float, alpha: float, norm: str, impl: str, nonfinite: Tensor | None = None
 ) -> Tensor:
+    _STEP.expect_kinds(x, grad, x0, nonfinite)
     return torch.empty_like(x, memory_format=dense_format(x))
 
 
@@ -163,6 +170,9 @@ torch.library.define(
 
 @torch.library.impl("robust_moe_kernels::random_start", "default")
 def _random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream: int, norm: str, impl: str) -> Tensor:
+    _START(x0, sample_index)
+    expect(0 <= stream < 2**32, "stream", "an integer in [0, 2^32)", stream)
+    expect(norm in NORMS, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     # A pixel's number is its place in the contiguous image, whatever the memory format.
     chosen = ATTACK_STEP.choose(impl, x0)
     out = chosen.random_start(x0.contiguous(), sample_index.contiguous(), eps, seed, stream, norm)
@@ -173,4 +183,5 @@ def _random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, strea
 def _random_start_fake(
     x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream: int, norm: str, impl: str
 ) -> Tensor:
+    _START.expect_kinds(x0, sample_index)
     return torch.empty_like(x0, memory_format=dense_format(x0))

@@ -102,10 +102,14 @@ def random_start(x0: Tensor, sample_index: Tensor, eps: float, seed: int, stream
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
+    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known = y.clamp(0, logits.shape[1] - 1)  # PyTorch would raise, or on a GPU end every further use of it
+    return F.cross_entropy(full, known, reduction="none").masked_fill(known != y, float("nan"))
 
 
 def cross_entropy_backward(d_loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     shares = F.softmax(logits.to(d_loss.dtype), 1)
     classes = torch.arange(logits.shape[1], device=logits.device)
-    return (d_loss[:, None] * (shares - (classes == y[:, None]).to(shares.dtype))).to(logits.dtype)
+    slope = shares - (classes == y[:, None]).to(shares.dtype)
+    unknown = (y < 0) | (y >= logits.shape[1])
+    return (d_loss[:, None] * slope.masked_fill(unknown[:, None], float("nan"))).to(logits.dtype)

@@ -36,14 +36,13 @@ def _accumulator(kind: torch.dtype) -> torch.dtype:
     return torch.float64 if kind == torch.float64 else torch.float32
 
 
-def _address(tensor: Tensor | None) -> int:
-    assert tensor is None or tensor.dim() == 4 or tensor.is_contiguous()  # maps are channels-last, tables plain
-    return native.address(tensor)
+def _table(like: Tensor, table: Tensor) -> Tensor:
+    """A table as the kernels of ``like``'s device read it: in the type of its arithmetic, without gaps."""
+    return table.to(_accumulator(like.dtype)).contiguous()
 
 
 def _tables(like: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
-    """Tables as the kernels of ``like``'s device read them: in the type of its arithmetic, without gaps."""
-    return [None if table is None else table.to(_accumulator(like.dtype)).contiguous() for table in tables]
+    return [None if table is None else _table(like, table) for table in tables]
 
 
 def _run(kernel: str, maps: Tensor, offsets: Tensor, *arguments: object) -> None:
@@ -62,7 +61,7 @@ def column_sums(
 ) -> Tensor:
     out = value.new_empty(2, shares, offsets.numel() - 1, value.shape[1], dtype=torch.float64)
     tables = _tables(value, scale, shift)
-    arguments = [*map(_address, (value, other, *tables)), out[0].data_ptr(), out[1].data_ptr()]
+    arguments = [*map(native.address, (value, other, *tables)), out[0].data_ptr(), out[1].data_ptr()]
     if native.on_gpu(value):
         arguments.append(shares)
     else:
@@ -92,13 +91,12 @@ def norm_finalise(
     momentum: float,
 ) -> tuple[Tensor, ...]:
     kinds = running_mean.dtype, running_var.dtype
-    parameters = _tables(weight, weight, bias, running_mean, running_var)
+    parameters = [_table(weight, table) for table in (weight, bias, running_mean, running_var)]
     first = parameters[0]
-    assert first is not None
     outputs = [torch.empty_like(first) for _ in range(6)]
     counted = torch.empty_like(tracked)
-    inputs = map(_address, (*parameters, tracked))
-    addresses = map(_address, (*outputs, counted))
+    inputs = map(native.address, (*parameters, tracked))
+    addresses = map(native.address, (*outputs, counted))
     _finalise("norm_finalise", shares, offsets, pixels, *inputs, eps, momentum, *addresses, kind=first)
     return (*outputs[:4], outputs[4].to(kinds[0]), outputs[5].to(kinds[1]), counted)
 
@@ -107,8 +105,8 @@ def norm_finalise_backward(
     shares: Tensor, offsets: Tensor, pixels: int, scale: Tensor, mean: Tensor, rstd: Tensor, training: bool
 ) -> list[Tensor]:
     outputs = [torch.empty_like(scale) for _ in range(4 if training else 2)]
-    addresses = [*map(_address, outputs), 0, 0][:4]
-    tables = map(_address, (scale, mean, rstd))
+    addresses = [*map(native.address, outputs), 0, 0][:4]
+    tables = map(native.address, (scale, mean, rstd))
     _finalise("norm_finalise_backward", shares, offsets, pixels, *tables, *addresses, kind=scale)
     return outputs
 
@@ -116,7 +114,7 @@ def norm_finalise_backward(
 def scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
     out = channels_last_empty(z, tuple(z.shape))
     tables = _tables(z, scale, shift)
-    _run("scale_shift", z, offsets, *map(_address, (z, *tables)), relu, out.data_ptr())
+    _run("scale_shift", z, offsets, *map(native.address, (z, *tables)), relu, out.data_ptr())
     return out
 
 
@@ -132,7 +130,7 @@ def norm_backward(
 ) -> Tensor:
     out = channels_last_empty(z, tuple(z.shape))
     tables = _tables(z, p, q, r, scale, shift)
-    _run("norm_backward", z, offsets, *map(_address, (d, z, *tables, out)))
+    _run("norm_backward", z, offsets, *map(native.address, (d, z, *tables, out)))
     return out
 
 
@@ -143,17 +141,17 @@ def _head(
     d_weights: Tensor | None = None, d_z: Tensor | None = None,
 ) -> None:  # fmt: skip
     batch, top_k = weights.shape
-    scale, shift, skip_scale, skip_shift, weights = _tables(z, scale, shift, skip_scale, skip_shift, weights)  # type: ignore[assignment]
+    scale, shift, weights = (_table(z, table) for table in (scale, shift, weights))
+    skip_scale, skip_shift = _tables(z, skip_scale, skip_shift)
     inputs = (z, scale, shift, x, skip_scale, skip_shift, order)
     if native.on_gpu(z):
         tensors = (*inputs, inverse, weights, out, d_out, d_rows, d_weights, d_z)
-        _run(kernel, z, offsets, *map(_address, tensors), batch, top_k)
+        _run(kernel, z, offsets, *map(native.address, tensors), batch, top_k)
     else:
-        assert d_z is None
         expert = expert_of_row(offsets, z.shape[0])
         tensors = (*inputs, expert, inverse, weights, out, d_out, d_rows, d_weights)
         sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
-        getattr(native.extension(), f"{kernel}_cpu")(*map(_address, tensors), *sizes)
+        getattr(native.extension(), f"{kernel}_cpu")(*map(native.address, tensors), *sizes)
 
 
 def head_forward(
@@ -202,7 +200,7 @@ def head_norm_backward(
 def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     batch = inverse.numel() // top_k
     out = channels_last_empty(rows, (batch, *rows.shape[1:]))
-    arguments = (*map(_address, (rows, other, inverse, out)), batch, top_k, rows.shape[1:].numel())
+    arguments = (*map(native.address, (rows, other, inverse, out)), batch, top_k, rows.shape[1:].numel())
     if native.on_gpu(rows):
         native.run("sum_rows", rows, *arguments, native.dtype_code(rows))
     else:

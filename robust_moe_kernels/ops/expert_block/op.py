@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.layout import channels_last, channels_last_empty
+from robust_moe_kernels.operands import expect_index, expect_offsets, expect_together
+from robust_moe_kernels.ops.expert_block.checks import OPERANDS, checked_head, checked_norm
 
 __all__ = [
     "EXPERT_BLOCK",
@@ -86,6 +89,10 @@ def _column_sums(
     [2, shares, E, C] float64, the sums being those over the shares, in order: which pixels are in which share is the
     implementation's choice. ``share_count`` says how many shares there should be.
     """
+    sizes = OPERANDS["column_sums"](value, other, offsets, scale, shift)
+    expect_together(scale, "scale", shift, "shift")
+    expect(1 <= shares < 2**16, "shares", "1 <= shares < 2^16", shares)
+    offsets = expect_offsets(offsets, sizes["R"])
     return EXPERT_BLOCK.choose(impl, value, other, scale, shift).column_sums(
         channels_last(value), channels_last(other), offsets, scale, shift, shares
     )
@@ -95,6 +102,7 @@ def _column_sums(
 def _column_sums_fake(
     value: Tensor, other: Tensor, offsets: Tensor, scale: Tensor | None, shift: Tensor | None, shares: int, impl: str
 ) -> Tensor:
+    OPERANDS["column_sums"].expect_kinds(value, other, offsets, scale, shift)
     return value.new_empty((2, shares, offsets.shape[0] - 1, value.shape[1]), dtype=torch.float64)
 
 
@@ -112,6 +120,8 @@ def _norm_finalise(
     are; with a single value a channel it has inverse deviation 0 and leaves its running variance.
     """
     parameters = (weight, bias, running_mean, running_var)
+    sizes = OPERANDS["norm_finalise"](shares, offsets, *parameters, tracked)
+    offsets = checked_norm(offsets, pixels, sizes)
     dense = [tensor.contiguous() for tensor in (*parameters, tracked)]
     return EXPERT_BLOCK.choose(impl, *parameters).norm_finalise(
         shares.contiguous(), offsets, pixels, *dense, eps, momentum
@@ -123,6 +133,7 @@ def _norm_finalise_fake(
     shares: Tensor, offsets: Tensor, pixels: int, weight: Tensor, bias: Tensor, running_mean: Tensor,
     running_var: Tensor, tracked: Tensor, eps: float, momentum: float, impl: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    OPERANDS["norm_finalise"].expect_kinds(shares, offsets, weight, bias, running_mean, running_var, tracked)
     kinds = [torch.promote_types(weight.dtype, torch.float32)] * 4 + [running_mean.dtype, running_var.dtype]
     return (*(weight.new_empty(weight.shape, dtype=kind) for kind in kinds), tracked.new_empty(tracked.shape))
 
@@ -133,6 +144,7 @@ def _norm_finalise_backward(
 ) -> list[Tensor]:
     """From the sums of the gradient d after a batch norm of z and of d*z: [gradient of its weight, of its bias], and in
     training also [q, r] of the gradient before the norm, scale*d + q*z + r; all [E, C] in the dtype of scale."""
+    offsets = checked_norm(offsets, pixels, OPERANDS["norm_finalise_backward"](shares, offsets, scale, mean, rstd))
     tables = [table.contiguous() for table in (scale, mean, rstd)]
     return EXPERT_BLOCK.choose(impl, *tables).norm_finalise_backward(
         shares.contiguous(), offsets, pixels, *tables, training
@@ -143,17 +155,21 @@ def _norm_finalise_backward(
 def _norm_finalise_backward_fake(
     shares: Tensor, offsets: Tensor, pixels: int, scale: Tensor, mean: Tensor, rstd: Tensor, training: bool, impl: str
 ) -> list[Tensor]:
+    OPERANDS["norm_finalise_backward"].expect_kinds(shares, offsets, scale, mean, rstd)
     return [scale.new_empty(scale.shape) for _ in range(4 if training else 2)]
 
 
 @torch.library.impl("robust_moe_kernels::scale_shift", "default")
 def _scale_shift(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool, impl: str) -> Tensor:
     """z*scale + shift, each row with its expert's [E, C]; then ReLU if asked."""
+    sizes = OPERANDS["scale_shift"](z, offsets, scale, shift)
+    offsets = expect_offsets(offsets, sizes["R"])
     return EXPERT_BLOCK.choose(impl, z, scale, shift).scale_shift(channels_last(z), offsets, scale, shift, relu)
 
 
 @torch.library.register_fake("robust_moe_kernels::scale_shift")
 def _scale_shift_fake(z: Tensor, offsets: Tensor, scale: Tensor, shift: Tensor, relu: bool, impl: str) -> Tensor:
+    OPERANDS["scale_shift"].expect_kinds(z, offsets, scale, shift)
     return channels_last_empty(z, tuple(z.shape))
 
 
@@ -163,6 +179,10 @@ def _norm_backward(
     shift: Tensor | None, impl: str,
 ) -> Tensor:  # fmt: skip
     """p*d' + q*z + r, the gradient through a batch norm of z; d' is d where z*scale + shift > 0 (d itself without)."""
+    sizes = OPERANDS["norm_backward"](d, z, offsets, p, q, r, scale, shift)
+    expect_together(q, "q", r, "r")
+    expect_together(scale, "scale", shift, "shift")
+    offsets = expect_offsets(offsets, sizes["R"])
     return EXPERT_BLOCK.choose(impl, d, z, p, q, r, scale, shift).norm_backward(
         channels_last(d), channels_last(z), offsets, p, q, r, scale, shift
     )
@@ -173,6 +193,7 @@ def _norm_backward_fake(
     d: Tensor, z: Tensor, offsets: Tensor, p: Tensor, q: Tensor | None, r: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, impl: str,
 ) -> Tensor:  # fmt: skip
+    OPERANDS["norm_backward"].expect_kinds(d, z, offsets, p, q, r, scale, shift)
     return channels_last_empty(z, tuple(z.shape))
 
 
@@ -185,6 +206,8 @@ def _head_forward(
 
     skip is the sample's map of x, or, with skip_scale and skip_shift, the row's own of x*skip_scale + skip_shift.
     """
+    sizes = OPERANDS["head"](z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
+    order, inverse, offsets = checked_head(x, skip_scale, skip_shift, order, inverse, offsets, sizes)
     chosen = EXPERT_BLOCK.choose(impl, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_forward(
         channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse, offsets, weights
@@ -196,6 +219,7 @@ def _head_forward_fake(
     z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None, skip_shift: Tensor | None,
     order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, impl: str,
 ) -> Tensor:  # fmt: skip
+    OPERANDS["head"].expect_kinds(z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
     return channels_last_empty(z, (weights.shape[0], *z.shape[1:]))
 
 
@@ -205,6 +229,10 @@ def _head_backward(
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient at the ReLU's input [R, C, H, W], gradient of the weights [B, k])."""
+    sizes = OPERANDS["head_backward"](
+        d_out, z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights
+    )  # fmt: skip
+    order, inverse, offsets = checked_head(x, skip_scale, skip_shift, order, inverse, offsets, sizes)
     chosen = EXPERT_BLOCK.choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_backward(
         channels_last(d_out), channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse,
@@ -217,6 +245,9 @@ def _head_backward_fake(
     d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    OPERANDS["head_backward"].expect_kinds(
+        d_out, z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights
+    )  # fmt: skip
     return channels_last_empty(z, tuple(z.shape)), torch.empty_like(weights)
 
 
@@ -227,6 +258,10 @@ def _head_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As ``head_backward``, and on through the norms before the ReLU, which are in evaluation: (gradient of z, gradient
     of the skip's rows or, with skip_scale, of x, gradient of the weights [B, k])."""
+    sizes = OPERANDS["head_backward"](
+        d_out, z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights
+    )  # fmt: skip
+    order, inverse, offsets = checked_head(x, skip_scale, skip_shift, order, inverse, offsets, sizes)
     chosen = EXPERT_BLOCK.choose(impl, d_out, z, scale, shift, x, skip_scale, skip_shift, weights)
     return chosen.head_norm_backward(
         channels_last(d_out), channels_last(z), scale, shift, channels_last(x), skip_scale, skip_shift, order, inverse,
@@ -239,6 +274,9 @@ def _head_norm_backward_fake(
     d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    OPERANDS["head_backward"].expect_kinds(
+        d_out, z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights
+    )  # fmt: skip
     shape = tuple(z.shape)
     return channels_last_empty(z, shape), channels_last_empty(z, shape), torch.empty_like(weights)
 
@@ -246,10 +284,15 @@ def _head_norm_backward_fake(
 @torch.library.impl("robust_moe_kernels::sum_rows", "default")
 def _sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
     """[B, C, H, W]: the sum over a sample's k rows of rows + other, in slot order."""
+    sizes = OPERANDS["sum_rows"](rows, other, inverse)
+    ok = top_k >= 1 and sizes["R"] % top_k == 0
+    expect(ok, "top_k", f"k >= 1 that divides R = {sizes['R']}", top_k)
+    inverse = expect_index(inverse, "inverse", sizes["R"])
     chosen = EXPERT_BLOCK.choose(impl, rows, other)
     return chosen.sum_rows(channels_last(rows), channels_last(other), inverse, top_k)
 
 
 @torch.library.register_fake("robust_moe_kernels::sum_rows")
 def _sum_rows_fake(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
+    OPERANDS["sum_rows"].expect_kinds(rows, other, inverse)
     return channels_last_empty(rows, (inverse.shape[0] // top_k, *rows.shape[1:]))

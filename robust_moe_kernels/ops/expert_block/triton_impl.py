@@ -91,7 +91,7 @@ def column_sums(
         block = _shape(channels)["BLOCK_C"]
         with on_device(value):
             sums_kernel[triton.cdiv(channels, block), experts, shares](
-                value, other, offsets, _or(scale, offsets), _or(shift, offsets), out[0], out[1],
+                value, other, offsets, _or(scale, offsets), _or(shift, offsets), out[0], out[1], value.shape[0],
                 value.shape[2] * value.shape[3], channels, shares, MASKED=scale is not None, BLOCK_P=_SUM_PIXELS,
                 BLOCK_C=block, **_OPTIONS,
             )  # fmt: skip

@@ -25,6 +25,14 @@ def _expert_of(offsets_ptr, row, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _within(index, count):
+    """(index, whether it is one of ``count``), an index out of range being 0 instead: the host has not looked, and what
+    it would have reached is to be NaN."""
+    there = (index >= 0) & (index < count)
+    return tl.where(there, index, 0), there
+
+
+@triton.jit
 def _tile(pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """A program's part of a map: channels [1, BLOCK_C], offsets and mask [BLOCK_P, BLOCK_C]."""
     across = (channels + BLOCK_C - 1) // BLOCK_C
@@ -126,13 +134,14 @@ def head_forward_kernel(
     size = pixels.to(tl.int64) * channels
     total = tl.zeros((BLOCK_P, BLOCK_C), scale_ptr.dtype.element_ty)
     for j in range(top_k):
-        row = tl.load(inverse_ptr + sample * top_k + j)
+        row, there = _within(tl.load(inverse_ptr + sample * top_k + j), tl.num_programs(0).to(tl.int64) * top_k)
         expert = _expert_of(offsets_ptr, row, experts, EXPERTS)
         line = _head_line(
             z_ptr, scale_ptr, shift_ptr, x_ptr, skip_scale_ptr, skip_shift_ptr, row, sample, expert, size, channels, c,
             offset, mask, NORMED,
         )  # fmt: skip
-        total += tl.load(weights_ptr + sample * top_k + j).to(line.dtype) * line
+        weight = tl.where(there, tl.load(weights_ptr + sample * top_k + j), float("nan"))
+        total += weight.to(line.dtype) * line
     tl.store(out_ptr + sample * size + offset, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -157,11 +166,11 @@ def head_backward_kernel(
     d_rows is the gradient at the ReLU's input; SCALED, that of the skip before its norm, and d_z that of z.
     """
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.load(order_ptr + row)
+    pair, there = _within(tl.load(order_ptr + row), tl.num_programs(0))
     sample = pair // top_k
     expert = _expert_of(offsets_ptr, row, experts, EXPERTS)
     size = pixels.to(tl.int64) * channels
-    weight = tl.load(weights_ptr + pair)
+    weight = tl.where(there, tl.load(weights_ptr + pair), float("nan"))
     inner = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
     for first_p in range(0, pixels, BLOCK_P):
         for first_c in range(0, channels, BLOCK_C):
@@ -183,7 +192,7 @@ def head_backward_kernel(
                     d = tl.load(skip_scale_ptr + table, mask=c < channels, other=0.0) * d
             tl.store(d_rows_ptr + row * size + offset, d.to(d_rows_ptr.dtype.element_ty), mask=mask)
     total = tl.sum(tl.sum(inner, 1), 0)
-    tl.store(d_weights_ptr + pair, total.to(d_weights_ptr.dtype.element_ty))
+    tl.store(d_weights_ptr + pair, total.to(d_weights_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=("size", "top_k"))
@@ -200,8 +209,9 @@ def sum_rows_kernel(
     mask = column < size
     total = tl.zeros((BLOCK,), KIND)
     for j in range(top_k):
-        place = tl.load(inverse_ptr + sample * top_k + j) * size + column
-        value = tl.load(rows_ptr + place, mask=mask, other=0.0).to(KIND)
+        row, there = _within(tl.load(inverse_ptr + sample * top_k + j), tl.num_programs(0).to(tl.int64) * top_k)
+        place = row * size + column
+        value = tl.load(rows_ptr + place, mask=mask & there, other=float("nan")).to(KIND)
         value += tl.load(other_ptr + place, mask=mask, other=0.0).to(KIND)
         total = tl.where(j == 0, value, total + value)  # not 0 + value: -0.0 stays -0.0, as in the reference
     tl.store(out_ptr + sample * size + column, total.to(out_ptr.dtype.element_ty), mask=mask)

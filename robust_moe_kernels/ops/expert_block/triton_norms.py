@@ -12,7 +12,7 @@ import triton.language as tl
 __all__ = ["norm_finalise_backward_kernel", "norm_finalise_kernel", "sums_kernel"]
 
 
-@triton.jit(do_not_specialize=("pixels", "shares"))
+@triton.jit(do_not_specialize=("rows", "pixels", "shares"))
 def sums_kernel(
     value_ptr,  # [R, pixels, channels]
     other_ptr,  # the same
@@ -20,14 +20,15 @@ def sums_kernel(
     scale_ptr, shift_ptr,  # [E, channels]; unused unless MASKED
     sums_ptr,  # [shares, E, channels] float64
     products_ptr,  # the same
-    pixels, channels, shares,
+    rows, pixels, channels, shares,
     MASKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: one share of one expert's pixels, BLOCK_C channels."""
     expert, share = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    begin = tl.load(offsets_ptr + expert) * pixels
-    total = tl.load(offsets_ptr + expert + 1) * pixels - begin
+    from_row = tl.minimum(tl.maximum(tl.load(offsets_ptr + expert), 0), rows)  # the host has not looked
+    to_row = tl.minimum(tl.maximum(tl.load(offsets_ptr + expert + 1), from_row), rows)
+    begin, total = from_row * pixels, (to_row - from_row) * pixels
     each = (total + shares - 1) // shares
     first, last = begin + share * each, begin + tl.minimum((share + 1) * each, total)
     if MASKED:

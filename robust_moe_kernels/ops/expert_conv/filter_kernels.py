@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div, clamp, segment
 from robust_moe_kernels.ops.expert_conv.plan_kernel import GEOMETRY
 
 __all__ = ["carry_kernel", "divide_kernel"]
@@ -30,6 +30,17 @@ def _place(splits, taps_w):
 
 
 @triton.jit
+def _all_gathered(sample_ptr, begin, count, maps, BLOCK: tl.constexpr):
+    """Whether the maps that an expert's rows read are all there: the host has not looked."""
+    lane = tl.arange(0, BLOCK)
+    missing = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, count, BLOCK):
+        map_ = tl.load(sample_ptr + begin + first + lane, mask=first + lane < count, other=0)
+        missing += ((map_ < 0) | (map_ >= maps)).to(tl.int32)
+    return tl.sum(missing, 0) == 0
+
+
+@triton.jit
 def _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs):
     """Writes the program's sums, [BLOCK_M, BLOCK_N] at channels i and o, to the target of its split, expert and tap."""
     experts = tl.num_programs(2) // splits
@@ -38,7 +49,7 @@ def _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w
     tl.store(place, sums.to(target_ptr.dtype.element_ty), mask=(i < inputs)[:, None] & (o < outputs)[None, :])
 
 
-@triton.jit(do_not_specialize=("splits", *GEOMETRY))
+@triton.jit(do_not_specialize=("splits", "maps", "limit", *GEOMETRY))
 def divide_kernel(
     input_ptr,  # [*, in_h, in_w, inputs]
     sample_ptr,  # [R] int64: the map that a row reads; unused unless GATHER
@@ -46,6 +57,8 @@ def divide_kernel(
     gradient_ptr,  # [R, out_h, out_w, outputs]
     target_ptr,  # [splits, E, taps_h, taps_w, inputs, outputs]
     splits,
+    maps,  # of the input
+    limit,  # rows
     inputs, outputs,  # channels
     in_h, in_w, out_h, out_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     GATHER: tl.constexpr,
@@ -56,8 +69,7 @@ def divide_kernel(
     expert, split, tap_y, tap_x = _place(splits, taps_w)
     first_y, count_y, shift_y = _reach(tap_y, out_h, in_h, stride_h, pad_h, dilation_h)
     first_x, count_x, shift_x = _reach(tap_x, out_w, in_w, stride_w, pad_w, dilation_w)
-    begin = tl.load(offsets_ptr + expert)
-    rows = tl.load(offsets_ptr + expert + 1) - begin
+    begin, rows = segment(offsets_ptr, expert, limit)
     total = rows * count_y * count_x
     share = ceil_div(ceil_div(total, BLOCK_K), splits) * BLOCK_K
     start, stop = (split * share).to(tl.int32), tl.minimum((split + 1) * share, total).to(tl.int32)
@@ -66,12 +78,14 @@ def divide_kernel(
     i = (tl.program_id(0) % across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER:  # NaN stays NaN
+        sums = tl.where(_all_gathered(sample_ptr, begin, rows, maps, BLOCK_K), sums, float("nan"))
     for q in range(start, stop, BLOCK_K):
         pair = q + tl.arange(0, BLOCK_K)  # pixel-major: the rows of one pixel follow each other
         live = pair < stop
         row, pixel = begin + pair % height, pair // height
         y, x = first_y + pixel // width, first_x + pixel % width
-        map_ = tl.load(sample_ptr + row, mask=live, other=0) if GATHER else row
+        map_ = clamp(tl.load(sample_ptr + row, mask=live, other=0), 0, maps - 1) if GATHER else row
         source = (map_ * in_h + y * stride_h + shift_y) * in_w + x * stride_w + shift_x
         target = (row * out_h + y) * out_w + x
         a = tl.load(
@@ -106,7 +120,7 @@ def _advance(row, x, rows, width, row_step, x_step):
     return row, tl.where(x_over, x - width, x), row_over, x_over
 
 
-@triton.jit(do_not_specialize=("splits", *GEOMETRY))
+@triton.jit(do_not_specialize=("splits", "maps", "limit", *GEOMETRY))
 def carry_kernel(
     input_ptr,  # [*, in_h, in_w, inputs]; fewer than 2^31 pixels
     sample_ptr,  # [R] int64: the map that a row reads; unused unless GATHER
@@ -114,6 +128,8 @@ def carry_kernel(
     gradient_ptr,  # [R, out_h, out_w, outputs]; fewer than 2^31 pixels
     target_ptr,  # [splits, E, taps_h, taps_w, inputs, outputs]
     splits,
+    maps,  # of the input
+    limit,  # rows
     inputs, outputs,  # channels
     in_h, in_w, out_h, out_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     GATHER: tl.constexpr,
@@ -130,8 +146,7 @@ def carry_kernel(
     expert, split, tap_y, tap_x = _place(splits, taps_w)
     first_y, count_y, shift_y = _reach(tap_y, out_h, in_h, stride_h, pad_h, dilation_h)
     first_x, count_x, shift_x = _reach(tap_x, out_w, in_w, stride_w, pad_w, dilation_w)
-    begin = tl.load(offsets_ptr + expert)
-    count = tl.load(offsets_ptr + expert + 1) - begin
+    begin, count = segment(offsets_ptr, expert, limit)
     total = count * count_y * count_x
     share = ceil_div(ceil_div(total, BLOCK_K), splits) * BLOCK_K
     start, stop = (split * share).to(tl.int32), tl.minimum((split + 1) * share, total).to(tl.int32)
@@ -157,7 +172,7 @@ def carry_kernel(
     target_step = row_step.to(tl.int64) * out_map + x_step + y_step.to(tl.int64) * out_w
     target_row, target_x = 1 - rows.to(tl.int64) * out_map, out_w - width.to(tl.int64)
     if GATHER:
-        map_ = tl.load(sample_ptr + begin + row, mask=row < count, other=0).to(tl.int32)
+        map_ = clamp(tl.load(sample_ptr + begin + row, mask=row < count, other=0).to(tl.int32), 0, maps - 1)
     else:
         map_ = begin + row
         source += map_ * in_map
@@ -168,6 +183,8 @@ def carry_kernel(
     target_step, target_row, target_x = target_step.to(tl.int32), target_row.to(tl.int32), target_x.to(tl.int32)
     inputs_at, gradients_at = input_ptr + i[None, :], gradient_ptr + o[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER:  # NaN stays NaN
+        sums = tl.where(_all_gathered(sample_ptr, begin, count, maps, BLOCK_K), sums, float("nan"))
     for q in range(start, stop, BLOCK_K):
         live = (lane < stop - q)[:, None]
         at = _wide(source)
@@ -185,5 +202,5 @@ def carry_kernel(
         source += source_step + tl.where(row_over, source_row, 0) + tl.where(x_over, source_x, 0)
         target += target_step + tl.where(row_over, target_row, 0) + tl.where(x_over, target_x, 0)
         if GATHER:  # beyond the last pair a lane's row is still one of the expert's
-            map_ = tl.load(sample_ptr + begin + row).to(tl.int32)
+            map_ = clamp(tl.load(sample_ptr + begin + row).to(tl.int32), 0, maps - 1)
     _store(target_ptr, sums, expert, split, splits, tap_y, tap_x, taps_h, taps_w, i, inputs, o, outputs)

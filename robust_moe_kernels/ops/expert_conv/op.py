@@ -17,6 +17,7 @@ from torch import Tensor
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty, pair_of
+from robust_moe_kernels.operands import Operands, expect_index, expect_offsets
 from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
 __all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]
@@ -47,7 +48,7 @@ def expert_conv(
         [R, O, H', W'], channels-last. Differentiable in x and weight; an expert without rows has gradient 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also offsets out of range.
         ImplementationUnavailable: a named implementation cannot run here, or not on these operands.
     """
     expect_tensor(x, "x")
@@ -68,15 +69,39 @@ def expert_conv(
     geometry = Geometry(pair_of(stride), pair_of(padding), pair_of(dilation))
     size = geometry.output_size(x.shape[2], x.shape[3], weight.shape[3:])
     expect(min(size) >= 1, "x", "maps that give an output of at least 1x1", f"{list(x.shape)} -> {list(size)}")
-    return _Conv.apply(x, weight, _checked(offsets, x.shape[0]), geometry, impl)
+    return _Conv.apply(x, weight, offsets, geometry, impl)
 
 
-def _checked(offsets: Tensor, rows: int) -> Tensor:
-    """Contiguous offsets; on the CPU, where looking costs nothing, refused unless they cut 0..rows into segments."""
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        ok = int(offsets[0]) == 0 and int(offsets[-1]) == rows and bool((offsets.diff() >= 0).all())
-        expect(ok, "offsets", f"numbers that rise from 0 to R = {rows}", offsets.tolist())
-    return offsets.contiguous()
+_FILTERS = "weight{0} [E, O, I, kh, kw]; offsets int64 [E+1]"
+_PLAN = Operands(_FILTERS.format(" float"))
+_FORWARD = Operands(f"x float [N, I, H, W]; {_FILTERS.format(' x')}; sample? int64 [R]")
+_DGRAD = Operands(f"d_out float [R, O, H, W]; {_FILTERS.format(' d_out')}")
+_WGRAD = Operands(f"x float [N, I, H, W]; {_FILTERS.format(' x')}; d_out x [R, O, h, w]; sample? int64 [R]")
+
+
+def _checked_geometry(
+    numbers: list[int], height: int, width: int, weight: Tensor, output: torch.Size | None = None
+) -> Geometry:
+    """The geometry of a convolution of maps of that height and width; raises where a number is out of range, the output
+    would be empty or is not of the size ``output``, or there are no filters."""
+    ok = len(numbers) == 6 and all(least <= n < 2**31 for n, least in zip(numbers, (1, 1, 0, 0, 1, 1), strict=True))
+    expect(ok, "geometry", "stride >= 1, padding >= 0 and dilation >= 1, each two integers below 2^31", numbers)
+    expect(min(weight.shape) >= 1, "weight", "shape [E, O, I, kh, kw], all >= 1", list(weight.shape))
+    geometry = Geometry.of_numbers(numbers)
+    size = geometry.output_size(height, width, weight.shape[3:])
+    ok = min(height, width, *size) >= 1 and max(height, width, *size) < 2**31
+    expect(ok, "x", "maps that give an output of at least 1x1", f"{[height, width]} -> {list(size)}")
+    if output is not None:
+        expect(size == tuple(output), "d_out", f"maps of {list(size)} pixels", list(output))
+    return geometry
+
+
+def _checked_sample(sample: Tensor | None, maps: int, rows: int) -> Tensor | None:
+    """Contiguous ``sample``; raises where it names a map that there is not, or rows are not maps in their order."""
+    if sample is not None:
+        return expect_index(sample, "sample", maps)
+    expect(maps == rows, "x", f"{rows} maps, one per row, or a sample for each row", maps)
+    return None
 
 
 _G = "int[] geometry, str impl"
@@ -102,14 +127,18 @@ torch.library.define(
 def _plan(
     weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
 ) -> list[Tensor]:
-    module = EXPERT_CONV.choose(impl, weight)
-    return module.plan(weight, offsets, rows, height, width, backward, Geometry.of_numbers(geometry))
+    _PLAN(weight, offsets)
+    shape = _checked_geometry(geometry, height, width, weight)
+    expect(rows >= 0, "rows", "R >= 0", rows)
+    offsets = expect_offsets(offsets, rows)
+    return EXPERT_CONV.choose(impl, weight).plan(weight, offsets, rows, height, width, backward, shape)
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_plan")
 def _plan_fake(
     weight: Tensor, offsets: Tensor, rows: int, height: int, width: int, backward: bool, geometry: list[int], impl: str
 ) -> list[Tensor]:
+    _PLAN.expect_kinds(weight, offsets)
     module = EXPERT_CONV.choose(impl, weight)
     return module.plan_like(weight, offsets, rows, height, width, backward, Geometry.of_numbers(geometry))
 
@@ -119,8 +148,11 @@ def _forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
-    chosen = EXPERT_CONV.choose(impl, x, weight)
-    return chosen.forward(channels_last(x), weight, offsets, sample, plan, Geometry.of_numbers(geometry))
+    sizes = _FORWARD(x, weight, offsets, sample)
+    shape = _checked_geometry(geometry, sizes["H"], sizes["W"], weight)
+    rows = sizes.get("R", sizes["N"])
+    sample, offsets = _checked_sample(sample, sizes["N"], rows), expect_offsets(offsets, rows)
+    return EXPERT_CONV.choose(impl, x, weight).forward(channels_last(x), weight, offsets, sample, plan, shape)
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_forward")
@@ -128,6 +160,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
+    _FORWARD.expect_kinds(x, weight, offsets, sample)
     return Geometry.of_numbers(geometry).output_like(x, weight, x.shape[0] if sample is None else sample.shape[0])
 
 
@@ -136,8 +169,11 @@ def _dgrad(
     d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
+    sizes = _DGRAD(d_out, weight, offsets)
+    shape = _checked_geometry(geometry, height, width, weight, d_out.shape[2:])
+    offsets = expect_offsets(offsets, sizes["R"])
     chosen = EXPERT_CONV.choose(impl, d_out, weight)
-    return chosen.dgrad(channels_last(d_out), weight, offsets, plan, height, width, Geometry.of_numbers(geometry))
+    return chosen.dgrad(channels_last(d_out), weight, offsets, plan, height, width, shape)
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_dgrad")
@@ -145,6 +181,7 @@ def _dgrad_fake(
     d_out: Tensor, weight: Tensor, offsets: Tensor, plan: list[Tensor], height: int, width: int, geometry: list[int],
     impl: str,
 ) -> Tensor:  # fmt: skip
+    _DGRAD.expect_kinds(d_out, weight, offsets)
     return channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
 
 
@@ -152,14 +189,19 @@ def _dgrad_fake(
 def _wgrad(
     x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: list[int], impl: str
 ) -> Tensor:
+    sizes = _WGRAD(x, weight, offsets, d_out, sample)
+    shape = _checked_geometry(geometry, sizes["H"], sizes["W"], weight, d_out.shape[2:])
+    sample = _checked_sample(sample, sizes["N"], sizes["R"])
+    offsets = expect_offsets(offsets, sizes["R"])
     chosen = EXPERT_CONV.choose(impl, x, weight)
-    return chosen.wgrad(channels_last(x), channels_last(d_out), offsets, sample, weight, Geometry.of_numbers(geometry))
+    return chosen.wgrad(channels_last(x), channels_last(d_out), offsets, sample, weight, shape)
 
 
 @torch.library.register_fake("robust_moe_kernels::expert_conv_wgrad")
 def _wgrad_fake(
     x: Tensor, d_out: Tensor, offsets: Tensor, sample: Tensor | None, weight: Tensor, geometry: list[int], impl: str
 ) -> Tensor:
+    _WGRAD.expect_kinds(x, weight, offsets, d_out, sample)
     return torch.empty_like(weight)
 
 
@@ -209,12 +251,12 @@ def conv_forward(
     x: Tensor, weight: Tensor, offsets: Tensor, sample: Tensor | None, plan: list[Tensor], geometry: Geometry,
     impl: str = AUTO,
 ) -> Tensor:  # fmt: skip
-    """The convolution without checks and without derivatives.
+    """The convolution without derivatives.
 
     Args:
         x: [N, I, H, W], the rows themselves or what they are gathered from.
         weight: [E, O, I, kh, kw], dtype of x.
-        offsets: [E+1] int64, contiguous; rows ``offsets[e]:offsets[e+1]`` are expert e's.
+        offsets: [E+1] int64; rows ``offsets[e]:offsets[e+1]`` are expert e's.
         sample: [R] int64, the row of x that each row is; None: rows are x in its order.
         plan: what ``conv_plan`` made for this product or one that shares it; []: made here, where one is needed.
         geometry: the convolution's.
@@ -222,6 +264,10 @@ def conv_forward(
 
     Returns:
         [R, O, H', W'], channels-last.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also offsets or a sample out
+            of range.
     """
     return _OPS.expert_conv_forward(x, weight, offsets, sample, plan, _numbers(geometry), impl)
 
@@ -245,7 +291,7 @@ def conv_wgrad(
 
 
 class _Conv(torch.autograd.Function):
-    """``expert_conv`` without its checks; computes only the gradients that are asked for."""
+    """``expert_conv``; computes only the gradients that are asked for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, geometry: Geometry, impl: str) -> Tensor:

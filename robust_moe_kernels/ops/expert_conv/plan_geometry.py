@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["axis", "ceil_div", "clamp", "window"]
+__all__ = ["axis", "ceil_div", "clamp", "segment", "window"]
 
 
 @triton.jit
@@ -16,6 +16,13 @@ def ceil_div(a, b):
 @triton.jit
 def clamp(value, low, high):
     return tl.minimum(tl.maximum(value, low), high)
+
+
+@triton.jit
+def segment(offsets_ptr, expert, rows):
+    """(first row of an expert, number of its rows), within the ``rows`` that there are: the host has not looked."""
+    begin = clamp(tl.load(offsets_ptr + expert), 0, rows)
+    return begin, clamp(tl.load(offsets_ptr + expert + 1), begin, rows) - begin
 
 
 @triton.jit

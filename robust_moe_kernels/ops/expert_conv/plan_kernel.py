@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_conv.plan_geometry import axis, ceil_div, window
+from robust_moe_kernels.ops.expert_conv.plan_geometry import axis, ceil_div, clamp, window
 from robust_moe_kernels.ops.expert_conv.plan_order import around, before_part, inner_first, rank_of
 
 __all__ = ["GEOMETRY", "HALF", "RECORD", "plan_kernel"]
@@ -39,7 +39,12 @@ GEOMETRY = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("experts", "tiles", *GEOMETRY))
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=("experts", "limit", "tiles", *GEOMETRY))
 def plan_kernel(
     offsets_ptr,  # [E + 1] int64
     record_ptr,  # [parts * tiles + 1, RECORD] int64
@@ -48,7 +53,9 @@ def plan_kernel(
     # its number in the map; else its line and column, each + 2^15
     mask_ptr,  # the same shape, int32; RING: which of the tile's taps reach data, columns from bit 0, lines from bit 16
     place_ptr,  # the same shape, int64: pixel to write, over all target maps; -1 for none
-    experts, tiles,
+    experts,
+    limit,  # rows; offsets that do not rise from 0 to it are brought to rise within it, as the host has not looked
+    tiles,
     in_h, in_w, out_h, out_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     FORWARD: tl.constexpr,
     RING: tl.constexpr,  # pixels around the interior, tiles with most taps first, no gaps; else expert by expert
@@ -71,7 +78,9 @@ def plan_kernel(
     )
     e = tl.arange(0, EXPERTS)
     begins = tl.load(offsets_ptr + e, mask=e < experts, other=0)
-    counts = tl.load(offsets_ptr + e + 1, mask=e < experts, other=0) - begins
+    begins = tl.associative_scan(clamp(begins, 0, limit), 0, _larger)
+    ends = clamp(tl.load(offsets_ptr + e + 1, mask=e < experts, other=0), begins, limit)
+    counts = tl.where(e < experts, tl.associative_scan(ends, 0, _larger) - begins, 0)
     number = part.to(tl.int64) * tiles + tl.program_id(0)
     pixels = places_y * places_x
     expert, begin, rows, tile = _locate(counts, begins, tl.program_id(0), pixels, EXPERTS, BLOCK_M)

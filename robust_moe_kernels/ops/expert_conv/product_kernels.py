@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div
+from robust_moe_kernels.ops.expert_conv.plan_geometry import ceil_div, clamp
 from robust_moe_kernels.ops.expert_conv.plan_kernel import HALF, RECORD
 
 __all__ = ["persistent_kernel", "pointer_kernel"]
@@ -25,14 +25,25 @@ def _read_record(record, taps_h, taps_w, MIRROR: tl.constexpr):
     return taps_y, taps_x, spread_y, spread_x, tap_y, tap_x, tap_step_y, tap_step_x
 
 
-@triton.jit(do_not_specialize=("source_h", "source_w", "taps_h", "taps_w"))
+@triton.jit
+def _no_sums(row_ptr, sample_ptr, lanes, maps, GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What sums begin from: 0, and NaN, which it stays, in the rows of a map that there is not: the host has not
+    looked."""
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER:
+        map_ = tl.load(sample_ptr + tl.load(row_ptr + lanes))
+        sums = tl.where(((map_ >= 0) & (map_ < maps))[:, None], sums, float("nan"))
+    return sums
+
+
+@triton.jit(do_not_specialize=("maps", "source_h", "source_w", "taps_h", "taps_w"))
 def pointer_kernel(
     source_ptr,  # [*, source_h, source_w, depth]: forward the input, backward the output's gradient
     weight_ptr,  # [E, taps_h, taps_w, I, O]
     target_ptr,  # [R, target_h, target_w, columns]
     record_ptr, row_ptr, spot_ptr, place_ptr,  # from plan_kernel, expert by expert
     sample_ptr,  # [R] int64: the source map of a row; unused unless GATHER
-    source_h, source_w, taps_h, taps_w,
+    maps, source_h, source_w, taps_h, taps_w,
     depth,  # channels of a source pixel: I forward, O backward
     columns,  # channels of a target pixel
     FORWARD: tl.constexpr, GATHER: tl.constexpr,
@@ -57,7 +68,7 @@ def pointer_kernel(
     lanes = number * BLOCK_M + tl.arange(0, BLOCK_M)
     map_ = tl.load(row_ptr + lanes).to(tl.int64)
     if GATHER:
-        map_ = tl.load(sample_ptr + map_)
+        map_ = clamp(tl.load(sample_ptr + map_), 0, maps - 1)
     spot = tl.load(spot_ptr + lanes).to(tl.uint32, bitcast=True)
     near_y, near_x = (spot // (2 * HALF)).to(tl.int32) - HALF, (spot % (2 * HALF)).to(tl.int32) - HALF
     sources = source_ptr + ((map_ * source_h + near_y) * source_w + near_x) * depth
@@ -80,7 +91,7 @@ def pointer_kernel(
     source_at, filter_at, filter_block = zero, zero, zero + BLOCK_K * filter_k
     right, spread_y, spread_x = (taps_x * spread_x).to(tl.int32), spread_y.to(tl.int32), spread_x.to(tl.int32)
     dy, dx, k = right * 0, right * 0, right * 0
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = _no_sums(row_ptr, sample_ptr, lanes, maps, GATHER, BLOCK_M, BLOCK_N)
     for _ in range((taps_y * taps_x * blocks).to(tl.int32)):
         at_y, at_x = near_y + dy, near_x + dx
         inside = (at_y >= 0) & (at_y < source_h) & (at_x >= 0) & (at_x < source_w)
@@ -106,7 +117,7 @@ def pointer_kernel(
     tl.store(target, sums.to(target_ptr.dtype.element_ty), mask=(place >= 0)[:, None] & (n < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=("tiles", "multiprocessors", "source_h", "source_w", "taps_h", "taps_w"))
+@triton.jit(do_not_specialize=("tiles", "multiprocessors", "maps", "source_h", "source_w", "taps_h", "taps_w"))
 def persistent_kernel(
     source_ptr,  # [*, source_h, source_w, depth]: forward the input, backward the output's gradient
     weight_ptr,  # [E, taps_h, taps_w, I, O]; DESCRIPTOR: a descriptor of [E * taps_h * taps_w * I, O] whose block is
@@ -116,7 +127,7 @@ def persistent_kernel(
     sample_ptr,  # [R] int64: the source map of a row; unused unless GATHER
     tiles,  # records of the plan before the one that says how many there are
     multiprocessors,  # of the GPU; the number of programs is a multiple of it
-    source_h, source_w, taps_h, taps_w,
+    maps, source_h, source_w, taps_h, taps_w,
     depth,  # channels of a source pixel: I forward, O backward
     columns,  # channels of a target pixel
     FORWARD: tl.constexpr, GATHER: tl.constexpr,
@@ -150,7 +161,7 @@ def persistent_kernel(
             mask = tl.load(mask_ptr + lanes)
             map_ = tl.load(row_ptr + lanes).to(tl.int64)
             if GATHER:
-                map_ = tl.load(sample_ptr + map_)
+                map_ = clamp(tl.load(sample_ptr + map_), 0, maps - 1)
             sources = source_ptr + (map_ * ((zero + source_h) * source_w) + tl.load(spot_ptr + lanes)) * depth
             sources = sources[:, None] + lane_k[None, :]
             column = (item % across) * BLOCK_N
@@ -176,7 +187,7 @@ def persistent_kernel(
             filter_line = ((tap_step_y * taps_w - taps_x * tap_step_x) * unit).to(filter_at.dtype)
             source_at, k = zero, zero.to(tl.int32)
             bit_x, end_x, bit_y = k + 1, (1 << taps_x).to(tl.int32), k + (1 << 16)
-            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            sums = _no_sums(row_ptr, sample_ptr, lanes, maps, GATHER, BLOCK_M, BLOCK_N)
             for _ in range((taps_y * taps_x * blocks).to(tl.int32)):
                 bits = bit_x | bit_y
                 inside = ((mask & bits) == bits)[:, None]

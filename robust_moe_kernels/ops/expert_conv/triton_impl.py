@@ -152,13 +152,13 @@ def _run(
     if target.numel() == 0:
         return target
     if plan:
-        case.check(plan)
+        case.check(plan, offsets)
     record, numbers, place = plan or case.plan(offsets)
     variant, tile = case.choice
     filters = _innermost(weight)
     across = triton.cdiv(case.columns, tile.n)
     index = offsets if sample is None else sample
-    sizes = (*source.shape[2:], *weight.shape[3:], case.depth, case.columns)
+    sizes = (source.shape[0], *source.shape[2:], *weight.shape[3:], case.depth, case.columns)
     flags: dict[str, Any] = {"FORWARD": not backward, "GATHER": sample is not None, "MIRROR": case.mirror}
     flags |= {"PRECISION": precision(source.dtype), **tile.blocks(), **tile.options()}
     with on_device(source):
@@ -252,8 +252,8 @@ def wgrad_by(
     if parts.numel():
         with on_device(x):
             (carry_kernel if carry else divide_kernel)[across, taps[0] * taps[1], experts * splits](
-                x, offsets if sample is None else sample, offsets, d_out, parts, splits, inputs, outputs,
-                **sizes_of(weight, x.shape[2], x.shape[3], geometry), **flags,
+                x, offsets if sample is None else sample, offsets, d_out, parts, splits, x.shape[0], rows, inputs,
+                outputs, **sizes_of(weight, x.shape[2], x.shape[3], geometry), **flags,
             )  # fmt: skip
     d_weight = parts[0] if splits == 1 else parts.sum(0).to(weight.dtype)
     d_weight = d_weight.permute(0, 4, 3, 1, 2)

@@ -151,13 +151,16 @@ class Product(NamedTuple):
             taps = max(self.sizes["taps_h"], self.sizes["taps_w"])
             with on_device(offsets):
                 plan_kernel[self.tiles, self.parts](
-                    offsets, record, numbers[0], numbers[1], numbers[-1], place, self.experts, self.tiles,
+                    offsets, record, numbers[0], numbers[1], numbers[-1], place, self.experts, self.rows, self.tiles,
                     **self.sizes, FORWARD=self.forward, RING=self.ring, EXPERTS=power_of_two(self.experts, 16),
                     TAPS=power_of_two(taps, 4), BLOCK_M=self.choice.tile.m, **PLAN_OPTIONS,
                 )  # fmt: skip
         return tensors
 
-    def check(self, plan: list[Tensor]) -> None:
-        """Raise ``ValueError`` unless a plan's tensors have the shapes of this product's."""
+    def check(self, plan: list[Tensor], offsets: Tensor) -> None:
+        """Raise ``ValueError`` unless a plan's tensors have the shapes of this product's, and its layout."""
         given, wanted = [tuple(tensor.shape) for tensor in plan], self.plan_shapes()
         expect(given == wanted, "plan", f"tensors of shapes {wanted} (see plan_key), or none", given)
+        for tensor, made in zip(plan, self.plan_like(offsets), strict=True):
+            ok = (tensor.dtype, tensor.device, tensor.stride()) == (made.dtype, made.device, made.stride())
+            expect(ok, "plan", "what conv_plan made", f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
+from robust_moe_kernels.operands import Operands, expect_index
 from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIGHT_THROUGH
 from robust_moe_kernels.ops.routing import Route
 from robust_moe_kernels.second_derivatives import another_follows
@@ -87,6 +88,7 @@ def _checked_mode(logits: Tensor, top_k: int, renormalize: bool, straight_throug
 
 
 _FIELDS = len(GateOutput._fields)
+_MODES = (KEEP, RENORMALIZE, STRAIGHT_THROUGH)
 _FORWARD = "robust_moe_kernels::top_k_gate"
 _SORTED = "robust_moe_kernels::top_k_route"
 _BACKWARD = "robust_moe_kernels::top_k_gate_backward"
@@ -100,8 +102,22 @@ torch.library.define(
 )
 
 
+_LOGITS = Operands("logits float [B, E]")
+_GRADIENTS = Operands(
+    "logits float [B, E]; scores sum [B, E]; indices int64 [B, k]; d_scores? sum [B, E]; d_weights? sum [B, k];"
+    " d_mean_scores? sum [E]; d_mean_entropy? sum []; d_mean_square_lse? sum []"
+)
+
+
+def _expect_choice(logits: Tensor, top_k: int, mode: int) -> None:
+    experts = _LOGITS(logits)["E"]
+    expect(1 <= top_k <= experts, "top_k", f"1 <= k <= E = {experts}", top_k)
+    expect(mode in _MODES, "mode", f"one of {_MODES}", mode)
+
+
 @torch.library.impl(_FORWARD, "default")
 def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
+    _expect_choice(logits, top_k, mode)
     outputs = GATE.choose(impl, logits).forward(logits.contiguous(), top_k, mode)
     expect_finite(GateOutput(*outputs[:_FIELDS]))
     return outputs
@@ -109,6 +125,7 @@ def _forward(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, 
 
 @torch.library.impl(_SORTED, "default")
 def _forward_sorted(logits: Tensor, top_k: int, mode: int, impl: str) -> tuple[Tensor, ...]:
+    _expect_choice(logits, top_k, mode)
     outputs = GATE.choose(impl, logits).forward_sorted(logits.contiguous(), top_k, mode)
     expect_finite(GateOutput(*outputs[:_FIELDS]))
     return outputs
@@ -152,13 +169,18 @@ def _backward(
     impl: str,
 ) -> Tensor:
     gradients = (d_scores, d_weights, d_mean_scores, d_mean_entropy, d_mean_square_lse)
+    sizes = _GRADIENTS(logits, scores, indices, *gradients)
+    expect(sizes["k"] >= 1, "indices", "shape [B, k] with k >= 1", list(indices.shape))
+    expect(mode in _MODES, "mode", f"one of {_MODES}", mode)
+    indices = expect_index(indices, "indices", sizes["E"])
     dense = (None if gradient is None else gradient.contiguous() for gradient in gradients)
     chosen = GATE.choose(impl, logits)
-    return chosen.backward(logits.contiguous(), scores.contiguous(), indices.contiguous(), *dense, mode)
+    return chosen.backward(logits.contiguous(), scores.contiguous(), indices, *dense, mode)
 
 
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
+    _GRADIENTS.expect_kinds(logits, *rest[:7])
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import dense, dense_format
+from robust_moe_kernels.operands import Operands
 from robust_moe_kernels.ops.gate.op import GATE
 from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
@@ -59,15 +60,22 @@ torch.library.define(
 )
 
 
+_MAPS = Operands("x float [B, C, H, W]; weight table [E, C]; bias? weight [E]")
+_GRADIENT = Operands("d_logits table [B, E]; weight d_logits [E, C]")
+
+
 @torch.library.impl(_FORWARD, "default")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """(logits [B, E], means of the maps [B, C])."""
+    _MAPS(x, weight, bias)
+    expect(min(x.shape[1:]) >= 1, "x", "shape [B, C, H, W] with C, H, W >= 1", list(x.shape))
     bias = None if bias is None else bias.contiguous()
     return GATE.choose(impl, x).pool_linear(dense(x), weight.contiguous(), bias)
 
 
 @torch.library.register_fake(_FORWARD)
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    _MAPS.expect_kinds(x, weight, bias)
     return weight.new_empty((x.shape[0], weight.shape[0])), weight.new_empty((x.shape[0], x.shape[1]))
 
 
@@ -76,6 +84,9 @@ def _backward(
     d_logits: Tensor, weight: Tensor, height: int, width: int, channels_last: bool, dtype: torch.dtype, impl: str
 ) -> Tensor:
     """The gradient of x, in the dtype and memory format that x has."""
+    _GRADIENT(d_logits, weight)
+    expect(height >= 1 and width >= 1 and weight.shape[1] >= 1, "height", "C, H, W >= 1", [height, width])
+    expect(dtype in FLOATS, "dtype", f"one of {FLOATS}", dtype)
     d_x = _backward_fake(d_logits, weight, height, width, channels_last, dtype, impl)
     GATE.choose(impl, weight).pool_linear_backward(d_logits.contiguous(), weight.contiguous(), d_x)
     return d_x
@@ -85,6 +96,7 @@ def _backward(
 def _backward_fake(
     d_logits: Tensor, weight: Tensor, height: int, width: int, channels_last: bool, dtype: torch.dtype, impl: str
 ) -> Tensor:
+    _GRADIENT.expect_kinds(d_logits, weight)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (d_logits.shape[0], weight.shape[1], height, width)
     return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=layout)

@@ -14,11 +14,9 @@ why_not = native.why_not_cuda
 
 
 def _run(
-    kernel: str, samples: Tensor | None, rows: Tensor | None, order: Tensor, inverse: Tensor, weights: Tensor | None,
-    out: Tensor, top_k: int,
+    kernel: str, data: Tensor, samples: Tensor | None, rows: Tensor | None, order: Tensor, inverse: Tensor,
+    weights: Tensor | None, out: Tensor, top_k: int,
 ) -> Tensor:  # fmt: skip
-    data = samples if samples is not None else rows
-    assert data is not None
     batch = order.numel() // top_k
     size = data.shape[1:].numel()
     pointers = map(native.address, (samples, rows, order, inverse, weights, out))
@@ -28,15 +26,15 @@ def _run(
 
 def dispatch(samples: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     out = rows_like(samples, order.numel())
-    return _run("dispatch_rows", samples, None, order, inverse, weights, out, top_k)
+    return _run("dispatch_rows", samples, samples, None, order, inverse, weights, out, top_k)
 
 
 def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     out = rows_like(rows, order.numel() // top_k)
-    return _run("combine_rows", None, rows, order, inverse, weights, out, top_k)
+    return _run("combine_rows", rows, None, rows, order, inverse, weights, out, top_k)
 
 
 def row_dot(samples: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     kind = torch.float64 if samples.dtype == torch.float64 else torch.float32
     out = samples.new_empty(samples.shape[0], top_k, dtype=kind)
-    return _run("row_dot", samples, rows, order, inverse, None, out, top_k)
+    return _run("row_dot", samples, samples, rows, order, inverse, None, out, top_k)

@@ -28,6 +28,7 @@ from robust_moe_kernels.checks import (
 )
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import dense, dense_format, rows_like
+from robust_moe_kernels.operands import Operands, expect_order
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["PERMUTE", "combine", "dispatch"]
@@ -35,11 +36,20 @@ __all__ = ["PERMUTE", "combine", "dispatch"]
 PERMUTE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native", "reference"))
 
 
-def _check(data: Tensor, argument: str, rows: int, route: Route) -> None:
+def _check(data: Tensor, argument: str, per_sample: bool, route: Route) -> None:
+    expect(isinstance(route, Route), "route", "a Route, as sort_by_expert makes it", type(route).__name__)
+    expect(type(route.top_k) is int and route.top_k >= 1, "route.top_k", "an integer k >= 1", repr(route.top_k))
+    for name in ("order", "inverse"):
+        index = getattr(route, name)
+        expect_tensor(index, f"route.{name}")
+        expect_dtype(index, f"route.{name}", (torch.int64,))
+        expect(index.dim() == 1 and index.shape == route.order.shape, f"route.{name}", "shape [R]", list(index.shape))
+    rows = route.order.shape[0] // route.top_k if per_sample else route.order.shape[0]
     expect_tensor(data, argument)
     expect_dtype(data, argument, FLOATS)
     expect(data.dim() >= 2 and data.shape[0] == rows, argument, f"shape [{rows}, ...]", list(data.shape))
-    expect_same_device(route.order, "route", data, argument)
+    for index in (route.order, route.inverse):
+        expect_same_device(index, "route", data, argument)
 
 
 def dispatch(x: Tensor, route: Route, impl: str = AUTO) -> Tensor:
@@ -55,10 +65,11 @@ def dispatch(x: Tensor, route: Route, impl: str = AUTO) -> Tensor:
         Differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also a route whose order and
+            inverse are not each other's.
         ImplementationUnavailable: a named implementation cannot run here.
     """
-    _check(x, "x", route.order.numel() // route.top_k, route)
+    _check(x, "x", True, route)
     return torch.ops.robust_moe_kernels.dispatch(x, route.order, route.inverse, None, route.top_k, impl)
 
 
@@ -77,10 +88,11 @@ def combine(y: Tensor, route: Route, weights: Tensor, impl: str = AUTO) -> Tenso
         [B, ...], dtype and memory format of y. Differentiable in y and weights.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; on the CPU also a route whose order and
+            inverse are not each other's.
         ImplementationUnavailable: a named implementation cannot run here.
     """
-    _check(y, "y", route.order.numel(), route)
+    _check(y, "y", False, route)
     expect_tensor(weights, "weights")
     expect_dtype(weights, "weights", FLOATS)
     expect_shape(weights, "weights", (route.order.numel() // route.top_k, route.top_k), "[B, k]")
@@ -103,8 +115,23 @@ torch.library.define(
 torch.library.define("robust_moe_kernels::row_dot", f"(Tensor x, Tensor y, {_ROUTE}, int top_k, str impl) -> Tensor")
 
 
+_DISPATCH = Operands("x float [B, ...]; order int64 [R]; inverse int64 [R]; weights? sum [B, k]")
+_COMBINE = Operands("y float [R, ...]; order int64 [R]; inverse int64 [R]; weights? sum [B, k]")
+_ROW_DOT = Operands("x float [B, ...]; y x [R, ...]; order int64 [R]; inverse int64 [R]")
+
+
+def _checked_route(order: Tensor, inverse: Tensor, top_k: int, sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Order and inverse, contiguous; raises where they are no route of B samples with k experts each."""
+    rows = sizes["R"]
+    expect(top_k == sizes.get("k", top_k) and top_k >= 1, "top_k", f"k = {sizes.get('k', 'at least 1')}", top_k)
+    expect(rows == sizes.get("B", rows // top_k) * top_k, "order", "shape [B * k]", [rows])
+    return expect_order(order, inverse)
+
+
 @torch.library.impl("robust_moe_kernels::dispatch", "default")
 def _dispatch(x: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int, impl: str) -> Tensor:
+    sizes = _DISPATCH(x, order, inverse, weights)
+    order, inverse = _checked_route(order, inverse, top_k, sizes)
     x = dense(x)
     weights = None if weights is None else weights.contiguous()
     return PERMUTE.choose(impl, x).dispatch(x, order, inverse, weights, top_k)
@@ -112,11 +139,14 @@ def _dispatch(x: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None,
 
 @torch.library.register_fake("robust_moe_kernels::dispatch")
 def _dispatch_fake(x: Tensor, order: Tensor, inverse: Tensor, weights: Any, top_k: int, impl: str) -> Tensor:
+    _DISPATCH.expect_kinds(x, order, inverse, weights)
     return rows_like(dense(x), order.shape[0])
 
 
 @torch.library.impl("robust_moe_kernels::combine", "default")
 def _combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int, impl: str) -> Tensor:
+    sizes = _COMBINE(y, order, inverse, weights)
+    order, inverse = _checked_route(order, inverse, top_k, sizes)
     y = dense(y)
     weights = None if weights is None else weights.contiguous()
     return PERMUTE.choose(impl, y).combine(y, order, inverse, weights, top_k)
@@ -124,11 +154,13 @@ def _combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, 
 
 @torch.library.register_fake("robust_moe_kernels::combine")
 def _combine_fake(y: Tensor, order: Tensor, inverse: Tensor, weights: Any, top_k: int, impl: str) -> Tensor:
+    _COMBINE.expect_kinds(y, order, inverse, weights)
     return rows_like(dense(y), order.shape[0] // top_k)
 
 
 @torch.library.impl("robust_moe_kernels::row_dot", "default")
 def _row_dot(x: Tensor, y: Tensor, order: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
+    order, inverse = _checked_route(order, inverse, top_k, _ROW_DOT(x, y, order, inverse))
     layout = dense_format(y)
     x, y = x.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
     return PERMUTE.choose(impl, x).row_dot(x, y, order, inverse, top_k)
@@ -136,6 +168,7 @@ def _row_dot(x: Tensor, y: Tensor, order: Tensor, inverse: Tensor, top_k: int, i
 
 @torch.library.register_fake("robust_moe_kernels::row_dot")
 def _row_dot_fake(x: Tensor, y: Tensor, order: Tensor, inverse: Tensor, top_k: int, impl: str) -> Tensor:
+    _ROW_DOT.expect_kinds(x, y, order, inverse)
     return x.new_empty((x.shape[0], top_k), dtype=_accumulator(x))
 
 

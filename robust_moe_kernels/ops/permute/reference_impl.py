@@ -36,13 +36,12 @@ def dispatch(samples: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | 
 
 def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     slots = inverse.view(-1, top_k)
-    total = None
+    total = rows.new_empty(0)
     for j in range(top_k):
         term = rows.index_select(0, slots[:, j]).to(_accumulator(rows))
         if weights is not None:
             term = _column(weights[:, j], rows) * term
-        total = term if total is None else total + term
-    assert total is not None
+        total = term if j == 0 else total + term
     return rows_like(rows, order.numel() // top_k).copy_(total)
 
 

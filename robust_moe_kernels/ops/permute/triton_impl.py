@@ -23,6 +23,7 @@ why_not = triton_support.why_not
 
 _BLOCK = 1024  # elements a program; a 512-channel 4x4 map is 8 programs
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_COMBINE = {**_OPTIONS, "maxnreg": 64}  # left to itself, the assembler spills two registers (float64, sm_100)
 
 
 @triton.jit
@@ -41,9 +42,10 @@ def _dispatch_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
     pair = tl.load(order_ptr + row)
-    value = tl.load(samples_ptr + pair // top_k * size + column, mask=mask)
+    there = (pair >= 0) & (pair < tl.num_programs(0))  # the host has not looked: what is not there is NaN
+    value = tl.load(samples_ptr + pair // top_k * size + column, mask=mask & there, other=float("nan"))
     if HAS_WEIGHTS:
-        weight = tl.load(weights_ptr + pair)
+        weight = tl.load(weights_ptr + pair, mask=there, other=0.0)
         value = (weight * value.to(weight.dtype)).to(value.dtype)
     tl.store(out_ptr + row * size + column, value, mask=mask)
 
@@ -67,7 +69,8 @@ def _combine_kernel(
     total = tl.zeros((BLOCK,), KIND)
     for j in range(top_k):
         row = tl.load(inverse_ptr + sample * top_k + j)
-        value = tl.load(rows_ptr + row * size + column, mask=mask, other=0.0).to(KIND)
+        there = (row >= 0) & (row < tl.num_programs(0).to(tl.int64) * top_k)
+        value = tl.load(rows_ptr + row * size + column, mask=mask & there, other=float("nan")).to(KIND)
         if HAS_WEIGHTS:
             value = tl.load(weights_ptr + sample * top_k + j) * value
         total = tl.where(j == 0, value, total + value)  # not 0 + value: -0.0 stays -0.0, as in the reference
@@ -87,6 +90,8 @@ def _row_dot_kernel(
     """One program: the inner product of one pair, summed in fp64."""
     pair = tl.program_id(0).to(tl.int64)
     row = tl.load(inverse_ptr + pair)
+    there = (row >= 0) & (row < tl.num_programs(0))
+    row = tl.where(there, row, 0)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, size, BLOCK):
@@ -94,7 +99,8 @@ def _row_dot_kernel(
         x = tl.load(samples_ptr + pair // top_k * size + start + lane, mask=mask, other=0.0).to(tl.float64)
         y = tl.load(rows_ptr + row * size + start + lane, mask=mask, other=0.0).to(tl.float64)
         total += x * y
-    tl.store(out_ptr + pair, tl.sum(total, 0).to(out_ptr.dtype.element_ty))
+    total = tl.where(there, tl.sum(total, 0), float("nan"))
+    tl.store(out_ptr + pair, total.to(out_ptr.dtype.element_ty))
 
 
 def _grid(rows: int, size: int) -> tuple[int, int]:
@@ -121,7 +127,7 @@ def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None
             _combine_kernel[_grid(out.shape[0], size)](
                 rows, inverse, inverse if weights is None else weights, out, size, top_k,
                 HAS_WEIGHTS=weights is not None, KIND=tl.float64 if rows.dtype == torch.float64 else tl.float32,
-                BLOCK=_BLOCK, **_OPTIONS,
+                BLOCK=_BLOCK, **_COMBINE,
             )  # fmt: skip
     return out
 
@@ -150,6 +156,6 @@ def builds() -> Iterator[Build]:
             flags = {"HAS_WEIGHTS": weighted, "KIND": tl.float64 if kind == "fp64" else tl.float32, "BLOCK": _BLOCK}
             signature = {"rows_ptr": f"*{data}", "inverse_ptr": "*i64", "weights_ptr": weights, "out_ptr": f"*{data}"}
             signature |= {**sizes, **dict.fromkeys(flags, "constexpr")}
-            yield Build(_combine_kernel, signature, flags, _OPTIONS)
+            yield Build(_combine_kernel, signature, flags, _COMBINE)
         signature = {"samples_ptr": f"*{data}", "rows_ptr": f"*{data}", "inverse_ptr": "*i64", "out_ptr": f"*{kind}"}
         yield Build(_row_dot_kernel, {**signature, **sizes, "BLOCK": "constexpr"}, {"BLOCK": _BLOCK}, _OPTIONS)

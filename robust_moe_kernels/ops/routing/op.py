@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robust_moe_kernels.checks import expect, expect_dtype, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
+from robust_moe_kernels.operands import Operands
 
 __all__ = ["ROUTING", "Route", "sort_by_expert"]
 
@@ -16,7 +17,11 @@ ROUTING = Op(__package__, cpu=("native", "reference"), cuda=("native", "triton",
 
 
 class Route(NamedTuple):
-    """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64."""
+    """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64.
+
+    ``sort_by_expert`` and ``top_k_route`` make them. One made by hand is checked by every operation that it is given
+    to: on the CPU whole, on a GPU without its numbers, where an index out of range gives NaN.
+    """
 
     order: Tensor  # [R] pair at each sorted row
     sample: Tensor  # [R] sample of that pair, order // k
@@ -50,19 +55,23 @@ def sort_by_expert(indices: Tensor, num_experts: int, impl: str = AUTO) -> Route
     expect_tensor(indices, "indices")
     expect_dtype(indices, "indices", (torch.int64,))
     expect(indices.dim() == 2 and indices.shape[1] >= 1, "indices", "shape [B, k] with k >= 1", list(indices.shape))
-    expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
     order, sample, inverse, offsets, invalid = torch.ops.robust_moe_kernels.sort_by_expert(indices, num_experts, impl)
     return Route(order, sample, inverse, offsets, invalid, indices.shape[1])
 
 
 _NAME = "robust_moe_kernels::sort_by_expert"
+_INDICES = Operands("indices int64 [B, k]")
 torch.library.define(_NAME, "(Tensor indices, int num_experts, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl(_NAME, "default")
 def _sort_by_expert(indices: Tensor, num_experts: int, impl: str) -> tuple[Tensor, ...]:
+    top_k = _INDICES(indices)["k"]
+    expect(top_k >= 1, "indices", "shape [B, k] with k >= 1", list(indices.shape))
+    expect(num_experts >= 1, "num_experts", "E >= 1", num_experts)
+    expect(num_experts < 2**31, "num_experts", "E < 2^31", num_experts)
     chosen = ROUTING.choose(impl, indices)
-    outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts, indices.shape[1])
+    outputs = chosen.sort_by_expert(indices.contiguous().view(-1), num_experts, top_k)
     if indices.device.type == "cpu" and outputs[-1].item():
         raise ValueError(
             f"indices: expected experts in [0, {num_experts}), got values from {indices.min().item()} to"

@@ -276,3 +276,21 @@ def test_an_expert_without_images_decays_where_it_is_a_block(tiny, overrides, de
 def test_state_of_another_method_is_refused(tiny):
     with pytest.raises(KeyError, match="expected no state for PGDAdversarialTraining, got delta"):
         make_method(tiny()).load_state_dict({"delta": None})
+
+
+class Blind(nn.Module):
+    """Logits that the images have no part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(10))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), 10)
+
+
+def test_free_at_needs_a_loss_that_depends_on_the_images(tiny):
+    config = tiny("method.name=free_at")
+    _, batch = setting(config)
+    with pytest.raises(RuntimeError, match=r"^model: expected a loss that depends on the images, got none"):
+        list(run(make_method(config), Blind(), batch))

@@ -23,6 +23,7 @@ from robust_moe_kernels.ops.routing import Route, sort_by_expert
 LOGITS = torch.zeros(3, 4)
 INDICES = torch.zeros(3, 2, dtype=torch.int64)
 IMAGES = torch.full((2, 3, 4, 4), 0.5)
+PAIR = torch.zeros(3, 3, 4, 4)  # whose first two and last two images share one
 FLAG = torch.tensor(False)
 META = torch.device("meta")  # a second device that every machine has
 
@@ -288,6 +289,13 @@ BAD = (
         {"grad_best": torch.zeros(2, 3, 4, 8)[..., ::2]},
         ValueError,
         "grad_best: expected a contiguous tensor, got strides (96, 32, 8, 2)",
+    ),
+    Bad(track, {"x_best": IMAGES}, ValueError, "x_best: expected memory of its own, got memory that x has a part in"),
+    Bad(
+        track,
+        {"x_best": PAIR[:2], "x_fooled": PAIR[1:]},
+        ValueError,
+        "x_best: expected memory of its own, got memory that x_fooled has a part in",
     ),
     Bad(
         track,

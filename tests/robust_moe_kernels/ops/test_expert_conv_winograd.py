@@ -161,3 +161,69 @@ def test_chosen_where_it_pays(size, channels, winograd: bool, generator: torch.G
 def test_refused_for_other_convolutions(case: Case, generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="algorithm: expected a 3x3 filter"):
         run(inputs_of(case, generator), case, "winograd")
+
+
+FAR = (
+    Case("few", (2, 0, 3, 2), (16, 17), (6, 5), (3, 3), ONE, ONE, ONE, None, "few filters: strips"),
+    Case("many", (2, 0, 3, 2), (136, 130), (4, 4), (3, 3), ONE, ONE, ONE, None, "many filters: groups of rows"),
+)
+
+
+def _all_close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Finite, and off by no more than sums in float32 are."""
+    return bool(((got - wanted).abs() <= 1e-4 * wanted.abs().max()).all())
+
+
+@pytest.mark.parametrize("case", FAR, ids=lambda case: case.name)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_only_the_transforms_overflow(case, threads, generator):
+    """Maps, gradients of the output, or an expert's filters near the largest float, with a convolution that is finite.
+    Other rows, and other experts' filter gradients, have the bits that they have without."""
+    inputs = inputs_of(case, generator)._replace(sample=None)
+    large, rows = 2e38, slice(2, 3)  # the first row of the third expert
+    signs = torch.where(torch.rand(inputs.x.shape[1:], generator=generator) < 0.5, -1.0, 1.0)
+    x = inputs.x.clone(memory_format=torch.preserve_format)
+    x[rows] = large * signs
+    d_out = inputs.d_out.clone(memory_format=torch.preserve_format)
+    d_out[rows] = large * torch.where(torch.rand(d_out.shape[1:], generator=generator) < 0.5, -1.0, 1.0)
+    weight = inputs.weight * 1e-3
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plain = run(inputs._replace(weight=weight), case, "winograd")
+        far = run(inputs._replace(weight=weight, x=x, d_out=d_out * 1e-3), case, "winograd")[:2]
+        far_back = run(inputs._replace(weight=weight, d_out=d_out), case, "winograd")[1]
+        filters = run(inputs._replace(x=x, d_out=inputs.d_out * 1e-3), case, "winograd")[2]
+        plain_filters = run(inputs._replace(d_out=inputs.d_out * 1e-3), case, "winograd")[2]
+    finally:
+        torch.set_num_threads(before)
+    exact = run(inputs._replace(weight=weight, x=x, d_out=d_out), case, "tap_skip")
+    ordinary = [row for row in range(sum(case.counts)) if row != rows.start]
+    assert _all_close(far[0], exact[0]) and _all_close(far_back, exact[1])
+    assert torch.equal(far[0][ordinary], plain[0][ordinary]) and torch.equal(far_back[ordinary], plain[1][ordinary])
+    wanted = run(inputs._replace(x=x, d_out=inputs.d_out * 1e-3), case, "tap_skip")[2]
+    assert _all_close(filters, wanted)
+    assert torch.equal(filters[[0, 1, 3]], plain_filters[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("case", FAR, ids=lambda case: case.name)
+def test_filters_whose_transform_overflows(case, generator):
+    inputs = inputs_of(case, generator)._replace(sample=None)
+    weight = inputs.weight.clone(memory_format=torch.preserve_format)
+    weight[2] = 3e38 * torch.where(torch.rand(weight.shape[1:], generator=generator) < 0.5, -1.0, 1.0)
+    small = inputs._replace(x=inputs.x * 1e-4, d_out=inputs.d_out * 1e-4)
+    plain, far = run(small, case, "winograd"), run(small._replace(weight=weight), case, "winograd")
+    exact = run(small._replace(weight=weight), case, "tap_skip")
+    for got, wanted, ordinary in zip(far[:2], exact[:2], plain[:2], strict=True):
+        assert _all_close(got, wanted)
+        assert torch.equal(got[[0, 1, 5, 6]], ordinary[[0, 1, 5, 6]])  # of the other experts
+
+
+def test_an_infinity_reaches_what_it_reaches_in_the_direct_sum(generator):
+    case = FAR[0]
+    inputs = inputs_of(case, generator)._replace(sample=None)
+    x = inputs.x.clone(memory_format=torch.preserve_format)
+    x[4, 3, 0, 0] = float("inf")
+    direct = run(inputs._replace(x=x), case, "tap_skip")[0]
+    assert direct[4].isfinite().sum() > 0
+    assert torch.equal(run(inputs._replace(x=x), case, "winograd")[0][4], direct[4])
