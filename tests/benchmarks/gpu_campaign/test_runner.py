@@ -125,7 +125,8 @@ def test_told_to_stop_the_runner_ends_the_part_in_progress(tmp_path, plant):
     work.mkdir()
     os.mkfifo(work / "pipe")
     command = [sys.executable, "-c", STOPPED, str(work)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(runner.ROOT), str(tmp_path)])}
+    paths = (runner.ROOT, runner.ROOT / "python", tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     with open(work / "pipe", "rb") as pipe:  # opens when the part has opened its end
         process.send_signal(signal.SIGTERM)
