@@ -148,8 +148,9 @@ def remove_folder(folder: Path, outputs: Iterable[Output]) -> None:
 def _expect_file(argument: str, path: Path) -> None:
     try:
         mode = _mode(path)
-        _mode(temporary_file(path))  # its name is longer
-        _expect_room(path)
+        if mode is None or stat.S_ISREG(mode):
+            _mode(temporary_file(path))  # its name is longer
+            _expect_room(path)
     except (OSError, ValueError) as error:
         raise _refused(argument, "a file to write", path, error) from error
     if mode is not None and not stat.S_ISREG(mode):

@@ -319,7 +319,7 @@ def test_a_study_keeps_what_is_not_its_report(tmp_path, name):
 def test_judging_again_keeps_what_is_not_a_summary(tmp_path):
     shutil.copy(Path(__file__).parents[3] / "benchmarks" / "results" / "study-cpu" / "study.json", tmp_path)
     (tmp_path / "summary.md").write_text("# My notes\n")
-    said = refused(tmp_path, "reproduce", "rt-er", "--judge", tmp_path / "study.json")
+    said = refused(tmp_path, "reproduce", "all", "--judge", tmp_path / "study.json")
     assert said.startswith("out: expected a new name or the summary.md of an earlier report")
 
 
