@@ -92,7 +92,7 @@ def expect_folder(argument: str, path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise _refused(argument, "a folder to write to", path, error) from error
     if mode is not None and not stat.S_ISDIR(mode):
-        raise ConfigError(f"{argument}: expected a folder to write to, got {_called(mode)} {path}")
+        raise ConfigError(f"{argument}: expected a folder to write to, got {path} (a {_called(mode)})")
     return path
 
 
@@ -154,7 +154,7 @@ def _expect_file(argument: str, path: Path) -> None:
     except (OSError, ValueError) as error:
         raise _refused(argument, "a file to write", path, error) from error
     if mode is not None and not stat.S_ISREG(mode):
-        raise ConfigError(f"{argument}: expected a file to write, got {_called(mode)} {path}")
+        raise ConfigError(f"{argument}: expected a file to write, got the {_called(mode)} {path}")
 
 
 def _refused(argument: str, expected: str, path: Path, error: Exception) -> ConfigError:
@@ -180,12 +180,12 @@ def _expect_room(path: Path) -> None:
 
 def _called(mode: int) -> str:
     names = {
-        stat.S_IFDIR: "the folder",
-        stat.S_IFIFO: "the FIFO",
-        stat.S_IFSOCK: "the socket",
-        stat.S_IFREG: "the file",
+        stat.S_IFDIR: "folder",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFREG: "file",
     }
-    return names.get(stat.S_IFMT(mode), "the device")
+    return names.get(stat.S_IFMT(mode), "device")
 
 
 def _place(path: Path) -> tuple[Any, ...]:

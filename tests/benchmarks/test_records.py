@@ -27,7 +27,7 @@ def test_another_file_in_a_records_place_is_kept(tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize(
-    ("out", "words"), [("", "expected a name, got ''"), ("FILE", "expected a folder to write to, got the file")]
+    ("out", "words"), [("", "expected a name, got ''"), ("FILE", "expected a folder to write to, got ")]
 )
 def test_what_is_no_folder_is_refused(tmp_path, monkeypatch, capsys, out, words):
     (tmp_path / "file").write_text("mine")

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from robust_moe.outputs import (
     run_outputs,
 )
 from robust_moe.reproduce import study as studying
+from robust_moe.reproduce.preparation import remove
 
 OLD_RUN = Path(__file__).parents[1] / "config" / "old_run"  # files of a real run
 CERTIFIED = {"format": 1, "by": "ibp", "guarantee": "holds"}
@@ -314,6 +316,22 @@ def test_a_study_keeps_what_is_not_its_report(tmp_path, name):
     for fresh in ("--resume", "--fresh"):
         said = refused(tmp_path, "reproduce", "rt-er", "--out", tmp_path, "--runs", tmp_path / "runs", fresh)
         assert said.startswith("out: expected a new name or ") and name in said
+
+
+def test_a_study_started_anew_removes_its_own_files_alone(tmp_path):
+    folder = tmp_path / "dense-at" / "seed-0"
+    shutil.copytree(OLD_RUN, folder)
+    (folder / "job.json").write_text('{"run": "dense-at", "seed": 0, "config": {}}')
+    (folder / "log.txt").write_text("epoch 1/1")
+    (folder / "notes.txt").write_text("mine")
+    job = SimpleNamespace(run="dense-at", folder=folder)
+    remove([job], tmp_path)
+    assert {path.name for path in folder.iterdir()} == {"ended.pt", "notes.txt"}
+    (folder / "last.pt").write_bytes(b"a stranger's")
+    before = everything(tmp_path)
+    with pytest.raises(ConfigError, match="runs: expected a new name or a checkpoint of an earlier run"):
+        remove([job], tmp_path)
+    assert everything(tmp_path) == before
 
 
 def test_judging_again_keeps_what_is_not_a_summary(tmp_path):
