@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from robust_moe.console import show_any_text
+
 # A module is imported when it is asked for by name. This file alone imports no PyTorch: the campaign starts without it,
 # and every worker process of the speed-run imports this file again.
 
@@ -43,6 +45,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
+    show_any_text(sys.stdout)
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         name = sys.argv.pop(1)
         sys.argv[0] = f"python -m benchmarks {name}"
@@ -55,6 +58,7 @@ def _run_benchmarks() -> None:
     import torch
 
     from benchmarks.harness import Options, save, show
+    from benchmarks.records import expect_records, folder_option
 
     names = "\n".join(f"  {name:14}{benchmark.about}" for name, benchmark in BENCHMARKS.items())
     programs = "\n".join(f"  {name:14}{about}" for name, (_, about) in PROGRAMS.items())
@@ -74,7 +78,7 @@ def _run_benchmarks() -> None:
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet files: autoattack's second network")
     parser.add_argument("--compile", action="store_true", help="expert_sweep: also torch.compile of (b) and (d)")
     parser.add_argument("--quick", action="store_true", help="one small case each, to see that everything works")
-    parser.add_argument("--out", type=Path, help="folder for NAME.json; without it nothing is written")
+    parser.add_argument("--out", type=folder_option, help="folder for NAME.json; without it nothing is written")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
@@ -83,6 +87,7 @@ def _run_benchmarks() -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             parser.error(f"--{name}: expected a number > 0, got {value}")
+    expect_records(parser, arguments.out, arguments.names or list(BENCHMARKS))
     device, threads = torch.device(arguments.device), torch.get_num_threads()
     for name in arguments.names or BENCHMARKS:
         print(f"\n== {name}", flush=True)

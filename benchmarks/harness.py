@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.records import write_record
 from robust_moe.provenance import provenance
 
 __all__ = ["Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
@@ -160,8 +161,5 @@ def show(rows: list[Row]) -> None:
 
 def save(name: str, rows: list[Row], device: torch.device, folder: Path) -> Path:
     """Write the rows with what they came from to ``folder/NAME.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
     record = {"benchmark": name, **provenance(device), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_record(folder, name, json.dumps(record, indent=1) + "\n")

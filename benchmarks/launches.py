@@ -9,13 +9,13 @@ import argparse
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.launch_counter import Counted, Launches, Profiled
 from benchmarks.layer_case import Case
+from benchmarks.records import expect_records, folder_option, write_record
 from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.passes import Tally
 from robust_moe.config import TrainConfig
@@ -115,8 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128, help="images (128)")
     parser.add_argument("--autocast", action="store_true", help="with bfloat16 convolutions and products")
     parser.add_argument("--device", help="a GPU that runs the cases under a profiler; without it none is needed")
-    parser.add_argument("--out", type=Path, help="folder for launches.json; without it nothing is written")
+    parser.add_argument("--out", type=folder_option, help="folder for launches.json; without it nothing is written")
     options = parser.parse_args(arguments)
+    expect_records(parser, options.out, ["launches"])
     device = None if options.device is None else torch.device(options.device)
     case = Case(experts=options.experts, batch=options.batch)
     found = count(options.autocast, case, device)
@@ -125,8 +126,6 @@ def main(arguments: list[str] | None = None) -> None:
         for kernel, launches in counted.most_common():
             print(f"  {launches:4}  {kernel}")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "launches.json"
         how = "counted without a GPU" if device is None else "profiled"
         about = {"benchmark": "launches", "how": how, "autocast": options.autocast}
         rows = [
@@ -134,5 +133,5 @@ def main(arguments: list[str] | None = None) -> None:
             for name, counted in found.items()
         ]
         record = {**about, **provenance(device or torch.device("cpu")), "rows": rows}
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path = write_record(options.out, "launches", json.dumps(record, indent=1) + "\n")
         print(f"\nwritten: {path}")

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.records import expect_records, folder_option, write_record
 from robust_moe_kernels.ops.expert_conv.tiles import CAPABILITIES, FILTER, PRODUCT, Choice
 from robust_moe_kernels.ops.expert_conv.triton_builds import filter_build, product_build
 from robust_moe_kernels.triton_support import Build
@@ -102,18 +103,18 @@ def kernels(capability: int) -> Iterator[tuple[dict[str, Any], Build]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES, help="default: 90")
-    parser.add_argument("--out", type=Path, help="folder for sass.json; without it rows are only printed")
+    parser.add_argument("--out", type=folder_option, help="folder for sass.json; without it rows are only printed")
     arguments = parser.parse_args()
+    expect_records(parser, arguments.out, ["sass"])
     rows = []
     for capability in arguments.capability or [90]:
         for case, build in kernels(capability):
             rows.append(case | inspect(build, capability))
             print(json.dumps(rows[-1]), flush=True)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         text = ",\n".join("  " + json.dumps(row) for row in rows)
         head = json.dumps({"benchmark": "sass", "triton": triton.__version__, "torch": torch.__version__})[:-1]
-        (arguments.out / "sass.json").write_text(f'{head}, "rows": [\n{text}\n]}}\n', encoding="utf-8")
+        write_record(arguments.out, "sass", f'{head}, "rows": [\n{text}\n]}}\n')
 
 
 if __name__ == "__main__":

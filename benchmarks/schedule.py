@@ -15,7 +15,6 @@ import heapq
 import json
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 if not os.path.exists("/dev/nvidia0"):  # no GPU
@@ -23,6 +22,7 @@ if not os.path.exists("/dev/nvidia0"):  # no GPU
 
 import torch
 
+from benchmarks.records import expect_records, folder_option, write_record
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import triton_impl
 from robust_moe_kernels.ops.expert_conv.tiles import PRODUCT, Choice, Gpu, Tile
@@ -115,14 +115,14 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks schedule", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for schedule.json; without it rows are only printed")
+    parser.add_argument("--out", type=folder_option, help="folder for schedule.json; without it rows are only printed")
     arguments = parser.parse_args()
+    expect_records(parser, arguments.out, ["schedule"])
     found = rows()
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         text = ",\n".join("  " + json.dumps(row) for row in found)
         head = json.dumps({"benchmark": "schedule", "about": "simulated, 512 channels, 4x4 maps, 132 multiprocessors"})
-        (arguments.out / "schedule.json").write_text(f'{head[:-1]}, "rows": [\n{text}\n]}}\n', encoding="utf-8")
+        write_record(arguments.out, "schedule", f'{head[:-1]}, "rows": [\n{text}\n]}}\n')
 
 
 if __name__ == "__main__":

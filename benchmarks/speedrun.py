@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
+from benchmarks.records import expect_records, folder_option, write_record
 from benchmarks.speedrun_recipe import ARMS, FULL, RECIPE
 from benchmarks.speedrun_runs import AUTOATTACK, Run, run_once
 from robust_moe.config import ConfigError
 from robust_moe.data import DataError
-from robust_moe.files import replace_file
+from robust_moe.outputs import expect_outputs
 from robust_moe.provenance import provenance
 
 __all__ = ["RULE", "compare", "main"]
@@ -143,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="CIFAR-10 as train.parquet and test.parquet")
-    add("--work", type=Path, required=True, help="folder of the runs, where the same command goes on")
-    add("--out", type=Path, help="folder for speedrun.json; without it only the screen has the summary")
+    add("--work", type=folder_option, required=True, help="folder of the runs, where the same command goes on")
+    add("--out", type=folder_option, help="folder for speedrun.json; without it only the screen has the summary")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     names = ", ".join(ARMS)
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"default: all, {names}")
@@ -164,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("workers", "images", "attack_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected a count >= 1, got {getattr(options, name)}")
+    expect_records(parser, options.out, ["speedrun"], speedrun="speedrun ablation")
     try:
+        for run in _runs(options):
+            expect_outputs("--work", run.outputs())
         for folder in filter(None, (options.work, options.out)):
             folder.mkdir(parents=True, exist_ok=True)
         results = []
@@ -176,9 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = summary(results)
     _show_summary(arms)
     if options.out:
-        record = _record(options, arms, results)
-        replace_file(options.out / "speedrun.json", (json.dumps(record, indent=1) + "\n").encode())
-        print(f"\nwritten: {options.out / 'speedrun.json'}")
+        text = json.dumps(_record(options, arms, results), indent=1) + "\n"
+        print(f"\nwritten: {write_record(options.out, 'speedrun', text)}")
 
 
 def _record(options: argparse.Namespace, arms: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:

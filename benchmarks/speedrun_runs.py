@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from robust_moe.engine.experiment import cpu_threads, load_experiment
 from robust_moe.engine.state import NEUTRAL
 from robust_moe.evaluation import accuracy
 from robust_moe.files import replace_file
+from robust_moe.outputs import Output, json_with, remove_folder, run_outputs
 from robust_moe.reproduce.preparation import data_digest
 from robust_moe.settings import plain
 
@@ -48,6 +48,12 @@ class Run:
     def name(self) -> str:
         return f"{self.arm.replace(' ', '-')}-{self.seed}"
 
+    def outputs(self) -> list[Output]:
+        """All that the run writes."""
+        folder = Path(self.work) / self.name
+        result = json_with("the result of an earlier run", "identity", "arm")
+        return [(folder / "result.json", result), *run_outputs(folder / "train")]
+
 
 def run_once(run: Run) -> dict[str, Any]:
     """The numbers of a run, from its file where an equal run left one. A killed training goes on where it was saved.
@@ -65,7 +71,7 @@ def run_once(run: Run) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["identity"] == identity:
             return found
-        shutil.rmtree(folder / "train", ignore_errors=True)  # of other settings
+        remove_folder(folder / "train", run_outputs(folder / "train"))  # of other settings
     trainer = Trainer(config, Reporter(enabled=False))
     began = time.process_time()
     outcome = trainer.fit()
@@ -85,7 +91,7 @@ def run_once(run: Run) -> dict[str, Any]:
         "settings": _plain(config),
     }
     replace_file(file, (json.dumps(result, indent=1) + "\n").encode())
-    shutil.rmtree(folder / "train")
+    remove_folder(folder / "train", run_outputs(folder / "train"))
     return result
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_campaign.plan import Part
+from robust_moe.files import replace_file
 
-__all__ = ["FILE_LIMIT", "pack"]
+__all__ = ["EXTRA", "FILE_LIMIT", "pack"]
 
 FILE_LIMIT = 16 * 2**20  # bytes of a file
 LOG_LIMIT = 2**20  # bytes that a part's log keeps
@@ -20,16 +20,16 @@ EXTRA = ("tiles.json",)  # files of parts that go along as they are
 def pack(parts: Sequence[Part], about: dict[str, Any], work: Path, out: Path, limit: int = FILE_LIMIT) -> None:
     """Write ``results.json``, ``log.txt`` and what parts made for themselves to ``out``, no file above ``limit``."""
     results = {part.name: json.loads(path.read_text()) for part in parts if (path := _json(work, part)).is_file()}
-    _replace(out / "results.json", _within({**about, "parts": results}, limit))
+    replace_file(out / "results.json", _within({**about, "parts": results}, limit))
     logs = []
     for part in parts:
         log = work / f"{part.stem}.log"
         if log.is_file():
             logs.append(f"===== part {part.number}, {part.name}\n".encode() + _shortened(log.read_bytes(), LOG_LIMIT))
-    _replace(out / "log.txt", _shortened(b"\n".join(logs), limit))
+    replace_file(out / "log.txt", _shortened(b"\n".join(logs), limit))
     for name in EXTRA:
         if (work / name).is_file():
-            _replace(out / name, _shortened((work / name).read_bytes(), limit))
+            replace_file(out / name, _shortened((work / name).read_bytes(), limit))
 
 
 def _json(work: Path, part: Part) -> Path:
@@ -55,10 +55,3 @@ def _shortened(content: bytes, limit: int) -> bytes:
     note = f"\n... {len(content) - limit} bytes or more left out ...\n".encode()
     head = limit // 4
     return content[:head] + note + content[len(content) - (limit - head - len(note)) :]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """In one move: whoever takes the file away meanwhile gets the old one or the new one."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)

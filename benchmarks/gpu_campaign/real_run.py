@@ -6,7 +6,6 @@ Attacks run on the first images of every class; each result is scored again in f
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from robust_moe.config import TrainConfig, load_config
 from robust_moe.engine import Reporter, epochs_within, passes_of_run, read_metrics
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation import predict
+from robust_moe.outputs import remove_folder, run_outputs
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["epochs_that_fit", "run"]
@@ -58,7 +58,7 @@ def _preset(record: Record, preset: str, seconds: float) -> str:
         record.row(preset=preset, **line)
     record.row(preset=preset, trained_seconds=took, steps=result.steps, best=result.best)
     clean, robust, finished = _evaluate(record, preset, result.folder, end)
-    shutil.rmtree(result.folder, ignore_errors=True)
+    remove_folder(result.folder, run_outputs(result.folder))
     by = "AutoAttack" if finished else "attacks so far"
     return f"{preset}: {epochs} epochs in {took:.0f} s, clean {clean:.1%}, {by} {robust:.1%}"
 

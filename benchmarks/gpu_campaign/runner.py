@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_campaign.pack import pack
+from benchmarks.gpu_campaign.pack import EXTRA, pack
 from benchmarks.gpu_campaign.plan import MARGIN, PARTS, Part, allot, chosen
 from benchmarks.gpu_campaign.record import read
+from robust_moe.outputs import Kind, Output, expect_named, expect_outputs, json_with, run_outputs
 
 __all__ = ["Campaign", "main"]
 
@@ -202,8 +203,9 @@ def commit() -> str | None:
     return noted.read_text(encoding="utf-8").strip() if noted.is_file() else None
 
 
-def _writable(option: str, folder: Path) -> Path:
-    """``folder``, made if missing. Raises ValueError, in one sentence, if nothing can be written there."""
+def _writable(option: str, name: str | Path) -> Path:
+    """The folder of that name, made if missing. Raises ValueError, in one sentence, if nothing can be written there."""
+    folder = expect_named(option, name)
     probe = folder / ".probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +214,23 @@ def _writable(option: str, folder: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{option}: expected a folder to write to, got {folder} ({error.strerror})") from error
     return folder.resolve()
+
+
+def _outputs(work: Path) -> list[Output]:
+    """All that parts and this process write in ``work``."""
+    own = Kind("what an earlier campaign left", lambda path, known: known)
+    names = [f"{part.stem}.{ending}" for part in PARTS for ending in ("jsonl", "log")]
+    names += ["tiles.json", "memcheck.log"]
+    result = json_with("the result of an earlier campaign's part", "part", "name", "status")
+    runs = [output for name in ("run", "steps") for output in run_outputs(work / name)]
+    return [*((work / f"{part.stem}.json", result) for part in PARTS), *((work / name, own) for name in names), *runs]
+
+
+def _packed(out: Path) -> list[Output]:
+    """The files of :func:`pack`."""
+    own = Kind("what an earlier campaign packed", lambda path, known: known)
+    results = json_with("the results of an earlier campaign", benchmark="gpu_campaign")
+    return [(out / "results.json", results), *((out / name, own) for name in ("log.txt", *EXTRA))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--parts", help="numbers, ranges and names: 0-3,7 or layer,syncs (default: all)")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all of it (default: %(default)g)")
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu_campaign"), help="folder to go on from")
-    parser.add_argument("--out", type=Path, help="folder of the packed results (default: WORK/packed)")
+    parser.add_argument("--work", default="runs/gpu_campaign", help="folder to go on from")
+    parser.add_argument("--out", help="folder of the packed results (default: WORK/packed)")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as train.parquet and test.parquet: the real run")
     parser.add_argument("--fresh", action="store_true", help="repeat finished parts too")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does every part run?")
@@ -237,7 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.data is not None and not (asked.data / "train.parquet").is_file():
             raise ValueError(f"--data: expected a folder with train.parquet and test.parquet, got {asked.data}")
         work = _writable("--work", asked.work)
-        out = _writable("--out", asked.out or work / "packed")
+        out = _writable("--out", work / "packed" if asked.out is None else asked.out)
+        expect_outputs("--work", _outputs(work))
+        expect_outputs("--out", _packed(out))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

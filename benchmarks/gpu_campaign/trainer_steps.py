@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from benchmarks.gpu_campaign.record import Record
 from robust_moe.config import TrainConfig, load_config
 from robust_moe.data import DATASETS, Batch, DataSet, ImageSet
 from robust_moe.engine import Reporter, Trainer
+from robust_moe.outputs import remove_folder, run_outputs
 
 __all__ = ["GENERATED", "OUR_RUN", "WatchedTrainer", "step_config"]
 
@@ -55,7 +55,7 @@ class WatchedTrainer(Trainer):
 def step_config(record: Record, batch: int, steps: int, **run: Any) -> TrainConfig:
     """The preset's step on generated images, ``steps`` of them, without validation; ``run``: further run settings."""
     folder = record.folder / "steps"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder, run_outputs(folder))
     overrides = [
         f"data.name={GENERATED}",
         "data.expects=null",

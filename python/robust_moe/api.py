@@ -18,6 +18,7 @@ from robust_moe.engine.checkpoint import load_checkpoint, load_model_state, meas
 from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_device
 from robust_moe.evaluation import PresetEvaluation
 from robust_moe.evaluation.stages import as_fraction
+from robust_moe.outputs import evaluation_outputs, expect_json_name, expect_named, expect_outputs
 from robust_moe.settings import plain
 from robust_moe_kernels.checks import expect
 
@@ -118,8 +119,9 @@ def evaluate(
         seed: of all attacks; the random start of an image depends on it and on the image's position.
         batch_size: images a forward.
         class_names: for pictures and tables; None: numbers.
-        results: JSON file to write, with an ``.npz`` of every image beside it. None: none.
-        report: HTML file to write. None: none.
+        results: JSON file to write, with an ``.npz`` of every image beside it; a new name or an earlier result file.
+            None: none.
+        report: HTML file to write, a new name or an earlier report. None: none.
         resume: go on with the journal, or take the numbers from ``results`` where the same evaluation is finished.
         progress: shows bars, or lines.
 
@@ -143,15 +145,11 @@ def evaluate(
     if names and len(labels):
         largest = int(labels.max())
         expect(largest < len(names), "class_names", f"more than {largest}, the largest label", f"{len(names)} names")
-    files: dict[str, Path | None] = {}
-    for name, path in (("results", results), ("report", report)):
-        file = files[name] = None if path is None else Path(path).expanduser()
-        expect(file is None or not file.is_dir(), name, "a file to write", f"the folder {path}")
-    results_file = files["results"]
-    ok = results_file is None or results_file.suffix == ".json"  # the arrays' and the journal's names are made of it
-    expect(ok, "results", "a file whose name ends in .json", str(results))
-    same = files["results"] is not None and files["results"] == files["report"]
-    expect(not same, "report", "another file than results", str(report))
+    numbers = None if results is None else expect_json_name("results", expect_named("results", results).expanduser())
+    page = None if report is None else expect_named("report", report).expanduser()
+    expect(page is None or page != numbers, "report", "another file than results", str(report))
+    expect_outputs("results", evaluation_outputs(numbers, None))
+    expect_outputs("report", evaluation_outputs(numbers, page))
     reporter = Reporter(enabled=progress)
     facts: dict[str, dict[str, Any]] = {
         "model": {"name": type(model).__name__},
@@ -168,7 +166,7 @@ def evaluate(
         task=reporter.task if progress else None,
         say=reporter.line,
     )
-    return evaluation.complete(files["results"], files["report"], resume=resume)
+    return evaluation.complete(numbers, page, resume=resume)
 
 
 def _in_ball(attack: Attack.Config | str | None, eps: str | float | Fraction, norm: str) -> Attack.Config:

@@ -22,7 +22,14 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_expe
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import Journal, StagedEvaluation, identity, predict, wilson_interval
 from robust_moe.evaluation.certified import OUTCOMES, certified_curve, plot_certified
-from robust_moe.files import replace_file, replacing
+from robust_moe.files import replace_file
+from robust_moe.outputs import (
+    CERTIFIED_JOURNAL,
+    certificate_outputs,
+    clear_outputs,
+    expect_json_name,
+    expect_outputs,
+)
 from robust_moe.provenance import provenance
 from robust_moe.report import chosen_images, expect_choice
 
@@ -55,16 +62,23 @@ def certify_run(
     called again it goes on after the last one. A finished file is only drawn again.
 
     Args:
+        out: the result file, a name in .json that is new or an earlier one's; None: beside the checkpoint, under a name
+            that no certification with other settings has.
         by, norm, search, noise, batch_size: see :func:`~robust_moe.certifiers.make_certifier`.
         overrides, split, count: as for :func:`robust_moe.report.assess`.
         seconds_per_image: an image that takes longer counts as not certified; None: no limit.
         radii: of the curve in the results; None: :data:`RADII`.
 
     Raises:
-        CheckpointError, ConfigError, DataError: what cannot be read, does not fit or cannot be certified.
+        CheckpointError, ConfigError, DataError: what cannot be read, does not fit or cannot be certified; a file in the
+            place of one that would be written.
         ResumeError: a journal of other settings. FloatingPointError: a logit that is NaN or infinite.
     """
     expect_choice(split, count)
+    file = checkpoint_file(checkpoint)
+    path = None if out is None else expect_json_name("out", out)
+    if path is not None:  # sooner said than after the data are read
+        expect_outputs("out", certificate_outputs(path), [("checkpoint", file)])
     if seconds_per_image is not None and not (math.isfinite(seconds_per_image) and seconds_per_image > 0):
         raise ConfigError(f"seconds-per-image: expected a finite number of seconds > 0, got {seconds_per_image}")
     reporter = reporter or Reporter()
@@ -74,15 +88,17 @@ def certify_run(
     certifier = make_certifier(by, model, shape, classes, norm=norm, search=search, noise=noise, batch_size=batch_size)
     settings = {"by": by, "norm": certifier.norm, **certifier.settings, "seconds_per_image": seconds_per_image}
     digest = json.dumps([settings, split, count, state["position"], overrides or []]).encode()
-    file = checkpoint_file(checkpoint)
     name = f"certified-{file.stem}-{split}-{by}-{hashlib.blake2b(digest, digest_size=4).hexdigest()}.json"
-    path = file.with_name(name) if out is None else Path(out)
+    path = path or file.with_name(name)
+    outputs = certificate_outputs(path)
+    expect_outputs("out", outputs, [("checkpoint", file)])
     with cpu_threads(config.run.threads):
         work = _Certification(certifier, model, whole.subset(index), index, settings, reporter)
         results = _read(path, work.identity) if resume else None
         if results is None:
             described = {"checkpoint": str(checkpoint), "data": {"name": whole.name, "split": split}}
             with Journal(path.with_suffix(".journal"), work.identity, resume) as journal:
+                clear_outputs(outputs, anew=not resume, keep=CERTIFIED_JOURNAL)
                 results = _write({**work.run(journal), **described}, path, radii)
                 journal.remove()
         else:
@@ -184,8 +200,7 @@ def _write(results: dict[str, Any], path: Path, radii: Sequence[Fraction] | None
     at = [Fraction(radius) for radius in RADII[results["norm"]]] if radii is None else radii
     results = {**results, "curve": certified_curve(results["images"]["radius"], at)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path.with_suffix(".png")) as file:
-        plot_certified(results, file, f"Certified accuracy of {path.resolve().parent.name}")
+    plot_certified(results, path.with_suffix(".png"), f"Certified accuracy of {path.resolve().parent.name}")
     replace_file(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 

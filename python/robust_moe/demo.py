@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from robust_moe.config import load_config
+from robust_moe.console import make_console
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.evaluation import plot_comparison, results_table
 from robust_moe.evaluation.tables import attack_name
+from robust_moe.outputs import expect_folder, expect_outputs, figure, run_outputs
 from robust_moe.report import assess, draw
 
 __all__ = ["PRESETS", "run_demo"]
@@ -38,9 +40,12 @@ def run_demo(
     Returns:
         The results of each preset, as in its results.json; those of the runs that a signal stopped are missing.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     reporter = Reporter(console=console)
-    out = Path(out)
+    out = expect_folder("out", out)
+    folders = {preset: out / preset for preset in PRESETS}
+    runs = [output for folder in folders.values() for output in run_outputs(folder)]
+    expect_outputs("out", [*runs, (out / "comparison.png", figure("demo"))])
     results: dict[str, dict[str, Any]] = {}
     for preset in PRESETS:
         length = [] if epochs is None else [f"run.epochs={epochs}"]
@@ -54,5 +59,5 @@ def run_demo(
     label = attack_name(rows[0][1])
     plot_comparison(rows, out / "comparison.png", title=f"Handwritten digits: clean and robust accuracy ({label})")
     console.print(results_table(rows, f"Handwritten digits, {rows[0][1]['count']} test images"))
-    console.print(f"run folders, figures and results: {out}", soft_wrap=True)
+    reporter.line(f"run folders, figures and results: {out}")
     return results

@@ -1,11 +1,13 @@
-"""Files that are written whole or not at all, or by one process at a time."""
+"""Files that are written whole or not at all, or by one process at a time; errors of writing name their file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +16,12 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__all__ = ["lock", "replace_file", "replacing"]
+__all__ = ["append_line", "lock", "naming", "remove_leftovers", "replace_file", "replacing", "temporary_file"]
+
+
+def temporary_file(path: Path) -> Path:
+    """Where :func:`replacing` writes the new content of ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -25,16 +32,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     disk, a kill or a power cut leaves the file that was there before.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it could not be written; it names ``path``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_file(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with naming(path):
+            temporary.unlink(missing_ok=True)  # a killed process of the same number left it
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -44,6 +53,52 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write ``data`` by :func:`replacing`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Delete the temporary files that killed writes of ``paths`` left. No process may be writing one of them."""
+    names: dict[Path, list[str]] = defaultdict(list)
+    for path in paths:
+        names[path.parent].append(re.escape(path.name))
+    for folder, known in names.items():
+        ours = re.compile(rf"\.({'|'.join(known)})\.\d+\.tmp")
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if ours.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside names ``path``: a full disk says no name, and a temporary file's says nothing to a user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # otherwise its text is all it has
+            error.filename = str(path)
+            del error.filename2
+        raise
+
+
+def append_line(file: BinaryIO, line: bytes, path: Path, sync: bool = True) -> None:
+    """Write a line whole at the end of the unbuffered ``file``; cut off what came of it where that fails, or the next
+    one would follow half a line.
+
+    Args:
+        path: of the file, for errors.
+        sync: force it to the disk.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        with naming(path):
+            left = memoryview(line)
+            while left:
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def lock(file: BinaryIO) -> bool:

@@ -15,16 +15,27 @@ from robust_moe.data import ImageSet, Splits
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
-from robust_moe.evaluation import PresetEvaluation, plot_routing, plot_training, read_results
-from robust_moe.evaluation.common import expect_common, expect_same_images
-from robust_moe.evaluation.results import samples_file
-from robust_moe.evaluation.stages import describe_attack
+from robust_moe.evaluation import (
+    PresetEvaluation,
+    plot_routing,
+    plot_training,
+    read_results,
+    robustbench_json,
+)
+from robust_moe.evaluation.common import expect_comparable
+from robust_moe.files import replace_file
+from robust_moe.outputs import (
+    evaluation_outputs,
+    expect_json_name,
+    expect_outputs,
+    robustbench_file,
+    samples_file,
+)
 from robust_moe.settings import plain
 
 __all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice"]
 
 SPLITS = ("train", "val", "test")
-SINGLE_SUITE = ("quick", "standard", "rand", "full")  # presets all of whose attacks are known before they run
 
 
 def expect_choice(split: str, count: int | None) -> None:
@@ -58,6 +69,7 @@ def assess(
     count: int | None = None,
     resume: bool = False,
     beside: Sequence[str | Path] = (),
+    robustbench: str | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a checkpoint, or a run folder's best one: (results, the file they are in).
@@ -67,8 +79,8 @@ def assess(
     any moment and called again with ``resume``, it goes on after the last batch that was finished, to the same results.
 
     Args:
-        out: the result file, written over if it is there; None: beside the checkpoint, under a name that no evaluation
-            with other settings has.
+        out: the result file, a name in .json that is new or an earlier evaluation's; None: beside the checkpoint, under
+            a name that no evaluation with other settings has.
         preset: a key of :data:`~robust_moe.evaluation.PRESETS`.
         overrides: settings on top of the checkpoint's, e.g. ``["eval.attack.steps=50", "data.root=/data"]``; those of
             :data:`~robust_moe.engine.experiment.EVALUATION`.
@@ -77,22 +89,32 @@ def assess(
         resume: go on with the journal that is there, and do nothing where the evaluation is finished already (but draw
             its report again, if there are results to be shown ``beside``).
         beside: result files of other models, which the report shows beside this one.
+        robustbench: title of the RobustBench entry to write beside the results too, of the presets ``standard`` and
+            ``full``.
 
     Raises:
-        CheckpointError, ConfigError, DataError: what cannot be read or does not fit.
+        CheckpointError, ConfigError, DataError: what cannot be read or does not fit; a file in the place of one that
+            would be written. Nothing has been evaluated then.
         ResumeError: a journal of another model, other data or other settings.
         FloatingPointError: NaN in a logit or an attack's gradient.
         ValueError: one of ``beside`` is no result file, or is of other images, or has no attack in common with this
             evaluation.
     """
     expect_choice(split, count)
+    file = checkpoint_file(checkpoint)
+    read = [("checkpoint", file), *(("beside", other) for other in beside)]
     others = _named_results([Path(other) for other in beside])
+
+    def expect(path: Path) -> Path:
+        outputs = evaluation_outputs(path, path.with_suffix(".html"), entry=robustbench is not None)
+        expect_outputs("out", outputs, read)
+        return path
+
+    given = None if out is None else expect(expect_json_name("out", out))
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
     whole, index = chosen_images(splits, split, count)
-    file = checkpoint_file(checkpoint)
-    named = _result_file(file, config, split, preset, count, state["position"])
-    path = named if out is None else Path(out)
+    path = given or expect(_result_file(file, config, split, preset, count, state["position"]))
     with open(file, "rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     classes = list(whole.class_names)
@@ -115,16 +137,12 @@ def assess(
             say=reporter.line,
             key="eval.attack",
         )
-        # sooner said than after hours of attacks
-        measured = {"count": len(index), "data": {"sha256": evaluation.identity["data"]}}
-        expect_same_images([("this evaluation", measured), *others])
-        if preset in SINGLE_SUITE:
-            planned = [
-                {"name": stage.name, "chain": stage.chain, "settings": describe_attack(stage.attack)}
-                for stage in evaluation.stages
-            ]
-            expect_common([("this evaluation", {"attacks": planned}), *others])
-        return evaluation.complete(path, path.with_suffix(".html"), resume=resume, beside=others), path
+        expect_comparable(evaluation.planned(), others)  # sooner said than after hours of attacks
+        results = evaluation.complete(path, path.with_suffix(".html"), resume=resume, beside=others)
+    if robustbench is not None:
+        text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
+        replace_file(robustbench_file(path), f"{text}\n".encode())
+    return results, path
 
 
 def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:

@@ -148,6 +148,17 @@ def test_stopped_in_the_middle_it_goes_on(tmp_path, written):
         assert idle.images == counting.images
 
 
+def test_numbers_of_other_settings_do_not_survive_a_new_start(tmp_path):
+    counting = Counting(cnn())
+    given = images(counting.model)
+    files = {"results": tmp_path / "mine.json", "report": tmp_path / "page.html"}
+    robust_moe.evaluate(counting, *given, eps=0.02, batch_size=4, **files)
+    stopped = Counting(counting.model, counting.calls - 4)
+    with pytest.raises(KeyboardInterrupt):
+        robust_moe.evaluate(stopped, *given, eps=0.03, batch_size=4, **files, resume=False)
+    assert [item.name for item in tmp_path.iterdir()] == ["mine.journal"]
+
+
 def test_a_missing_report_of_finished_numbers_is_drawn(tmp_path):
     model = Counting(cnn())
     settings = {"eps": 0.02, "results": tmp_path / "a.json"}

@@ -13,14 +13,15 @@ from robust_moe.certify import certify_run
 from robust_moe.commands.shared import (
     Imports,
     Overrides,
+    ResultFile,
     Traceback,
-    console,
     import_modules,
     new_app,
     one_line_errors,
     title_of,
 )
 from robust_moe.config import ConfigError, parse_fraction
+from robust_moe.console import make_console
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.evaluation.certified import certified_table
@@ -63,9 +64,7 @@ def certify(
     batch_size: Annotated[int, typer.Option(help="Smoothing: noisy copies in a forward.")] = 256,
     seed: Annotated[int, typer.Option(help="Smoothing: of the noise.")] = Noise.seed,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on where it was, or start anew.")] = True,
-    out: Annotated[
-        Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
-    ] = None,
+    out: ResultFile = None,
     imports: Imports = None,
     show_traceback: Traceback = False,
 ) -> None:
@@ -75,7 +74,7 @@ def certify(
     radius and a plot; the same command goes on after a kill. Deterministic certificates are for small networks, with
     routed blocks and convolutions or without, mixtures of them and dual models; randomised smoothing is for any.
     """
-    reporter = Reporter(console=console())
+    reporter = Reporter(console=make_console())
     results, written = certify_run(
         checkpoint,
         out,

@@ -10,8 +10,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from robust_moe.commands.shared import Imports, Overrides, Traceback, console, import_modules, new_app, one_line_errors
+from robust_moe.commands.shared import Imports, Overrides, Traceback, import_modules, new_app, one_line_errors
 from robust_moe.config import preset_names, resolve_config, yaml_text
+from robust_moe.console import make_console
 from robust_moe.settings import Config, plain
 
 __all__ = ["app"]
@@ -62,9 +63,9 @@ def config(
 ) -> None:
     """Every setting in force, with its unit, its meaning and where it came from."""
     found = resolve_config(source, import_modules(imports, overrides))
-    out = console()
+    out = make_console()
     if as_yaml:
-        out.print(yaml_text(found.config), end="", markup=False, soft_wrap=True)
+        out.print(yaml_text(found.config), end="", soft_wrap=True)
         return
     table = Table(title=source, title_justify="left")
     table.add_column("setting", no_wrap=True)
@@ -72,4 +73,4 @@ def config(
         table.add_column(column, overflow="fold")
     for row in settings_of(found.config, found.origins):
         table.add_row(*row)
-    out.print(table, markup=False)
+    out.print(table)

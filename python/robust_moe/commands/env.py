@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from robust_moe.commands.shared import console, new_app
+from robust_moe.commands.shared import new_app
+from robust_moe.console import make_console
 from robust_moe.provenance import git_revision, versions
 from robust_moe_kernels.env import report
 
@@ -16,7 +17,7 @@ app = new_app()
 @app.command()
 def env() -> None:
     """Versions, devices, and which implementation of every op can run here."""
-    out = console()
+    out = make_console()
     table = Table(title="software and devices")
     table.add_column("what")
     table.add_column("found")

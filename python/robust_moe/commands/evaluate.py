@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +11,8 @@ from robust_moe.commands.shared import (
     DryRun,
     Imports,
     Overrides,
+    ResultFile,
     Traceback,
-    console,
     import_modules,
     new_app,
     one_line_errors,
@@ -21,11 +20,12 @@ from robust_moe.commands.shared import (
     title_of,
 )
 from robust_moe.config import ConfigError
+from robust_moe.console import make_console
 from robust_moe.dry_run import evaluation_facts
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
-from robust_moe.evaluation import PRESETS, robustbench_json
-from robust_moe.files import replace_file
+from robust_moe.evaluation import PRESETS
+from robust_moe.outputs import robustbench_file
 from robust_moe.report import assess
 
 __all__ = ["app"]
@@ -58,9 +58,7 @@ def evaluate_checkpoint(
         list[Path] | None,
         typer.Option(help="A result file of another model to show in the report; may be repeated.", show_default=False),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Result file; default: beside the checkpoint, another for other settings.")
-    ] = None,
+    out: ResultFile = None,
     robustbench: Annotated[
         str | None,
         typer.Option(
@@ -91,9 +89,9 @@ def evaluate_checkpoint(
     file = checkpoint_file(checkpoint)
     if dry_run:
         for what, value in evaluation_facts(file, settings, preset=preset, split=split, count=n):
-            console().print(f"{what}: {value}", soft_wrap=True)
+            make_console().print(f"{what}: {value}", soft_wrap=True)
         return
-    reporter = Reporter(console=console())
+    reporter = Reporter(console=make_console())
     results, written = assess(
         file,
         out,
@@ -103,11 +101,9 @@ def evaluate_checkpoint(
         count=n,
         resume=resume,
         beside=beside or (),
+        robustbench=robustbench,
         reporter=reporter,
     )
     show(reporter.console, title_of(file), results, written)
     if robustbench is not None:
-        entry = written.with_name(f"{written.stem}-robustbench.json")
-        text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
-        replace_file(entry, f"{text}\n".encode())
-        reporter.console.print(f"RobustBench entry: {entry}", soft_wrap=True)
+        reporter.line(f"RobustBench entry: {robustbench_file(written)}")

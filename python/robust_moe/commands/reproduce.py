@@ -12,11 +12,11 @@ from robust_moe.commands.shared import (
     Imports,
     Overrides,
     Traceback,
-    console,
     import_modules,
     new_app,
     one_line_errors,
 )
+from robust_moe.console import make_console
 from robust_moe.engine import Reporter
 from robust_moe.reproduce import SCALES, STUDIES, StudyResult, claim_line, judge_again, reproduce
 
@@ -40,17 +40,24 @@ def run_study(
         int | None, typer.Option(help="Models at a time; default: one a CPU core, one on a GPU.", show_default=False)
     ] = None,
     runs: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the run folders; default: runs/study-SCALE, or one for these settings."),
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Folder of the run folders; default: runs/study-SCALE, or one for these settings."
+        ),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the report; default: report-STUDY, in that of the runs.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder of the report; default: report-STUDY, in that of the runs.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with what is there, or start anew.")] = True,
     judge: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
+            metavar="PATH",
             help="A study.json: decide its claims anew, without training; summary.md beside it or in --out.",
             show_default=False,
         ),
@@ -63,9 +70,10 @@ def run_study(
     Leaves study.json, figures and summary.md. Ctrl-C saves and stops; the same command (without --fresh) goes on.
     """
     settings = import_modules(imports, overrides)
-    reporter = Reporter(console=console())
+    reporter = Reporter(console=make_console())
     if judge is not None:
-        _show(judge_again(judge, study, out), (out or judge.parent) / "summary.md", reporter)
+        folder = Path(judge).parent if out is None else Path(out)
+        _show(judge_again(judge, study, out), folder / "summary.md", reporter)
         return
     done = reproduce(
         study,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robust_moe.config import ConfigError
+from robust_moe.console import make_console
 from robust_moe.data import DataError
 from robust_moe.engine import CheckpointError
 from robust_moe.evaluation import attack_table, results_table
@@ -24,8 +25,8 @@ __all__ = [
     "DryRun",
     "Imports",
     "Overrides",
+    "ResultFile",
     "Traceback",
-    "console",
     "import_modules",
     "new_app",
     "one_line_errors",
@@ -39,6 +40,15 @@ STOPPED = 130  # exit status of a run that SIGINT or SIGTERM stopped, as shells 
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. run.epochs=3.", show_default=False)
+]
+# a text, as a path does not tell an empty name from the working directory
+ResultFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Result file, NAME.json; default: beside the checkpoint, another for other settings.",
+        show_default=False,
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and what it costs, and stop.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
@@ -57,11 +67,6 @@ Imports = Annotated[
 def new_app() -> typer.Typer:
     """An application for one command."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def console(stderr: bool = False) -> Console:
-    """Standard output, or standard error, without guesses about colours."""
-    return Console(highlight=False, stderr=stderr)
 
 
 def import_modules(modules: Sequence[str] | None, overrides: Sequence[str] | None) -> list[str]:
@@ -90,11 +95,18 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             if kwargs.get("show_traceback"):
                 traceback.print_exc()
             else:
-                text = " ".join(str(error).split())
-                console(stderr=True).print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+                text = " ".join(_sentence(error).split())
+                make_console(stderr=True).print(f"error: {text}", style="red", soft_wrap=True)
             raise typer.Exit(2) from error
 
     return wrapped
+
+
+def _sentence(error: Exception) -> str:
+    """What the system says without a name, such as a full disk, with that of the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.filename2 is None:
+        return f"{error.filename}: could not be read or written ({error.strerror})"
+    return str(error)
 
 
 def title_of(file: Path) -> str:

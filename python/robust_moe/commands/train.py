@@ -12,13 +12,13 @@ from robust_moe.commands.shared import (
     Imports,
     Overrides,
     Traceback,
-    console,
     import_modules,
     new_app,
     one_line_errors,
     show,
 )
 from robust_moe.config import load_config, preset_names
+from robust_moe.console import make_console
 from robust_moe.dry_run import training_facts
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.report import assess, draw
@@ -48,9 +48,9 @@ def train(
     settings = load_config(config, import_modules(imports, overrides))
     if dry_run:
         for what, value in training_facts(settings):
-            console().print(f"{what}: {value}", soft_wrap=True)
+            make_console().print(f"{what}: {value}", soft_wrap=True)
         return
-    reporter = Reporter(console=console())
+    reporter = Reporter(console=make_console())
     trainer = Trainer(settings, reporter)
     outcome = trainer.fit(resume=resume, override=override)
     if not trainer.fabric.is_global_zero:

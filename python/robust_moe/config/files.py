@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.config.schema import TrainConfig
+from robust_moe.files import replace_file
 from robust_moe.settings import (
     ConfigError,
     Layer,
@@ -141,7 +142,7 @@ def flatten(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write ``config`` as YAML that :func:`load_config` reads back to an equal object."""
-    Path(path).write_text(yaml_text(config), encoding="utf-8")
+    replace_file(Path(path), yaml_text(config).encode())
 
 
 def yaml_text(config: TrainConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from robust_moe.files import replace_file
+from robust_moe.files import append_line, naming, replace_file
 
 __all__ = ["MetricLog", "read_metrics"]
 
@@ -53,25 +53,29 @@ class MetricLog:
         folder.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(folder)[:lines]
         replace_file(folder / FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._path, self._events_folder = folder / FILE, folder / "tensorboard"
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        self._events = SummaryWriter(str(self._events_folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line ``{"kind", "step", **values}``; numbers also go to TensorBoard as ``kind/name``.
 
         Raises:
             ValueError: a value is NaN or infinite (JSON has neither).
+            OSError: it cannot be written; it names the file, which keeps whole lines.
         """
         if not self.enabled:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n"
+        append_line(self._file, line.encode(), self._path, sync=False)
         self.lines += 1
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        with naming(self._events_folder):
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         if self.enabled:
             self._file.close()
-            self._events.close()
+            with naming(self._events_folder):
+                self._events.close()

@@ -7,6 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from robust_moe.console import make_console
+
 __all__ = ["Reporter"]
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
@@ -24,13 +26,13 @@ class _Task:
     def __enter__(self) -> _Task:
         if self._reporter.bars:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=self._reporter.console,
                 transient=True,
             )
@@ -68,7 +70,7 @@ class Reporter:
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self.enabled = enabled
-        self.console = console or Console(highlight=False)
+        self.console = console or make_console()
 
     @property
     def bars(self) -> bool:
@@ -80,7 +82,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         if self.enabled:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"warning: {text}", style="yellow", markup=False, emoji=False, soft_wrap=True)

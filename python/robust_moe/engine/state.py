@@ -18,6 +18,7 @@ from robust_moe.engine.meters import Meter
 from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
 from robust_moe.optim import keep_with_parameters, regrouped
+from robust_moe.outputs import CONFIG, clear_outputs, run_outputs
 from robust_moe.provenance import git_revision, versions
 from robust_moe.settings import plain
 
@@ -203,8 +204,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next((path for path in (folder / "last.pt", folder / "best.pt") if path.is_file()), None)
 
 
-def clear_run(folder: Path) -> None:
-    """Remove what an earlier run, or a killed save, left in ``folder``; files that are not a run's stay."""
-    for pattern in ("last.pt", "best.pt", "crash.pt", "metrics.jsonl", ".*.tmp", "tensorboard/events.out.tfevents.*"):
-        for path in folder.glob(pattern):
-            path.unlink()
+def clear_run(folder: Path, anew: bool = True) -> None:
+    """Remove what killed writes left in a run folder; ``anew``: and all that an earlier run did, but for its
+    configuration, which is written over. Files that are not a run's stay."""
+    clear_outputs(run_outputs(folder), anew=anew, keep=CONFIG)

@@ -15,7 +15,7 @@ from robust_moe.data import Batch, BatchLoader, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
-from robust_moe.engine.experiment import cpu_threads, describe_data, make_method, make_model
+from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
@@ -25,6 +25,7 @@ from robust_moe.engine.state import RunState, clear_run, find_checkpoint
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.optim import expect_warmup_within, learning_rate
+from robust_moe.outputs import expect_folder, expect_outputs, run_outputs
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.modules import check_finite
 
@@ -60,12 +61,15 @@ class Trainer:
         reporter: what is said on screen; None: progress on standard output.
 
     Raises:
-        ConfigError: a name or value that cannot be run.
+        ConfigError: a name or value that cannot be run, or a run folder whose files are not a run's.
     """
 
     def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
         self.config = config
-        self.folder = Path(config.run.out)
+        self.folder = expect_folder("run.out", config.run.out)
+        sources = [(f"model.{place}init_from", half.init_from) for place, half in config.model.halves()]
+        read = [(key, source and checkpoint_file(source)) for key, source in sources]
+        expect_outputs("run.out", run_outputs(self.folder), read)
         self.reporter = reporter or Reporter()
         make_method(config)  # refuses what it cannot train
 
@@ -147,8 +151,8 @@ class Trainer:
             fabric, self.model, wrapped, self.optimizer, self.method, config.optim.grad_clip, config.run.graph
         )
         with self._in_run_folder():
-            if checkpoint is None and fabric.is_global_zero:
-                clear_run(self.folder)
+            if fabric.is_global_zero:
+                clear_run(self.folder, anew=checkpoint is None)
             fabric.barrier()
             self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only

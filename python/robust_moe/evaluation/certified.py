@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from robust_moe.evaluation.plots import CLEAN, NEUTRAL, PERCENT, ROBUST, new_figure, printable, tidy
+from robust_moe.evaluation.plots import CLEAN, NEUTRAL, PERCENT, ROBUST, new_figure, printable, save_figure, tidy
 from robust_moe.evaluation.results import wilson_interval
+from robust_moe.evaluation.tables import caption_text, title_text
 
 __all__ = ["OUTCOMES", "certified_accuracy", "certified_curve", "certified_table", "plot_certified"]
 
@@ -43,20 +45,22 @@ def certified_table(results: Mapping[str, Any], name: str) -> Table:
     """A row for each radius, in percent with 95 % intervals; what became of the images stands below."""
     told = "; ".join(f"{count} {OUTCOMES[outcome]}" for outcome, count in results["outcomes"].items() if count)
     table = Table(
-        title=f"{name}: certified by {results['by']}, {results['count']:,} {results['data']['split']} images",
-        caption=f"clean {100 * results['clean']:.1f} %; mean radius {results['mean_radius']:.4g}; {told}",
+        title=title_text(
+            f"{name}: certified by {results['by']}, {results['count']:,} {results['data']['split']} images"
+        ),
+        caption=caption_text(f"clean {100 * results['clean']:.1f} %; mean radius {results['mean_radius']:.4g}; {told}"),
     )
     table.add_column(f"{results['norm']} radius", justify="right", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("certified % \\[95 % interval]", justify="right", no_wrap=True)
+    table.add_column("certified % [95 % interval]", justify="right", no_wrap=True)
     for row in results["curve"]:
         low, high = row["interval"]
-        text = f"{100 * row['certified']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
+        text = f"{100 * row['certified']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         table.add_row(row["radius"], f"{row['value']:.4f}", text)
     return table
 
 
-def plot_certified(results: Mapping[str, Any], file: BinaryIO, title: str) -> None:
+def plot_certified(results: Mapping[str, Any], path: Path, title: str) -> None:
     """Certified accuracy at every radius, with 95 % intervals, beside the clean accuracy; PNG."""
     radii = np.asarray(results["images"]["radius"], dtype=np.float64)
     largest = float(radii.max(initial=0.0))
@@ -76,4 +80,4 @@ def plot_certified(results: Mapping[str, Any], file: BinaryIO, title: str) -> No
     axes.yaxis.set_major_formatter(PERCENT)
     axes.legend(frameon=False, loc="upper right")
     tidy(axes, f"{results['norm']} radius (pixels in [0, 1])", "certified accuracy")
-    figure.savefig(file, format="png")
+    save_figure(figure, path, "certify")

@@ -7,6 +7,8 @@ Nor are results on other images.
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import wilson_interval
 
-__all__ = ["expect_common", "expect_same_images", "in_common"]
+__all__ = ["expect_common", "expect_comparable", "expect_same_images", "in_common"]
 
 Rows = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -76,6 +78,24 @@ def expect_common(rows: Rows) -> list[str]:
     return shared
 
 
+def expect_comparable(planned: Mapping[str, Any], others: Rows) -> None:
+    """Refuse results that could not be shown beside those of an evaluation that is about to start.
+
+    Args:
+        planned: of its results ``count``, ``data`` and ``attacks``.
+        others: (name, content of a result file).
+
+    Raises:
+        ValueError: as :func:`in_common` would after the evaluation.
+    """
+    rows = [("this evaluation", planned), *others]
+    expect_same_images(rows)
+    shared = expect_common(rows)
+    for name, results in others:
+        if results["robust"] is not None:
+            _worst_case(name, results, shared, None)
+
+
 def expect_same_images(rows: Rows) -> None:
     """Refuse rows whose images and labels differ: in SHA-256, or in number where one does not say that.
 
@@ -121,20 +141,28 @@ def _worst_case(
     count = sum(inside)
     if count == 1 and (alone := attacks[inside.index(True)]["alone"]) is not None:
         return alone
-    if list(shared) == [AUTOATTACK] and results[AUTOATTACK] is not None:
+    if list(shared) == [AUTOATTACK] and results.get(AUTOATTACK) is not None:
         return results[AUTOATTACK]
     if all(inside[:count]):  # the first that ran
         return attacks[count - 1]["robust_after"]
     names = [attack["name"] for attack, common in zip(attacks, inside, strict=True) if common]
     needed = ["clean", *(f"broken/{attack}" for attack in names)]
     path = Path(str(results.get("samples")))
-    if samples is None and path.is_file():
-        with np.load(path) as arrays:
-            samples = {key: arrays[key] for key in needed if key in arrays}
-    if samples is None or any(key not in samples for key in needed):
+    samples = _masks(path, needed) if samples is None else samples
+    shape = (results["count"],)
+    if any(key not in samples or samples[key].dtype.kind != "b" or samples[key].shape != shape for key in needed):
         raise ValueError(
             f"{name}: expected the arrays {', '.join(needed)} beside its result file, as it has attacks that others "
             f"have not, got none of that kind at {path}; run robust-moe eval on it again"
         )
     broken = [samples[key] for key in needed[1:]]
     return float((samples["clean"] & ~np.any(broken, axis=0)).mean())
+
+
+def _masks(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the arrays ``names`` that are in the file; none where it is not there or is damaged."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in names if name in arrays}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust_moe.attacks import PGD, JointPGD, RouterPGD, TransferPGD
+from robust_moe.attacks import PGD, Attack, JointPGD, RouterPGD, TransferPGD
 from robust_moe.data import Batch
-from robust_moe.evaluation.moe_stages import MoEStages, attack_settings, moe_arguments, title
+from robust_moe.evaluation.moe_stages import MoEStages, attack_settings, measured_attacks, moe_arguments, title
 from robust_moe.evaluation.outcome import MOE, Stage, StageResult
 from robust_moe.evaluation.results import wilson_interval
 from robust_moe.evaluation.routing_measures import (
@@ -37,10 +37,21 @@ from robust_moe_kernels.modules import (
 )
 from robust_moe_kernels.ops.attack_step import random_start
 
-__all__ = ["RANDOM_POINTS", "MoENumbers"]
+__all__ = ["RANDOM_POINTS", "MoENumbers", "mixture_attacks"]
 
 RANDOM_POINTS = 4  # of the ball, a sample, in which the Lipschitz estimate looks beside the adversarial ones
 _RANDOM_STREAMS = 0x4C490000  # of those points: other numbers than the attacks' starts
+
+
+def mixture_attacks(attack: PGD.Config, seed: int) -> dict[str, Attack]:
+    """All attacks of :class:`MoENumbers`, by name."""
+    arguments = {**moe_arguments(attack), "seed": seed}
+    return {
+        **measured_attacks(attack, seed),
+        "ra_r_targeted": RouterPGD(**arguments, targeted=True, routes=None),
+        "joint": JointPGD(**arguments),
+        "transfer": TransferPGD(**arguments),
+    }
 
 
 class MoENumbers(MoEStages):
@@ -49,12 +60,7 @@ class MoENumbers(MoEStages):
 
     def __init__(self, run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Config) -> None:
         super().__init__(run, layers, attack)
-        arguments = {**moe_arguments(attack), "seed": run.seed}
-        self.attacks |= {
-            "ra_r_targeted": RouterPGD(**arguments, targeted=True, routes=None),
-            "joint": JointPGD(**arguments),
-            "transfer": TransferPGD(**arguments),
-        }
+        self.attacks = mixture_attacks(attack, run.seed)
         singles = sum(layer.num_experts for layer in layers.values())
         imposed = sum(3 for layer in layers.values() if layer.num_experts > 1)
         run.stages_in_all = 2 + len(self.attacks) + singles + imposed  # and the clean images, and random points

@@ -17,7 +17,7 @@ from robust_moe.evaluation.staged import Attacked, StagedEvaluation
 from robust_moe.settings import field_types, plain
 from robust_moe_kernels.modules import MoELayer, only_expert
 
-__all__ = ["MoEStages", "attack_settings", "moe_arguments", "title"]
+__all__ = ["MoEStages", "attack_settings", "measured_attacks", "moe_arguments", "title"]
 
 
 class MoEStages:
@@ -33,12 +33,7 @@ class MoEStages:
     def __init__(self, run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Config) -> None:
         self.run, self.model, self.layers, self.settings = run, run.model, layers, attack
         self.number_of_classes = run.classes()
-        arguments = moe_arguments(attack)
-        self.attacks: dict[str, Attack] = {
-            "ra": self.pgd(),
-            "ra_e": ExpertPGD(**arguments, seed=run.seed),
-            "ra_r": RouterPGD(**arguments, seed=run.seed),
-        }
+        self.attacks = measured_attacks(attack, run.seed)
 
     def pgd(self) -> PGD:
         """PGD on the model."""
@@ -80,6 +75,12 @@ class MoEStages:
     def craft(self, name: str, batch: Batch) -> Attacked:
         """The images of the attack ``name``."""
         return self.run.attacked(self.attacks[name], batch, self.settings.norm)
+
+
+def measured_attacks(attack: PGD.Config, seed: int) -> dict[str, Attack]:
+    """The attacks behind RA, RA-E and RA-R."""
+    arguments = {**moe_arguments(attack), "seed": seed}
+    return {"ra": attack.build(seed=seed), "ra_e": ExpertPGD(**arguments), "ra_r": RouterPGD(**arguments)}
 
 
 def moe_arguments(attack: PGD.Config) -> dict[str, Any]:

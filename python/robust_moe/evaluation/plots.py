@@ -16,8 +16,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from robust_moe.evaluation.common import in_common
+from robust_moe.files import replacing
+from robust_moe.outputs import figure_marks
 
-__all__ = ["draw_tradeoff", "named_legend", "new_figure", "plot_comparison", "plot_routing", "plot_training", "tidy"]
+__all__ = [
+    "draw_tradeoff",
+    "named_legend",
+    "new_figure",
+    "plot_comparison",
+    "plot_routing",
+    "plot_training",
+    "save_figure",
+    "tidy",
+]
 
 INK, NEUTRAL, GRID = "#1a202c", "#4a5568", "#e2e8f0"
 CLEAN, ROBUST = "#2b6cb0", "#c2410c"  # also told apart in grey and by the colour-blind
@@ -35,6 +46,12 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     if title is not None:
         figure.suptitle(title, **TITLE)
     return figure
+
+
+def save_figure(figure: Figure, path: str | Path, command: str) -> None:
+    """Write ``figure`` as PNG, whole or not at all, marked as one of ``robust-moe`` ``command``."""
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", metadata=figure_marks(command))
 
 
 def tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
@@ -101,7 +118,7 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
     tidy(right, "epoch", "validation accuracy")
     for axes in (left, right, *third):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path)
+    save_figure(figure, path, "train")
 
 
 def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", title: str | None = None) -> None:
@@ -141,7 +158,7 @@ def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", t
         axes.set_title(f"{layer}   (even use: {balanced:.0%} each)", fontsize=10, color=NEUTRAL)
         bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.01)
         bar.outline.set_visible(False)
-    figure.savefig(path)
+    save_figure(figure, path, "train")
 
 
 def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | Path, title: str = "Accuracy") -> None:
@@ -168,7 +185,7 @@ def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | P
     left.grid(False, axis="x")
     draw_tradeoff(right, rows)
     left.yaxis.set_major_formatter(PERCENT)
-    figure.savefig(path)
+    save_figure(figure, path, "demo")
 
 
 def draw_tradeoff(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any]]], **legend: Any) -> None:

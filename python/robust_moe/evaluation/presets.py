@@ -17,21 +17,22 @@ from robust_moe.evaluation.curve import curve_radii, error_curve
 from robust_moe.evaluation.full import full_notes, full_stages
 from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.moe import run_moe
-from robust_moe.evaluation.outcome import Stage, SuiteResult
+from robust_moe.evaluation.moe_numbers import mixture_attacks
+from robust_moe.evaluation.outcome import MOE, Stage, SuiteResult
 from robust_moe.evaluation.results import (
     make_results,
     make_samples,
     read_results,
-    samples_file,
     wilson_interval,
     write_results,
 )
 from robust_moe.evaluation.sanity import curve_flag
 from robust_moe.evaluation.scorer import device_of
 from robust_moe.evaluation.staged import Task
-from robust_moe.evaluation.stages import identity, plan
+from robust_moe.evaluation.stages import describe_attack, identity, plan
 from robust_moe.evaluation.store import Journal
 from robust_moe.evaluation.suite import run_suite, with_stages
+from robust_moe.outputs import JOURNAL, clear_outputs, evaluation_outputs, samples_file
 from robust_moe.settings import ConfigError
 from robust_moe_kernels.modules import moe_layers
 
@@ -111,11 +112,26 @@ class PresetEvaluation:
         self.model, self.images, self.labels, self.index = model, images, labels, index
         self.attack, self.preset, self.facts = attack, preset, facts
         self.say = say or (lambda text: None)
-        self.how = {"seed": seed, "batch_size": batch_size, "task": task}
+        self.how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": task}
         self.stages = preset_stages(model, attack, preset, seed, key)
         ball = {"eps": str(attack.eps), "norm": attack.norm}
         self.settings = {**ball, "preset": preset, "seed": seed, "batch_size": batch_size}
         self.identity = identity(model, images, labels, self.stages, self.settings, index)
+
+    def planned(self) -> dict[str, Any]:
+        """Of the results those entries that say on what and under which attacks they will be: what
+        :func:`~robust_moe.evaluation.common.expect_comparable` compares."""
+        stages = list(self.stages)
+        if self.preset == "moe" and moe_layers(self.model):
+            assert isinstance(self.attack, PGD.Config)  # preset_stages refuses any other
+            stages += [
+                Stage(name, attack, f"{MOE}/{name}")
+                for name, attack in mixture_attacks(self.attack, self.how["seed"]).items()
+            ]
+        attacks = [
+            {"name": stage.name, "chain": stage.chain, "settings": describe_attack(stage.attack)} for stage in stages
+        ]
+        return {"count": len(self.index), "data": {"sha256": self.identity["data"]}, "attacks": attacks}
 
     def complete(
         self,
@@ -129,9 +145,10 @@ class PresetEvaluation:
 
         Args:
             results: the JSON file, written over if it is there, with the arrays of every image beside it; None: none.
+                What may be written over is the caller's to know: :func:`~robust_moe.outputs.expect_outputs`.
             report: the HTML file; None: none.
             resume: go on with the journal that is beside the first of these files, and evaluate nothing where
-                ``results`` has this evaluation already.
+                ``results`` has this evaluation already. False: what is there of these files is deleted at once.
             beside: (name, results) of other models, which the report shows too.
 
         Raises:
@@ -148,6 +165,7 @@ class PresetEvaluation:
             return finished
         first = results or report
         with Journal(first and first.with_suffix(".journal"), self.identity, resume) as journal:
+            clear_outputs(evaluation_outputs(results, report), anew=not resume, keep=JOURNAL)
             try:
                 content, samples = self._run(journal)
             except (

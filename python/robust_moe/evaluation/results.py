@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from robust_moe.evaluation.outcome import AUTOATTACK, StageResult, SuiteResult
 from robust_moe.evaluation.stages import describe_attack
 from robust_moe.files import replace_file
+from robust_moe.outputs import samples_file
 from robust_moe.precision import switches
 from robust_moe.provenance import provenance
 
@@ -29,11 +31,63 @@ __all__ = [
 ]
 
 FORMAT = 3  # of the JSON; raised when a field changes its meaning
+
+
+class _Shape(NamedTuple):
+    """What an entry of a result file has to be."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_attack(value: Any) -> bool:
+    kinds = {"name": str, "chain": str, "settings": dict}
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+        and _is_share(value.get("robust_after"))
+        and ("alone" in value and (value["alone"] is None or _is_share(value["alone"])))
+    )
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, dict) and ("parameters" not in value or _is_count(value["parameters"], 0))
+
+
+def _is_data(value: Any) -> bool:
+    names = [value.get("name"), value.get("split"), value.get("sha256", "")] if isinstance(value, dict) else [None]
+    return all(isinstance(name, str) for name in names)
+
+
+_TEXT = _Shape("a text", lambda value: isinstance(value, str))
 # What is read of another model's results.
-_SHOWN_BESIDE = (
-    *("model", "data", "count", "eps", "norm", "attacks"),
-    *("clean", "clean_interval", "robust", "robust_interval"),
-)
+_SHOWN_BESIDE = {
+    "model": _Shape("an object, its parameters a count", _is_model),
+    "data": _Shape("an object with the texts name and split", _is_data),
+    "count": _Shape("a count >= 1", _is_count),
+    "eps": _TEXT,
+    "norm": _TEXT,
+    "attacks": _Shape(
+        "a list of attacks with name, chain, settings, robust_after and alone",
+        lambda value: isinstance(value, list) and all(map(_is_attack, value)),
+    ),
+    "clean": _Shape("a share in 0..1", _is_share),
+    "clean_interval": _Shape("two shares in 0..1", _is_interval),
+    "robust": _Shape("a share in 0..1, or null", lambda value: value is None or _is_share(value)),
+    "robust_interval": _Shape("two shares in 0..1, or null", lambda value: value is None or _is_interval(value)),
+}
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -131,24 +185,19 @@ def make_samples(suite: SuiteResult) -> dict[str, np.ndarray]:
     return samples | {f"examples/{name}": values for name, values in suite.examples.items()}
 
 
-def samples_file(path: Path) -> Path:
-    """The arrays beside the result file ``path``: ``samples.npz`` beside ``results.json``."""
-    stem = path.stem.replace("results", "samples", 1) if "results" in path.stem else f"{path.stem}-samples"
-    return path.with_name(f"{stem}.npz")
-
-
 def read_results(path: Path) -> dict[str, Any]:
     """The content of a result file.
 
     Raises:
-        ValueError: nothing there, no result file, or one of another format; the message names the file.
+        ValueError: nothing there, no result file, or one of another format, or an entry of another type or range; the
+            message names the file.
     """
     expected = f"{path}: expected a result file (JSON) of robust-moe eval"
     if not path.is_file():
         raise ValueError(f"{expected}, found {'a folder' if path.is_dir() else 'nothing'}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # also what is no text
+    except (ValueError, RecursionError):  # also what is no text
         raise ValueError(f"{expected}, got something that is no JSON") from None
     if not isinstance(results, dict) or "format" not in results:
         raise ValueError(f"{expected}, got other JSON")
@@ -156,6 +205,13 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{expected} of format {FORMAT}, got format {results['format']!r}; evaluate again")
     if missing := [key for key in _SHOWN_BESIDE if key not in results]:
         raise ValueError(f"{expected}, got one without {', '.join(missing)}")
+    for key, (words, fits) in _SHOWN_BESIDE.items():
+        if not fits(results[key]):
+            raise ValueError(f"{path}: {key}: expected {words}, got {reprlib.repr(results[key])}")
+    if (results["robust"] is None) != (results["robust_interval"] is None) or (
+        (results["robust"] is None) == bool(results["attacks"])
+    ):
+        raise ValueError(f"{path}: robust: expected a share with its interval where there are attacks, else null")
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import zlib
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from robust_moe.files import lock
+from robust_moe.files import append_line, lock
 
 __all__ = ["Journal", "ResumeError"]
 
@@ -63,7 +62,7 @@ class Journal:
                     os.fsync(file.fileno())
             else:  # new, or left empty by a kill before the first line
                 file.truncate(0)
-                _append(file, header)
+                append_line(file, header, path)
         except BaseException:
             self.close()
             raise
@@ -90,8 +89,8 @@ class Journal:
         """Keep ``result``: plain values and arrays by name. Returns it as :meth:`get` will. What cannot be written
         leaves the file as it was."""
         line = _line({"key": key, "result": {name: _encode(value) for name, value in result.items()}})
-        if self._file is not None:
-            _append(self._file, line)
+        if self._file is not None and self.path is not None:
+            append_line(self._file, line, self.path)
         self._kept[key] = _decode(json.loads(line[9:])["result"])
         return self._kept[key]
 
@@ -142,20 +141,6 @@ class Journal:
             if record is not None:
                 self._kept[record["key"]] = _decode(record["result"])
         return len(data) - (len(lines[-1]) if records[-1] is None else 0)
-
-
-def _append(file: BinaryIO, line: bytes) -> None:
-    """Write a line whole; cut off what came of it where that fails, or the next one would follow half a line."""
-    end = file.seek(0, os.SEEK_END)
-    try:
-        left = memoryview(line)
-        while left:
-            left = left[file.write(left) :]
-        os.fsync(file.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            file.truncate(end)
-        raise
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

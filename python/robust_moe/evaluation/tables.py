@@ -11,7 +11,15 @@ from rich.text import Text
 from robust_moe.evaluation.common import in_common
 from robust_moe.evaluation.outcome import AUTOATTACK, MOE
 
-__all__ = ["attack_name", "attack_table", "flag_lines", "moe_table", "results_table"]
+__all__ = [
+    "attack_name",
+    "attack_table",
+    "caption_text",
+    "flag_lines",
+    "moe_table",
+    "results_table",
+    "title_text",
+]
 
 
 def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
@@ -23,14 +31,14 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
     rows = in_common(rows)
     attacks = dict.fromkeys(attack_name(results) for _, results in rows)
     extra = any(results.get("own") for _, results in rows)
-    table = Table(title=title, caption=f"robust: {'; '.join(attacks)}. [95 % interval]".replace("[", r"\["))
+    table = Table(title=title_text(title), caption=caption_text(f"robust: {'; '.join(attacks)}. [95 % interval]"))
     for column in ("run", "weights", "clean %", "robust %", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     if extra:
         table.add_column("after all of its attacks %", justify="right", no_wrap=True)
     for name, results in rows:
         table.add_row(
-            name,
+            Text(name),
             f"{results['model']['parameters'] / 1e6:.2f} M",
             _percent(results, "clean"),
             _percent(results, "robust"),
@@ -38,6 +46,16 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
             *([f"{100 * results['robust_own']:.1f}" if results.get("own") else "-"] if extra else []),
         )
     return table
+
+
+def title_text(text: str) -> Text:
+    """A table's title, in which nothing is markup: it names folders, classes and data sets."""
+    return Text(text, style="table.title")
+
+
+def caption_text(text: str) -> Text:
+    """As :func:`title_text`, below the table."""
+    return Text(text, style="table.caption")
 
 
 def attack_table(results: Mapping[str, Any]) -> Table:
@@ -51,7 +69,7 @@ def attack_table(results: Mapping[str, Any]) -> Table:
         passes = attack["passes_per_image"]
         alone = attack["alone"]
         table.add_row(
-            attack["name"],
+            Text(attack["name"]),
             str(attack["attacked"]),
             str(attack["broken"]),
             f"{100 * attack['robust_after']:.1f}",
@@ -118,4 +136,4 @@ def _percent(results: Mapping[str, Any], name: str) -> str:
     if results[name] is None:
         return "-"
     low, high = results[f"{name}_interval"]
-    return f"{100 * results[name]:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * results[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

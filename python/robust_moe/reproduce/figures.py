@@ -10,7 +10,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_moe.evaluation.plots import CLEAN, INK, MARKERS, NEUTRAL, PERCENT, ROBUST, RUNS, TITLE, new_figure, tidy
+from robust_moe.evaluation.plots import (
+    CLEAN,
+    INK,
+    MARKERS,
+    NEUTRAL,
+    PERCENT,
+    ROBUST,
+    RUNS,
+    TITLE,
+    new_figure,
+    save_figure,
+    tidy,
+)
 from robust_moe.reproduce import runs
 from robust_moe.reproduce.studies import PARTS
 
@@ -48,7 +60,7 @@ def draw_part(part: str, records: Mapping[str, Mapping[str, Any]], folder: Path)
         figure.suptitle(
             f"{figure.get_suptitle()}\n{_note(there, name, attacked=draw not in (_utilisation, _costs))}", **TITLE
         )
-        figure.savefig(path)
+        save_figure(figure, path, "reproduce")
         drawn.append(path)
     return drawn
 

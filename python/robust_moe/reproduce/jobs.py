@@ -15,14 +15,16 @@ from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatte
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
 from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
+from robust_moe.outputs import Kind, Output, json_with, run_outputs
 from robust_moe.reproduce.compute import equal_compute
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
 from robust_moe.settings import plain, read_yaml, replaced
 
-__all__ = ["Job", "expect_overrides", "make_jobs"]
+__all__ = ["Job", "expect_overrides", "job_outputs", "make_jobs"]
 
 JOB, MEASURES, LOG = "job.json", "measures.json", "log.txt"
+LOCK = ".lock"  # empty; held by who works in the folder
 CHECKPOINT = "last.pt"  # of every run, so that all have trained to the end; claims are decided by it
 BEST = "best.pt"  # of the validation images; its numbers stand beside those of the last
 FORMAT = 3  # of what is measured; raised when finished runs have to be measured anew
@@ -136,6 +138,16 @@ class Job:
         """Keep what was measured, as the last thing that the job does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / MEASURES, {"identity": self.identity(), **measures})
+
+
+def job_outputs(folder: Path) -> list[Output]:
+    """All that a job writes in its folder."""
+    return [
+        (folder / JOB, json_with("the description of a study's run", "run", "seed", "config")),
+        (folder / MEASURES, json_with("the measures of a study's run", "identity", "measures")),
+        *((folder / name, Kind("the log of a study's run", lambda path, known: known)) for name in (LOG, LOCK)),
+        *run_outputs(folder),
+    ]
 
 
 def write_json(path: Path, content: Any) -> None:

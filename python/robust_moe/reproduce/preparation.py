@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,8 @@ from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import describe_data, make_model, resolve_device
 from robust_moe.evaluation.stages import digest
 from robust_moe.files import lock
-from robust_moe.reproduce.jobs import Job
+from robust_moe.outputs import expect_outputs, remove_folder
+from robust_moe.reproduce.jobs import LOCK, Job, job_outputs
 from robust_moe.reproduce.runs import RUNS
 
 __all__ = [
@@ -92,7 +92,7 @@ def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     last = time.monotonic() + patience
-    with open(folder / ".lock", "ab") as file:
+    with open(folder / LOCK, "ab") as file:
         while not lock(file):
             if time.monotonic() < last:
                 time.sleep(RETRY)
@@ -102,20 +102,23 @@ def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def remove(jobs: Sequence[Job], folder: Path) -> None:
-    """What these jobs have left, and what runs of the same seeds have that start from them.
+    """Delete what these jobs have left, and what runs of the same seeds have that start from them. Other files stay.
 
     Raises:
-        StudyError: a worker of a killed study is still at one of them; nothing has been removed.
+        ConfigError: a file of another kind in the place of one of theirs; nothing has been removed.
+        StudyError: nor then: a worker of a killed study is still at one of them.
     """
     names = {job.run for job in jobs}
     followers = {name for name, run in RUNS.items() if names & set(run.parts.values())}
     paths = {job.folder for job in jobs} | {folder / name / job.folder.name for name in followers for job in jobs}
     there = sorted(path for path in paths if path.exists())
+    for path in there:
+        expect_outputs("runs", job_outputs(path))
     with ExitStack() as held:
         for path in there:
             held.enter_context(alone_in(path))
         for path in there:
-            shutil.rmtree(path)
+            remove_folder(path, job_outputs(path))
 
 
 def default_workers(job: Job) -> int:

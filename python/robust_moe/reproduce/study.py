@@ -14,10 +14,11 @@ from robust_moe.config import ConfigError, choose
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import resolve_device
 from robust_moe.files import replace_file
+from robust_moe.outputs import Output, clear_outputs, expect_folder, expect_outputs, figure, json_with, text
 from robust_moe.provenance import provenance
 from robust_moe.reproduce.claims import RULE, Spread, judge
-from robust_moe.reproduce.figures import draw_part
-from robust_moe.reproduce.jobs import Job, expect_overrides, make_jobs, write_json
+from robust_moe.reproduce.figures import FIGURES, draw_part
+from robust_moe.reproduce.jobs import Job, expect_overrides, job_outputs, make_jobs, write_json
 from robust_moe.reproduce.preparation import (
     StudyError,
     alone_in,
@@ -40,6 +41,8 @@ __all__ = ["StudyError", "StudyResult", "judge_again", "reproduce"]
 FORMAT = 3  # of study.json
 READABLE = (2, 3)  # 2: claims without checks, three verdicts
 SEEDS = 3
+STUDY = json_with("the study.json of an earlier report", "format", "study", "parts")
+SUMMARY = text("the summary.md of an earlier report", "# `robust-moe reproduce")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def reproduce(
         resume: False: remove what these runs have left there, and what was made from them, and start anew.
 
     Raises:
-        ConfigError, DataError: a name or setting that cannot be run; nothing has been started then.
+        ConfigError, DataError: a name or setting that cannot be run, or a file in the place of one that would be
+            written; nothing has been started then.
         CheckpointError: nor then: a run was begun with other settings, or its checkpoint is damaged.
         StudyError: another study works in ``runs``, nothing has been started; or runs failed, which is raised after
             the others are reported.
@@ -94,8 +98,10 @@ def reproduce(
     for name, count in (("seeds", seeds), ("jobs", workers)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: expected a count >= 1, got {count}")
-    folder = Path(runs or f"runs/study-{scale}{variant(overrides)}")
-    target = Path(out) if out is not None else folder / f"report-{study}"
+    folder = expect_folder("runs", f"runs/study-{scale}{variant(overrides)}" if runs is None else runs)
+    target = folder / f"report-{study}" if out is None else expect_folder("out", out)
+    outputs = report_outputs(parts, target)
+    expect_outputs("out", outputs)
     settings = [] if data_root is None else [f"data.root={data_root}"]
     names = list(dict.fromkeys(run for part in parts for run in PARTS[part].runs))
     notes = expect_overrides(names, overrides)
@@ -104,6 +110,8 @@ def reproduce(
     content = data_digest(splits)
     jobs = make_jobs(names, size, range(seeds), folder, settings, content)
     expect_runnable(jobs, splits)
+    for job in jobs:
+        expect_outputs("runs", job_outputs(job.folder))
     for note in notes:
         reporter.line(note)
     workers = workers or default_workers(jobs[0])
@@ -116,6 +124,7 @@ def reproduce(
     }
     asked |= {"jobs": workers, "data": {**describe(splits), "sha256": content}}
     with alone_in(folder):
+        clear_outputs(outputs, anew=not resume)
         if not resume:
             remove(jobs, folder)
         for job in jobs:
@@ -133,6 +142,12 @@ def reproduce(
             f"{len(outcome.failed)} of {len(jobs)} runs failed; {first}: {why}{more}; the rest is in {path}"
         )
     return StudyResult(results, path, not outcome.stopped)
+
+
+def report_outputs(parts: Sequence[str], target: Path) -> list[Output]:
+    """The files of a report on ``parts`` in the folder ``target``."""
+    figures = [(target / f"{part}-{name}.png", figure("reproduce")) for part in parts for name in FIGURES[part]]
+    return [(target / "study.json", STUDY), (target / "summary.md", SUMMARY), *figures]
 
 
 def _results(parts: Sequence[str], jobs: Sequence[Job], outcome: Outcome, settings: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +226,8 @@ def judge_again(file: str | Path, study: str | None = None, out: str | Path | No
         parts = _judged(list(results["parts"]), results["seeds"], results["runs"])
     except (ValueError, KeyError) as error:
         raise StudyError(f"{path}: {error}") from error
-    target = path.parent if out is None else Path(out)
+    target = path.parent if out is None else expect_folder("out", out)
+    expect_outputs("out", [(target / "summary.md", SUMMARY)], [("judge", path)])
     results |= {"parts": parts, "rule": RULE, "judged_again": True}
     figures = {part: [target / found.name for found in sorted(path.parent.glob(f"{part}-*.png"))] for part in parts}
     target.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,8 @@ def test_told_to_stop_the_runner_ends_the_part_in_progress(tmp_path, plant):
     work.mkdir()
     os.mkfifo(work / "pipe")
     command = [sys.executable, "-c", STOPPED, str(work)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(runner.ROOT), str(tmp_path)])}
+    paths = (runner.ROOT, runner.ROOT / "python", tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     with open(work / "pipe", "rb") as pipe:  # opens when the part has opened its end
         process.send_signal(signal.SIGTERM)
@@ -287,6 +288,27 @@ def test_bad_arguments_are_one_sentence(tmp_path, capsys, arguments, expected):
     assert runner.main(given) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {fill(expected)}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        *(("--work", name) for name in (f"{runner.PARTS[0].stem}.json", "tiles.json", "run/best.pt")),
+        *(("--out", name) for name in ("results.json", "log.txt")),
+    ],
+)
+def test_a_folder_keeps_what_is_not_a_campaigns(tmp_path, capsys, monkeypatch, option, name):
+    monkeypatch.setattr(Campaign, "run", lambda _: pytest.fail("work began"))
+    path = tmp_path / option.strip("-") / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}')
+    assert runner.main(["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}: expected a new name or ") and error.count("\n") == 1
+    assert error.endswith(f"got another file at {path}\n")
+    assert path.read_text() == '{"mine": 1}'
+    assert runner.main(["--work", str(tmp_path / "else"), "--out", ""]) == 2
+    assert capsys.readouterr().err == "error: --out: expected a name, got ''\n"
 
 
 def test_the_runner_needs_no_torch():

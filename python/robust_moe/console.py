@@ -1,0 +1,26 @@
+"""What is printed: any text, as it is, on any console."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["make_console", "show_any_text"]
+
+
+def show_any_text(stream: TextIO) -> None:
+    """From now on ``stream`` shows a character that its encoding does not have as a code, ``\\xe9``."""
+    reconfigure = getattr(stream, "reconfigure", None)  # a notebook's has none, and shows all characters
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Standard output, or standard error: brackets and colons in names are no markup, and numbers are not coloured."""
+    from rich.console import Console
+
+    show_any_text(sys.stderr if stderr else sys.stdout)
+    return Console(highlight=False, markup=False, emoji=False, stderr=stderr)

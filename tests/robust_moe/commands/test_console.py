@@ -1,0 +1,268 @@
+"""What is printed: on any console, and no name is markup; a full disk is one sentence that names the file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from robust_moe.commands import app
+from robust_moe.console import make_console
+from robust_moe.engine import MetricLog, Reporter
+from robust_moe.evaluation import attack_table, results_table
+from robust_moe.evaluation.common import expect_comparable
+from robust_moe.evaluation.results import read_results, samples_file
+
+NAME = "[bold]x[/bold] [red] :smile: [/]"
+ATTACK = {
+    "name": NAME,
+    "chain": NAME,
+    "settings": {"steps": 2, "restarts": 1},
+    "attacked": 4,
+    "broken": 2,
+    "robust_after": 0.25,
+    "alone": 0.25,
+    "passes_per_image": {"forward": 3.0, "backward": 2.0},
+    "seconds": 1.0,
+}
+RESULTS = {
+    "format": 3,
+    "model": {"parameters": 1000},
+    "data": {"name": "digits", "split": "test"},
+    "count": 8,
+    "eps": "1/10",
+    "norm": "Linf",
+    "attacks": [ATTACK],
+    "autoattack": None,
+    "clean": 0.5,
+    "clean_interval": [0.4, 0.6],
+    "robust": 0.25,
+    "robust_interval": [0.2, 0.3],
+    "seconds": 2.0,
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
+
+
+@pytest.mark.parametrize("literal", [True, False])  # our own console, and anyone's
+def test_brackets_in_names_are_no_markup(monkeypatch, literal):
+    out = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "300")
+    if literal:
+        monkeypatch.setattr(sys, "stdout", out)
+    console = make_console() if literal else Console(file=out, width=300)
+    console.print(results_table([(NAME, RESULTS)], f"title {NAME}"))
+    console.print(attack_table(RESULTS))
+    reporter = Reporter(console=console)
+    reporter.line(f"line {NAME}")
+    reporter.warn(NAME)
+    text = out.getvalue()
+    assert text.count(NAME) >= 5
+    assert f"title {NAME}" in text
+    assert f"line {NAME}\n" in text
+    assert f"warning: {NAME}\n" in text
+    assert "50.0 [40.0, 60.0]" in text
+    assert "[95 % interval]" in text
+
+
+def test_a_bars_names_are_no_markup():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=300, color_system=None)
+    with Reporter(console=console).task(f"epoch {NAME}", total=4) as advance:
+        advance(4, note=f"note {NAME}")
+    assert f"epoch {NAME}" in out.getvalue()
+    assert f"note {NAME}" in out.getvalue()
+
+
+def test_the_configuration_is_shown_as_it_is():
+    done = run("config", "digits-dense", f"run.out={NAME}")
+    assert done.exit_code == 0, done.output
+    assert NAME in done.output
+
+
+def in_ascii(*arguments: str, encoding: str = "ascii") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", "from robust_moe.cli import main; main()", *arguments]
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"}
+    return subprocess.run(command, env=env, capture_output=True, check=False)
+
+
+def test_a_console_without_a_character_shows_its_code():
+    done = in_ascii("train", "digits-dense", "--dry-run", "run.out=r\u00e9sultat")
+    assert done.returncode == 0, done.stderr
+    assert b"r\\xe9sultat" in done.stdout
+    done = in_ascii("config", "digits-dense", "run.out=r\u00e9sultat")
+    assert done.returncode == 0, done.stderr
+    assert b"r\\xe9sultat" in done.stdout
+
+
+def test_reporters_and_tables_end_on_an_ascii_console(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    reporter = Reporter()
+    reporter.line("\u03b5 = 8/255")
+    reporter.console.print(results_table([("r\u00e9sultat \udcff", RESULTS)], "\u03b5"))
+    stream.flush()
+    text = stream.buffer.getvalue().decode("ascii")
+    assert "\\u03b5 = 8/255" in text
+    assert "r\\xe9sultat \\udcff" in text
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX's")
+@pytest.mark.parametrize("what", ["metrics", "journal", "figure", "results"])
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, what):
+    # the operating system itself refuses to write past 8 KiB
+    script = """
+        import resource, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from robust_moe.commands.shared import one_line_errors
+        from robust_moe.engine import MetricLog
+        from robust_moe.evaluation import Journal
+        from robust_moe.evaluation.plots import new_figure, save_figure
+        from robust_moe.files import replace_file
+        import typer
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        folder, what = Path(sys.argv[1]), sys.argv[2]
+        log = MetricLog(folder) if what == "metrics" else None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+        @one_line_errors
+        def command():
+            if what == "metrics":
+                try:
+                    for step in range(100):
+                        log.write("routing", step, {"names": ["x" * 200]})
+                finally:
+                    log.close()
+            elif what == "journal":
+                with Journal(folder / "a.journal", {}) as journal:
+                    for key in range(100):
+                        journal.put(str(key), {"image": np.zeros(100)})
+            elif what == "figure":
+                figure = new_figure(4, 4)
+                figure.figimage(np.random.default_rng(0).random((200, 200)))
+                save_figure(figure, folder / "a.png", "train")
+            else:
+                replace_file(folder / "a.json", b"x" * 9000)
+
+        try:
+            command()
+        except typer.Exit as stop:
+            sys.exit(stop.exit_code)
+    """
+    names = {"metrics": "metrics.jsonl", "journal": "a.journal", "figure": "a.png", "results": "a.json"}
+    path = tmp_path / names[what]
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: {path}: could not be read or written (File too large)\n"
+    assert not list(tmp_path.glob(".*"))
+    if what == "metrics":  # whole lines, as many as there was room for
+        lines = path.read_text().splitlines(keepends=True)
+        assert len(lines) > 10
+        assert all(json.loads(line)["kind"] == "routing" for line in lines)
+        assert all(line.endswith("\n") for line in lines)
+    elif what != "journal":
+        assert not path.exists()
+
+
+def test_an_event_that_cannot_be_written_names_the_folder(tmp_path, monkeypatch):
+    log = MetricLog(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log._events, "add_scalar", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
+        log.write("train", 1, {"loss": 1.0})
+    log.close()
+
+
+# --- results to be shown beside ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("count", "8", "count: expected a count >= 1, got '8'"),
+        ("count", 0, "count: expected a count >= 1, got 0"),
+        ("clean", None, "clean: expected a share in 0..1, got None"),
+        ("clean", 1.5, "clean: expected a share in 0..1, got 1.5"),
+        ("clean_interval", [0.1], "clean_interval: expected two shares in 0..1, got [0.1]"),
+        ("robust", "0.5", "robust: expected a share in 0..1, or null, got '0.5'"),
+        ("robust", None, "robust: expected a share with its interval where there are attacks"),
+        ("robust_interval", None, "robust: expected a share with its interval where there are attacks"),
+        ("attacks", {}, "attacks: expected a list of attacks"),
+        ("attacks", [{**ATTACK, "settings": []}], "attacks: expected a list of attacks"),
+        ("attacks", [{"name": "pgd"}], "attacks: expected a list of attacks"),
+        ("model", [], "model: expected an object"),
+        ("model", {"parameters": "many"}, "model: expected an object, its parameters a count"),
+        ("data", {"name": 3, "split": "test"}, "data: expected an object with the texts name and split"),
+        ("eps", 0.1, "eps: expected a text, got 0.1"),
+        ("norm", ["Linf"], "norm: expected a text, got ['Linf']"),
+    ],
+)
+def test_an_entry_of_another_type_is_refused_before_the_evaluation(tmp_path, key, value, words):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({**RESULTS, key: value}))
+    before = path.read_bytes()
+    done = run("eval", tmp_path / "no checkpoint", "--beside", path)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {path}: {words}")
+    assert done.stderr.count("\n") == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["other.json"]
+    assert path.read_bytes() == before
+
+
+def test_whole_results_are_read(tmp_path):
+    path = tmp_path / "other.json"
+    for content in (RESULTS, {**RESULTS, "attacks": [], "robust": None, "robust_interval": None}):
+        path.write_text(json.dumps(content))
+        assert read_results(path) == content
+
+
+@pytest.mark.parametrize("arrays", [None, "torn", {"clean": np.ones(8)}, {"clean": np.ones(3, bool)}])
+def test_missing_arrays_are_said_before_the_evaluation(tmp_path, arrays):
+    """The worst case over the common attack needs the arrays, as the other has one more that ran before it."""
+    chained = [{**ATTACK, "name": name, "chain": "a", "alone": None} for name in ("one", "two")]
+    other = {**RESULTS, "attacks": [*chained, {**ATTACK, "name": "pgd", "chain": "pgd", "alone": None}]}
+    other["samples"] = str(samples_file(tmp_path / "results.json"))
+    if arrays == "torn":
+        (tmp_path / "samples.npz").write_bytes(b"PK\x03\x04 torn")
+    elif arrays is not None:
+        np.savez(tmp_path / "samples.npz", **arrays, **{"broken/pgd": np.zeros(8, bool)})
+    planned = {"count": 8, "data": {}, "attacks": [{**ATTACK, "name": "pgd", "chain": "pgd"}]}
+    with pytest.raises(ValueError, match=r"twin: expected the arrays clean, broken/pgd beside its result file"):
+        expect_comparable(planned, [("twin", other)])
+    np.savez(tmp_path / "samples.npz", **{"clean": np.ones(8, bool), "broken/pgd": np.zeros(8, bool)})
+    expect_comparable(planned, [("twin", other)])
+
+
+def test_nothing_of_an_older_configuration_survives_fresh(tiny, tmp_path):
+    from robust_moe.engine import Trainer
+
+    folder = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "config" / "old_run", folder)
+    np.savez(folder / "samples.npz", index=1, label=2, clean=3)
+    (folder / "results-best-test-pgd-1.json").write_text("of eval, which has a name of its own")
+    (folder / ".results.json.12.tmp").write_text("left by a kill")
+    trainer = Trainer(tiny("run.epochs=1", "run.max_steps=1"), Reporter(enabled=False))
+    trainer._set_up(resume=False, override=False)
+    trainer.log.close()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"config.yaml", "ended.pt", "metrics.jsonl", "tensorboard", "results-best-test-pgd-1.json"}
