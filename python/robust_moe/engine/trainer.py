@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.config import ConfigError, TrainConfig, save_config
-from robust_moe.data import Batch, BatchLoader, load_splits
+from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
@@ -79,7 +79,7 @@ class Trainer:
                 left to do.
 
         Raises:
-            CheckpointError: ``last.pt`` is damaged, of another configuration, or with ``override`` already at the new
+            CheckpointError: ``last.pt`` is damaged, of another configuration or other data, or with ``override`` already at the new
                 configuration's end; or a checkpoint cannot be written.
             ConfigError: the run folder cannot be written, or the warm-up is longer than the run.
             DataError: the data cannot be read.
@@ -133,13 +133,16 @@ class Trainer:
         decay = average_decay(config.run, len(self.loader))
         average = WeightAverage(self.model, decay) if decay > 0 else None
         precision = fabric.strategy.precision
-        self.state = RunState(config, data, self.model, optimizer, precision, self.method, average)
+        digest = data_digest(splits)
+        self.state = RunState(config, data, digest, self.model, optimizer, precision, self.method, average)
         lines = 0
         if source is not None and checkpoint is not None:
             lines, changed = self.state.load_state_dict(
                 checkpoint, source, fabric.global_rank, fabric.device, override=override
             )
             self.state.expect_something_left(self.total_steps, source, changed)
+            if "data_digest" not in checkpoint and fabric.is_global_zero:
+                self.reporter.warn(f"{source}: an older checkpoint, which cannot tell whether these are the run's images")
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
             for text in changed:
                 self.reporter.line(f"changed: {text}")
