@@ -114,7 +114,7 @@ def test_an_override_goes_on_with_other_images_unless_the_state_depends_on_them(
 
 def test_a_setting_that_changes_images_is_changed_by_an_override_alone(tiny):
     fit(tiny("run.epochs=1"))
-    said = fit(tiny("data.test_limit=20", "data.poison.rate=0.5"), override=True)[1]
+    said = fit(tiny("data.test_limit=20", "data.poison.share=0.5"), override=True)[1]
     assert "changed: number of test images: 40 became 20" in said
     assert "of 64 training images differ" in said
 
