@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robust_moe.data.image_set import ImageSet, Splits
 
-__all__ = ["FIXED_DATA", "data_digest", "data_differences"]
+__all__ = ["FIXED_DATA", "data_differences", "data_digest"]
 
 NOUNS = {"train": "training", "val": "validation", "test": "test"}
 

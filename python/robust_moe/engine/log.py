@@ -35,8 +35,8 @@ def _texts(path: Path) -> list[bytes]:
         texts.append(last)
     damaged = [number for number, text in enumerate(texts, 1) if text and _line(text) is None]
     if damaged:
-        numbers = ", ".join(map(str, damaged))
-        warnings.warn(f"{path}: expected a JSON object in each line, passed over damaged lines: {numbers}", stacklevel=3)
+        left_out = ", ".join(map(str, damaged))
+        warnings.warn(f"{path}: expected a JSON object a line, passed over damaged lines: {left_out}", stacklevel=3)
     return [b"" if number in damaged else text for number, text in enumerate(texts, 1)]
 
 
@@ -69,7 +69,7 @@ class MetricLog:
         folder.mkdir(parents=True, exist_ok=True)
         kept = _texts(folder / FILE)[:lines] if lines else []
         if len(kept) < lines:
-            warnings.warn(f"{folder / FILE}: expected the {lines} lines of the checkpoint, got {len(kept)}", stacklevel=2)
+            warnings.warn(f"{folder / FILE}: expected {lines} lines as the checkpoint, got {len(kept)}", stacklevel=2)
         self.lines = len(kept)
         replace_file(folder / FILE, b"".join(text + b"\n" for text in kept))
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)

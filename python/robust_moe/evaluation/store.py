@@ -30,9 +30,9 @@ class Journal:
     """Results by key, each on the disk before :meth:`put` returns.
 
     A file of lines, a checksum and JSON each; the first holds ``identity``. A line cut short by a kill is dropped when
-    the file is opened again, so at most the result that was being written is lost; a damaged line costs its result, with
-    a warning that names it. A file cut within its first line is begun anew. It is open, and locked where the file system
-    has locks, until :meth:`close`, the end of a ``with`` block, or the end of the process.
+    the file is opened again, so at most the result that was being written is lost; a damaged line costs its result,
+    with a warning that names it. A file cut within its first line is begun anew. It is open, and locked where the file
+    system has locks, until :meth:`close`, the end of a ``with`` block, or the end of the process.
 
     Args:
         path: the file; None: kept in memory only.
@@ -189,7 +189,7 @@ def _cut_header(data: bytes) -> bool:
     """Whether these are the first bytes of a journal's first line."""
     checksum, begin = data[:9], b'{"format": '
     return (
-        0 < len(data)
+        len(data) > 0
         and b"\n" not in data
         and all(byte in b"0123456789abcdef" for byte in checksum[:8])
         and checksum[8:] in (b"", b" ")

@@ -56,7 +56,7 @@ def test_a_damaged_line_is_named_and_costs_that_line_alone(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], b""]))
-    named = r"metrics\.jsonl: expected a JSON object in each line, passed over damaged lines: 2$"
+    named = r"metrics\.jsonl: expected a JSON object a line, passed over damaged lines: 2$"
     with pytest.warns(UserWarning, match=named):
         assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
     with pytest.warns(UserWarning, match=named):
@@ -75,7 +75,7 @@ def test_lines_that_are_missing_are_counted(tmp_path):
     log = MetricLog(tmp_path)
     log.write("train", 1, {"loss": 1.0})
     log.close()
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl: expected the 3 lines of the checkpoint, got 1$"):
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: expected 3 lines as the checkpoint, got 1$"):
         log = MetricLog(tmp_path, lines=3, step=3)
     log.close()
     assert log.lines == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from robust_moe.data import data_digest, data_differences, load_splits
+from robust_moe.data import data_differences, data_digest, load_splits
 from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, save_checkpoint, trainer
 
 
@@ -127,7 +127,7 @@ def test_an_older_checkpoint_goes_on_with_one_warning(tiny):
     (outcome.folder / "best.pt").unlink()
     _, said = fit(tiny(), override=True)
     assert said.count("warning: ") == 1
-    assert "last.pt: an older checkpoint, which cannot tell whether these are the run's images" in said
+    assert "last.pt: an older checkpoint, which does not tell which images the run has" in said
     assert "warning: " not in fit(tiny())[1]
 
 
