@@ -37,8 +37,8 @@ def data_digest(splits: Splits) -> dict[str, Any]:
 
 
 def _hashes(part: ImageSet) -> Tensor:
-    rows = part.images.contiguous().numpy().reshape(len(part), -1) if len(part) else ()
-    joined = b"".join(blake2b(row, digest_size=8).digest() for row in rows)
+    rows = part.images.contiguous().numpy()
+    joined = b"".join(blake2b(row.data, digest_size=8).digest() for row in rows)
     return torch.from_numpy(np.frombuffer(joined, np.int64).copy())
 
 

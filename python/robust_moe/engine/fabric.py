@@ -72,8 +72,11 @@ def make_fabric(config: TrainConfig) -> Fabric:
     if run.batch_size % run.devices:
         raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
     # experts of a layer all get a gradient, also those without an image; a network without images gets none
-    networks = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
-    ddp = DDPStrategy(find_unused_parameters=networks, timeout=PATIENCE)
+    unused = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
+    # Otherwise DDP sorts the gradients anew after the first step of every process, also of a resumed one, and three
+    # terms are summed in an order that depends on that
+    unused |= run.deterministic and run.devices > 2
+    ddp = DDPStrategy(find_unused_parameters=unused, timeout=PATIENCE)
     strategy = "auto" if run.devices == 1 else ddp
     assert run.precision != "auto"  # it is resolved
     return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
+from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -24,6 +25,7 @@ BEAT = 1.0  # seconds between two signs of life that a process gives
 SILENCE = 30  # beats without one until a process counts as stopped
 START = 600  # beats until all must have begun
 GRACE = 10  # beats after which a process that waits for a lost one, in a collective operation, is ended
+ENDING = 60.0  # seconds that a process may take to end after its connections have
 EXIT = 2  # its exit status, that of every error of the command line
 
 _DONE = b"done"
@@ -50,7 +52,7 @@ class Processes:
 
     def __init__(self, fabric: Fabric, count: int) -> None:
         self.fabric, self.count, self.rank = fabric, count, fabric.local_rank
-        self.silence = SILENCE
+        self.silence, self.beats = SILENCE, 0
         self.lost: str | None = None  # the sentence
         self._known, self._over = threading.Event(), threading.Event()
         self._links: dict[int, Connection] = {}  # by rank: the first process has one to each, the others one to it
@@ -65,10 +67,11 @@ class Processes:
 
     def launch(self) -> None:
         """Start the other processes, or join them."""
+        if self.count > 1 and isinstance(launcher := self.fabric.strategy.launcher, _SubprocessScriptLauncher):
+            launcher.procs = _Taken(self._children)
         self.fabric.launch()
         if self.count == 1:
             return
-        self._adopt()
         links: dict[int, Connection] = {}
         if self.rank == 0:
             key = secrets.token_bytes(16)
@@ -94,7 +97,9 @@ class Processes:
         unreachable = isinstance(error, torch.distributed.DistError)
         broken = unreachable or type(error) is RuntimeError  # gloo's own
         if broken:
-            self._known.wait(GRACE * BEAT)  # a connection breaks before the reason is known
+            last = self.beats + GRACE  # a connection breaks before the reason is known
+            while self.beats < last and not self._known.wait(BEAT):
+                pass
             if unreachable:
                 self._lose("the others cannot be reached")
         self._over.set()
@@ -111,15 +116,14 @@ class Processes:
     # --- in the thread ---
 
     def _watch(self) -> None:
-        beats = waited = 0
+        waited = 0
         silent: Counter[int] = Counter()
         while not self._over.wait(BEAT):
-            beats += 1
-            self._adopt()
+            self.beats += 1
             for rank, child in enumerate([] if self._joined else self._children, 1):
                 if child.poll():
                     self._lose(f"process {rank} {_how(child)}")
-            if beats > START and not self._joined:
+            if self.beats > START and not self._joined:
                 self._lose(f"not all processes have begun within {START * BEAT:g} s")
             for rank in list(self._links):
                 silent[rank] = 0 if self._exchange(rank) else silent[rank] + 1
@@ -148,7 +152,8 @@ class Processes:
             link.send_bytes(b"")
         except (EOFError, OSError):
             del self._links[rank]
-            self._lose(f"process {rank} {_how(self._children[rank - 1] if self._children else None)}")
+            if self.lost is None:
+                self._lose(f"process {rank} {_how(self._children[rank - 1] if self._children else None)}")
         return heard
 
     def _lose(self, what: str, whole: bool = False) -> None:
@@ -165,11 +170,16 @@ class Processes:
         what = " ".join(what.split())
         return f"run.devices={self.count}: {what}; the same command goes on from the last checkpoint"
 
-    def _adopt(self) -> None:
-        """Take over the processes that Fabric has launched: it would kill this one when another ends."""
-        launched = getattr(self.fabric.strategy.launcher, "procs", [])
-        while launched:
-            self._children.append(launched.pop(0))
+
+class _Taken(list["Popen[bytes]"]):
+    """Where Fabric puts the processes that it launches, and its observer finds none: it would kill this one, without a
+    word, when another ends."""
+
+    def __init__(self, children: list[Popen[bytes]]) -> None:
+        self._children = children
+
+    def append(self, child: Popen[bytes]) -> None:
+        self._children.append(child)
 
 
 def _how(child: Popen[bytes] | None) -> str:
@@ -177,7 +187,7 @@ def _how(child: Popen[bytes] | None) -> str:
     status = None
     if child is not None:
         with contextlib.suppress(TimeoutExpired):
-            status = child.wait(GRACE * BEAT)
+            status = child.wait(ENDING)
     if not status:
         return "has ended"
     return f"was killed by signal {-status}" if status < 0 else f"has ended with exit status {status}"

@@ -7,11 +7,12 @@ import textwrap
 
 import pytest
 from rich.console import Console
+from small_runs import assert_same_run
 from typer.testing import CliRunner
 
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, save_config
-from robust_moe.engine import Reporter, Trainer, read_metrics
+from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.run_folder import LOCK
 
 OTHERS = "run.out: expected a folder that no other training works in, got {folder}"
@@ -23,10 +24,6 @@ def trainer(config):
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def metrics(folder):
-    return [line | {"val_seconds": 0} for line in read_metrics(folder)]
 
 
 def test_a_second_training_is_refused_and_nothing_is_lost(tiny, tmp_path):
@@ -46,7 +43,7 @@ def test_a_second_training_is_refused_and_nothing_is_lost(tiny, tmp_path):
     first._step = disturbed
     assert first.fit().finished
     assert refused == [OTHERS.format(folder=tmp_path / "run")] * 16
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
     assert trainer(tiny()).fit(resume=False).finished  # the first has let go
 
 
@@ -83,7 +80,7 @@ def test_the_command_is_refused_in_one_sentence_until_the_other_process_is_kille
     assert second.stderr == f"error: {OTHERS.format(folder=tmp_path / 'run')}\n"
     assert (tmp_path / "run" / LOCK).exists()  # the file outlives its process, the lock does not
     assert trainer(tiny()).fit().finished
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
 def test_a_refused_run_leaves_no_folder(tiny, tmp_path):
