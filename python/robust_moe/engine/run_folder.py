@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from robust_moe.config import ConfigError
@@ -17,8 +17,8 @@ LOCK = ".train.lock"  # not .lock, by which a study holds the folder around the 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """No other training is in ``folder``, which is made, meanwhile. The lock goes with its process, however that ends.
-    A folder that was made here and in which nothing was written is removed again.
+    """No other training is in ``folder``, which is made, meanwhile. The lock goes with its process, however that ends;
+    its file is removed at the end, and the folder too where it was made here and nothing is in it.
 
     Raises:
         ConfigError: another training is.
@@ -26,15 +26,18 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(folder / LOCK, "ab") as file:
-            # a file that was removed meanwhile is locked in vain
-            if not (lock(file) and (folder / LOCK).exists() and os.path.samefile(folder / LOCK, file.fileno())):
+    with ExitStack() as held:
+        while True:
+            file = held.enter_context(open(folder / LOCK, "ab"))
+            if not lock(file):
                 raise ConfigError(f"run.out: expected a folder that no other training works in, got {folder}")
+            with suppress(FileNotFoundError):
+                if os.path.samefile(folder / LOCK, file.fileno()):
+                    break  # otherwise another training has removed it since it was opened
+        try:
             yield
-    finally:
-        if made and os.listdir(folder) == [LOCK]:
-            with suppress(OSError):
+        finally:
+            with suppress(OSError):  # an open file stays on some systems, a folder with other files on all
                 (folder / LOCK).unlink()
                 for path in made:
                     path.rmdir()

@@ -45,6 +45,7 @@ def test_a_second_training_is_refused_and_nothing_is_lost(tiny, tmp_path):
     assert refused == [OTHERS.format(folder=tmp_path / "run")] * 16
     assert_same_run(tmp_path / "run", tmp_path / "alone")
     assert trainer(tiny()).fit(resume=False).finished  # the first has let go
+    assert LOCK not in files(first.folder)
 
 
 # trains until it is asked, says so, and waits for an answer that never comes
@@ -80,6 +81,7 @@ def test_the_command_is_refused_in_one_sentence_until_the_other_process_is_kille
     assert second.stderr == f"error: {OTHERS.format(folder=tmp_path / 'run')}\n"
     assert (tmp_path / "run" / LOCK).exists()  # the file outlives its process, the lock does not
     assert trainer(tiny()).fit().finished
+    assert not (tmp_path / "run" / LOCK).exists()
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
