@@ -162,7 +162,7 @@ class Processes:
             return
         self.lost = what if whole else self._sentence(what)
         self._known.set()
-        for link in self._links.values():
+        for link in list(self._links.values()):
             with contextlib.suppress(OSError):
                 link.send_bytes(self.lost.encode())
 
