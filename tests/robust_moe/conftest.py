@@ -1,5 +1,4 @@
-"""What the trainer's tests share: a run small enough for a test (64 real digits of 8x8 pixels, a two-stage network, two
-epochs of four steps), and a trained network to attack."""
+"""What the trainer's tests share: a run small enough for a test, and a trained network to attack."""
 
 from __future__ import annotations
 
@@ -10,31 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from small_runs import TINY
 from torch import Tensor, nn
 
 from robust_moe.config import TrainConfig, config_from_dict, load_config
 from robust_moe.settings import plain
-
-TINY = (
-    "data.image_size=8",
-    "data.train_limit=64",
-    "data.test_limit=40",
-    "data.validation_fraction=0.02",
-    "model.width=4",
-    "model.blocks=[1,2]",
-    "model.moe.layers=[layer2.1]",
-    "method.attack.eps=0.1",
-    "method.attack.steps=2",
-    "method.attack.alpha=null",
-    "eval.attack.eps=0.1",
-    "eval.attack.steps=2",
-    "eval.attack.alpha=null",
-    "run.epochs=2",
-    "run.batch_size=16",
-    "run.log_every=2",
-    "run.accelerator=cpu",
-    "run.threads=1",  # the order of sums, and so the last bits, depend on it
-)
 
 
 @pytest.fixture

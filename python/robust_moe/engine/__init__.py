@@ -4,11 +4,13 @@ from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_
 from robust_moe.engine.cost import epochs_within, passes_of_run
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.log import MetricLog, read_metrics
+from robust_moe.engine.processes import LostProcessError
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.trainer import Trainer, TrainResult
 
 __all__ = [
     "CheckpointError",
+    "LostProcessError",
     "MetricLog",
     "Reporter",
     "TrainResult",

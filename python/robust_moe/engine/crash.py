@@ -62,13 +62,14 @@ class CrashGuard:
             self.crash(f"after step {self.state.step}: {error}", type(error), error)
 
     def crash(self, text: str, kind: type[Exception] = FloatingPointError, cause: Exception | None = None) -> NoReturn:
-        """Save the state and raise ``kind``, which says where the last good state is."""
-        crash = self.folder / "crash.pt"
+        """Save the state, in the first process, and raise ``kind``, which says where the last good state is."""
+        crash, good = self.folder / "crash.pt", find_checkpoint(self.folder)
+        where = f"the last good state is in {good}" if good else "there is no good state yet"
         if self.fabric.is_global_zero:
             save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
-        good = find_checkpoint(self.folder)
-        kept = "there is no earlier one" if good is None else f"the last good one in {good}"
-        raise kind(f"{text}; the state is in {crash}, {kept}") from cause
+            kept = f"the last good one in {good}" if good else "there is no earlier one"
+            where = f"the state is in {crash}, {kept}"
+        raise kind(f"{text}; {where}") from cause
 
     def mean_of_processes(self, values: Tensor) -> Tensor:
         if self.fabric.world_size == 1:

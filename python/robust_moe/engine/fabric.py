@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import timedelta
 from types import FrameType
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from robust_moe.config import ConfigError, TrainConfig
@@ -15,6 +17,10 @@ from robust_moe.engine.experiment import resolve_device
 from robust_moe.signals import StopSignals
 
 __all__ = ["StopRequest", "library_algorithms", "make_fabric", "resolve_precision"]
+
+# How long a process waits for the others, who may validate meanwhile. Whether they still live is another's business:
+# robust_moe.engine.processes
+PATIENCE = timedelta(days=7)
 
 
 def resolve_precision(config: TrainConfig) -> TrainConfig:
@@ -66,8 +72,11 @@ def make_fabric(config: TrainConfig) -> Fabric:
     if run.batch_size % run.devices:
         raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
     # experts of a layer all get a gradient, also those without an image; a network without images gets none
-    networks = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
-    ddp = "ddp_find_unused_parameters_true" if networks else "ddp"
+    unused = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
+    # Otherwise DDP sorts the gradients anew after the first step of every process, also of a resumed one, and three
+    # terms are summed in an order that depends on that
+    unused |= run.deterministic and run.devices > 2
+    ddp = DDPStrategy(find_unused_parameters=unused, timeout=PATIENCE)
     strategy = "auto" if run.devices == 1 else ddp
     assert run.precision != "auto"  # it is resolved
     return Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)

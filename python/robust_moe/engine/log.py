@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,33 @@ FILE = "metrics.jsonl"
 def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of a run's metrics.jsonl, in order; ``kind`` keeps ``"train"``, ``"epoch"`` or ``"routing"`` lines only.
 
-    A last line cut short by a kill is left out.
+    A last line cut short by a kill is left out; so is a damaged line, with a warning that names it. Empty lines are
+    passed over: one stands where a resumed run has met a damaged one.
     """
     path = Path(folder) / FILE
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if kind in (None, line["kind"]):
-            lines.append(line)
-    return lines
+    lines = [_line(text) for text in _texts(path)]
+    return [line for line in lines if line is not None and kind in (None, line["kind"])]
+
+
+def _texts(path: Path) -> list[bytes]:
+    """The lines of the file, without a last one cut short; for a damaged one there is an empty text and a warning."""
+    *texts, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    if _line(last) is not None:  # whole, but for its end
+        texts.append(last)
+    damaged = [number for number, text in enumerate(texts, 1) if text and _line(text) is None]
+    if damaged:
+        left_out = ", ".join(map(str, damaged))
+        warnings.warn(f"{path}: expected a JSON object a line, passed over damaged lines: {left_out}", stacklevel=3)
+    return [b"" if number in damaged else text for number, text in enumerate(texts, 1)]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """``None``: no line of metrics."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
 
 
 class MetricLog:
@@ -51,8 +67,11 @@ class MetricLog:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = read_metrics(folder)[:lines]
-        replace_file(folder / FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        kept = _texts(folder / FILE)[:lines] if lines else []
+        if len(kept) < lines:
+            warnings.warn(f"{folder / FILE}: expected {lines} lines as the checkpoint, got {len(kept)}", stacklevel=2)
+        self.lines = len(kept)
+        replace_file(folder / FILE, b"".join(text + b"\n" for text in kept))
         self._path, self._events_folder = folder / FILE, folder / "tensorboard"
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
         self._events = SummaryWriter(str(self._events_folder), purge_step=step + 1 if step else None)

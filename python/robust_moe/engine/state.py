@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robust_moe.config import TrainConfig, config_from_dict, flatten
+from robust_moe.data import FIXED_DATA, data_differences
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
@@ -43,8 +45,8 @@ FIXED = (
     "model.dual.standard.init_from",
 )
 
-# Changes after which a validation measures another model, or measures it otherwise.
-REMEASURED = ("model.*", "eval.*", "run.ema_decay", "run.ema_epochs")
+# Changes after which a validation measures another model, or measures it otherwise, or on other images.
+REMEASURED = ("model.*", "eval.*", "run.ema_decay", "run.ema_epochs", "validation *")
 
 
 def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
@@ -75,21 +77,28 @@ def changed_settings(
         CheckpointError: there are such settings; lists them with both values.
     """
     changed = differing_settings(old, new)
-    fixed = [text for key, text in changed.items() if key in FIXED]
-    if override and fixed:
+    _expect_allowed(changed, FIXED, "configuration", source, override)
+    return changed
+
+
+def _expect_allowed(
+    changed: Mapping[str, str], fixed: Collection[str], what: str, source: str | Path, override: bool
+) -> None:
+    """Raise :class:`CheckpointError` for anything ``changed`` (key -> text with both values), with ``override`` for the
+    keys that are ``fixed`` only."""
+    bound = [text for key, text in changed.items() if key in fixed]
+    if override and bound:
         raise CheckpointError(
-            f"{source}: --override cannot change {', '.join(FIXED)}, which the saved state depends on; "
-            f"{'; '.join(fixed)}. Start anew with --fresh, or choose another run.out"
+            f"{source}: --override cannot change {', '.join(fixed)}, which the saved state depends on; "
+            f"{'; '.join(bound)}. Start anew with --fresh, or choose another run.out"
         )
     if changed and not override:
         advice = "Start anew with --fresh, or choose another run.out"
-        if not fixed:
+        if not bound:
             advice = "Go on with them by --override, start anew with --fresh, or choose another run.out"
         raise CheckpointError(
-            f"{source}: expected the configuration that the run was started with; {'; '.join(changed.values())}. "
-            f"{advice}"
+            f"{source}: expected the {what} that the run was started with; {'; '.join(changed.values())}. {advice}"
         )
-    return changed
 
 
 @dataclass
@@ -98,6 +107,7 @@ class RunState:
 
     config: TrainConfig
     data: dict[str, Any]  # what the model was built for: name, classes, channels, image size
+    digest: dict[str, Any]  # of the images, as robust_moe.data.data_digest has it
     model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Any  # Fabric's precision plug-in: holds the gradient scaler's state
@@ -111,10 +121,13 @@ class RunState:
     running: Meter = field(default_factory=Meter)  # since the epoch began
 
     def state_dict(self, log_lines: int, gather: bool = True) -> dict[str, Any]:
-        """Plain types and tensors only. ``gather``: random states of all processes, which must then all call this."""
+        """Plain types and tensors only. ``gather``: what differs between the processes, of all of them, which must then
+        all call this; False: this process's alone."""
+        processes = _all_ranks(self._own()) if gather else [self._own()]
         return {
             "config": plain(self.config),
             "data": self.data,
+            "data_digest": self.digest,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"name": self.config.optim.schedule.name, "step": self.step},  # a pure function of these
@@ -122,13 +135,28 @@ class RunState:
             "run_precision": self.precision.precision,  # what run.precision stood for
             "method": self.method.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
-            "rng": _all_ranks(rng_state()) if gather else [rng_state()],
+            "rng": [own.pop("rng") for own in processes],
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
             "best": self.best,
-            "meters": {"interval": self.interval.state_dict(), "running": self.running.state_dict()},
+            "meters": self._meters(),
+            "processes": processes[1:],  # what they have otherwise than the first
             "log_lines": log_lines,
             "versions": versions(),
             "git": git_revision(),
+        }
+
+    def _meters(self) -> dict[str, Any]:
+        return {"interval": self.interval.state_dict(), "running": self.running.state_dict()}
+
+    def _own(self) -> dict[str, Any]:
+        """What each process has of its own: random states, means, and the buffers (batch-norm statistics of its share
+        of the images); weights and optimiser are the same in all."""
+        return {
+            "rng": rng_state(),
+            "meters": self._meters(),
+            "method": self.method.state_dict(),
+            "buffers": _buffers(self.model),
+            "ema_buffers": {} if self.average is None else _buffers(self.average.model),
         }
 
     def expect_something_left(self, total_steps: int, source: str | Path, changed: list[str]) -> None:
@@ -157,12 +185,18 @@ class RunState:
         The optimiser goes on with its state and the configuration's options. The best so far does not count any more
         where one of :data:`REMEASURED` changed.
 
-        Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
+        Raises :class:`CheckpointError` for another configuration or architecture, for other data (an older checkpoint
+        does not tell), or a state with parts missing.
         """
         refuse_foreign(state, source)
         changed = changed_settings(*self._in_their_precisions(state), source, override)
-        load_model_state(self.model, state["model"], source)
         try:
+            if "data_digest" in state:
+                other = data_differences(state["data_digest"], self.digest)
+                _expect_allowed(other, FIXED_DATA, "data", source, override)
+                changed |= other
+            state = _as_process(state, rank)
+            load_model_state(self.model, state["model"], source)
             if state["config"]["method"]["name"] == self.config.method.name:
                 self.method.load_state_dict(state["method"])
             if self.average is not None:
@@ -180,14 +214,33 @@ class RunState:
             keep_with_parameters(self.optimizer)
             self.precision.load_state_dict(state["precision"])
             self.epoch, self.batch, self.step = (state["position"][name] for name in ("epoch", "batch", "step"))
-            other = any(fnmatchcase(key, pattern) for key in changed for pattern in REMEASURED)
-            self.best = {} if other else state["best"]
+            remeasured = any(fnmatchcase(key, pattern) for key in changed for pattern in REMEASURED)
+            self.best = {} if remeasured else state["best"]
             self.interval.load_state_dict(state["meters"]["interval"], device)
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
             return int(state["log_lines"]), list(changed.values())
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: expected a whole training state, got {error!r}") from error
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a checkpoint has, by name, on the CPU."""
+    names = {name for name, _ in model.named_buffers()}
+    return {name: value.cpu() for name, value in model.state_dict().items() if name in names}
+
+
+def _as_process(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The checkpoint as process ``rank`` had it; where the run had fewer, as one of them."""
+    others = state.get("processes", [])
+    number = rank % (1 + len(others))
+    if number == 0:
+        return state
+    own = others[number - 1]
+    mine = {**state, "method": own["method"], "meters": own["meters"], "model": state["model"] | own["buffers"]}
+    if state["ema"] is not None:
+        mine["ema"] = {**state["ema"], "model": state["ema"]["model"] | own["ema_buffers"]}
+    return mine
 
 
 def _all_ranks(value: Any) -> list[Any]:

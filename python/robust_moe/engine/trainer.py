@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robust_moe.config import ConfigError, TrainConfig, save_config
-from robust_moe.data import Batch, BatchLoader, load_splits
+from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
 from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
@@ -19,8 +19,10 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
+from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
+from robust_moe.engine.run_folder import alone_in
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
@@ -83,14 +85,22 @@ class Trainer:
                 left to do.
 
         Raises:
-            CheckpointError: ``last.pt`` is damaged, of another configuration, or with ``override`` already at the new
-                configuration's end; or a checkpoint cannot be written.
-            ConfigError: the run folder cannot be written, or the warm-up is longer than the run.
+            CheckpointError: ``last.pt`` is damaged, of another configuration or other data, or with ``override``
+                already at the new configuration's end; or a checkpoint cannot be written.
+            ConfigError: the run folder cannot be written, or another training works in it, or the warm-up is longer
+                than the run.
             DataError: the data cannot be read.
             FloatingPointError: a loss, gradient or gate became NaN or infinite.
+            LostProcessError: of ``run.devices`` processes another has ended or stands still
+                (:class:`~robust_moe.engine.processes.Processes`, which also says when the process ends instead).
         """
         began = time.perf_counter()
-        with cpu_threads(self.config.run.threads):
+        with cpu_threads(self.config.run.threads), ExitStack() as held:
+            self.fabric = make_fabric(self.config)
+            if self.fabric.local_rank == 0:
+                with self._in_run_folder():
+                    held.enter_context(alone_in(self.folder))
+            self.processes = held.enter_context(Processes(self.fabric, self.config.run.devices))
             self._set_up(resume, override)
             try:
                 with StopRequest(self.fabric) as self.stop, library_algorithms(self.config.run.deterministic):
@@ -103,9 +113,8 @@ class Trainer:
     # --- setting up ---
 
     def _set_up(self, resume: bool, override: bool) -> None:
-        config = self.config
-        self.fabric = fabric = make_fabric(config)
-        fabric.launch()
+        config, fabric = self.config, self.fabric
+        self.processes.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
         with self._in_run_folder():
             source = find_checkpoint(self.folder) if resume else None
@@ -137,13 +146,16 @@ class Trainer:
         decay = average_decay(config.run, len(self.loader))
         average = WeightAverage(self.model, decay) if decay > 0 else None
         precision = fabric.strategy.precision
-        self.state = RunState(config, data, self.model, optimizer, precision, self.method, average)
+        digest = data_digest(splits)
+        self.state = RunState(config, data, digest, self.model, optimizer, precision, self.method, average)
         lines = 0
         if source is not None and checkpoint is not None:
             lines, changed = self.state.load_state_dict(
                 checkpoint, source, fabric.global_rank, fabric.device, override=override
             )
             self.state.expect_something_left(self.total_steps, source, changed)
+            if "data_digest" not in checkpoint and fabric.is_global_zero:
+                self.reporter.warn(f"{source}: an older checkpoint, which does not tell which images the run has")
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
             for text in changed:
                 self.reporter.line(f"changed: {text}")
@@ -206,6 +218,7 @@ class Trainer:
                     raise _Interrupted
 
     def _step(self, batch: Batch) -> None:
+        self.processes.check()
         state, config = self.state, self.config
         rate = learning_rate(config.optim, state.step, self.total_steps, len(self.loader))
         for group in self.optimizer.param_groups:
@@ -287,6 +300,7 @@ class Trainer:
     def _interruptible(self, advance: Callable[[int], None]) -> Callable[[int], None]:
         def on_batch(count: int) -> None:
             advance(count)
+            self.processes.check()
             if self.stop.agreed(at_interval=False):
                 raise _Interrupted
 

@@ -122,7 +122,8 @@ class StagedEvaluation:
         if self._own_journal:
             return
         given = {**settings, "seed": self.seed, "batch_size": self.batch_size}
-        self.journal.claim(key, identity(self.model, self.images, self.labels, stages, given, self.index))
+        mine = identity(self.model, self.images, self.labels, stages, given, self.index)
+        self.journal.claim(key, mine, f"{self.name}/" if self.name else "")
 
     # --- batches ------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,9 @@ class Journal:
     """Results by key, each on the disk before :meth:`put` returns.
 
     A file of lines, a checksum and JSON each; the first holds ``identity``. A line cut short by a kill is dropped when
-    the file is opened again, so at most the result that was being written is lost. The file is open, and locked where
-    the file system has locks, until :meth:`close`, the end of a ``with`` block, or the end of the process.
+    the file is opened again, so at most the result that was being written is lost; a damaged line costs its result,
+    with a warning that names it. A file cut within its first line is begun anew. It is open, and locked where the file
+    system has locks, until :meth:`close`, the end of a ``with`` block, or the end of the process.
 
     Args:
         path: the file; None: kept in memory only.
@@ -37,13 +39,14 @@ class Journal:
         resume: go on with the file that is there; False: write it anew.
 
     Raises:
-        ResumeError: the file is of another identity, or damaged before its end, or open in another evaluation.
+        ResumeError: the file is of another identity, or damaged in its first line, or open in another evaluation.
         OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any], resume: bool = True) -> None:
         self.path = path
         self._kept: dict[str, dict[str, Any]] = {}
+        self._damaged: list[int] = []  # numbers of the lines that were passed over, the first being 1
         self._file: BinaryIO | None = None
         header = _line({"format": FORMAT, "identity": dict(identity)})
         if path is None:
@@ -55,12 +58,15 @@ class Journal:
                 raise ResumeError(f"{path}: expected a journal of this evaluation alone, got one that another writes")
             file.seek(0)
             data = file.read() if resume else b""
+            if _cut_header(data):
+                warnings.warn(f"{path}: a kill cut its first line, before any result: begun anew", stacklevel=2)
+                data = b""
             if data:
                 whole = self._read(data, json.loads(header[9:])["identity"])
                 if whole < len(data):  # the last line was cut short
                     file.truncate(whole)
                     os.fsync(file.fileno())
-            else:  # new, or left empty by a kill before the first line
+            else:  # new, or cut by a kill before any result
                 file.truncate(0)
                 append_line(file, header, path)
         except BaseException:
@@ -94,14 +100,23 @@ class Journal:
         self._kept[key] = _decode(json.loads(line[9:])["result"])
         return self._kept[key]
 
-    def claim(self, key: str, identity: Mapping[str, Any]) -> None:
+    def claim(self, key: str, identity: Mapping[str, Any], begins: str = "") -> None:
         """Put ``identity``, plain values by name, under ``key``; or compare it with what is there.
 
+        Args:
+            begins: how the keys of the results begin that are claimed so.
+
         Raises:
-            ResumeError: it differs; the message names in what.
+            ResumeError: it differs; the message names in what. Or it is not there, a line is damaged, and there are
+                such results: nothing tells any more whose they are.
         """
         known = self.get(key)
         if known is None:
+            if self._damaged and any(other.startswith(begins) for other in self._kept):
+                raise ResumeError(
+                    f"{self.path}: expected a line that says which {key} the results are of, got a damaged line "
+                    f"{self._damaged[0]}; --fresh (resume=False) starts anew"
+                )
             self.put(key, identity)
         elif differences := _differences(known, json.loads(json.dumps(dict(identity)))):
             raise ResumeError(f"journal: expected that of this {key}, got another's: {_first(differences)}")
@@ -124,19 +139,20 @@ class Journal:
         records = [_record(line) for line in lines]
         header = records[0]
         if header is None or header.get("format") != FORMAT:
+            journal = header is None and any(record is not None for record in records)
+            got = "a damaged line 1, which says whose it is" if journal else "another file"
             raise ResumeError(
-                f"{path}: expected the journal of an evaluation, got another file; --fresh (resume=False) starts anew"
+                f"{path}: expected the journal of an evaluation, got {got}; --fresh (resume=False) starts anew"
             )
         if differences := _differences(header["identity"], identity):
             raise ResumeError(
                 f"{path}: expected the journal of this evaluation, got another's: {_first(differences)}; "
                 "--fresh (resume=False) starts anew"
             )
-        if None in records[:-1]:
-            raise ResumeError(
-                f"{path}: expected whole lines, got a damaged line {records.index(None) + 1} of {len(records)}; "
-                "--fresh (resume=False) starts anew"
-            )
+        self._damaged = [number for number, record in enumerate(records[:-1], 1) if record is None]
+        if self._damaged:
+            numbers = ", ".join(map(str, self._damaged))
+            warnings.warn(f"{path}: expected whole lines, passed over damaged lines: {numbers}", stacklevel=3)
         for record in records[1:]:
             if record is not None:
                 self._kept[record["key"]] = _decode(record["result"])
@@ -152,6 +168,18 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """``None``: not a whole line."""
     text = line[9:-1]
     return json.loads(text) if line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(text) else None
+
+
+def _cut_header(data: bytes) -> bool:
+    """Whether these are the first bytes of a journal's first line."""
+    checksum, begin = data[:9], b'{"format": '
+    return (
+        len(data) > 0
+        and b"\n" not in data
+        and all(byte in b"0123456789abcdef" for byte in checksum[:8])
+        and checksum[8:] in (b"", b" ")
+        and (data[9:].startswith(begin) or begin.startswith(data[9:]))
+    )
 
 
 def _encode(value: Any) -> Any:

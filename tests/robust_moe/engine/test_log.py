@@ -1,4 +1,5 @@
 import io
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,40 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
     assert read_metrics(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("damage", [b'{"kind": "tr', b"\xff\xfe", b"[1]", b"{}", b'{"kind": 3}', b"[" * 100_000])
+def test_a_damaged_line_is_named_and_costs_that_line_alone(tmp_path, damage):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.write("train", step, {"loss": float(step)})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], b""]))
+    named = r"metrics\.jsonl: expected a JSON object a line, passed over damaged lines: 2$"
+    with pytest.warns(UserWarning, match=named):
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
+    with pytest.warns(UserWarning, match=named):
+        log = MetricLog(tmp_path, lines=3, step=3)
+    log.write("train", 4, {"loss": 40.0})
+    log.close()
+    assert log.lines == 4  # an earlier checkpoint's count of lines still holds
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, not again and again
+        assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 3.0, 40.0]
+        MetricLog(tmp_path, lines=3).close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+
+
+def test_lines_that_are_missing_are_counted(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write("train", 1, {"loss": 1.0})
+    log.close()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: expected 3 lines as the checkpoint, got 1$"):
+        log = MetricLog(tmp_path, lines=3, step=3)
+    log.close()
+    assert log.lines == 1
 
 
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):

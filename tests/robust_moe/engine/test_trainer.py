@@ -9,48 +9,17 @@ import textwrap
 import pytest
 import torch
 from rich.console import Console
+from small_runs import assert_same_run, metrics
 
 from robust_moe.config import ConfigError, load_config, save_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, read_metrics, save_checkpoint
 from robust_moe.engine.guards import state_is_finite
 from robust_moe.settings import plain
 
-NEVER_EQUAL = ("seconds", "val_seconds")
-
 
 def fit(config, **options):
     trainer = Trainer(config, Reporter(enabled=False, console=Console(quiet=True)))
     return trainer, trainer.fit(**options)
-
-
-def metrics(folder):
-    return [{k: v for k, v in line.items() if k not in NEVER_EQUAL} for line in read_metrics(folder)]
-
-
-def assert_same(one, two, path=""):
-    """Equal in every bit, tensors included."""
-    assert type(one) is type(two), path
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), path
-        for key in one:
-            assert_same(one[key], two[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), path
-        for number, (left, right) in enumerate(zip(one, two, strict=True)):
-            assert_same(left, right, f"{path}[{number}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), path
-    else:
-        assert one == two, path
-
-
-def assert_same_run(one, two):
-    assert metrics(one) == metrics(two)
-    for name in ("last.pt", "best.pt"):
-        left, right = load_checkpoint(one / name), load_checkpoint(two / name)
-        for state in (left, right):
-            state["config"]["run"].pop("out")
-        assert_same(left, right)
 
 
 def test_a_run_leaves_what_it_promises_and_learns(tiny):

@@ -131,16 +131,64 @@ def test_cut_within_the_last_line_only_that_line_is_lost(tmp_path):
         again.close()
 
 
-def test_damage_before_the_end_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("damaged", "lost"), [((2,), ("clean/0",)), ((3,), ("pgd/0",)), ((2, 3), ("clean/0", "pgd/0")), ((4,), ("pgd/1",))]
+)
+def test_a_damaged_line_is_named_and_costs_its_result_alone(tmp_path, damaged, lost):
+    path = tmp_path / "a.journal"
+    journal = filled(path)
+    journal.put("pgd/2", {"wrong": 1})
+    journal.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number in damaged:
+        lines[number - 1] = lines[number - 1].replace(b'"key"', b'"kex"')
+    path.write_bytes(b"".join(lines))
+    numbers = ", ".join(map(str, damaged))
+    with pytest.warns(UserWarning, match=rf"a\.journal: expected whole lines, passed over damaged lines: {numbers}$"):
+        again = Journal(path, ME)
+    assert [key for key in ("clean/0", "pgd/0", "pgd/1", "pgd/2") if again.get(key) is None] == list(lost)
+    assert_same(journal, again, [key for key in ("clean/0", "pgd/0", "pgd/1") if key not in lost])
+    for key in lost:
+        again.put(key, journal.get(key))
+    again.close()
+    with pytest.warns(UserWarning, match="damaged lines"):
+        last = Journal(path, ME)
+    assert_same(journal, last)
+
+
+def test_a_damaged_first_line_is_refused_by_name(tmp_path):
     path = tmp_path / "a.journal"
     filled(path).close()
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines[2] = lines[2].replace(b"4", b"5", 1)
-    path.write_bytes(b"".join(lines))
-    with pytest.raises(ResumeError, match=r"a\.journal: expected whole lines, got a damaged line 3 of 4; --fresh"):
+    path.write_bytes(path.read_bytes().replace(b"8/255", b"7/255", 1))
+    before = path.read_bytes()
+    with pytest.raises(ResumeError, match=r"a\.journal: .* got a damaged line 1, which says whose it is; --fresh"):
         Journal(path, ME)
+    assert path.read_bytes() == before
     assert len(Journal(path, ME, resume=False)) == 0
     assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_cut_within_the_first_line_a_journal_is_begun_anew(tmp_path):
+    path = tmp_path / "a.journal"
+    Journal(path, ME).close()
+    header = path.read_bytes()
+    for end in range(1, len(header)):
+        path.write_bytes(header[:end])
+        with pytest.warns(UserWarning, match=r"a\.journal: a kill cut its first line, before any result: begun anew"):
+            Journal(path, ME).close()
+        assert path.read_bytes() == header
+
+
+def test_results_whose_claim_is_damaged_are_refused(tmp_path):
+    path = tmp_path / "a.journal"
+    with Journal(path, {}) as journal:
+        journal.claim("moe", {"model": "aa"}, "moe/")
+        journal.put("moe/clean/0", {"wrong": 1})
+    path.write_bytes(path.read_bytes().replace(b'"aa"', b'"ab"'))
+    with pytest.warns(UserWarning, match="damaged lines: 2$"), Journal(path, {}) as journal:
+        journal.claim("curve", {"model": "bb"}, "curve/")  # has no results yet
+        with pytest.raises(ResumeError, match=r"which moe the results are of, got a damaged line 2; --fresh"):
+            journal.claim("moe", {"model": "bb"}, "moe/")
 
 
 def test_a_file_that_a_kill_left_empty_is_begun_anew(tmp_path):

@@ -1,0 +1,95 @@
+"""One training in a folder at a time, whatever became of the last one."""
+
+import io
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from rich.console import Console
+from small_runs import assert_same_run
+from typer.testing import CliRunner
+
+from robust_moe.commands import app
+from robust_moe.config import ConfigError, save_config
+from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.run_folder import LOCK
+
+OTHERS = "run.out: expected a folder that no other training works in, got {folder}"
+
+
+def trainer(config):
+    return Trainer(config, Reporter(enabled=False, console=Console(quiet=True, file=io.StringIO())))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_second_training_is_refused_and_nothing_is_lost(tiny, tmp_path):
+    trainer(tiny(out="alone")).fit()
+    first = trainer(tiny())
+    step, refused = first._step, []
+
+    def disturbed(batch):
+        step(batch)
+        before = files(first.folder)
+        for resume in (True, False):
+            with pytest.raises(ConfigError) as error:
+                trainer(tiny()).fit(resume=resume)
+            refused.append(str(error.value))
+        assert files(first.folder) == before
+
+    first._step = disturbed
+    assert first.fit().finished
+    assert refused == [OTHERS.format(folder=tmp_path / "run")] * 16
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    assert trainer(tiny()).fit(resume=False).finished  # the first has let go
+    assert LOCK not in files(first.folder)
+
+
+# trains until it is asked, says so, and waits for an answer that never comes
+WAITING = """
+    import sys
+    from robust_moe.config import load_config
+    from robust_moe.engine import Reporter, Trainer
+
+    trainer = Trainer(load_config(sys.argv[1]), Reporter(enabled=False))
+    step = trainer._step
+
+    def waiting(batch):
+        if trainer.state.step == 5:
+            print("ready", flush=True)
+            sys.stdin.read()
+        step(batch)
+
+    trainer._step = waiting
+    trainer.fit()
+"""
+
+
+def test_the_command_is_refused_in_one_sentence_until_the_other_process_is_killed(tiny, tmp_path):
+    trainer(tiny(out="alone")).fit()
+    config = tmp_path / "run.yaml"
+    save_config(tiny(), config)
+    command = [sys.executable, "-c", textwrap.dedent(WAITING), str(config)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert "ready\n" in other.stdout  # read up to there: the run may have warned
+        second = CliRunner().invoke(app, ["train", str(config)])
+        other.kill()
+    assert second.exit_code == 2
+    assert second.stderr == f"error: {OTHERS.format(folder=tmp_path / 'run')}\n"
+    assert (tmp_path / "run" / LOCK).exists()  # the file outlives its process, the lock does not
+    assert trainer(tiny()).fit().finished
+    assert not (tmp_path / "run" / LOCK).exists()
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_refused_run_leaves_no_folder(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"layr2"):
+        trainer(tiny("model.moe.layers=[layr2.1]", out="deep/run")).fit()
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match=r"layr2"):
+        trainer(tiny("model.moe.layers=[layr2.1]", out="mine")).fit()
+    assert (tmp_path / "mine").exists()
