@@ -89,6 +89,8 @@ def assess(
     others = _named_results([Path(other) for other in beside])
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
+    for note in splits.notes:
+        reporter.line(note)
     whole, index = chosen_images(splits, split, count)
     file = checkpoint_file(checkpoint)
     named = _result_file(file, config, split, preset, count, state["position"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robust_moe.data.dataset import DATASETS, DataSet
+from robust_moe.data.dataset import DATASETS, MOST_SIDE, DataSet
 from robust_moe.data.image_set import ImageSet, import_extra, resize
 from robust_moe.data.splits import stratified_split
 from robust_moe.settings import setting
@@ -35,6 +35,7 @@ class Digits(DataSet):
             "side that images are resized to; null: 16, as 8x8 leaves one pixel after three halvings",
             unit="pixels",
             at_least=1,
+            at_most=MOST_SIDE,
         )
 
     config: Config

@@ -22,7 +22,7 @@ from robust_moe.data import (
     channel_statistics,
     load_splits,
 )
-from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state, measured_weights
+from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
 from robust_moe.methods import Method
 from robust_moe.models import DualModel, build_model
 
@@ -108,7 +108,7 @@ def _start_from(model: nn.Module, half: str | None, source: str | None, key: str
         return
     path = checkpoint_file(source)
     checkpoint = load_checkpoint(path)
-    classes = len(checkpoint["data"].get("class_names", ()))
+    classes = len(data_of(checkpoint, path)["class_names"])
     if classes != size["num_classes"]:
         raise ConfigError(f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}")
     state = measured_weights(checkpoint)
@@ -185,7 +185,7 @@ def load_experiment(
     _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
     splits = load_splits(config.data, config.run.seed) if splits is None else splits
-    data = checkpoint["data"]
+    data = data_of(checkpoint, path)
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),
         ("channels", data["channels"], splits.test.channels),

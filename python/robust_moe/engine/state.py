@@ -19,7 +19,7 @@ from robust_moe.engine.rng import restore_rng, rng_state
 from robust_moe.methods import Method
 from robust_moe.optim import keep_with_parameters, regrouped
 from robust_moe.provenance import git_revision, versions
-from robust_moe.settings import plain
+from robust_moe.settings import plain, shown
 
 __all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
@@ -144,9 +144,10 @@ class RunState:
         """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto`` may mean
         another on another machine, and is no change where it means what was asked for by name."""
         old = state["config"]
-        before = state.get("run_precision", old["run"]["precision"])  # an older checkpoint's was asked for by name
+        asked = config_from_dict(old, where="checkpoint").run  # an older checkpoint's was asked for by name
+        before = state.get("run_precision", asked.precision)
         now = dataclasses.replace(self.config.run, precision=self.precision.precision)
-        return {**old, "run": {**old["run"], "precision": before}}, dataclasses.replace(self.config, run=now)
+        return {**old, "run": {**old.get("run", {}), "precision": before}}, dataclasses.replace(self.config, run=now)
 
     def load_state_dict(
         self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device, override: bool = False
@@ -162,7 +163,8 @@ class RunState:
         changed = changed_settings(*self._in_their_precisions(state), source, override)
         load_model_state(self.model, state["model"], source)
         try:
-            if state["config"]["method"]["name"] == self.config.method.name:
+            old = config_from_dict(state["config"], where=str(source))
+            if old.method.name == self.config.method.name:
                 self.method.load_state_dict(state["method"])
             if self.average is not None:
                 if state["ema"] is None:  # switched on by an override: it starts here
@@ -171,11 +173,12 @@ class RunState:
                     self.average.load_state_dict(state["ema"], source)
             kept = ("params", "lr")  # the rate is the last step's
             options = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
-            before = state["config"]["optim"].get("weight_decay_on", "all")  # older checkpoints had no choice
+            before = old.optim.weight_decay_on  # of older checkpoints, which had no choice: all
             now = self.config.optim.weight_decay_on
             self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, before, now))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
+            self._expect_state_of_parameters(source)
             keep_with_parameters(self.optimizer)
             self.precision.load_state_dict(state["precision"])
             self.epoch, self.batch, self.step = (state["position"][name] for name in ("epoch", "batch", "step"))
@@ -185,8 +188,22 @@ class RunState:
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
             return int(state["log_lines"]), list(changed.values())
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: expected a whole training state, got {error!r}") from error
+        except CheckpointError:
+            raise
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: expected a whole training state, got {shown(repr(error))}") from error
+
+    def _expect_state_of_parameters(self, source: str | Path) -> None:
+        """Raise :class:`CheckpointError` for a part of the optimiser's state that has another shape than its
+        parameter."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for name, value in self.optimizer.state[parameter].items():
+                    if isinstance(value, torch.Tensor) and value.shape not in (parameter.shape, ()):
+                        raise CheckpointError(
+                            f"{source}: optimizer: expected {name} of {list(parameter.shape)}, as its parameter, got "
+                            f"{list(value.shape)}"
+                        )
 
 
 def _all_ranks(value: Any) -> list[Any]:

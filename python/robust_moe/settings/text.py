@@ -34,7 +34,7 @@ def _loader() -> Any:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # no scalar is anything but text
-        yaml_constructors: ClassVar[dict[Any, Any]] = {None: yaml.SafeLoader.construct_undefined}  # and no tag makes it so
+        yaml_constructors: ClassVar[dict[Any, Any]] = {None: yaml.SafeLoader.construct_undefined}  # nor by a tag
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
             seen = [key.value for key, _ in node.value]
