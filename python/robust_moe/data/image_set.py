@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ __all__ = [
     "expect_room",
     "import_extra",
     "listed",
+    "physical_memory",
     "resize",
     "stratified_counts",
 ]
@@ -144,10 +146,19 @@ def check_labels(labels: Tensor, num_classes: int, file: object, unit: str = "ro
         raise DataError(f"{file}: {unit} {row}: expected a label in 0..{num_classes - 1}, got {int(labels[row])}")
 
 
-def expect_room(count: int, what: str) -> None:
-    """Raise :class:`DataError` where ``what`` takes more bytes than this machine has memory, before it is allocated."""
-    if hasattr(os, "sysconf") and count > (whole := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise DataError(f"{what}: expected at most this machine's memory of {whole:,} bytes, got {count:,} bytes")
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def expect_room(count: int, what: str, refusal: type[Exception] = DataError) -> None:
+    """Raise ``refusal`` where ``what`` takes ``count`` bytes and this machine has less memory, before it is
+    allocated."""
+    if count > (whole := physical_memory()):
+        raise refusal(f"{what}: expected at most this machine's memory of {whole:,.0f} bytes, got {count:,}")
 
 
 def listed(names: Sequence[str], separator: str = ", ", most: int = 20) -> str:

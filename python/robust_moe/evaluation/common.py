@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from robust_moe.evaluation.outcome import AUTOATTACK
-from robust_moe.evaluation.results import wilson_interval
+from robust_moe.evaluation.results import read_samples, wilson_interval
 
 __all__ = ["expect_common", "expect_same_images", "in_common"]
 
@@ -129,12 +129,15 @@ def _worst_case(
     needed = ["clean", *(f"broken/{attack}" for attack in names)]
     path = Path(str(results.get("samples")))
     if samples is None and path.is_file():
-        with np.load(path) as arrays:
-            samples = {key: arrays[key] for key in needed if key in arrays}
+        samples = read_samples(path, needed)
     if samples is None or any(key not in samples for key in needed):
         raise ValueError(
             f"{name}: expected the arrays {', '.join(needed)} beside its result file, as it has attacks that others "
             f"have not, got none of that kind at {path}; run robust-moe eval on it again"
         )
+    for key in needed:
+        if samples[key].dtype != bool or samples[key].shape != (results["count"],):
+            got = f"{samples[key].dtype} {list(samples[key].shape)}"
+            raise ValueError(f"{name}: expected {key} of bool [{results['count']}] in {path}, got {got}")
     broken = [samples[key] for key in needed[1:]]
     return float((samples["clean"] & ~np.any(broken, axis=0)).mean())

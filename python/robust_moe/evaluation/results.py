@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from robust_moe.content import ContentError
+from robust_moe.data.image_set import expect_room
+from robust_moe.evaluation.file_fields import RESULTS
 from robust_moe.evaluation.outcome import AUTOATTACK, StageResult, SuiteResult
 from robust_moe.evaluation.stages import describe_attack
 from robust_moe.files import replace_file
@@ -23,6 +28,7 @@ __all__ = [
     "make_results",
     "make_samples",
     "read_results",
+    "read_samples",
     "samples_file",
     "wilson_interval",
     "write_results",
@@ -148,15 +154,34 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{expected}, found {'a folder' if path.is_dir() else 'nothing'}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # also what is no text
+    except (RecursionError, ValueError):  # also what is no text
         raise ValueError(f"{expected}, got something that is no JSON") from None
     if not isinstance(results, dict) or "format" not in results:
         raise ValueError(f"{expected}, got other JSON")
     if results["format"] != FORMAT:
         raise ValueError(f"{expected} of format {FORMAT}, got format {results['format']!r}; evaluate again")
+    try:
+        RESULTS(results, "")
+    except (ContentError, RecursionError) as error:
+        raise ValueError(f"{expected}, got one with {error}") from error
     if missing := [key for key in _SHOWN_BESIDE if key not in results]:
         raise ValueError(f"{expected}, got one without {', '.join(missing)}")
     return results
+
+
+def read_samples(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a samples file by name; ``names``: of those only, as far as they are there.
+
+    Raises:
+        ValueError: no such file, or one that cannot be read; the message names it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            expect_room(sum(entry.file_size for entry in archive.infolist()), f"{path}: arrays", ValueError)
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files if names is None or name in names}
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected the arrays of a result file (npz), got: {error}") from error
 
 
 def write_results(results: Mapping[str, Any], samples: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:

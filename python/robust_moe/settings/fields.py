@@ -23,6 +23,7 @@ __all__ = ["convert", "expect_in_range", "finish", "is_null", "is_union", "setti
 
 INTEGER = re.compile(r"[+-]?[0-9]+")
 NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
+LONGEST_TEXT = 4096  # letters
 LONGEST = 1000  # items of a list: a short file may name a long list many times
 
 
@@ -110,6 +111,8 @@ def _boolean(value: object, key: str) -> bool:
 def _text(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise _refuse(key, "text", value)
+    if len(value) > LONGEST_TEXT:
+        raise _refuse(key, f"text of at most {LONGEST_TEXT} letters", value)
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise _refuse(key, "text that UTF-8 has, without NUL", value)
     return str(value)
