@@ -155,7 +155,7 @@ def fields(known: Mapping[str, Check], required: bool = True) -> Check:
 
 
 def tensor(ndim: int | None = None, dtype: str = "", count: int | None = None) -> Check:
-    """A tensor whose numbers are there, in ordinary (strided, not quantised) layout.
+    """A tensor whose numbers are there, in ordinary (strided, not quantised) layout; real ones.
 
     Args:
         ndim: its dimensions; None: any.
@@ -170,7 +170,12 @@ def tensor(ndim: int | None = None, dtype: str = "", count: int | None = None) -
         import torch
 
         ok = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type != "meta"
-        ok = ok and not value.is_quantized and ndim in (None, value.ndim) and count in (None, value.numel())
+        ok = (
+            ok
+            and not (value.is_quantized or value.is_complex())
+            and ndim in (None, value.ndim)
+            and count in (None, value.numel())
+        )
         if not (ok and dtype in ("", str(value.dtype).removeprefix("torch."))):
             raise refuse(place, wanted, value)
 

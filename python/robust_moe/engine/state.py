@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from robust_moe.config import TrainConfig, config_from_dict, flatten
+from robust_moe.content import ContentError
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
@@ -140,11 +141,11 @@ class RunState:
                 "otherwise, use robust-moe eval"
             )
 
-    def _in_their_precisions(self, state: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    def _in_their_precisions(self, state: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], TrainConfig]:
         """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto`` may mean
         another on another machine, and is no change where it means what was asked for by name."""
         old = state["config"]
-        asked = config_from_dict(old, where="checkpoint").run  # an older checkpoint's was asked for by name
+        asked = config_from_dict(old, where=str(source)).run  # an older checkpoint's was asked for by name
         before = state.get("run_precision", asked.precision)
         now = dataclasses.replace(self.config.run, precision=self.precision.precision)
         return {**old, "run": {**old.get("run", {}), "precision": before}}, dataclasses.replace(self.config, run=now)
@@ -160,7 +161,7 @@ class RunState:
         Raises :class:`CheckpointError` for another configuration or architecture, or a state with parts missing.
         """
         refuse_foreign(state, source)
-        changed = changed_settings(*self._in_their_precisions(state), source, override)
+        changed = changed_settings(*self._in_their_precisions(state, source), source, override)
         load_model_state(self.model, state["model"], source)
         try:
             old = config_from_dict(state["config"], where=str(source))
@@ -190,6 +191,8 @@ class RunState:
             return int(state["log_lines"]), list(changed.values())
         except CheckpointError:
             raise
+        except ContentError as error:
+            raise CheckpointError(f"{source}: {error}") from error
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: expected a whole training state, got {shown(repr(error))}") from error
 

@@ -39,7 +39,7 @@ def shown(value: object) -> str:
 
 def hint(name: object, names: Iterable[str], cutoff: float = 0.4) -> str:
     """``"; did you mean 'pgd'?"`` with the nearest of ``names``, or nothing where none is near."""
-    near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(name[:200], list(names), n=1, cutoff=cutoff) if isinstance(name, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -47,7 +47,7 @@ def choose(table: Mapping[str, T], name: str, key: str) -> T:
     """``table[name]``. Raises :class:`ConfigError` with the nearest name for one that is not in the table."""
     if name in table:
         return table[name]
-    raise ConfigError(f"{key}: expected one of {', '.join(table)}, got {shown(name)}{hint(name[:200], table)}")
+    raise ConfigError(f"{key}: expected one of {', '.join(table)}, got {shown(name)}{hint(name, table)}")
 
 
 def parse_fraction(text: object, name: str = "value") -> Fraction:
