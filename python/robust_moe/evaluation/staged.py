@@ -22,7 +22,7 @@ from robust_moe.data.transfer import send
 from robust_moe.evaluation.routing_measures import distance
 from robust_moe.evaluation.scorer import device_of, refuse_nonfinite, score
 from robust_moe.evaluation.stages import Stage, identity
-from robust_moe.evaluation.store import Journal, ResumeError
+from robust_moe.evaluation.store import Journal, Result, ResumeError
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
 
@@ -185,12 +185,12 @@ class StagedEvaluation:
         title = f"{self.name} {self._stages}/{self.stages_in_all}: {stage}" if self.stages_in_all else None
         parts = []
         for rows, found, advance in self.batches(stage, look, title=title):
-            parts.append({name: value for name, value in found.items() if name != "seconds"})
+            parts.append(Result({name: value for name, value in found.items() if name != "seconds"}))
             advance(len(rows))
         if self._bad:
             bad, self._bad = torch.stack(self._bad).sum(), []
             refuse_nonfinite(bad, "evaluation")
-        return {name: joined([part[name] for part in parts]) for name in parts[0]}
+        return Result({name: joined([part[name] for part in parts]) for name in parts[0]})
 
     # --- crafting and scoring -----------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import numpy as np
 from robust_moe.evaluation import file_fields
 from robust_moe.files import lock
 
-__all__ = ["Journal", "ResumeError"]
+__all__ = ["Journal", "Result", "ResumeError"]
 
 FORMAT = 3
 _ARRAY = "__array__"
@@ -195,7 +195,7 @@ def _encode(value: Any) -> Any:
     return value
 
 
-class _Result(dict[str, Any]):
+class Result(dict[str, Any]):
     """What a journal has under a key. Raises :class:`ResumeError` for a name that is not in it."""
 
     def __missing__(self, name: str) -> Any:
@@ -203,7 +203,7 @@ class _Result(dict[str, Any]):
 
 
 def _decode(result: Mapping[str, Any]) -> dict[str, Any]:
-    return _Result({name: _value(value) for name, value in result.items()})
+    return Result({name: _value(value) for name, value in result.items()})
 
 
 def _value(value: Any) -> Any:
