@@ -9,8 +9,8 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def read_idx(path: Path, ndim: int) -> Tensor:
             raise DataError(f"{path}: expected {what}, got: {error}") from error
 
 
-def _values(file: IO[bytes], path: Path, ndim: int) -> Tensor:
+def _values(file: gzip.GzipFile | BufferedReader, path: Path, ndim: int) -> Tensor:
     """Reads the header, and then no more than it says: a small gzip file may stand for any number of bytes."""
     start = 4 + 4 * ndim
     data = file.read(start)
