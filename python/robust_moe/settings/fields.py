@@ -113,8 +113,6 @@ def _text(value: object, key: str) -> str:
         raise _refuse(key, "text", value)
     if len(value) > LONGEST_TEXT:
         raise _refuse(key, f"text of at most {LONGEST_TEXT} letters", value)
-    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise _refuse(key, "text that UTF-8 has, without NUL", value)
     return str(value)
 
 
@@ -189,8 +187,12 @@ def finish(field: dataclasses.Field[Any], value: Any) -> Any:
     """``value`` with its home folder written out, where the field is a path. Raises :class:`ConfigError` for what no
     file system can have."""
     if field.metadata.get("path") and isinstance(value, str):
-        parts = os.fsencode(value).split(b"/")
-        if not value or max(map(len, parts)) > 255 or sum(map(len, parts)) > 4000:  # what Linux's file systems have
+        try:
+            name = os.fsencode(value)
+        except UnicodeEncodeError:
+            name = b""
+        longest = max(map(len, name.split(b"/")))
+        if not name or longest > 255 or len(name) > 4000 or b"\0" in name:  # what Linux's file systems have
             raise _refuse(field.name, "a path, its names of at most 255 bytes", value)
         return os.path.expanduser(value)
     return value
