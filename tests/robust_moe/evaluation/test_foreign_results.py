@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from robust_moe import certify
 from robust_moe.attacks import PGD
 from robust_moe.evaluation import Journal, ResumeError, read_results, robustbench_json
+from robust_moe.evaluation.certified import OUTCOMES
 from robust_moe.evaluation.results import read_samples
 from robust_moe.evaluation.staged import StagedEvaluation
 from robust_moe.evaluation.stages import Stage
@@ -123,6 +125,22 @@ def test_arrays_that_cannot_be_read_are_named(tmp_path: Path, content: bytes | s
         return
     with pytest.raises(ValueError, match=r"s\.npz: expected the arrays of a result file \(npz\), got: "):
         read_samples(path)
+
+
+CERTIFIED = {
+    "format": certify.FORMAT, "identity": {"a": 1}, "by": "smoothing", "norm": "L2", "guarantee": "", "count": 1,
+    "clean": 1.0, "mean_radius": 0.5, "outcomes": dict.fromkeys(OUTCOMES, 0), "images": {"radius": [0.5]},
+}
+
+
+@pytest.mark.parametrize("key", [key for key in CERTIFIED if key not in ("format", "identity")])
+def test_a_finished_certification_with_a_malformed_field_is_made_again(tmp_path: Path, key: str):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(CERTIFIED))
+    assert certify._read(path, {"a": 1}) == CERTIFIED
+    for odd in (None, -1, [], {}):
+        path.write_text(json.dumps({**CERTIFIED, key: odd}))
+        assert certify._read(path, {"a": 1}) is None
 
 
 # --- journals
