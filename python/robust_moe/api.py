@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robust_moe.attacks import ATTACKS, PGD, Attack
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, load_config, preset_names
 from robust_moe.engine import Reporter, Trainer, TrainResult
-from robust_moe.engine.checkpoint import load_checkpoint, load_model_state, measured_weights
+from robust_moe.engine.checkpoint import data_of, load_checkpoint, load_model_state, measured_weights
 from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_device
 from robust_moe.evaluation import PresetEvaluation
 from robust_moe.evaluation.stages import as_fraction
@@ -76,7 +76,7 @@ def load_model(
     path = checkpoint_file(run_or_checkpoint)
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint["config"], where=str(path))
-    model = make_model(config, checkpoint["data"], warm_start=False)
+    model = make_model(config, data_of(checkpoint, path), warm_start=False)
     chosen = config.eval.ema_eval if averaged is None else averaged
     load_model_state(model, measured_weights(checkpoint, chosen), path)
     return model.to(resolve_device("auto") if device is None else torch.device(device)).eval()

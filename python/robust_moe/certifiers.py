@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from robust_moe.analysis import ABSTAIN, Graph, Smoothed, certify_mixture, network_graphs
 from robust_moe.analysis.graph import Relu
 from robust_moe.config import ConfigError, choose
+from robust_moe.data.image_set import physical_memory
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, moe_layers
 
@@ -220,7 +220,4 @@ def _memory(device: torch.device) -> float:
     """Bytes of the device's memory; infinity where the system does not say."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+    return physical_memory()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from robust_moe.analysis import OutOfTime, TimeLimit
 from robust_moe.certifiers import Certified, Certifier, Noise, Search, make_certifier
 from robust_moe.config import ConfigError
+from robust_moe.content import ContentError, fields, items, number, share, text, whole
 from robust_moe.data import ImageSet
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
 from robust_moe.engine.progress import Reporter
@@ -36,6 +37,17 @@ from robust_moe.report import chosen_images, expect_choice
 __all__ = ["FORMAT", "RADII", "certify_run"]
 
 FORMAT = 1
+# What is shown again of results that are finished.
+CONTENT = fields(
+    {
+        **dict.fromkeys(("by", "norm", "guarantee"), text),
+        "count": whole(1),
+        "clean": share,
+        "mean_radius": number(0),
+        "outcomes": fields({outcome: whole() for outcome in OUTCOMES}),
+        "images": fields({"radius": items(number(0), 1)}),
+    }
+)
 RADII = {"Linf": ("0", "1/255", "2/255", "4/255", "8/255", "16/255"), "L2": ("0", "1/4", "1/2", "3/4", "1", "3/2")}
 
 
@@ -209,9 +221,13 @@ def _read(path: Path, known: dict[str, Any]) -> dict[str, Any] | None:
     """The finished results of the same identity, if ``path`` holds them."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return None
     same = isinstance(results, dict) and results.get("format") == FORMAT and results.get("identity") == known
+    try:
+        CONTENT(results, "")
+    except ContentError:
+        return None
     return results if same and not path.with_suffix(".journal").is_file() else None
 
 

@@ -39,6 +39,7 @@ def training_facts(config: TrainConfig) -> Facts:
     cost = model_cost(model, _image(splits.train.images, 1))
     facts = [
         ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),
+        *(("data", note) for note in splits.notes),
         _model(config, splits.train, cost),
         ("method", f"{config.method.name}, {config.run.epochs} epochs, {config.run.batch_size} images at a time"),
     ]
@@ -69,6 +70,7 @@ def evaluation_facts(
     model.to(device)
     facts = [
         ("data", f"{images.name}: {n:,} of {len(images):,} {split} images"),
+        *(("data", note) for note in splits.notes),
         _model(config, images, cost),
         ("checkpoint", f"{checkpoint}, epoch {state['position']['epoch']}, step {state['position']['step']}"),
     ]

@@ -113,6 +113,8 @@ def assess(
     given = None if out is None else expect(expect_json_name("out", out))
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
+    for note in splits.notes:
+        reporter.line(note)
     whole, index = chosen_images(splits, split, count)
     path = given or expect(_result_file(file, config, split, preset, count, state["position"]))
     with open(file, "rb") as stream:

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, Found, expect_length, expect_number, ordinary, per_sample
+from robust_moe.attacks.base import (
+    MOST_RESTARTS,
+    MOST_STEPS,
+    Attack,
+    Found,
+    expect_length,
+    expect_number,
+    ordinary,
+    per_sample,
+)
 from robust_moe.attacks.losses import LOSSES, margin, targeted_dlr
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.table import ATTACKS
@@ -80,18 +89,23 @@ class APGD(Attack):
     class Config(Attack.Config):
         """Settings of APGD; its name decides the loss."""
 
-        steps: int = setting(100, "gradient steps of one climb", at_least=0)
-        restarts: int = setting(1, "independent starts", at_least=1)
+        steps: int = setting(100, "gradient steps of one climb", at_least=0, at_most=MOST_STEPS)
+        restarts: int = setting(1, "independent starts", at_least=1, at_most=MOST_RESTARTS)
         rho: float = setting(0.75, "share of rising steps up to which a step size is halved", at_least=0, at_most=1)
         eot_iter: int = setting(
-            1, "forwards and backwards a gradient is averaged over, for models that draw random numbers", at_least=1
+            1,
+            "forwards and backwards a gradient is averaged over, for models that draw random numbers",
+            at_least=1,
+            at_most=MOST_STEPS,
         )
 
     @dataclass(frozen=True, kw_only=True)
     class TargetedConfig(Config):
         """Settings of targeted APGD."""
 
-        n_targets: int = setting(9, "targets, the likeliest wrong classes; at most classes - 1 are used", at_least=1)
+        n_targets: int = setting(
+            9, "targets, the likeliest wrong classes; at most classes - 1 are used", at_least=1, at_most=MOST_RESTARTS
+        )
 
     def __init__(
         self,

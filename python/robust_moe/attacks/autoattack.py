@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
+from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, Attack, expect_length, expect_number, per_sample
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.square import Square
 from robust_moe.attacks.table import ATTACKS
@@ -110,8 +110,13 @@ class AutoAttack(Attack):
         """Settings of AutoAttack."""
 
         version: Literal["standard", "rand"] = setting("standard", "rand is for models that draw random numbers")
-        steps: int = setting(100, "of the gradient attacks; Square makes 50 times as many queries", at_least=0)
-        restarts: int = setting(1, "of each attack", at_least=1)
+        steps: int = setting(
+            100,
+            "of the gradient attacks; Square makes 50 times as many queries",
+            at_least=0,
+            at_most=MOST_STEPS // QUERIES_A_STEP,
+        )
+        restarts: int = setting(1, "of each attack", at_least=1, at_most=MOST_RESTARTS)
 
     def __init__(
         self,

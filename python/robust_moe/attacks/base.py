@@ -22,6 +22,9 @@ from robust_moe_kernels.modules.attack_mode import MODES, attack_mode
 
 __all__ = ["Attack", "Crafted", "Found"]
 
+# Of a configuration, which may come from anyone: an attack plans its steps and starts before the first of them.
+MOST_STEPS, MOST_RESTARTS = 10**6, 10**4
+
 
 class Crafted(NamedTuple):
     """Adversarial images that no host has looked at yet."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
+from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, Attack, expect_length, expect_number, per_sample
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.projections import project_to_hyperplane
 from robust_moe.attacks.table import ATTACKS
@@ -81,14 +81,18 @@ class FAB(Attack):
     class Config(Attack.Config):
         """Settings of FAB; its name decides whether it is targeted."""
 
-        steps: int = setting(100, "steps of each target and restart", at_least=0)
-        restarts: int = setting(1, "the first starts at the image, the others around it", at_least=1)
+        steps: int = setting(100, "steps of each target and restart", at_least=0, at_most=MOST_STEPS)
+        restarts: int = setting(
+            1, "the first starts at the image, the others around it", at_least=1, at_most=MOST_RESTARTS
+        )
 
     @dataclass(frozen=True, kw_only=True)
     class TargetedConfig(Config):
         """Settings of FAB-T."""
 
-        n_targets: int = setting(9, "targets, the likeliest wrong classes; at most classes - 1 are used", at_least=1)
+        n_targets: int = setting(
+            9, "targets, the likeliest wrong classes; at most classes - 1 are used", at_least=1, at_most=MOST_RESTARTS
+        )
 
     def __init__(
         self,

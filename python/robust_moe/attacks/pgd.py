@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import expect_length
+from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, expect_length
 from robust_moe.attacks.losses import LOSSES, kl_divergence
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.steps import StepAttack
@@ -50,10 +50,10 @@ class PGD(StepAttack):
     class Config(StepAttack.Config):
         """Settings of PGD."""
 
-        steps: int = setting(7, "gradient steps", at_least=0)
+        steps: int = setting(7, "gradient steps", at_least=0, at_most=MOST_STEPS)
         alpha: Fraction | None = setting(None, "step size, as eps; null: 2.5 * eps / steps", at_least=0)
         random_start: bool = setting(True, "start uniformly inside the ball")
-        restarts: int = setting(1, "independent starts; each sample keeps its worst", at_least=1)
+        restarts: int = setting(1, "independent starts; each sample keeps its worst", at_least=1, at_most=MOST_RESTARTS)
         loss: Literal["ce", "margin", "dlr", "kl"] = setting(
             "ce", "what is raised; kl: the divergence from the clean prediction"
         )

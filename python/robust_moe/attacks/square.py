@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, expect_length, expect_number, per_sample
+from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, Attack, expect_length, expect_number, per_sample
 from robust_moe.attacks.losses import cross_entropy, margin
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.square_proposals import PROPOSALS, Query, uniform, window_side
@@ -56,10 +56,10 @@ class Square(Attack):
     class Config(Attack.Config):
         """Settings of the Square attack."""
 
-        queries: int = setting(5000, "squares tried in each restart", at_least=0)
+        queries: int = setting(5000, "squares tried in each restart", at_least=0, at_most=MOST_STEPS)
         loss: Literal["margin", "ce"] = setting("margin", "what is lowered")
         p_init: float = setting(0.8, "share of the pixels in the first squares", above=0, at_most=1)
-        restarts: int = setting(1, "each goes on with those not fooled", at_least=1)
+        restarts: int = setting(1, "each goes on with those not fooled", at_least=1, at_most=MOST_RESTARTS)
 
     def __init__(
         self,

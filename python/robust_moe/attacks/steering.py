@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks.base import Found, expect_length, expect_number
+from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, Found, expect_length, expect_number
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.pgd import PGD
@@ -84,14 +84,16 @@ class Steering(PGD):
     class Config(StepAttack.Config):
         """Settings of steering."""
 
-        steps: int = setting(40, "gradient steps towards and through each expert", at_least=0)
+        steps: int = setting(40, "gradient steps towards and through each expert", at_least=0, at_most=MOST_STEPS)
         alpha: Fraction | None = setting(
             None, "step size, as eps; null: 2.5 * eps / steps for PGD, 5 * eps / steps to the experts", at_least=0
         )
         random_start: bool = setting(True, "start uniformly inside the ball")
-        restarts: int = setting(1, "independent starts; each sample keeps its worst", at_least=1)
+        restarts: int = setting(1, "independent starts; each sample keeps its worst", at_least=1, at_most=MOST_RESTARTS)
         loss: Literal["ce", "margin", "dlr"] = setting("ce", "what is raised through the expert")
-        routes: int = setting(8, "experts of each layer to steer to, the gate's first choices; at most E", at_least=1)
+        routes: int = setting(
+            8, "experts of each layer to steer to, the gate's first choices; at most E", at_least=1, at_most=1024
+        )
         route_weight: float = setting(1.0, "of the lead that the expert's gate logit misses", at_least=0)
         soft_gradient: bool = setting(False, "a hard choice has the soft mixture's gradient; runs all experts")
 

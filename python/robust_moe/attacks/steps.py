@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robust_moe.attacks.base import Attack, Found, per_sample
+from robust_moe.attacks.base import MOST_STEPS, Attack, Found, per_sample
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.passes import Passes
 from robust_moe.settings import setting
@@ -42,7 +42,10 @@ class StepAttack(Attack):
         """Settings of attacks by gradient steps."""
 
         eot_iter: int = setting(
-            1, "forwards and backwards a gradient is averaged over, for models that draw random numbers", at_least=1
+            1,
+            "forwards and backwards a gradient is averaged over, for models that draw random numbers",
+            at_least=1,
+            at_most=MOST_STEPS,
         )
         graph: Literal["auto", True, False] = setting(
             "auto", "on a GPU, replay the steps as one CUDA graph; auto: where possible"

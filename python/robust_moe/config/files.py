@@ -14,15 +14,19 @@ from robust_moe.settings import (
     Layer,
     Plain,
     Resolved,
+    Written,
     hint,
     import_plugins,
     installed_plugins,
     plain,
     read_yaml,
     resolve,
+    shown,
 )
 
 __all__ = ["config_from_dict", "flatten", "load_config", "preset_names", "resolve_config", "save_config", "yaml_text"]
+
+LARGEST_FILE = 2**20  # bytes
 
 
 def preset_names() -> list[str]:
@@ -33,14 +37,16 @@ def preset_names() -> list[str]:
 
 def _read_file(source: str | Path) -> Layer:
     path = Path(source).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         preset = resources.files("robust_moe") / "presets" / f"{source}.yaml"
-        if not preset.is_file():
+        if str(source) not in preset_names():
             near = hint(source, preset_names(), cutoff=0.6)
             raise ConfigError(
-                f"config: expected a YAML file or one of {', '.join(preset_names())}, got {str(source)!r}{near}"
+                f"config: expected a YAML file or one of {', '.join(preset_names())}, got {shown(str(source))}{near}"
             )
         path = Path(str(preset))
+    if path.stat().st_size > LARGEST_FILE:
+        raise ConfigError(f"config: expected a YAML file of at most {LARGEST_FILE:,} bytes, got {path}")
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"), "config")
     except UnicodeDecodeError as error:
@@ -48,9 +54,16 @@ def _read_file(source: str | Path) -> Layer:
     except ConfigError as error:
         raise ConfigError(f"config: {path} is not readable YAML: {error}") from error
     if not isinstance(tree, Mapping):
-        got = "nothing" if tree in (None, "") else "a list" if isinstance(tree, list) else repr(str(tree))
+        got = "nothing" if tree in (None, "") else "a list" if isinstance(tree, list) else shown(str(tree))
         raise ConfigError(f"config: expected sections such as 'run:' in {path}, got {got}")
     return Layer(tree, str(source))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _read_overrides(overrides: Sequence[str] | None) -> Layer:
@@ -59,35 +72,45 @@ def _read_overrides(overrides: Sequence[str] | None) -> Layer:
     for item in overrides or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override: expected key=value, got {item!r}")
+            raise ConfigError(f"override: expected key=value, got {shown(item)}")
         *sections, last = key.split(".")
         node = tree
         for section in sections:
             below = node.get(section)
             if isinstance(below, Plain) and below.lower() not in ("", "null"):  # method=trades method.beta=5
                 below = {"name": below}
-            node[section] = below if isinstance(below, dict) else {}
+            node[section] = dict(below) if isinstance(below, dict) else {}
             node = node[section]
         before = node.get(last)
         if value.startswith("{"):
-            after = read_yaml(value, item)
-            node[last] = _merged(before, after) if isinstance(after, dict) else Plain(value)
+            node[last] = _merged(before, _written(value))
         elif isinstance(before, dict) and value.lower() not in ("", "null"):
-            before["name"] = Plain(value)
+            node[last] = Written({**before, "name": Plain(value)}, value)
         else:
             node[last] = Plain(value)
     return Layer(tree, "override")
 
 
-def _merged(before: Any, after: dict[str, Any]) -> dict[str, Any]:
+def _written(value: str) -> Any:
+    """A section in braces, or what may be the text of a field that is text; a section that is no YAML is refused where
+    the type of its field is known."""
+    try:
+        tree = read_yaml(value, "override")
+    except ConfigError:
+        return Plain(value)
+    return Written(tree, value) if isinstance(tree, dict) else Plain(value)
+
+
+def _merged(before: Any, after: Any) -> Any:
     """A section in one piece on top of what was said of it before."""
+    if not isinstance(after, dict):
+        return after
     if isinstance(before, Plain) and before.lower() not in ("", "null"):
         before = {"name": before}
     if not isinstance(before, dict):
         return after
-    for key, value in after.items():
-        before[key] = _merged(before.get(key), value) if isinstance(value, dict) else value
-    return before
+    merged = before | {key: _merged(before.get(key), value) for key, value in after.items()}
+    return Written(merged, after.text) if isinstance(after, Written) else merged
 
 
 def resolve_config(source: str | Path | None = None, overrides: Sequence[str] | None = None) -> Resolved[TrainConfig]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from robust_moe.attacks import ATTACKS
-from robust_moe.data import DATASETS
+from robust_moe.data import DATASETS, FolderDataSet
 from robust_moe.methods import METHODS
 from robust_moe.optim import OPTIMIZERS, SCHEDULES
 from robust_moe.settings import Table, field_types
@@ -57,8 +57,8 @@ def _optim(tree: Tree) -> Tree:
 
 def _data(section: Mapping[str, Any]) -> Tree:
     """Without the root of a data set that has no files."""
-    own = field_types(DATASETS.choose(section["name"], "data.name"))
-    return {name: value for name, value in section.items() if name != "root" or name in own}
+    files = issubclass(DATASETS.choose(section["name"], "data.name"), FolderDataSet.Config)
+    return {name: value for name, value in section.items() if name != "root" or files}
 
 
 def _model(tree: Tree) -> Tree:

@@ -19,6 +19,8 @@ __all__ = [
     "TrainConfig",
 ]
 
+MOST_IMAGES = 2**16  # at a time: a configuration may come from anyone
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Config):
@@ -26,7 +28,7 @@ class EvalConfig(Config):
 
     attack: Attack.Config = setting(PGD.Config(steps=20, alpha=Fraction(2, 255)), "whose images are scored")
     every: int = setting(1, "between validations", unit="epochs", at_least=1)
-    batch_size: int = setting(256, "of a forward", unit="images", at_least=1)
+    batch_size: int = setting(256, "of a forward", unit="images", at_least=1, at_most=MOST_IMAGES)
     limit: int | None = setting(None, "validate on the first n images only; null: all", unit="images", at_least=1)
     seed: int | None = setting(None, "of the attack's random starts; null: run.seed", at_least=0)
     ema_eval: bool = setting(
@@ -41,7 +43,7 @@ class RunConfig(Config):
     out: str = setting("runs/train", "the run folder", path=True)
     seed: int = setting(0, "of every random choice: weights, order, augmentation, attacks", at_least=0)
     epochs: int = setting(15, "passes over the training images", at_least=1)
-    batch_size: int = setting(128, "of a step, over all devices", unit="images", at_least=1)
+    batch_size: int = setting(128, "of a step, over all devices", unit="images", at_least=1, at_most=MOST_IMAGES)
     max_steps: int | None = setting(None, "stop after so many optimiser steps; null: by epochs", at_least=1)
     log_every: int = setting(
         20, "between log lines; only there does the host wait for the device", unit="steps", at_least=1
@@ -51,7 +53,7 @@ class RunConfig(Config):
         None, "between further checkpoints inside an epoch; null: none", unit="steps", at_least=1
     )
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", "Fabric's")
-    devices: int = setting(1, "processes, one for each device", at_least=1)
+    devices: int = setting(1, "processes, one for each device", at_least=1, at_most=256)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Fabric's; auto: bf16-mixed where a GPU has it"
     )
@@ -61,7 +63,7 @@ class RunConfig(Config):
     graph: Literal["auto", True, False] = setting(
         "auto", "on a GPU, replay training passes as one CUDA graph; auto: where possible"
     )
-    threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", at_least=1)
+    threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", at_least=1, at_most=1024)
     ema_decay: float = setting(
         0.0, "of the moving average of weights and BN buffers, a factor a step; 0: see ema_epochs", at_least=0, below=1
     )

@@ -14,9 +14,10 @@ from robust_moe.data.poison import PoisonConfig
 from robust_moe.settings import Config as Settings
 from robust_moe.settings import Table, choose, setting
 
-__all__ = ["DATASETS", "DataSet", "FolderDataSet"]
+__all__ = ["DATASETS", "MOST_SIDE", "DataSet", "FolderDataSet"]
 
 DATASETS = Table("data set")
+MOST_SIDE = 2**12  # pixels of data.image_size
 
 
 class DataSet(ABC):
@@ -43,7 +44,11 @@ class DataSet(ABC):
         table: ClassVar[Table] = DATASETS
 
         image_size: int | None = setting(
-            None, "side that images are resized to; null: the data set's own", unit="pixels", at_least=1
+            None,
+            "side that images are resized to; null: the data set's own",
+            unit="pixels",
+            at_least=1,
+            at_most=MOST_SIDE,
         )
         validation_fraction: float = setting(
             0.1, "share of the training images held out to choose the checkpoint", at_least=0, below=1

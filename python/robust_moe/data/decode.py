@@ -11,32 +11,75 @@ from __future__ import annotations
 
 import io
 import os
+import stat
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from robust_moe.data.image_set import DataError, import_extra
+from robust_moe.data.dataset import FolderDataSet
+from robust_moe.data.image_set import DataError, expect_room, import_extra, listed
+from robust_moe.settings import setting
 
-__all__ = ["decode_images"]
+__all__ = ["Decoded", "EncodedConfig", "decode_images", "read_image_file"]
 
 GREY_MODES = frozenset({"1", "L", "LA"})
 COLOUR_MODES = frozenset({"P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "PA"})
 THREADS_FROM = 96 * 96  # pixels
 CHUNK = 128  # images a task
+MOST_PIXELS = 2**26  # of an image: decoded, it takes 256 MiB for each thread
+MOST_BYTES = 2**28  # of an encoded image
 
 
-def decode_images(count: int, read: Callable[[int], bytes], where: Callable[[int], str], size: int | None) -> Tensor:
-    """Decode ``count`` images of 8 bits a channel into uint8 [count, C, H, W]; C is 1 if all are grey, else 3.
+@dataclass(frozen=True, kw_only=True)
+class EncodedConfig(FolderDataSet.Config):
+    """Settings of sources of encoded images."""
+
+    on_error: Literal["stop", "skip"] = setting(
+        "stop", "an image that cannot be read: stop; skip: leave it out, and count and name it"
+    )
+
+
+class Decoded(NamedTuple):
+    """Images, and what was left out."""
+
+    images: Tensor  # uint8 [M, C, H, W]; C is 1 if all are grey, else 3
+    kept: Tensor  # int64 [M], ascending: positions among all images
+    notes: tuple[str, ...]  # what was left out, one sentence; nothing where all were read
+
+
+def read_image_file(path: Path) -> bytes:
+    """The content of an image file. Raises OSError or ValueError for what is no file, or is far too large."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
+        raise ValueError("no ordinary file")
+    if found.st_size > MOST_BYTES:
+        raise ValueError(f"{found.st_size:,} bytes, more than {MOST_BYTES:,}")
+    return path.read_bytes()
+
+
+def decode_images(
+    count: int,
+    read: Callable[[int], bytes],
+    where: Callable[[int], str],
+    size: int | None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Decoded:
+    """Decode ``count`` images of 8 bits a channel.
 
     read: the encoded bytes of image i; may raise OSError
     where: how to name image i in an error
     size: side in pixels: the image is scaled to cover the square (bilinear) and cut to its centre; None: as it is,
         and then all must be of one size
-    Transparency is dropped. Raises :class:`DataError` for the first image that cannot be used.
+    on_error: leave out images that cannot be used, or stop at the first
+    Transparency is dropped. Raises :class:`DataError` for the first image that cannot be used; with ``skip`` where none
+    can, and for images of several sizes; and for more images than memory.
     """
     if count == 0:
         raise DataError(f"{where(0)}: expected at least one image, got none")
@@ -45,7 +88,13 @@ def decode_images(count: int, read: Callable[[int], bytes], where: Callable[[int
 
     def decode(i: int) -> Any:
         try:
-            with image_module.open(io.BytesIO(read(i))) as image:
+            data = read(i)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # the limit is the one below
+                image = image_module.open(io.BytesIO(data))
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
+            with image:
                 image.load()
         except Exception as error:  # Pillow's formats raise OSError, SyntaxError, ValueError, struct.error, ...
             raise DataError(f"{where(i)}: expected an image that decodes, got: {error}") from error
@@ -53,15 +102,31 @@ def decode_images(count: int, read: Callable[[int], bytes], where: Callable[[int
             raise DataError(f"{where(i)}: expected an image of 8 bits a channel, got mode {image.mode!r}")
         return image
 
-    first = decode(0)
+    faults: dict[int, DataError] = {}
+
+    def decode_or_skip(i: int) -> Any:
+        try:
+            return decode(i)
+        except DataError as error:
+            if on_error == "stop":
+                raise
+            faults[i] = error
+            return None
+
+    first = next((image for image in map(decode_or_skip, range(count)) if image is not None), None)
+    if first is None:
+        raise DataError(f"expected an image that can be read, got none of {count}, the first of them: {faults[0]}")
     large = first.size[0] * first.size[1] >= THREADS_FROM
     width, height = first.size if size is None else (size, size)
+    expect_room(count * 3 * height * width, f"{where(0)}: {count:,} images of {width}x{height} pixels")
     pixels = np.empty((count, 3, height, width), dtype=np.uint8)
-    grey = np.zeros(count, dtype=bool)
+    grey = np.ones(count, dtype=bool)
 
     def fill(start: int) -> None:
         for i in range(start, min(start + CHUNK, count)):
-            image = decode(i)
+            image = decode_or_skip(i)
+            if image is None:
+                continue
             grey[i] = image.mode in GREY_MODES
             if image.mode != "RGB":
                 image = image.convert("RGB")
@@ -78,4 +143,10 @@ def decode_images(count: int, read: Callable[[int], bytes], where: Callable[[int
     with ThreadPoolExecutor(os.cpu_count() if large else 1) as pool:
         for _ in pool.map(fill, range(0, count, CHUNK)):  # in order: the first bad image is the one reported
             pass
-    return torch.from_numpy(pixels[:, :1].copy() if grey.all() else pixels)
+    kept = np.array([i for i in range(count) if i not in faults])
+    if faults:
+        pixels = pixels[kept]
+    images = torch.from_numpy(pixels[:, :1].copy() if grey.all() else pixels)
+    left_out = f"left out {len(faults)} of {count} images, which cannot be read (data.on_error=skip): "
+    named = listed([str(faults[i]) for i in sorted(faults)], "; ")
+    return Decoded(images, torch.from_numpy(kept), (left_out + named,) if faults else ())

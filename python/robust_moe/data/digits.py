@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from robust_moe.data.dataset import DATASETS, DataSet
-from robust_moe.data.image_set import ImageSet, import_extra, resize
+from robust_moe.data.dataset import DATASETS, MOST_SIDE, DataSet
+from robust_moe.data.image_set import DataError, ImageSet, import_extra, resize
 from robust_moe.data.splits import stratified_split
-from robust_moe.settings import setting
+from robust_moe.settings import setting, shown
 
 __all__ = ["Digits"]
 
@@ -35,11 +35,18 @@ class Digits(DataSet):
             "side that images are resized to; null: 16, as 8x8 leaves one pixel after three halvings",
             unit="pixels",
             at_least=1,
+            at_most=MOST_SIDE,
         )
+        root: str | None = setting(None, "none: the images lie inside scikit-learn", path=True)
 
     config: Config
 
     def load(self) -> tuple[ImageSet, ImageSet]:
+        if self.config.root is not None:
+            raise DataError(
+                f"data.root: expected null for data.name=digits, whose images lie inside scikit-learn, got "
+                f"{shown(self.config.root)}; data.name chooses another data set"
+            )
         datasets = import_extra("sklearn.datasets", "scikit-learn", "data.name=digits")
         ink, digit = datasets.load_digits(return_X_y=True)
         levels = torch.from_numpy(ink).reshape(-1, 1, 8, 8) * (255 / 16)  # 0..16 -> 0..255

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ CLASS_NAMES = (
     "Bag",
     "Ankle boot",
 )
+CHUNK = 2**20  # bytes read at a time
 WHERE = "e.g. /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist"
 
 
@@ -68,23 +70,35 @@ def read_idx(path: Path, ndim: int) -> Tensor:
 
     Raises :class:`DataError` for a damaged gzip stream, a wrong magic number, and too few or too many bytes.
     """
-    data = path.read_bytes()
-    if path.suffix == ".gz":
+    zipped = path.suffix == ".gz"
+    with gzip.open(path) if zipped else open(path, "rb") as file:
         try:
-            data = gzip.decompress(data)
+            return _values(file, path, ndim)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: expected a whole gzip stream, got: {error}") from error
+            what = "a whole gzip stream" if zipped else "a file"
+            raise DataError(f"{path}: expected {what}, got: {error}") from error
+
+
+def _values(file: gzip.GzipFile | BufferedReader, path: Path, ndim: int) -> Tensor:
+    """Reads the header, and then no more than it says: a small gzip file may stand for any number of bytes."""
+    start = 4 + 4 * ndim
+    data = file.read(start)
     magic = bytes([0, 0, 8, ndim])  # 8: unsigned bytes
     if data[:4] != magic:
         raise DataError(
             f"{path}: expected the magic number {magic.hex()} (bytes in {ndim} dimensions), got {data[:4].hex()!r}"
         )
-    start = 4 + 4 * ndim
     if len(data) < start:
         raise DataError(f"{path}: expected a header of {start} bytes, got {len(data)} bytes: truncated")
     shape = [int(size) for size in np.frombuffer(data, ">u4", ndim, offset=4)]
+    if 0 in shape:
+        raise DataError(f"{path}: expected at least one value, got shape {shape}")
     expected = start + math.prod(shape)
-    if len(data) != expected:
-        what = "truncated" if len(data) < expected else "trailing bytes"
-        raise DataError(f"{path}: expected {expected} bytes for shape {shape}, got {len(data)}: {what}")
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
+    values = bytearray()
+    while len(values) < expected - start and (part := file.read(min(CHUNK, expected - start - len(values)))):
+        values += part
+    if len(values) < expected - start:
+        raise DataError(f"{path}: expected {expected} bytes for shape {shape}, got {start + len(values)}: truncated")
+    if file.read(1):
+        raise DataError(f"{path}: expected {expected} bytes for shape {shape}, got more: trailing bytes")
+    return torch.frombuffer(values, dtype=torch.uint8).reshape(shape)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -15,7 +18,10 @@ __all__ = [
     "ImageSet",
     "Splits",
     "check_labels",
+    "expect_room",
     "import_extra",
+    "listed",
+    "physical_memory",
     "resize",
     "stratified_counts",
 ]
@@ -33,12 +39,14 @@ class ImageSet:
     labels: int64 [N], positions in ``class_names``
     class_names: one name a class
     name: the data set's, e.g. ``cifar10``
+    notes: what was passed over or left out when it was read, one sentence each
     """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     name: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
@@ -96,6 +104,11 @@ class Splits:
     val: ImageSet
     test: ImageSet
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over or left out when the files were read, one sentence each."""
+        return tuple(dict.fromkeys((*self.train.notes, *self.test.notes)))
+
 
 def stratified_counts(labels: Tensor, count: int) -> list[int]:
     """How many of ``count`` images each class gets so that every class keeps its share of ``labels`` (int64 [N]).
@@ -117,6 +130,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     """uint8 [N, C, H, W] -> uint8 [N, C, size, size], bilinear (antialiased when shrinking); ``None``: unchanged."""
     if size is None or tuple(images.shape[2:]) == (size, size):
         return images
+    expect_room(images.shape[0] * images.shape[1] * size * size, f"data.image_size={size} of {len(images):,} images")
     out = images.new_empty(*images.shape[:2], size, size)
     for chunk, target in zip(images.split(2048), out.split(2048), strict=True):  # bounds the float copy
         scaled = F.interpolate(chunk.float(), size=(size, size), mode="bilinear", antialias=True)
@@ -130,6 +144,27 @@ def check_labels(labels: Tensor, num_classes: int, file: object, unit: str = "ro
     if len(bad):
         row = int(bad[0])
         raise DataError(f"{file}: {unit} {row}: expected a label in 0..{num_classes - 1}, got {int(labels[row])}")
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def expect_room(count: int, what: str, refusal: type[Exception] = DataError) -> None:
+    """Raise ``refusal`` where ``what`` takes ``count`` bytes and this machine has less memory, before it is
+    allocated."""
+    if count > (whole := physical_memory()):
+        raise refusal(f"{what}: expected at most this machine's memory of {whole:,.0f} bytes, got {count:,}")
+
+
+def listed(names: Sequence[str], separator: str = ", ", most: int = 20) -> str:
+    """The first ``most`` of the names, and how many follow."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def import_extra(module: str, package: str, purpose: str) -> ModuleType:

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from robust_moe.config.legacy import modernised
+from robust_moe.content import Check, ContentError, fields
+from robust_moe.engine.checkpoint_fields import DATA, DESCRIPTION
 from robust_moe.files import replacing
 
 __all__ = [
     "FORMAT",
     "CheckpointError",
+    "data_of",
     "load_checkpoint",
     "load_model_state",
     "measured_weights",
@@ -60,6 +63,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(f"{path}: expected a checkpoint file, found {'a folder' if path.is_dir() else 'nothing'}")
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("compressed entries")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("entries larger than the file")
             damaged = archive.testzip()  # PyTorch itself does not look at the checksums
     except Exception as error:
         raise CheckpointError(
@@ -81,9 +89,33 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if state.get("format") not in (OLD, FORMAT):
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
     refuse_foreign(state, path)
+    _expect(DESCRIPTION, state, path)
     if state["format"] == OLD:
-        state |= {"format": FORMAT, "config": modernised(state["config"])}
+        try:
+            state |= {"format": FORMAT, "config": modernised(state["config"])}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected the configuration of format {OLD}, got {error!r}") from error
     return state
+
+
+def _expect(check: Check, state: Mapping[str, Any], source: str | Path) -> None:
+    try:
+        check(state, "")
+    except (ContentError, RecursionError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def data_of(state: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of the images that its model is for. Raises :class:`CheckpointError` where a part of it is
+    missing."""
+    _expect(fields({"data": fields(DATA)}), state, source)
+    data = state["data"]
+    if not len(data["mean"]) == len(data["std"]) == data["channels"]:
+        raise CheckpointError(
+            f"{source}: data: expected mean and std of {data['channels']} channels, got {len(data['mean'])} and "
+            f"{len(data['std'])}"
+        )
+    return data
 
 
 def refuse_foreign(state: Mapping[str, Any], source: str | Path) -> None:
@@ -108,13 +140,22 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source
     """
     own = model.state_dict()
     wrong = [f"{name}: expected in the checkpoint, got nothing" for name in own if name not in state]
-    wrong += [f"{name}: not in the model, got it in the checkpoint" for name in state if name not in own]
+    wrong += [f"{str(name)[:200]}: not in the model, got it in the checkpoint" for name in state if name not in own]
     wrong += [
         f"{name}: expected shape {list(tensor.shape)}, got {list(state[name].shape)}"
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    wrong += [
+        f"{name}: expected {tensor.dtype}, got {state[name].dtype}"
+        for name, tensor in own.items()
+        if name in state and _kind(state[name]) != _kind(tensor)
+    ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from robust_moe.data import (
     channel_statistics,
     load_splits,
 )
-from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state, measured_weights
+from robust_moe.data.image_set import expect_room
+from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
 from robust_moe.methods import Method
 from robust_moe.models import DualModel, build_model
 
@@ -81,7 +83,9 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     _refuse_other_data(config.data, data)
     size = {"num_classes": len(data["class_names"]), "channels": data["channels"], "image_size": data["image_size"]}
     try:
-        model = build_model(config.model, **size, mean=data["mean"], std=data["std"])
+        build = partial(build_model, config.model, **size, mean=data["mean"], std=data["std"])
+        _expect_room_for(build)
+        model = build()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not warm_start:
@@ -93,6 +97,19 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     else:
         _start_from(model, None, config.model.init_from, "model.init_from", size)
     return model
+
+
+def _expect_room_for(build: Callable[[], nn.Module]) -> None:
+    """Raise ConfigError for a model that this machine's memory cannot hold, before its weights are allocated."""
+    try:
+        with torch.device("meta"):  # shapes alone; draws no random number
+            model = build()
+    except Exception as error:  # made again in earnest, which raises what is wrong with it
+        if "overflow" in str(error):
+            raise ConfigError(f"model: expected tensors of at most 2**63 numbers, got: {error}") from error
+        return
+    count = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    expect_room(count, "model: weights", ConfigError)
 
 
 def make_method(config: TrainConfig) -> Method:
@@ -108,7 +125,7 @@ def _start_from(model: nn.Module, half: str | None, source: str | None, key: str
         return
     path = checkpoint_file(source)
     checkpoint = load_checkpoint(path)
-    classes = len(checkpoint["data"].get("class_names", ()))
+    classes = len(data_of(checkpoint, path)["class_names"])
     if classes != size["num_classes"]:
         raise ConfigError(f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}")
     state = measured_weights(checkpoint)
@@ -185,7 +202,7 @@ def load_experiment(
     _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
     splits = load_splits(config.data, config.run.seed) if splits is None else splits
-    data = checkpoint["data"]
+    data = data_of(checkpoint, path)
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),
         ("channels", data["channels"], splits.test.channels),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.config import TrainConfig, config_from_dict, flatten
+from robust_moe.content import ContentError
 from robust_moe.data import FIXED_DATA, data_differences
 from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refuse_foreign
 from robust_moe.engine.ema import WeightAverage
@@ -22,7 +23,7 @@ from robust_moe.methods import Method
 from robust_moe.optim import keep_with_parameters, regrouped
 from robust_moe.outputs import CONFIG, clear_outputs, run_outputs
 from robust_moe.provenance import git_revision, versions
-from robust_moe.settings import plain
+from robust_moe.settings import plain, shown
 
 __all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
 
@@ -169,13 +170,14 @@ class RunState:
                 "otherwise, use robust-moe eval"
             )
 
-    def _in_their_precisions(self, state: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig]:
+    def _in_their_precisions(self, state: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], TrainConfig]:
         """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto`` may mean
         another on another machine, and is no change where it means what was asked for by name."""
         old = state["config"]
-        before = state.get("run_precision", old["run"]["precision"])  # an older checkpoint's was asked for by name
+        asked = config_from_dict(old, where=str(source)).run  # an older checkpoint's was asked for by name
+        before = state.get("run_precision", asked.precision)
         now = dataclasses.replace(self.config.run, precision=self.precision.precision)
-        return {**old, "run": {**old["run"], "precision": before}}, dataclasses.replace(self.config, run=now)
+        return {**old, "run": {**old.get("run", {}), "precision": before}}, dataclasses.replace(self.config, run=now)
 
     def load_state_dict(
         self, state: dict[str, Any], source: str | Path, rank: int, device: torch.device, override: bool = False
@@ -189,7 +191,7 @@ class RunState:
         does not tell), or a state with parts missing.
         """
         refuse_foreign(state, source)
-        changed = changed_settings(*self._in_their_precisions(state), source, override)
+        changed = changed_settings(*self._in_their_precisions(state, source), source, override)
         try:
             if "data_digest" in state:
                 other = data_differences(state["data_digest"], self.digest)
@@ -197,7 +199,8 @@ class RunState:
                 changed |= other
             state = _as_process(state, rank)
             load_model_state(self.model, state["model"], source)
-            if state["config"]["method"]["name"] == self.config.method.name:
+            old = config_from_dict(state["config"], where=str(source))
+            if old.method.name == self.config.method.name:
                 self.method.load_state_dict(state["method"])
             if self.average is not None:
                 if state["ema"] is None:  # switched on by an override: it starts here
@@ -206,11 +209,12 @@ class RunState:
                     self.average.load_state_dict(state["ema"], source)
             kept = ("params", "lr")  # the rate is the last step's
             options = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
-            before = state["config"]["optim"].get("weight_decay_on", "all")  # older checkpoints had no choice
+            before = old.optim.weight_decay_on  # of older checkpoints, which had no choice: all
             now = self.config.optim.weight_decay_on
             self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, before, now))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
+            self._expect_state_of_parameters(source)
             keep_with_parameters(self.optimizer)
             self.precision.load_state_dict(state["precision"])
             self.epoch, self.batch, self.step = (state["position"][name] for name in ("epoch", "batch", "step"))
@@ -220,8 +224,24 @@ class RunState:
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
             return int(state["log_lines"]), list(changed.values())
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: expected a whole training state, got {error!r}") from error
+        except CheckpointError:
+            raise
+        except ContentError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: expected a whole training state, got {shown(repr(error))}") from error
+
+    def _expect_state_of_parameters(self, source: str | Path) -> None:
+        """Raise :class:`CheckpointError` for a part of the optimiser's state that has another shape than its
+        parameter."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for name, value in self.optimizer.state[parameter].items():
+                    if isinstance(value, torch.Tensor) and value.shape not in (parameter.shape, ()):
+                        raise CheckpointError(
+                            f"{source}: optimizer: expected {name} of {list(parameter.shape)}, as its parameter, got "
+                            f"{list(value.shape)}"
+                        )
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -120,6 +120,8 @@ class Trainer:
             source = find_checkpoint(self.folder) if resume else None
         checkpoint = None if source is None else load_checkpoint(source)
         self.splits = splits = load_splits(config.data, config.run.seed)
+        for note in splits.notes:
+            self.reporter.line(note)
         data = describe_data(splits.train)
         self.validation = Validation(config, splits, fabric.device)
         self.loader = BatchLoader(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from robust_moe.evaluation.outcome import AUTOATTACK
-from robust_moe.evaluation.results import wilson_interval
+from robust_moe.evaluation.results import read_samples, wilson_interval
 
 __all__ = ["expect_common", "expect_comparable", "expect_same_images", "in_common"]
 
@@ -148,21 +148,16 @@ def _worst_case(
     names = [attack["name"] for attack, common in zip(attacks, inside, strict=True) if common]
     needed = ["clean", *(f"broken/{attack}" for attack in names)]
     path = Path(str(results.get("samples")))
-    samples = _masks(path, needed) if samples is None else samples
-    shape = (results["count"],)
-    if any(key not in samples or samples[key].dtype.kind != "b" or samples[key].shape != shape for key in needed):
+    if samples is None and path.is_file():
+        samples = read_samples(path, needed)
+    if samples is None or any(key not in samples for key in needed):
         raise ValueError(
             f"{name}: expected the arrays {', '.join(needed)} beside its result file, as it has attacks that others "
             f"have not, got none of that kind at {path}; run robust-moe eval on it again"
         )
+    for key in needed:
+        if samples[key].dtype != bool or samples[key].shape != (results["count"],):
+            got = f"{samples[key].dtype} {list(samples[key].shape)}"
+            raise ValueError(f"{name}: expected {key} of bool [{results['count']}] in {path}, got {got}")
     broken = [samples[key] for key in needed[1:]]
     return float((samples["clean"] & ~np.any(broken, axis=0)).mean())
-
-
-def _masks(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the arrays ``names`` that are in the file; none where it is not there or is damaged."""
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in names if name in arrays}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        return {}

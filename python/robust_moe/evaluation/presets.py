@@ -23,6 +23,7 @@ from robust_moe.evaluation.results import (
     make_results,
     make_samples,
     read_results,
+    read_samples,
     wilson_interval,
     write_results,
 )
@@ -160,8 +161,7 @@ class PresetEvaluation:
         if results is not None and resume and (finished := self._finished(results)) is not None:
             self.say(f"{results}: finished already; --fresh (resume=False) evaluates again")
             if report is not None:  # it may be another evaluation's
-                with np.load(samples_file(results)) as samples:
-                    write_report(finished, samples, report, beside)
+                write_report(finished, read_samples(samples_file(results)), report, beside)
             return finished
         first = results or report
         with Journal(first and first.with_suffix(".journal"), self.identity, resume) as journal:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
-import reprlib
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from robust_moe.content import ContentError
+from robust_moe.data.image_set import expect_room
+from robust_moe.evaluation.file_fields import RESULTS
 from robust_moe.evaluation.outcome import AUTOATTACK, StageResult, SuiteResult
 from robust_moe.evaluation.stages import describe_attack
 from robust_moe.files import replace_file
@@ -25,69 +29,18 @@ __all__ = [
     "make_results",
     "make_samples",
     "read_results",
+    "read_samples",
     "samples_file",
     "wilson_interval",
     "write_results",
 ]
 
 FORMAT = 3  # of the JSON; raised when a field changes its meaning
-
-
-class _Shape(NamedTuple):
-    """What an entry of a result file has to be."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-
-def _is_share(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
-
-
-def _is_count(value: Any, least: int = 1) -> bool:
-    return type(value) is int and least <= value < 2**63
-
-
-def _is_attack(value: Any) -> bool:
-    kinds = {"name": str, "chain": str, "settings": dict}
-    return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
-        and _is_share(value.get("robust_after"))
-        and ("alone" in value and (value["alone"] is None or _is_share(value["alone"])))
-    )
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, dict) and ("parameters" not in value or _is_count(value["parameters"], 0))
-
-
-def _is_data(value: Any) -> bool:
-    names = [value.get("name"), value.get("split"), value.get("sha256", "")] if isinstance(value, dict) else [None]
-    return all(isinstance(name, str) for name in names)
-
-
-_TEXT = _Shape("a text", lambda value: isinstance(value, str))
 # What is read of another model's results.
-_SHOWN_BESIDE = {
-    "model": _Shape("an object, its parameters a count", _is_model),
-    "data": _Shape("an object with the texts name and split", _is_data),
-    "count": _Shape("a count >= 1", _is_count),
-    "eps": _TEXT,
-    "norm": _TEXT,
-    "attacks": _Shape(
-        "a list of attacks with name, chain, settings, robust_after and alone",
-        lambda value: isinstance(value, list) and all(map(_is_attack, value)),
-    ),
-    "clean": _Shape("a share in 0..1", _is_share),
-    "clean_interval": _Shape("two shares in 0..1", _is_interval),
-    "robust": _Shape("a share in 0..1, or null", lambda value: value is None or _is_share(value)),
-    "robust_interval": _Shape("two shares in 0..1, or null", lambda value: value is None or _is_interval(value)),
-}
+_SHOWN_BESIDE = (
+    *("model", "data", "count", "eps", "norm", "attacks"),
+    *("clean", "clean_interval", "robust", "robust_interval"),
+)
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -197,22 +150,38 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{expected}, found {'a folder' if path.is_dir() else 'nothing'}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # also what is no text
+    except (RecursionError, ValueError):  # also what is no text
         raise ValueError(f"{expected}, got something that is no JSON") from None
     if not isinstance(results, dict) or "format" not in results:
         raise ValueError(f"{expected}, got other JSON")
     if results["format"] != FORMAT:
         raise ValueError(f"{expected} of format {FORMAT}, got format {results['format']!r}; evaluate again")
+    try:
+        RESULTS(results, "")
+    except (ContentError, RecursionError) as error:
+        raise ValueError(f"{expected}, got one with {error}") from error
     if missing := [key for key in _SHOWN_BESIDE if key not in results]:
         raise ValueError(f"{expected}, got one without {', '.join(missing)}")
-    for key, (words, fits) in _SHOWN_BESIDE.items():
-        if not fits(results[key]):
-            raise ValueError(f"{path}: {key}: expected {words}, got {reprlib.repr(results[key])}")
     if (results["robust"] is None) != (results["robust_interval"] is None) or (
         (results["robust"] is None) == bool(results["attacks"])
     ):
         raise ValueError(f"{path}: robust: expected a share with its interval where there are attacks, else null")
     return results
+
+
+def read_samples(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a samples file by name; ``names``: of those only, as far as they are there.
+
+    Raises:
+        ValueError: no such file, or one that cannot be read; the message names it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            expect_room(sum(entry.file_size for entry in archive.infolist()), f"{path}: arrays", ValueError)
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files if names is None or name in names}
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected the arrays of a result file (npz), got: {error}") from error
 
 
 def write_results(results: Mapping[str, Any], samples: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:

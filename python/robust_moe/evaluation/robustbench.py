@@ -7,11 +7,21 @@ from fractions import Fraction
 from typing import Any
 
 from robust_moe.attacks.autoattack import members
+from robust_moe.content import ContentError, anything, fields, share
+from robust_moe.evaluation.file_fields import RESULTS
 from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import FORMAT
 from robust_moe.evaluation.stages import describe_attack
 
 __all__ = ["robustbench_json"]
+
+NEEDED = fields(
+    {
+        "model": fields({"name": anything}),
+        "data": fields({"name": anything, "split": anything}),
+        **dict.fromkeys(("count", "eps", "norm", "clean", AUTOATTACK, "attacks", "flags"), anything),
+    }
+)
 
 
 def robustbench_json(
@@ -47,7 +57,13 @@ def robustbench_json(
     """
     if results.get("format") != FORMAT:
         raise ValueError(f"results: expected format {FORMAT}, got {results.get('format')!r}; evaluate again")
-    _expect_standard(results)
+    try:
+        NEEDED(results, "results")
+        RESULTS(results, "results")
+        _expect_standard(results)
+        share(results[AUTOATTACK], f"results.{AUTOATTACK}")
+    except ContentError as error:
+        raise ValueError(str(error)) from error
     raised = [flag["name"] for flag in results["flags"] if flag["raised"]]
     if footnote is None:
         footnote = f"Measured on {results['count']} {results['data']['split']} images."

@@ -22,7 +22,7 @@ from robust_moe.data.transfer import send
 from robust_moe.evaluation.routing_measures import distance
 from robust_moe.evaluation.scorer import device_of, refuse_nonfinite, score
 from robust_moe.evaluation.stages import Stage, identity
-from robust_moe.evaluation.store import Journal
+from robust_moe.evaluation.store import Journal, Result, ResumeError
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.checks import expect
 
@@ -171,6 +171,8 @@ class StagedEvaluation:
                 new = self.journal.get(key) is None
                 compute = partial(lambda rows: look(self.take(rows)), batch)
                 found = self.once(key, compute) if self.waits else compute()
+                if not new:
+                    _expect_entries(key, found, len(batch))
                 yield batch, found, advance if new else _quiet
 
     def over(self, stage: str, look: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -184,12 +186,12 @@ class StagedEvaluation:
         title = f"{self.name} {self._stages}/{self.stages_in_all}: {stage}" if self.stages_in_all else None
         parts = []
         for rows, found, advance in self.batches(stage, look, title=title):
-            parts.append({name: value for name, value in found.items() if name != "seconds"})
+            parts.append(Result({name: value for name, value in found.items() if name != "seconds"}))
             advance(len(rows))
         if self._bad:
             bad, self._bad = torch.stack(self._bad).sum(), []
             refuse_nonfinite(bad, "evaluation")
-        return {name: joined([part[name] for part in parts]) for name in parts[0]}
+        return Result({name: joined([part[name] for part in parts]) for name in parts[0]})
 
     # --- crafting and scoring -----------------------------------------------------------------------------------------
 
@@ -266,6 +268,21 @@ class StagedEvaluation:
 
         found = self.over(stage, look)
         return found["clean"], found["robust"]
+
+
+def _expect_entries(key: str, found: Found, count: int) -> None:
+    """Raise :class:`ResumeError` unless each array that a journal has of a batch is of its ``count`` images, or of some
+    of them (examples)."""
+    for name, value in found.items():
+        if not isinstance(value, np.ndarray):
+            continue
+        some = name in ("examples", "adversarial")
+        ok = value.ndim > 0 and (len(value) == count or (some and len(value) < count))
+        if not ok or (name == "examples" and not np.isin(value, np.arange(count)).all()):
+            raise ResumeError(
+                f"journal: {key}: expected {name} of {count} images, got an array {list(value.shape)}; --fresh starts "
+                "anew"
+            )
 
 
 def joined(parts: list[Any]) -> Tensor:

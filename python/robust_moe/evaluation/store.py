@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from robust_moe.evaluation import file_fields
 from robust_moe.files import append_line, lock
 
-__all__ = ["Journal", "ResumeError"]
+__all__ = ["Journal", "Result", "ResumeError"]
 
 FORMAT = 3
 _ARRAY = "__array__"
@@ -136,10 +137,10 @@ class Journal:
         """Take over the results in ``data``, a journal's content; returns how many bytes its whole lines have."""
         path = self.path
         lines = data.splitlines(keepends=True)
-        records = [_record(line) for line in lines]
-        header = records[0]
-        if header is None or header.get("format") != FORMAT:
-            journal = header is None and any(record is not None for record in records)
+        header, *results = _record(lines[0]), *map(_checked, lines[1:])
+        records = [header, *results]
+        if header is None or header.get("format") != FORMAT or not isinstance(header.get("identity"), dict):
+            journal = header is None and any(record is not None for record in results)
             got = "a damaged line 1, which says whose it is" if journal else "another file"
             raise ResumeError(
                 f"{path}: expected the journal of an evaluation, got {got}; --fresh (resume=False) starts anew"
@@ -155,7 +156,7 @@ class Journal:
             warnings.warn(f"{path}: expected whole lines, passed over damaged lines: {numbers}", stacklevel=3)
         for record in records[1:]:
             if record is not None:
-                self._kept[record["key"]] = _decode(record["result"])
+                self._kept[record["key"]] = record["result"]
         return len(data) - (len(lines[-1]) if records[-1] is None else 0)
 
 
@@ -167,7 +168,25 @@ def _line(record: Mapping[str, Any]) -> bytes:
 def _record(line: bytes) -> dict[str, Any] | None:
     """``None``: not a whole line."""
     text = line[9:-1]
-    return json.loads(text) if line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(text) else None
+    if not (line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(text)):
+        return None
+    try:
+        content = json.loads(text)
+    except (RecursionError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _checked(line: bytes) -> dict[str, Any] | None:
+    """A line with a result, its arrays decoded; ``None``: not a whole one, or not what a stage keeps."""
+    content = _record(line)
+    try:
+        assert content is not None
+        content["result"] = _decode(content["result"])
+        file_fields.record(content, "")
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return content
 
 
 def _cut_header(data: bytes) -> bool:
@@ -189,13 +208,25 @@ def _encode(value: Any) -> Any:
     return value
 
 
+class Result(dict[str, Any]):
+    """What a journal has under a key. Raises :class:`ResumeError` for a name that is not in it."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ResumeError(f"journal: expected a result with {name!r}, got {', '.join(self)}; --fresh starts anew")
+
+
 def _decode(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: np.frombuffer(base64.b64decode(value[_ARRAY]), value["dtype"]).reshape(value["shape"])
-        if isinstance(value, dict) and _ARRAY in value
-        else value
-        for name, value in result.items()
-    }
+    return Result({name: _value(value) for name, value in result.items()})
+
+
+def _value(value: Any) -> Any:
+    """A plain value, or an array of plain numbers. Raises KeyError, TypeError or ValueError for a malformed one."""
+    if not (isinstance(value, dict) and _ARRAY in value):
+        return value
+    kind, shape = np.dtype(str(value["dtype"])), value["shape"]
+    if kind.kind not in "biuf" or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"array: expected numbers, got {kind} {shape}")
+    return np.frombuffer(base64.b64decode(value[_ARRAY]), kind).reshape(shape)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import FGSM, Crafted, attack_mode
+from robust_moe.content import fields, flag
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import AdversarialMethod, probed_gain
 from robust_moe.methods.base import TRAINING, Forward, Objective, accuracy
@@ -90,5 +91,6 @@ class FastAdversarialTraining(AdversarialMethod):
         return {"with_pgd": self.with_pgd, "met": self.met}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        fields({"with_pgd": flag, "met": flag})(state, "method")
         # a guard that an override switched off compares no more: it would never let go of PGD
         self.with_pgd, self.met = state["with_pgd"] and self.guard, state["met"]

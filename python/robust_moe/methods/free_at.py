@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust_moe.content import fields, optional, tensor
 from robust_moe.data import Batch
 from robust_moe.methods.adversarial import probed_gain
 from robust_moe.methods.base import TRAINING, Forward, Method, Objective
@@ -84,4 +85,5 @@ class FreeAdversarialTraining(Method):
         return {"delta": self.delta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        fields({"delta": optional(tensor(4))})(state, "method")
         self.delta = state["delta"]

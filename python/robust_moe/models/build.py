@@ -72,17 +72,20 @@ def _network(config: NetworkConfig, images: ImageSpec, alone: bool) -> nn.Module
     network = config.build(images)
     moe = config.moe
     if moe.layers:
-        replace_blocks(
-            network,
-            moe.layers,
-            num_experts=moe.num_experts,
-            top_k=moe.top_k,
-            gate=moe.gate.build,
-            renormalize=moe.renormalize,
-            straight_through=moe.straight_through,
-            noise_std=moe.noise_std,
-            init=moe.init,
-        )
+        try:
+            replace_blocks(
+                network,
+                moe.layers,
+                num_experts=moe.num_experts,
+                top_k=moe.top_k,
+                gate=moe.gate.build,
+                renormalize=moe.renormalize,
+                straight_through=moe.straight_through,
+                noise_std=moe.noise_std,
+                init=moe.init,
+            )
+        except ValueError as error:
+            raise ValueError(f"model.moe.layers: {error}") from error
         for layer in moe_layers(network).values():
             layer.noise, layer.inference = moe.noise, moe.inference.build()
     if config.normalizes:

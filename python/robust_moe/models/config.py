@@ -25,7 +25,7 @@ class MoEConfig(Config):
     """Which blocks or convolutions become a mixture of experts, and how it routes (docs: FusedBlockMoE)."""
 
     layers: tuple[str, ...] = setting((), "module names, e.g. [layer4.1]; empty: a dense model")
-    num_experts: int = setting(4, "E, experts of a layer", at_least=1)
+    num_experts: int = setting(4, "E, experts of a layer", at_least=1, at_most=1024)
     top_k: int = setting(2, "k, experts a sample is sent to", at_least=1)
     gate: GateConfig = setting(GATES["gap_fc"](), "what scores the experts")
     renormalize: bool = setting(True, "divide the kept scores by their sum (k >= 2)")
@@ -63,7 +63,7 @@ class MixtureConfig(Config):
     Its balance loss is ``model.moe.balance``.
     """
 
-    num_experts: int = setting(0, "E whole networks; 0: no mixture of networks", at_least=0)
+    num_experts: int = setting(0, "E whole networks; 0: no mixture of networks", at_least=0, at_most=1024)
     router: RouterConfig = setting(ROUTERS["cnn"](), "what scores the networks")
     routing: Literal["soft", "top_k", "hard"] = setting(
         "soft", "soft: all E by their scores; top_k: the best k; hard: the best one"

@@ -34,7 +34,7 @@ class GateConfig(Config):
 class TwoConvConfig(GateConfig):
     """Two convolutions, then a global average pool."""
 
-    hidden: int = setting(8, "channels between the two convolutions", at_least=1)
+    hidden: int = setting(8, "channels between the two convolutions", at_least=1, at_most=2**14)
 
 
 for _name, _gate in modules.GATES.items():

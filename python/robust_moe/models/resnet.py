@@ -33,6 +33,7 @@ __all__ = [
 
 WIDTH = "channels of the first stage; each further stage doubles them"
 BLOCKS = "residual blocks of each stage"
+WIDEST, DEEPEST = 2**14, 256  # channels of the first stage, blocks of a stage
 
 
 class BasicBlock(nn.Module):
@@ -176,8 +177,8 @@ class ResNetConfig(ModelConfig):
 
     normalizes: ClassVar[bool] = True
 
-    width: int = setting(64, WIDTH, at_least=1)
-    blocks: tuple[int, ...] = setting((2, 2, 2, 2), BLOCKS, at_least=1)
+    width: int = setting(64, WIDTH, at_least=1, at_most=WIDEST)
+    blocks: tuple[int, ...] = setting((2, 2, 2, 2), BLOCKS, at_least=1, at_most=DEEPEST)
 
     def check(self) -> None:
         super().check()
@@ -203,15 +204,15 @@ class ResNet18Config(ResNetConfig):
 class ResNet50Config(ResNetConfig):
     """ResNet-50: 23.5 M parameters."""
 
-    blocks: tuple[int, ...] = setting((3, 4, 6, 3), BLOCKS, at_least=1)
+    blocks: tuple[int, ...] = setting((3, 4, 6, 3), BLOCKS, at_least=1, at_most=DEEPEST)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetSmallConfig(ResNetConfig):
     """0.60 M parameters; one block a stage but the last, which has the two that ``layer4.1`` needs."""
 
-    width: int = setting(16, WIDTH, at_least=1)
-    blocks: tuple[int, ...] = setting((1, 1, 1, 2), BLOCKS, at_least=1)
+    width: int = setting(16, WIDTH, at_least=1, at_most=WIDEST)
+    blocks: tuple[int, ...] = setting((1, 1, 1, 2), BLOCKS, at_least=1, at_most=DEEPEST)
 
 
 @MODELS.register("resnet_small", ResNetSmallConfig)

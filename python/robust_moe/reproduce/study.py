@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.config import ConfigError, choose
+from robust_moe.content import ContentError, anything, fields, items, mapping, text, whole
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import resolve_device
 from robust_moe.files import replace_file
@@ -43,6 +44,17 @@ READABLE = (2, 3)  # 2: claims without checks, three verdicts
 SEEDS = 3
 STUDY = json_with("the study.json of an earlier report", "format", "study", "parts")
 SUMMARY = text("the summary.md of an earlier report", "# `robust-moe reproduce")
+
+# What is read of a study.json to decide its claims again; what a claim reads of the measures, it looks at itself.
+CONTENT = fields(
+    {
+        "study": text,
+        "seeds": items(whole(), most=1000),
+        "parts": mapping(anything),
+        "runs": mapping(fields({"seeds": mapping(fields({"measures": mapping(anything)}))})),
+    },
+    required=False,
+)
 
 
 @dataclass(frozen=True)
@@ -214,24 +226,32 @@ def judge_again(file: str | Path, study: str | None = None, out: str | Path | No
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         got = results["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{expected}, got {type(error).__name__}: {error}") from error
     if got not in READABLE:
         raise StudyError(f"{expected}, got format {got!r}")
+    try:
+        CONTENT(results, "")
+    except ContentError as error:
+        raise StudyError(f"{path}: {error}") from error
     if study not in (None, results["study"]):
         raise StudyError(f"study: expected {results['study']!r}, which {path} is of, got {study!r}")
     if unknown := sorted({*results["parts"]} - {*PARTS}):
         raise StudyError(f"{path}: expected parts among {', '.join(PARTS)}, got {', '.join(unknown)}")
     try:
         parts = _judged(list(results["parts"]), results["seeds"], results["runs"])
-    except (ValueError, KeyError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise StudyError(f"{path}: {error}") from error
     target = path.parent if out is None else expect_folder("out", out)
     expect_outputs("out", [(target / "summary.md", SUMMARY)], [("judge", path)])
     results |= {"parts": parts, "rule": RULE, "judged_again": True}
     figures = {part: [target / found.name for found in sorted(path.parent.glob(f"{part}-*.png"))] for part in parts}
+    try:
+        words = summary(results, figures if out is None else {}).encode()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StudyError(f"{path}: expected what a summary says, got {error!r}") from error
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / "summary.md", summary(results, figures if out is None else {}).encode())
+    replace_file(target / "summary.md", words)
     return StudyResult(results, path, True)
 
 

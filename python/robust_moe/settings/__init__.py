@@ -6,12 +6,12 @@ what a YAML file, an override or a checkpoint says.
 """
 
 from robust_moe.settings.config import Config, field_types, plain, replaced
-from robust_moe.settings.errors import ConfigError, choose, hint, parse_fraction
+from robust_moe.settings.errors import ConfigError, choose, hint, parse_fraction, shown
 from robust_moe.settings.fields import setting
 from robust_moe.settings.plugins import import_plugins, installed_plugins
 from robust_moe.settings.resolve import Layer, Resolved, resolve
 from robust_moe.settings.table import Table, fixed
-from robust_moe.settings.text import Plain, read_yaml
+from robust_moe.settings.text import Plain, Written, read_yaml
 
 __all__ = [
     "Config",
@@ -20,6 +20,7 @@ __all__ = [
     "Plain",
     "Resolved",
     "Table",
+    "Written",
     "choose",
     "field_types",
     "fixed",
@@ -32,4 +33,5 @@ __all__ = [
     "replaced",
     "resolve",
     "setting",
+    "shown",
 ]

@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin
 
-from robust_moe.settings.errors import ConfigError, hint, parse_fraction
+from robust_moe.settings.errors import DECIMAL, ConfigError, hint, parse_fraction, shown
 from robust_moe.settings.text import Plain, read_yaml
 
 __all__ = ["convert", "expect_in_range", "finish", "is_null", "is_union", "setting"]
 
 INTEGER = re.compile(r"[+-]?[0-9]+")
-DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
+LONGEST_TEXT = 4096  # letters
+LONGEST = 1000  # items of a list: a short file may name a long list many times
 
 
 def setting(
@@ -62,16 +63,18 @@ def is_union(kind: Any) -> bool:
 
 
 def _refuse(key: str, expected: str, value: object, more: str = "") -> ConfigError:
-    got = str(value) if isinstance(value, Plain) else value
-    return ConfigError(f"{key}: expected {expected}, got {got!r}{more}")
+    return ConfigError(f"{key}: expected {expected}, got {shown(value)}{more}")
 
 
 def _integer(value: object, key: str) -> int:
+    number = value
     if isinstance(value, Plain) and INTEGER.fullmatch(value):
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise _refuse(key, "a whole number", value)
+        number = int(value) if len(value) < 100 else 2**64
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise _refuse(key, "a whole number", value)
+    if not -(2**63) <= number < 2**63:
+        raise _refuse(key, "a whole number of at most 64 bits", value)
+    return number
 
 
 def _float(value: object, key: str) -> float:
@@ -79,26 +82,21 @@ def _float(value: object, key: str) -> float:
         if not DECIMAL.fullmatch(value):
             expected = "a finite number" if NOT_FINITE.fullmatch(value) else "a decimal number"
             raise _refuse(key, expected, value)
-        value = float(value)
+        value = float(value)  # of 1e400: infinite
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _refuse(key, "a number", value)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise _refuse(key, "a finite number", value)
-    return float(value)
+    return number
 
 
 def _fraction(value: object, key: str) -> Fraction:
     if isinstance(value, float) and not math.isfinite(value):
         raise _refuse(key, "a finite number", value)
-    if isinstance(value, str):
-        parts = value.replace(" ", "").split("/")
-        if len(parts) > 2 or not all(DECIMAL.fullmatch(part) for part in parts):
-            raise _refuse(key, "a number or a fraction such as 8/255", value)
-        if len(parts) == 2:
-            top, bottom = (Fraction(part) for part in parts)
-            if bottom == 0:
-                raise _refuse(key, "a number or a fraction such as 8/255", value)
-            return top / bottom
     return parse_fraction(value, key)
 
 
@@ -111,9 +109,11 @@ def _boolean(value: object, key: str) -> bool:
 
 
 def _text(value: object, key: str) -> str:
-    if isinstance(value, str):
-        return str(value)
-    raise _refuse(key, "text", value)
+    if not isinstance(value, str):
+        raise _refuse(key, "text", value)
+    if len(value) > LONGEST_TEXT:
+        raise _refuse(key, f"text of at most {LONGEST_TEXT} letters", value)
+    return str(value)
 
 
 SIMPLE = {int: _integer, float: _float, Fraction: _fraction, bool: _boolean, str: _text}
@@ -167,13 +167,15 @@ def convert(kind: Any, value: object, key: str) -> Any:
             value = read_yaml(value, key)
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise _refuse(key, "a list", value)
+        if len(value) > LONGEST:
+            raise ConfigError(f"{key}: expected a list of at most {LONGEST} items, got {len(value)}")
         return tuple(convert(item, one, f"{key}[{place}]") for place, one in enumerate(value))
     if get_origin(kind) in (dict, Mapping):
         if isinstance(value, Plain):
             value = read_yaml(value, key)
         if not isinstance(value, Mapping):
             raise _refuse(key, "a section of names and values", value)
-        return {str(name): convert(_choices(kind)[1], one, f"{key}.{name}") for name, one in value.items()}
+        return {_text(name, key): convert(_choices(kind)[1], one, f"{key}.{name}") for name, one in value.items()}
     if kind in SIMPLE:
         return SIMPLE[kind](value, key)
     if isinstance(kind, type) and isinstance(value, kind):
@@ -182,8 +184,16 @@ def convert(kind: Any, value: object, key: str) -> Any:
 
 
 def finish(field: dataclasses.Field[Any], value: Any) -> Any:
-    """``value`` with its home folder written out, where the field is a path."""
+    """``value`` with its home folder written out, where the field is a path. Raises :class:`ConfigError` for what no
+    file system can have."""
     if field.metadata.get("path") and isinstance(value, str):
+        try:
+            name = os.fsencode(value)
+        except UnicodeEncodeError:
+            name = b""
+        longest = max(map(len, name.split(b"/")))
+        if not name or longest > 255 or len(name) > 4000 or b"\0" in name:  # what Linux's file systems have
+            raise _refuse(field.name, "a path, its names of at most 255 bytes", value)
         return os.path.expanduser(value)
     return value
 
@@ -192,10 +202,14 @@ def _range(limits: Mapping[str, Any]) -> str:
     low, above, high, below = (limits.get(name) for name in ("at_least", "above", "at_most", "below"))
     if (low is None and above is None) or (high is None and below is None):
         signs = ((">=", low), (">", above), ("<=", high), ("<", below))
-        return " and ".join(f"{sign} {limit:g}" for sign, limit in signs if limit is not None)
-    left = f"[{low:g}" if low is not None else f"({above:g}"
-    right = f"{high:g}]" if high is not None else f"{below:g})"
+        return " and ".join(f"{sign} {_limit(limit)}" for sign, limit in signs if limit is not None)
+    left = f"[{_limit(low)}" if low is not None else f"({_limit(above)}"
+    right = f"{_limit(high)}]" if high is not None else f"{_limit(below)})"
     return f"in {left}, {right}"
+
+
+def _limit(limit: float | None) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def expect_in_range(field: dataclasses.Field[Any], value: Any, key: str) -> None:

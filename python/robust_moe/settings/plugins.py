@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from robust_moe.settings.errors import ConfigError
+from robust_moe.settings.errors import ConfigError, shown
 
 __all__ = ["GROUP", "import_plugins", "installed_plugins"]
 
@@ -46,5 +46,5 @@ def import_plugins(modules: Iterable[str]) -> None:
             raise ConfigError(f"import: {name}: {error}") from error
         except Exception as error:  # whatever the module's own code raises
             raise ConfigError(
-                f"import: expected a module that can be imported, got {name!r} ({type(error).__name__}: {error})"
+                f"import: expected a module that can be imported, got {shown(name)} ({type(error).__name__}: {error})"
             ) from error

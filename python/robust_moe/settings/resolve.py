@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from robust_moe.settings.config import Config, field_types
-from robust_moe.settings.errors import ConfigError
+from robust_moe.settings.errors import ConfigError, shown
 from robust_moe.settings.fields import is_null, is_union
-from robust_moe.settings.text import Plain, read_yaml
+from robust_moe.settings.text import Plain, Written, read_yaml
 
 __all__ = ["Layer", "Resolved", "resolve"]
 
@@ -143,8 +143,10 @@ def _value(
         origins |= below.origins
         return below.config
     tree, where = said[-1]
+    if isinstance(tree, Written) and str in (kind, *get_args(kind)):
+        tree = Plain(tree.text)
     if isinstance(tree, Mapping) and tree and not isinstance(kind, types.GenericAlias):
-        raise ConfigError(f"{where}: unknown key {_dotted(key, str(next(iter(tree))))!r}: {key} is no section")
+        raise ConfigError(f"{where}: unknown key {shown(_dotted(key, str(next(iter(tree)))))}: {key} is no section")
     origins[key] = where
     return tree
 
@@ -159,8 +161,7 @@ def _section(tree: Any, kind: type[Config], key: str, where: str) -> Mapping[str
         return tree
     if kind.table is not None and isinstance(tree, str) and tree.lower() not in ("", "null"):
         return {"name": tree}
-    got = str(tree) if isinstance(tree, Plain) else tree
-    raise ConfigError(f"{where}: {key or 'config'}: expected a section with keys of its own, got {got!r}")
+    raise ConfigError(f"{where}: {key or 'config'}: expected a section with keys of its own, got {shown(tree)}")
 
 
 def _inherited(one: type[Config], other: type[Config]) -> set[str]:
@@ -180,10 +181,10 @@ def _refuse_unknown(cls: type[Config], kind: type[Config], tree: Mapping[str, An
         if name in known:
             continue
         near = [place for place in _below(cls) if place.rsplit(".", 1)[-1] == name]
-        near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        near = near or difflib.get_close_matches(str(name)[:200], known, n=1, cutoff=0.4)
         hint = f"; did you mean {_dotted(key, near[0])!r}?" if near else ""
         of = f" of {kind.table.what} {cls.name!r}" if kind.table is not None else ""
-        raise ConfigError(f"{where}: unknown key {_dotted(key, str(name))!r}{of}{hint}")
+        raise ConfigError(f"{where}: unknown key {shown(_dotted(key, str(name)))}{of}{hint}")
 
 
 def _below(cls: type[Config], prefix: str = "", tables: tuple[Any, ...] = ()) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from robust_moe.settings.errors import ConfigError
 
-__all__ = ["Plain", "read_yaml"]
+__all__ = ["Plain", "Written", "read_yaml"]
 
 
 class Plain(str):
@@ -20,12 +20,21 @@ class Plain(str):
     __slots__ = ()
 
 
+class Written(dict[str, Any]):
+    """A section in braces, and the ``text`` that it was read from: for a field of text it is that text."""
+
+    def __init__(self, section: dict[str, Any], text: str) -> None:
+        super().__init__(section)
+        self.text = text
+
+
 @functools.cache
 def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # no scalar is anything but text
+        yaml_constructors: ClassVar[dict[Any, Any]] = {None: yaml.SafeLoader.construct_undefined}  # nor by a tag
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
             seen = [key.value for key, _ in node.value]
@@ -40,6 +49,9 @@ def _loader() -> Any:
         return Plain("null" if node.value == "~" else node.value)  # as YAML has it; in an override ~ is the home folder
 
     Loader.add_constructor("tag:yaml.org,2002:str", scalar)
+    # whole before its parent: so a list or section that holds itself is refused
+    Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
+    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
     return Loader
 
 

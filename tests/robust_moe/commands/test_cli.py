@@ -130,7 +130,7 @@ def test_eval_scores_the_split_of_the_training_run_only(config, tmp_path):
         assert done.stderr.startswith("error: override: expected settings of the evaluation (data.root, ")
         assert f"got {had}\n" in done.stderr
         assert done.stderr.count("\n") == 1
-    assert "unknown key 'data.root' of data set 'digits'" in run("eval", folder, "data.root=/nowhere").stderr
+    assert "data.root: expected null for data.name=digits" in run("eval", folder, "data.root=/nowhere").stderr
     allowed = ("data.test_limit=20", "eval.seed=5", "run.threads=2", "run.accelerator=cpu")
     out = tmp_path / "val.json"
     done = run("eval", folder, "--split", "val", "--out", out, *allowed, "run.seed=0")  # no change

@@ -196,8 +196,8 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 
 def test_a_data_set_has_its_own_settings_only():
-    with pytest.raises(ConfigError, match=r"unknown key 'data.root' of data set 'digits'"):
-        load_config(None, ["data.root=/data"])
+    with pytest.raises(DataError, match=r"data.root: expected null for data.name=digits, .* got '/data'; data.name"):
+        load("digits", Path("/data"))
     for name in (
         "cifar10",
         "cifar100",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from robust_moe.config import ConfigError, config_from_dict
 from robust_moe.engine import CheckpointError, load_checkpoint, save_checkpoint
 from robust_moe.engine.checkpoint import load_model_state
 
@@ -158,6 +159,14 @@ def test_missing_foreign_and_newer_files_are_refused_by_name(tmp_path):
     save_checkpoint({**STATE, "format": 99}, tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match=r"newer.pt: expected checkpoint format 2, got 99"):
         load_checkpoint(tmp_path / "newer.pt")
+
+
+@pytest.mark.parametrize("section", ["data", "model", "method", "optim", "eval"])
+@pytest.mark.parametrize("value", [None, 3, "text", [1], {"name": [1], "attack": 3}])
+def test_a_malformed_configuration_of_format_1_is_refused(tmp_path, section, value):
+    save_checkpoint({**STATE, "format": 1, "config": {section: value}}, tmp_path / "old.pt")
+    with pytest.raises((CheckpointError, ConfigError), match="expected"):
+        config_from_dict(load_checkpoint(tmp_path / "old.pt")["config"])
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [1, 2], torch.zeros(3)])

@@ -15,7 +15,7 @@ from robust_moe.config import (
     TrainConfig,
     load_config,
 )
-from robust_moe.data import DataError, load_splits
+from robust_moe.data import DataError, image_set, load_splits
 from robust_moe.engine import CheckpointError, Reporter, Trainer, save_checkpoint
 from robust_moe.engine.experiment import describe_data, load_experiment, make_model
 from robust_moe.models import ROUTERS, DualConfig, MixtureConfig, MoEConfig, ResNetSmallConfig
@@ -101,6 +101,33 @@ def test_a_warm_start_that_does_not_fit_is_named(tmp_path: Path):
         make_model(config(init_from=str(path)), few)
     with pytest.raises(CheckpointError, match="expected a checkpoint file, found nothing"):
         make_model(config(init_from=str(tmp_path / "none.pt")), DATA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.moe.layers=[layer9]"], r"^model\.moe\.layers: .* submodule, got 'layer9'; did you mean 'layer4'\?"),
+        (["model.moe.layers=['']"], r"^model\.moe\.layers: names: expected the name of a submodule, got ''"),
+        (["model.moe.layers=[fc]"], r"^model\.moe\.layers: block: expected a BasicBlock or Bottleneck .*, got Linear"),
+        (
+            ["model.width=16384"],
+            r"^model: weights: expected at most this machine's memory of 1,000,000,000 bytes, got \d",
+        ),
+        (
+            ["model.moe.layers=[layer4.1]", "model.moe.num_experts=1024"],
+            r"^model: weights: expected at most this machine's memory of 1,000,000,000 bytes, got \d",
+        ),
+        (["model.mixture.num_experts=1024"], r"^model: weights: expected at most .*, got \d"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_before_its_weights_are_allocated(
+    settings: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(image_set, "physical_memory", lambda: 1e9)
+    state = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=words):
+        make_model(load_config(None, settings), {**DATA, "image_size": 16})
+    assert torch.equal(torch.get_rng_state(), state) or "layers:" in words
 
 
 # --- data that a configuration is for -----------------------------------------------------------------------------

@@ -287,7 +287,19 @@ def test_the_committed_study_is_readable_and_its_pages_have_its_verdicts(tmp_pat
         ("{", "got JSONDecodeError"),
         ([], "got TypeError"),
         ({}, "got KeyError"),
+        ("[" * 10**5, "got RecursionError"),
         ({"format": 1}, "of format 2 or 3, got format 1"),
+        ({"format": 3, "study": 5}, r"study\.json: study: expected text, got 5"),
+        ({"format": 3, "study": "all", "parts": [1]}, r"study\.json: parts: expected names and values, got \[1\]"),
+        (
+            {"format": 3, "study": "all", "parts": {}, "seeds": ["0"]},
+            r"seeds\[0\]: expected a whole number >= 0, got '0'",
+        ),
+        ({"format": 3, "study": "all", "parts": {}, "runs": {"a": 1}}, r"runs\.a: expected names and values, got 1"),
+        (
+            {"format": 3, "study": "all", "parts": {}, "runs": {}, "seeds": []},
+            r"expected what a summary says, got KeyError",
+        ),
         ({"format": 3, "study": "dual"}, "study: expected 'dual', which .* is of, got 'all'"),
         ({"format": 3, "study": "all", "parts": {"of-yore": {}}}, "expected parts among .*, got of-yore"),
         (
