@@ -135,7 +135,7 @@ class Experts(nn.ModuleList, ABC):
         super().__init__(modules)
         self._kinds = [type(module) for module in modules_of(self[0])]
         self._warned = False  # that they run as modules
-        self._reading: Reading[Any] | None = None  # of the last forward
+        self._kept: dict[str, Reading[Any]] = {}  # "reading": of the last forward
         lie_together(list(self))
 
     @property
@@ -162,12 +162,15 @@ class Experts(nn.ModuleList, ABC):
         if torch.compiler.is_compiling():
             members = self._members()
             return members if isinstance(members, str) else self.read(members)
-        if self._reading is None or not self._reading.holds():
+        found = self._kept.get("reading")
+        if found is None or not found.holds():
+            self._kept.clear()
             members = self._members()
             if isinstance(members, str):
                 return members
-            self._reading = Reading(self, members, self.read(members))
-        found, self._reading = self._reading, self._reading if self._reading.keeps else None
+            found = Reading(self, members, self.read(members))
+            if found.keeps:
+                self._kept["reading"] = found
         return found.content
 
     def _members(self) -> list[list[nn.Module]] | str:
@@ -191,7 +194,7 @@ class Experts(nn.ModuleList, ABC):
     def reset(self) -> None:
         """Initialise every expert's convolutions independently, He normal by fan-out as ResNets are initialised, with
         zero bias; normalisation keeps its parameters."""
-        for module in self.modules():
+        for module in (part for parts in zip(*map(modules_of, self), strict=True) for part in parts):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
@@ -255,7 +258,7 @@ class Experts(nn.ModuleList, ABC):
         lie_together(kept)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        self._reading = None  # it would keep the old memory
+        self._kept.clear()  # it would keep the old memory
         super()._apply(fn, recurse)
         # .to(memory_format=torch.contiguous_format) takes filters whose output channels lie innermost for contiguous.
         channels_last = torch.zeros(1, 2, 2, 2, device="cpu").contiguous(memory_format=torch.channels_last)
@@ -263,7 +266,7 @@ class Experts(nn.ModuleList, ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}
+        return {**self.__dict__, "_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

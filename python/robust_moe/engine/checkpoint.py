@@ -15,6 +15,7 @@ from robust_moe.config.legacy import modernised
 from robust_moe.content import Check, ContentError, fields
 from robust_moe.engine.checkpoint_fields import DATA, DESCRIPTION
 from robust_moe.files import replacing
+from robust_moe.weights import unstacked
 
 __all__ = [
     "FORMAT",
@@ -27,8 +28,9 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 2  # of the dict; raised when a reader of the old one would misread the new one
-OLD = 1  # still read: the configuration has the settings of all components in one section
+FORMAT = 3  # of the dict; raised when a reader of the old one would misread the new one
+OLD = 1  # still read: the configuration has the settings of all components in one section, and STACKED
+STACKED = 2  # still read: the experts of a layer are one tensor
 KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
 
 
@@ -86,15 +88,19 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
-    if state.get("format") not in (OLD, FORMAT):
+    if state.get("format") not in (OLD, STACKED, FORMAT):
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
     refuse_foreign(state, path)
     _expect(DESCRIPTION, state, path)
     if state["format"] == OLD:
         try:
-            state |= {"format": FORMAT, "config": modernised(state["config"])}
+            state |= {"format": STACKED, "config": modernised(state["config"])}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the configuration of format {OLD}, got {error!r}") from error
+    if state["format"] == STACKED:
+        state |= {"format": FORMAT, "model": unstacked(state["model"])}
+        if state.get("ema") is not None:
+            state["ema"] = {**state["ema"], "model": unstacked(state["ema"]["model"])}
     return state
 
 

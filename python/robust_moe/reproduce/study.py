@@ -15,7 +15,8 @@ from robust_moe.content import ContentError, anything, fields, items, mapping, t
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import resolve_device
 from robust_moe.files import replace_file
-from robust_moe.outputs import Output, clear_outputs, expect_folder, expect_outputs, figure, json_with, text
+from robust_moe.outputs import Output, clear_outputs, expect_folder, expect_outputs, figure, json_with
+from robust_moe.outputs import text as text_with
 from robust_moe.provenance import provenance
 from robust_moe.reproduce.claims import RULE, Spread, judge
 from robust_moe.reproduce.figures import FIGURES, draw_part
@@ -43,7 +44,7 @@ FORMAT = 3  # of study.json
 READABLE = (2, 3)  # 2: claims without checks, three verdicts
 SEEDS = 3
 STUDY = json_with("the study.json of an earlier report", "format", "study", "parts")
-SUMMARY = text("the summary.md of an earlier report", "# `robust-moe reproduce")
+SUMMARY = text_with("the summary.md of an earlier report", "# `robust-moe reproduce")
 
 # What is read of a study.json to decide its claims again; what a claim reads of the measures, it looks at itself.
 CONTENT = fields(
