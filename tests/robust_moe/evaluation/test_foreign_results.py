@@ -128,8 +128,16 @@ def test_arrays_that_cannot_be_read_are_named(tmp_path: Path, content: bytes | s
 
 
 CERTIFIED = {
-    "format": certify.FORMAT, "identity": {"a": 1}, "by": "smoothing", "norm": "L2", "guarantee": "", "count": 1,
-    "clean": 1.0, "mean_radius": 0.5, "outcomes": dict.fromkeys(OUTCOMES, 0), "images": {"radius": [0.5]},
+    "format": certify.FORMAT,
+    "identity": {"a": 1},
+    "by": "smoothing",
+    "norm": "L2",
+    "guarantee": "",
+    "count": 1,
+    "clean": 1.0,
+    "mean_radius": 0.5,
+    "outcomes": dict.fromkeys(OUTCOMES, 0),
+    "images": {"radius": [0.5]},
 }
 
 
