@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row, pair_of
 from robust_moe_kernels.modules.interception import has_hooks
 from robust_moe_kernels.modules.reading import Reading
-from robust_moe_kernels.modules.stacks import Stack, lie_together, stacked
+from robust_moe_kernels.modules.stacks import Stack, filters_memory, lie_together, stacked
 from robust_moe_kernels.modules.walk import modules_of
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
@@ -196,7 +196,10 @@ class Experts(nn.ModuleList, ABC):
         zero bias; normalisation keeps its parameters."""
         for module in (part for parts in zip(*map(modules_of, self), strict=True) for part in parts):
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # Drawn in the engine's order whatever the format: a seed gives the same experts.
+                drawn = filters_memory(module.weight.detach(), 1, innermost=True)[0]
+                nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu")
+                module.weight.data.copy_(drawn)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

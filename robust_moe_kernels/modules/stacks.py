@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Stack", "lie_together", "overwrite", "stacked"]
+__all__ = ["Stack", "filters_memory", "lie_together", "overwrite", "stacked"]
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not what tools put in their place, whose memory is theirs
 
@@ -41,7 +41,7 @@ def lie_together(modules: Sequence[nn.Module], contiguous: bool = False) -> None
         forms = {(type(t) in _PLAIN, t.shape, t.dtype, t.device, t.layout, t.is_inference()) for t in group}
         if forms != {(True, first.shape, first.dtype, first.device, torch.strided, False)}:
             continue
-        views = list(_memory(first, count, innermost and first.dim() == 4).unbind())
+        views = list(filters_memory(first, count, innermost and first.dim() == 4).unbind())
         if first.stride() == views[0].stride() and _step(group) == first.numel():
             continue
         for tensor, view in zip(group, views, strict=True):
@@ -49,7 +49,7 @@ def lie_together(modules: Sequence[nn.Module], contiguous: bool = False) -> None
             tensor.data = view
 
 
-def _memory(like: Tensor, count: int, innermost: bool) -> Tensor:
+def filters_memory(like: Tensor, count: int, innermost: bool) -> Tensor:
     """Uninitialised [count, *like.shape]; ``innermost``: filters [O, I, kh, kw] as [kh, kw, I, O] in memory."""
     if not innermost:
         return like.new_empty((count, *like.shape))

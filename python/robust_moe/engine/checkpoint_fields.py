@@ -77,6 +77,9 @@ DATA: dict[str, Check] = {
     "std": items(number(0, above=True), 1, 2**12),
 }
 
+_PART = fields({"images": tensor(1, "int64"), "labels": tensor(1, "int32")})
+_METERS = fields({"interval": METER, "running": METER})
+
 # Every field that is there; which ones have to be depends on what is done with the checkpoint.
 DESCRIPTION: Check = fields(
     {
@@ -94,7 +97,26 @@ DESCRIPTION: Check = fields(
         "method": mapping(_value),
         "rng": items(RNG, 1, 2**12),
         "best": fields({"robust": number(), "clean": number(), "epoch": COUNT, "step": COUNT}, required=False),
-        "meters": fields({"interval": METER, "running": METER}),
+        "meters": _METERS,
+        "data_digest": fields(
+            {
+                "class_names": items(text, 1, 2**17),
+                "shape": items(whole(1), 3, 3),
+                **dict.fromkeys(("train", "val", "test"), _PART),
+            }
+        ),
+        "processes": items(
+            fields(
+                {
+                    "method": mapping(_value),
+                    "meters": _METERS,
+                    "buffers": STATE_DICT,
+                    "ema_buffers": STATE_DICT,
+                }
+            ),
+            0,
+            2**12,
+        ),
         "log_lines": COUNT,
         "versions": mapping(_value),
         "git": optional(text),

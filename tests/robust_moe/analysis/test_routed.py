@@ -169,8 +169,9 @@ def test_a_certificate_beyond_a_change_of_route():
     """Experts that all say the label: the choice opens up within the ball, which is certified all the same."""
     model = network(1, balanced=True)
     layer = next(module for module in model.modules() if isinstance(module, FusedBlockMoE))
-    for parameter in layer.experts.parameters():
-        parameter.data[1:] = parameter.data[:1] + 1e-3 * (parameter.data[1:] - parameter.data[:1])
+    for expert in layer.experts:
+        for parameter, first in zip(expert.parameters(), layer.experts[0].parameters(), strict=True):
+            parameter.data = first.data + 1e-3 * (parameter.data - first.data)
     x, y = data(model)
     radius = certify_mixture(model, x, y, steps=6).radius
     boxes = layer_bounds(lower(model, SHAPE), ball(x, radius), "crown")
