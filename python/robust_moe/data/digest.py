@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robust_moe.data.image_set import ImageSet, Splits
+from robust_moe.settings import shown
 
 __all__ = ["FIXED_DATA", "data_differences", "data_digest"]
 
@@ -59,7 +60,8 @@ def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
         what = f"{len(names)} became {len(others)}"
         if len(names) == len(others):
             pairs = [(one, other) for one, other in zip(names, others, strict=True) if one != other]
-            what = f"{len(pairs)} of {len(names)} differ, {pairs[0][0]!r} became {pairs[0][1]!r}"
+            one, other = (shown(name) for name in pairs[0])
+            what = f"{len(pairs)} of {len(names)} differ, {one} became {other}"
         found["class names"] = f"class names: {what}"
     if old["shape"] != new["shape"]:
         found["image shape"] = f"image shape: {old['shape']} became {new['shape']}"
