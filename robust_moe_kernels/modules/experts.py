@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row, pair_of
 from robust_moe_kernels.modules.interception import has_hooks
-from robust_moe_kernels.modules.reading import Reading
-from robust_moe_kernels.modules.stacks import Stack, filters_memory, lie_together, stacked
+from robust_moe_kernels.modules.reading import Reading, own_computation
+from robust_moe_kernels.modules.stacks import Stack, filters_memory, guarded, lie_together, stacked
 from robust_moe_kernels.modules.walk import modules_of
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
@@ -113,7 +113,7 @@ class ExpertBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
-        if x.shape[0] > 0 and self.running_mean is not None:
+        if x.shape[0] > 0 and self.track_running_stats and self.running_mean is not None:
             batches: Any = self.num_batches_tracked
             batches.add_(1)
             share = 1.0 / float(batches) if self.momentum is None else self.momentum
@@ -128,7 +128,7 @@ class Experts(nn.ModuleList, ABC):
     """E modules of one form under the names 0..E-1. Subclasses say which modules the engine can read.
 
     Args:
-        modules: at least one, alike; kept, and given memory next to each other.
+        modules: at least one, alike, as ``of`` of a subclass makes them; kept, and given memory next to each other.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -185,10 +185,8 @@ class Experts(nn.ModuleList, ABC):
             for module in modules:
                 if has_hooks(module):
                     return f"{type(module).__name__} of expert {expert} has hooks"
-                if "forward" in module.__dict__:
-                    return f"{type(module).__name__} of expert {expert} has a forward of its own"
-                if "weight" in module.__dict__:
-                    return f"the weight of {type(module).__name__} of expert {expert} is computed"
+                if (own := own_computation(module)) is not None:
+                    return f"{type(module).__name__} of expert {expert} has a {own} of its own"
         return found
 
     def reset(self) -> None:
@@ -257,15 +255,24 @@ class Experts(nn.ModuleList, ABC):
     def keep(self, experts: Sequence[int]) -> None:
         """Drop all other experts, in place; those that stay are in the order given, in new memory."""
         kept = [self[expert] for expert in experts]
-        self._modules = {str(number): module for number, module in enumerate(kept)}
-        lie_together(kept)
+        self._modules.clear()
+        self._modules.update({str(number): module for number, module in enumerate(kept)})
+        self._kept.clear()
+        lie_together(kept, anew=True)
+
+    def __getitem__(self, index: Any) -> Any:
+        # Of a slice no layer is made: its memory would be laid out anew, and the experts be moved.
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         self._kept.clear()  # it would keep the old memory
+        innermost = any(p.dim() == 4 and not p.is_contiguous() for p in self.parameters())
         super()._apply(fn, recurse)
-        # .to(memory_format=torch.contiguous_format) takes filters whose output channels lie innermost for contiguous.
-        channels_last = torch.zeros(1, 2, 2, 2, device="cpu").contiguous(memory_format=torch.channels_last)
-        lie_together(list(self), contiguous=fn(channels_last).is_contiguous())
+        contiguous = False
+        if innermost:  # .to(memory_format=torch.contiguous_format) takes such filters for contiguous
+            channels_last = torch.zeros(1, 2, 2, 2, device="cpu").contiguous(memory_format=torch.channels_last)
+            contiguous = fn(channels_last).is_contiguous()
+        lie_together(list(self), contiguous)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -304,8 +311,10 @@ class ConvExperts(Experts):
         convs: list[Any] = [conv for (conv,) in members]
         geometry = geometry_of(convs)
         names = ("weight",) if convs[0].bias is None else ("weight", "bias")
+        if geometry is None:
+            return None
         stacks = [Stack.of([getattr(conv, name) for conv in convs]) for name in names]
-        return None if geometry is None else (geometry, stacks)
+        return (geometry, stacks) if all(stack.alike() for stack in stacks) else None
 
     def on_engine(
         self, content: tuple[Geometry, list[Stack]], x: Tensor, route: Route, weights: Tensor
@@ -314,7 +323,8 @@ class ConvExperts(Experts):
         if not engine_computes(x, (stack.tensors[0] for stack in stacks)):
             return None
         dtype = engine_dtype(x)
-        weight, *bias = stacked(stacks)
+        weight, *bias = stacked(stacks, stacks[:1])
+        x = guarded(x, stacks[:1])
         rows = expert_conv(dispatch(x.to(dtype), route), weight.to(dtype), route.offsets, *geometry)
         if bias:
             expert = expert_of_row(route.offsets, len(rows))

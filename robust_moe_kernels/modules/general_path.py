@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.experts import ExpertModule
-from robust_moe_kernels.modules.interception import tracing, transforming
+from robust_moe_kernels.modules.interception import is_batched, tracing, transforming
 from robust_moe_kernels.modules.route_options import RouteOptions
 from robust_moe_kernels.ops.gate import GATE, GateOutput, expect_finite
 from robust_moe_kernels.ops.routing import ROUTING
@@ -32,7 +32,8 @@ _INSIDE: ContextVar[bool] = ContextVar("general_path", default=False)
 
 @contextmanager
 def general_path() -> Iterator[None]:
-    """Inside, in this thread, every mixture layer takes the general path."""
+    """Inside, in this thread, every mixture layer takes the general path. A checkpointed function that enters this
+    enters it again when it is computed again; around it, set ``impl="reference"`` on the layers."""
     token = _INSIDE.set(True)
     try:
         yield
@@ -81,17 +82,21 @@ def _best_by_counting(key: Tensor, top_k: int) -> Tensor:
 
 def mix_plainly(experts: ExpertModule, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Samples [B, C, H, W] through the experts ``indices`` [B, n] of each, mixed with ``weights`` [B, n]."""
-    if x.shape[0] == 0:  # still has an output shape
-        return experts.one(0, x)
     if tracing() or (transforming() and not _training(experts)):
-        expect(not _training(experts), "layer", "eval mode where a forward is traced or mapped over", "training mode")
+        _expect_evaluation(experts)
         every = torch.stack([experts.one(expert, x) for expert in range(experts.num_experts)], 1)
         named = indices[:, :, None] == torch.arange(experts.num_experts, device=indices.device)
         return experts.blend(every, (named * weights[:, :, None]).sum(1))
+    if is_batched(indices) or is_batched(x):
+        _expect_evaluation(experts)
     module = ROUTING.module("reference")
     _, sample, inverse, offsets, _ = module.sort_by_expert(indices.reshape(-1), experts.num_experts, indices.shape[1])
     rows = experts.segments(x.index_select(0, sample), offsets.diff().tolist())
     return experts.blend(rows.index_select(0, inverse).unflatten(0, indices.shape), weights)
+
+
+def _expect_evaluation(experts: ExpertModule) -> None:
+    expect(not _training(experts), "layer", "eval mode where a forward is traced or mapped over", "training mode")
 
 
 def _training(experts: ExpertModule) -> bool:

@@ -51,8 +51,8 @@ class _Option(Generic[T]):
 class MoELayer(nn.Module):
     """F(x) = sum_i g_i(x) e_i(x) over the k experts the gate chooses for each sample (2509.05086 section 3).
 
-    Every sample's whole map goes to its experts. State dict: ``gate.*`` as the gate names it and ``experts.*``, the
-    replaced module's own names with a leading dimension E; nothing else.
+    Every sample's whole map goes to its experts. State dict: ``gate.*`` as the gate names it and
+    ``experts.{e}.*``, the replaced module's own names for each expert; nothing else.
 
     Whole networks are experts too: with a gate on the images and experts whose ``mix`` returns logits, the layer is the
     model.
@@ -66,7 +66,7 @@ class MoELayer(nn.Module):
 
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
-        experts: E stacked experts, or any :class:`~robust_moe_kernels.modules.experts.ExpertModule`.
+        experts: E experts, or any :class:`~robust_moe_kernels.modules.experts.ExpertModule`.
         top_k: k, 1 <= k <= E.
         renormalize: divide the k kept scores by their sum.
         straight_through: for k = 1, forward weight exactly 1 and the score's gradient.

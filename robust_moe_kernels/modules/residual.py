@@ -19,9 +19,10 @@ from robust_moe_kernels.modules.experts import (
     expect_plain_conv,
     geometry_of,
 )
+from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.modules.shared_launches import converted
-from robust_moe_kernels.modules.stacks import Stack, overwrite, stacked
+from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, stacked
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["ResidualExperts"]
@@ -37,14 +38,15 @@ class FoldedNorm(NamedTuple):
     shift: Tensor  # [E, O]
     numbers: list[Stack]  # weight, bias, running mean, running variance, and the number of batches
     versions: list[int]  # how often each expert's had been changed in place; a norm in training counts the last alone
+    eps: float
 
     @classmethod
     def of(cls, numbers: list[Stack], eps: float) -> Self:
         weight, bias, mean, variance, _ = (stack.whole() for stack in numbers)
-        return cls(*fold_norm(weight, bias, mean, variance, eps), numbers, _versions(numbers))
+        return cls(*fold_norm(weight, bias, mean, variance, eps), numbers, _versions(numbers), eps)
 
-    def is_of(self, numbers: list[Stack]) -> bool:
-        return _same(numbers, self.numbers) and _versions(numbers) == self.versions
+    def is_of(self, numbers: list[Stack], eps: float) -> bool:
+        return eps == self.eps and _same(numbers, self.numbers) and _versions(numbers) == self.versions
 
 
 class CastFilters(NamedTuple):
@@ -133,6 +135,8 @@ class ResidualExperts(Experts):
             kinds = [type(module) for module in before]
             if (type(conv), type(norm)) != (nn.Conv2d, ExpertBatchNorm2d) or any(kind not in _POOLS for kind in kinds):
                 return None
+            if any(len({_pooling(skip[i]) for skip in skips}) > 1 for i in range(len(before))):
+                return None
             if before:
                 pools = nn.Sequential(*before)
             layers.append([(skip[-2], skip[-1]) for skip in skips])
@@ -144,8 +148,10 @@ class ResidualExperts(Experts):
             return None
         if not all(map(_alike, norms)):
             return None
-        filters = [Stack.of([conv._parameters["weight"] for conv in layer]) for layer in convs]
+        filters = [Stack.of([conv.weight for conv in layer]) for layer in convs]
         numbers = [_numbers(layer) for layer in norms]
+        if not all(stack.alike() for stack in (*filters, *(stack for layer in numbers for stack in layer))):
+            return None
         trained = [*filters, *(stack for layer in numbers for stack in layer[:2])]
         return Stages(pools, geometries, norms, filters, numbers, trained)
 
@@ -159,13 +165,14 @@ class ResidualExperts(Experts):
         count = len(fixed)
         plan = Plan(tuple(fixed), count > self.depth)
         dtype = engine_dtype(x)
-        rows = x.to(dtype)
+        rows = guarded(x.to(dtype), content.filters)
         x_skip = None if type(content.pools) is nn.Identity else content.pools(rows)
-        stacks = stacked(content.trained)
+        watched = [*content.filters, *(numbers[0] for numbers in content.numbers)]  # what a gradient is computed from
+        stacks = stacked(content.trained, watched)
         filters = self._filters(content.filters, stacks[:count], dtype)
         tensors: list[Tensor | None] = []
         for i, (training, numbers) in enumerate(zip(modes, content.numbers, strict=True)):
-            tables = (None, None) if training else self._tables(i, numbers)
+            tables = (None, None) if training else self._tables(i, numbers, fixed[i].eps)
             moved = stacked(numbers[2:]) if tables[0] is None else [None] * 3
             tensors += [filters[i], *stacks[count + 2 * i : count + 2 * i + 2], *moved, *tables]
         weights = weights.to(torch.promote_types(dtype, torch.float32))  # a gate may compute in float64
@@ -199,7 +206,7 @@ class ResidualExperts(Experts):
             cast = self.folded.filters = CastFilters(converted(stacks, dtype), filters, _versions(filters))
         return cast.values
 
-    def _tables(self, i: int, numbers: list[Stack]) -> tuple[Tensor | None, Tensor | None]:
+    def _tables(self, i: int, numbers: list[Stack], eps: float) -> tuple[Tensor | None, Tensor | None]:
         """Layer i's folded norm, unless the norm was unfrozen since, or its numbers were replaced or changed. A
         compiled graph folds by itself: it could not tell."""
         if self.folded is None or torch.compiler.is_compiling():
@@ -207,7 +214,7 @@ class ResidualExperts(Experts):
         folded = self.folded[i]
         with torch._C.DisableTorchFunction():
             frozen = not any(stack.learns() for stack in numbers[:2])
-            return (folded.scale, folded.shift) if frozen and folded.is_of(numbers) else (None, None)
+            return (folded.scale, folded.shift) if frozen and folded.is_of(numbers, eps) else (None, None)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         self.folded = None  # of the numbers as they were
@@ -221,7 +228,8 @@ class ResidualExperts(Experts):
 def _alike(norms: list[nn.BatchNorm2d]) -> bool:
     """Whether the engine computes these norms, one of each expert, as one."""
     forms = {(norm.eps, norm.momentum) for norm in norms}
-    whole = all(norm.weight is not None and norm.running_mean is not None for norm in norms)
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    whole = all(norm.track_running_stats and all(getattr(norm, n) is not None for n in names) for norm in norms)
     return len(forms) == 1 and norms[0].momentum is not None and whole
 
 
@@ -231,8 +239,16 @@ def _numbers(norms: Sequence[nn.BatchNorm2d]) -> list[Stack]:
 
 
 def _same(stacks: list[Stack], others: list[Stack]) -> bool:
-    pairs = zip(stacks, others, strict=True)
-    return stacks is others or all(a is b for s, o in pairs for a, b in zip(s.tensors, o.tensors, strict=True))
+    """Whether they are of the same tensors in the same memory."""
+    return stacks is others or all(
+        all(a is b for a, b in zip(s.tensors, o.tensors, strict=True))
+        and (None if s.named is None else s.named.data_ptr()) == (None if o.named is None else o.named.data_ptr())
+        for s, o in zip(stacks, others, strict=True)
+    )
+
+
+def _pooling(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(getattr(module, name, None) for name in POOLING)
 
 
 def _versions(stacks: list[Stack]) -> list[int]:

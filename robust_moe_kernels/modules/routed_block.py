@@ -155,8 +155,10 @@ class _RoutedBlock(torch.autograd.Function):
         numbers = [
             kept for layer, parameters in zip(plan.layers, layers, strict=True) for kept in _kept(layer, parameters)
         ]
-        ctx.made = len(made)
-        ctx.save_for_backward(*maps, weights, order, sample, inverse, offsets, *zs, *tables, *filters, *made, *numbers)
+        # They may move before a backward, which does not read them.
+        if not torch.compiler.is_compiling():
+            ctx.numbers, ctx.versions = numbers, _versions(numbers)
+        ctx.save_for_backward(*maps, weights, order, sample, inverse, offsets, *zs, *tables, *filters, *made)
         statistics = [moved for norm in norms for moved in norm.moved]
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
@@ -174,6 +176,10 @@ def _kept(layer: Layer, parameters: tuple[Tensor | None, ...]) -> list[Tensor | 
     return [weight, bias, None if layer.training else mean, None if layer.training else variance, scale, shift]
 
 
+def _versions(tensors: list[Tensor | None]) -> list[int]:
+    return [-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 def _twice_differentiable(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient in plain PyTorch, for another derivative."""
     saved = ctx.saved_tensors
@@ -184,7 +190,12 @@ def _twice_differentiable(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
             ' asked for: use impl="reference" on the layer, or robust_moe_kernels.modules.general_path()'
         )
     count = len(ctx.plan.layers)
-    filters, numbers = saved[7 + 5 * count : 7 + 6 * count], saved[7 + 6 * count + ctx.made :]
+    filters, numbers = saved[7 + 5 * count : 7 + 6 * count], ctx.numbers
+    if _versions(numbers) != ctx.versions:
+        raise RuntimeError(
+            "a number of an expert's norm has been modified by an inplace operation since the forward whose gradient is"
+            " to be differentiated"
+        )
     layers = [(filters[i], *numbers[6 * i : 6 * i + 6]) for i in range(count)]
     inputs = [x, x_skip, weights, *(tensor for layer in layers for tensor in layer)]
     found = plain_gradients(partial(plain_block, ctx.plan, route), inputs, d_out)

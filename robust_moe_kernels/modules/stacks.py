@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Stack", "filters_memory", "lie_together", "overwrite", "stacked"]
+__all__ = ["Stack", "filters_memory", "guarded", "lie_together", "overwrite", "stacked"]
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not what tools put in their place, whose memory is theirs
 
@@ -26,12 +26,13 @@ def _tensors_by_name(modules: Iterable[nn.Module]) -> list[tuple[Tensor, ...]]:
 
 
 @torch.no_grad()
-def lie_together(modules: Sequence[nn.Module], contiguous: bool = False) -> None:
+def lie_together(modules: Sequence[nn.Module], contiguous: bool = False, anew: bool = False) -> None:
     """Give the modules' parameters and buffers memory one after the other, without changing a number.
 
     Filters that are contiguous stay so. If any are not, as ``model.to(memory_format=torch.channels_last)`` leaves them,
     the output channels of all come to lie innermost, the order in which the engine reads and writes filters;
-    ``contiguous``: they become contiguous.
+    ``contiguous``: they become contiguous. Tensors that processes share stay where they are. ``anew``: all are copied,
+    so that nothing keeps the memory that they had.
     """
     groups = _tensors_by_name(modules)
     filters = [tensor for group in groups for tensor in group if tensor.dim() == 4]
@@ -41,8 +42,10 @@ def lie_together(modules: Sequence[nn.Module], contiguous: bool = False) -> None
         forms = {(type(t) in _PLAIN, t.shape, t.dtype, t.device, t.layout, t.is_inference()) for t in group}
         if forms != {(True, first.shape, first.dtype, first.device, torch.strided, False)}:
             continue
+        if first.device.type == "cpu" and any(type(t) is not FakeTensor and t.is_shared() for t in group):
+            continue
         views = list(filters_memory(first, count, innermost and first.dim() == 4).unbind())
-        if first.stride() == views[0].stride() and _step(group) == first.numel():
+        if not anew and first.stride() == views[0].stride() and _step(group) == first.numel():
             continue
         for tensor, view in zip(group, views, strict=True):
             view.copy_(tensor)
@@ -99,6 +102,10 @@ class Stack(NamedTuple):
             size, stride = (len(tensors), *first.shape), (step, *first.stride())
             return cls(tuple(tensors), first.as_strided(size, stride, first.storage_offset()))
 
+    def alike(self) -> bool:
+        """Whether the tensors can be one."""
+        return len({(t.shape, t.dtype, t.device) for t in self.tensors}) == 1
+
     def learns(self) -> bool:
         """Whether a gradient of any of them will be asked for."""
         return any(tensor.requires_grad for tensor in self.tensors)
@@ -108,15 +115,19 @@ class Stack(NamedTuple):
         return torch.stack(self.tensors) if self.named is None else self.named.detach()
 
 
-def stacked(stacks: Sequence[Stack]) -> list[Tensor]:
-    """Each as one tensor [E, ...], differentiable any number of times."""
+def stacked(stacks: Sequence[Stack], watched: Sequence[Stack] = ()) -> list[Tensor]:
+    """Each as one tensor [E, ...], differentiable any number of times.
+
+    ``watched``: of these, a change in place before the backward is an error there, as it is for an ordinary layer's
+    weight; what else of them is saved for it counts the changes of the first expert alone.
+    """
     if torch.compiler.is_compiling():
         return [torch.stack(stack.tensors) for stack in stacks]
     with torch._C.DisableTorchFunction():
         trained = [torch.is_grad_enabled() and stack.learns() for stack in stacks]
         fixed = iter([stack.whole() for stack, learns in zip(stacks, trained, strict=True) if not learns])
     learning = [stack for stack, learns in zip(stacks, trained, strict=True) if learns]
-    flat = [tensor for stack in learning for tensor in stack.tensors]
+    flat = [tensor for stack in (*learning, *watched) for tensor in stack.tensors]
     found = iter(_Stacked.apply(learning, *flat) if learning else ())
     return [next(found if learns else fixed) for learns in trained]
 
@@ -126,7 +137,8 @@ class _Stacked(torch.autograd.Function):
     def forward(ctx: Any, stacks: list[Stack], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.count = len(stacks[0].tensors)
-        ctx.save_for_backward(*tensors)
+        ctx.watched = len(tensors) - ctx.count * len(stacks)
+        ctx.save_for_backward(*tensors[len(tensors) - ctx.watched :])
         return tuple(stack.whole() for stack in stacks)
 
     @staticmethod
@@ -135,7 +147,26 @@ class _Stacked(torch.autograd.Function):
         parts: list[Tensor | None] = []
         for gradient in gradients:
             parts += [None] * ctx.count if gradient is None else gradient.unbind(0)
-        return None, *parts
+        return None, *parts, *[None] * ctx.watched
+
+
+def guarded(x: Tensor, watched: Sequence[Stack]) -> Tensor:
+    """x itself, whose gradient is refused where one of ``watched`` was changed in place since; for frozen stacks, which
+    :func:`stacked` sees no backward of."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    return _Guarded.apply(x, *(tensor for stack in watched for tensor in stack.tensors))
+
+
+class _Guarded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * len(ctx.saved_tensors)
 
 
 @torch.no_grad()

@@ -81,6 +81,8 @@ class NetworkExperts(nn.Module):
     def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Images [R, C, H, W] sorted by network, ``counts[i]`` of them for network i, each through its own, as ``one``
         returns them."""
+        if rows.shape[0] == 0:
+            return self.one(0, rows)
         outputs = [self._run(i, segment) for i, segment in enumerate(rows.split(counts)) if len(segment)]
         self._expect_one_shape(outputs)
         return self._in_domain(torch.cat(outputs))

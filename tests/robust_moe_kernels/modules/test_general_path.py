@@ -195,6 +195,31 @@ def test_numbers_changed_between_forward_and_backward_are_noticed():
         out.backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["basic", "convolution"])
+@pytest.mark.parametrize("expert", [0, 2])
+def test_filters_changed_in_place_are_noticed_frozen_or_not(name: str, frozen: bool, expert: int):
+    moe = layer(name).float().eval().requires_grad_(not frozen)
+    x = images().float().requires_grad_()
+    out = moe(x).sum()
+    with torch.no_grad():
+        next(p for p in moe.experts[expert].parameters() if p.dim() == 4).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, x)
+
+
+@pytest.mark.parametrize("name", ["basic", "basic, stride 2"])
+def test_what_a_gradient_does_not_read_may_change_before_it(name: str):
+    """As of ordinary layers: running statistics by another forward, and biases."""
+    moe = layer(name).float().eval()
+    first = moe(images().float()).sum()
+    second = moe.train()(images().float()).sum()
+    with torch.no_grad():
+        moe.experts[1].bn2.bias.add_(1)
+    (first + second).backward()
+    assert moe.experts[1].conv1.weight.grad.isfinite().all()
+
+
 # --- checkpointing ------------------------------------------------------------------------------------------------
 
 
