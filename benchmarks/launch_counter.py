@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from robust_moe.attacks import losses
+from robust_moe_kernels import operands
 from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.modules import experts, folded_conv, gates, norm_folding, norm_learning
 from robust_moe_kernels.ops import OPS
@@ -164,6 +165,7 @@ class Launches:
     def __enter__(self) -> Launches:
         self._stack = ExitStack()
         self._stack.enter_context(_triton_everywhere(self.counted))
+        self._stack.enter_context(mock.patch.object(operands, "readable", lambda tensor: False))  # as on a GPU
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._stack.enter_context(_Operations(self.counted))
         return self

@@ -123,10 +123,15 @@ def expect_together(first: Tensor | None, argument: str, second: Tensor | None, 
     expect(ok, other, f"a tensor if and only if {argument} is one", "None" if second is None else "a tensor")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may read the tensor's numbers at no cost."""
+    return tensor.device.type == "cpu"
+
+
 def expect_offsets(offsets: Tensor, rows: int | None) -> Tensor:
     """Contiguous offsets [E+1]; on the CPU, refused unless they cut R = ``rows`` rows (``None``: some number of them)
     into one segment per expert."""
-    if offsets.device.type == "cpu":
+    if readable(offsets):
         ends = offsets.tolist()
         ok = ends[0] == 0 and rows in (ends[-1], None) and all(begin <= end for begin, end in pairwise(ends))
         expect(ok, "offsets", f"numbers that rise from 0 to R{'' if rows is None else f' = {rows}'}", ends)
@@ -135,7 +140,7 @@ def expect_offsets(offsets: Tensor, rows: int | None) -> Tensor:
 
 def expect_index(index: Tensor, argument: str, count: int) -> Tensor:
     """Contiguous indices; on the CPU, refused unless they lie in [0, count)."""
-    if index.device.type == "cpu" and index.numel():
+    if readable(index) and index.numel():
         least, most = (int(number) for number in index.aminmax())
         expect(least >= 0 and most < count, argument, f"numbers in [0, {count})", f"numbers from {least} to {most}")
     return index.contiguous()
@@ -144,7 +149,7 @@ def expect_index(index: Tensor, argument: str, count: int) -> Tensor:
 def expect_order(order: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """A route's order [R] and inverse [R], contiguous; on the CPU, refused unless each is the other's inverse."""
     order, inverse = expect_index(order, "order", order.shape[0]), inverse.contiguous()
-    if order.device.type == "cpu":
+    if readable(order):
         ok = torch.equal(inverse.index_select(0, order), torch.arange(order.shape[0], device=order.device))
         expect(ok, "inverse", "the inverse of order: inverse[order[r]] = r for every row r", "another permutation")
     return order, inverse

@@ -90,7 +90,8 @@ def number(low: float = -math.inf, high: float = math.inf, above: bool = False) 
     return check
 
 
-share = number(0, 1)
+share: Check = number(0, 1)
+"""A finite number in 0..1."""
 
 
 def one_of(*values: Any) -> Check:
@@ -154,13 +155,14 @@ def fields(known: Mapping[str, Check], required: bool = True) -> Check:
     return check
 
 
-def tensor(ndim: int | None = None, dtype: str = "", count: int | None = None) -> Check:
-    """A tensor whose numbers are there, in ordinary (strided, not quantised) layout; real ones.
+def tensor(ndim: int | None = None, dtype: str = "", count: int | None = None, real: bool = True) -> Check:
+    """A tensor whose numbers are there, in ordinary (strided, not quantised) layout.
 
     Args:
         ndim: its dimensions; None: any.
         dtype: without ``torch.``; empty: any.
         count: of its numbers; None: any.
+        real: refuse complex ones.
     """
     wanted = f"a dense{f' {dtype}' if dtype else ''} tensor"
     wanted += f" of {ndim} dimensions" if ndim is not None else ""
@@ -172,7 +174,7 @@ def tensor(ndim: int | None = None, dtype: str = "", count: int | None = None) -
         ok = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type != "meta"
         ok = (
             ok
-            and not (value.is_quantized or value.is_complex())
+            and not (value.is_quantized or (real and value.is_complex()))
             and ndim in (None, value.ndim)
             and count in (None, value.numel())
         )

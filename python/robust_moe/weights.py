@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["filters_and_matrices", "stacked_name", "unstacked"]
+__all__ = ["by_expert", "filters_and_matrices", "stacked_name"]
 
 
 def filters_and_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -16,19 +16,22 @@ def filters_and_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def stacked_name(name: str) -> tuple[str, int | None]:
-    """What a parameter was called in checkpoints before format 3, which had the experts of a layer in one tensor, and
-    which entry of its first dimension it was; None: it was a tensor of its own."""
+    """What a parameter was called in older checkpoints, which have the experts of a layer in one tensor, and which
+    entry of its first dimension it was; None: it was a tensor of its own."""
     found = re.fullmatch(r"((?:.*\.)?experts)\.(\d+)\.(.*)", name)
     return (name, None) if found is None else (f"{found[1]}.{found[3]}", int(found[2]))
 
 
-def unstacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state of before format 3 by the names of today: each expert's tensors on their own."""
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        stack = re.fullmatch(r"((?:.*\.)?experts)\.(?!networks\.|\d+\.)(.*)", name)
-        if stack is None or value.dim() == 0:
-            found[name] = value
-        else:
-            found |= {f"{stack[1]}.{expert}.{stack[2]}": one for expert, one in enumerate(value.unbind())}
-    return found
+def by_expert(state: Mapping[str, Tensor], names: Iterable[str]) -> Mapping[str, Tensor]:
+    """``state`` for a model with these names: where one of an expert is missing and the stacked one of an older
+    checkpoint is there, which the model has not, that expert's part of it."""
+    own = set(names)
+    found = dict(state)
+    taken = set()
+    for name in own - state.keys():
+        stack, expert = stacked_name(name)
+        whole = state.get(stack)
+        if expert is not None and whole is not None and stack not in own and whole.dim() > 0 and expert < len(whole):
+            found[name] = whole[expert]
+            taken.add(stack)
+    return {name: value for name, value in found.items() if name not in taken}

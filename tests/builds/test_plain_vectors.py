@@ -36,7 +36,7 @@ int main() {
   for (int i = 0; i < 16; ++i) lines[i] = i == 5 ? nullptr : a.data() + 37 * i;
   const float* rows[rmk::kTileRows];
   std::vector<float> c = numbers(4096), d = numbers(4096), e(4096), f(4096), g(4096), h = numbers(4096);
-  std::vector<float> i = numbers(4096), l(4096), m(4096);
+  std::vector<float> i = numbers(4096), l(4096), m(4096), trace(rmk::kMaxLanes);
   float* targets[rmk::kTileRows];
   float* pixels[4] = {i.data(), nullptr, i.data() + 64, i.data() + 128};
   for (int r = 0; r < rmk::kTileRows; ++r) rows[r] = a.data() + 29 * r, targets[r] = c.data() + 64 * r;
@@ -46,10 +46,10 @@ int main() {
   k.transpose(a.data(), 19, 13, 18, e.data(), 14);
   k.tile(lines, 18, 20, f.data(), 64);
   k.gradient_tile(lines + 2, 18, 20, g.data(), 64);
-  k.output(a.data(), 64, pixels, 18);
+  k.output(a.data(), 64, pixels, 18, trace.data());
   k.filter(a.data(), 200, 21, 5, 7, l.data(), 128);
   k.filter_back(a.data(), 200, 21, 7, 6, m.data(), 128);
-  k.filter_gradient(a.data(), 64, h.data(), 40, 18, true);
+  k.filter_gradient(a.data(), 64, h.data(), 40, 18, true, trace.data());
   for (const auto* values : {&c, &d, &e, &f, &g, &h, &i, &l, &m}) print(*values);
   std::printf("%s\\n", k.name);
 }

@@ -97,7 +97,9 @@ def decode_images(
             with image:
                 image.load()
         except Exception as error:  # Pillow's formats raise OSError, SyntaxError, ValueError, struct.error, ...
-            raise DataError(f"{where(i)}: expected an image that decodes, got: {error}") from error
+            unknown = isinstance(error, image_module.UnidentifiedImageError)  # its text has an address in memory
+            got = "no format that Pillow knows" if unknown else error
+            raise DataError(f"{where(i)}: expected an image that decodes, got: {got}") from error
         if image.mode not in GREY_MODES | COLOUR_MODES:
             raise DataError(f"{where(i)}: expected an image of 8 bits a channel, got mode {image.mode!r}")
         return image

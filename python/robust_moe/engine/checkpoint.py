@@ -15,7 +15,7 @@ from robust_moe.config.legacy import modernised
 from robust_moe.content import Check, ContentError, fields
 from robust_moe.engine.checkpoint_fields import DATA, DESCRIPTION
 from robust_moe.files import replacing
-from robust_moe.weights import unstacked
+from robust_moe.weights import by_expert
 
 __all__ = [
     "FORMAT",
@@ -28,9 +28,8 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 3  # of the dict; raised when a reader of the old one would misread the new one
-OLD = 1  # still read: the configuration has the settings of all components in one section, and STACKED
-STACKED = 2  # still read: the experts of a layer are one tensor
+FORMAT = 2  # of the dict; raised when a reader of the old one would misread the new one
+OLD = 1  # still read: the configuration has the settings of all components in one section
 KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
 
 
@@ -88,19 +87,15 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
-    if state.get("format") not in (OLD, STACKED, FORMAT):
+    if state.get("format") not in (OLD, FORMAT):
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
     refuse_foreign(state, path)
     _expect(DESCRIPTION, state, path)
     if state["format"] == OLD:
         try:
-            state |= {"format": STACKED, "config": modernised(state["config"])}
+            state |= {"format": FORMAT, "config": modernised(state["config"])}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the configuration of format {OLD}, got {error!r}") from error
-    if state["format"] == STACKED:
-        state |= {"format": FORMAT, "model": unstacked(state["model"])}
-        if state.get("ema") is not None:
-            state["ema"] = {**state["ema"], "model": unstacked(state["ema"]["model"])}
     return state
 
 
@@ -138,13 +133,14 @@ def measured_weights(state: Mapping[str, Any], averaged: bool = True) -> dict[st
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Load ``state`` into ``model``, which must have exactly those names and shapes.
+    """Load ``state`` into ``model``, which must have exactly those names and shapes, or those of an older version.
 
     Raises:
         CheckpointError: the checkpoint is of another architecture; the first few differences are shown. The model is
             not changed then.
     """
     own = model.state_dict()
+    state = by_expert(state, own)
     wrong = [f"{name}: expected in the checkpoint, got nothing" for name in own if name not in state]
     wrong += [f"{str(name)[:200]}: not in the model, got it in the checkpoint" for name in state if name not in own]
     wrong += [

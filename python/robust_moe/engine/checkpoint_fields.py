@@ -61,7 +61,7 @@ def _optimizer_state(value: Any, place: str) -> None:
         mapping(_value)(one, f"{place}.{key}")
 
 
-STATE_DICT: Check = mapping(tensor())
+STATE_DICT: Check = mapping(tensor(real=False))  # a model may have complex numbers of its own
 COUNT = whole()
 BYTES = tensor(1, "uint8")
 RNG = fields({"python": _python, "numpy": _numpy, "torch": BYTES, "cuda": items(BYTES)})

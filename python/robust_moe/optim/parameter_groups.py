@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay_on: str) -> list[dict[str, A
 def regrouped(state: dict[str, Any], model: nn.Module, before: str, now: str) -> dict[str, Any]:
     """The ``state_dict`` of an optimiser of ``model`` with the groups of ``weight_decay_on=before``, for one with those
     of ``now``: every parameter keeps its state. The options of the groups are those of the first group before. A state
-    of checkpoints before format 3, with the experts of a layer in one tensor, is taken apart."""
+    of older checkpoints, with the experts of a layer in one tensor, is taken apart."""
     state = _by_expert(state, model, before)
     if before == now:
         return state

@@ -10,7 +10,7 @@ from torch import Tensor
 from robust_moe_kernels.ops.routing.reference_impl import sort_by_expert
 
 __all__ = [
-    "KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "best_experts", "forward", "forward_sorted", "pool_linear",
+    "KEEP", "RENORMALIZE", "STRAIGHT_THROUGH", "backward", "forward", "forward_sorted", "pool_linear",
     "pool_linear_backward", "why_not",
 ]  # fmt: skip
 

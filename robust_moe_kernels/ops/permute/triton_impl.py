@@ -34,6 +34,7 @@ def _dispatch_kernel(
     out_ptr,  # [R, size]
     size,
     top_k,
+    count,  # pairs that the samples have
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -42,7 +43,7 @@ def _dispatch_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
     pair = tl.load(order_ptr + row)
-    there = (pair >= 0) & (pair < tl.num_programs(0))  # the host has not looked: what is not there is NaN
+    there = (pair >= 0) & (pair < count)  # the host has not looked: what is not there is NaN
     value = tl.load(samples_ptr + pair // top_k * size + column, mask=mask & there, other=float("nan"))
     if HAS_WEIGHTS:
         weight = tl.load(weights_ptr + pair, mask=there, other=0.0)
@@ -58,6 +59,7 @@ def _combine_kernel(
     out_ptr,  # [B, size]
     size,
     top_k,
+    count,  # rows
     HAS_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,7 +71,7 @@ def _combine_kernel(
     total = tl.zeros((BLOCK,), KIND)
     for j in range(top_k):
         row = tl.load(inverse_ptr + sample * top_k + j)
-        there = (row >= 0) & (row < tl.num_programs(0).to(tl.int64) * top_k)
+        there = (row >= 0) & (row < count)
         value = tl.load(rows_ptr + row * size + column, mask=mask & there, other=float("nan")).to(KIND)
         if HAS_WEIGHTS:
             value = tl.load(weights_ptr + sample * top_k + j) * value
@@ -85,12 +87,13 @@ def _row_dot_kernel(
     out_ptr,  # [B, k] float32 or float64
     size,
     top_k,
+    count,  # rows
     BLOCK: tl.constexpr,
 ):
     """One program: the inner product of one pair, summed in fp64."""
     pair = tl.program_id(0).to(tl.int64)
     row = tl.load(inverse_ptr + pair)
-    there = (row >= 0) & (row < tl.num_programs(0))
+    there = (row >= 0) & (row < count)
     row = tl.where(there, row, 0)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -113,7 +116,7 @@ def dispatch(samples: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | 
         size = out.shape[1:].numel()
         with on_device(out):
             _dispatch_kernel[_grid(out.shape[0], size)](
-                samples, order, order if weights is None else weights, out, size, top_k,
+                samples, order, order if weights is None else weights, out, size, top_k, len(samples) * top_k,
                 HAS_WEIGHTS=weights is not None, BLOCK=_BLOCK, **_OPTIONS,
             )  # fmt: skip
     return out
@@ -125,7 +128,7 @@ def combine(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None
         size = out.shape[1:].numel()
         with on_device(out):
             _combine_kernel[_grid(out.shape[0], size)](
-                rows, inverse, inverse if weights is None else weights, out, size, top_k,
+                rows, inverse, inverse if weights is None else weights, out, size, top_k, len(rows),
                 HAS_WEIGHTS=weights is not None, KIND=tl.float64 if rows.dtype == torch.float64 else tl.float32,
                 BLOCK=_BLOCK, **_COMBINE,
             )  # fmt: skip
@@ -138,7 +141,7 @@ def row_dot(samples: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, top_k
     if out.numel():
         with on_device(out):
             _row_dot_kernel[(out.numel(),)](
-                samples, rows, inverse, out, samples.shape[1:].numel(), top_k, BLOCK=_BLOCK, **_OPTIONS
+                samples, rows, inverse, out, samples.shape[1:].numel(), top_k, len(rows), BLOCK=_BLOCK, **_OPTIONS
             )
     return out
 
@@ -146,7 +149,7 @@ def row_dot(samples: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, top_k
 def builds() -> Iterator[Build]:
     """Every configuration that is launched, for the compile test."""
     for data, kind in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
-        sizes = {"size": "i32", "top_k": "i32"}
+        sizes = {"size": "i32", "top_k": "i32", "count": "i32"}
         for weighted in (False, True):
             weights = f"*{kind}" if weighted else "*i64"
             flags = {"HAS_WEIGHTS": weighted, "BLOCK": _BLOCK}

@@ -137,7 +137,7 @@ SAID = {
     "loop": r"again: expected a folder that can be read, got: a link to a folder that it is in, /.*/train/ant",
     "broken": r"broken\.png: expected an image that decodes, got: .*No such file",
     "pipe": r"pipe\.png: expected an image that decodes, got: no ordinary file",
-    "text": r"text\.png: expected an image that decodes, got: cannot identify image file",
+    "text": r"text\.png: expected an image that decodes, got: no format that Pillow knows",
 }
 
 

@@ -173,7 +173,7 @@ def test_an_evaluation_may_find_the_images_elsewhere(tmp_path: Path):
         load_experiment(tmp_path)
     _, _, again, _ = load_experiment(tmp_path, [f"data.root={tmp_path / 'there'}"])
     assert torch.equal(again.val.images, splits.val.images)
-    with pytest.raises(ConfigError, match=r"got data\.name=digits \(the checkpoint has image_folder\)$"):
+    with pytest.raises(ConfigError, match=r"got data\.name=digits \(the checkpoint has image_folder\)"):
         load_experiment(tmp_path, ["data.name=digits"])
 
 

@@ -230,7 +230,7 @@ def test_states_with_parts_of_another_kind_are_one_checkpoint_error(tiny, key, v
     with pytest.raises(CheckpointError, match=r"^last.pt: expected .* got "):
         trainer.state.load_state_dict({**state, key: value}, "last.pt", 0, device)
     save_checkpoint({**state, key: value}, result.folder / "last.pt")
-    with pytest.raises(CheckpointError, match=r"last.pt: expected .* got "):
+    with pytest.raises(CheckpointError, match=r"last.pt: .*expected .* got "):
         fit(tiny("run.epochs=1"))
 
 

@@ -503,7 +503,7 @@ def test_figures_show_what_was_measured(part):
 
 def test_a_figure_of_a_probe_says_of_how_many_images_it_is(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: titles.append(figure.get_suptitle()))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: titles.append(figure.get_suptitle()))
     of_probe = {"images": 1000, "attacks_images": 300}
     record = {"attack": {"eps": "4/255", "steps": 20}, "measures": run(**of_probe)}
     draw_part("masking", {name: {"0": record} for name in COVERAGE["masking"].runs}, tmp_path)

@@ -98,7 +98,8 @@ def test_nothing_is_folded_in_train_mode(folds):
 def test_a_norm_set_to_training_or_unfrozen_inside_is_as_never_folded():
     model = network()
     with attack_mode(model):
-        norm = model[4].experts[0].bn1
+        model(images())
+        norm = model[4].experts[int(model[4].routing.indices[0, 0])].bn1
         norm.weight.requires_grad_(True)
         out = model(images()).sum()
         (gradient,) = torch.autograd.grad(out, norm.weight)

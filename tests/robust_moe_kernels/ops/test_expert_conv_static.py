@@ -61,7 +61,7 @@ def test_instructions_of_the_filter_loop(compiled):
     """With divisions 419 and, gathering, 442; and two buffers of the four are gone there."""
     tile = FILTER["half"][1]
     for row in of(compiled, "carry", tile):
-        assert row["instructions"] <= 235, row
+        assert row["instructions"] <= 236, row  # 235 before indices out of range were kept from being read
         assert row["stack_bytes"] == 0, row
         assert row["shared_bytes"] == tile.shared(2), row
 

@@ -266,13 +266,28 @@ def test_renormalised_single_weight_has_no_gradient(target, generator):
     assert gradient.abs().max() <= 4 * torch.finfo(torch.float64).eps
 
 
-def test_second_derivative_is_refused(target):
-    """Differentiable once: asking twice raises instead of giving a wrong number."""
-    logits = torch.tensor([[0.5, -1.0, 2.0]], device=target.device, requires_grad=True)
-    entropy = top_k_gate(logits, 2, impl=target.impl).mean_entropy
-    (gradient,) = torch.autograd.grad(entropy, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(gradient.square().sum(), logits)
+@pytest.mark.parametrize("options", [(2, True, True), (2, False, True), (1, True, True), (1, False, False)], ids=str)
+def test_second_derivatives(target, options):
+    logits = torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.7, -0.3]], dtype=torch.float64, device=target.device)
+
+    def floats(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = top_k_gate(logits, *options, impl=target.impl)
+        # a straight-through weight is 1 whatever the logits: its gradient is the score's
+        weights = () if options[0] == 1 and options[2] else (out.weights,)
+        return out.scores, *weights, out.mean_scores, out.mean_entropy, out.mean_square_lse
+
+    assert torch.autograd.gradcheck(floats, logits.requires_grad_())
+    assert torch.autograd.gradgradcheck(floats, logits)
+
+
+def test_the_raw_gradient_has_no_derivative(target):
+    logits, scores, weights = (torch.rand(2, 3, device=target.device, requires_grad=True) for _ in range(3))
+    indices = torch.tensor([[0, 1, 2], [2, 1, 0]], device=target.device)
+    gradient = torch.ops.robust_moe_kernels.top_k_gate_backward(
+        logits, scores, indices, None, weights, None, None, None, 1, target.impl
+    )
+    with pytest.raises(RuntimeError, match="top_k_gate_backward has no derivative"):
+        gradient.sum().backward()
 
 
 def test_no_gradient_through_counts(target):
