@@ -90,8 +90,9 @@ def number(low: float = -math.inf, high: float = math.inf, above: bool = False) 
     return check
 
 
-share: Check = number(0, 1)
-"""A finite number in 0..1."""
+def share(value: Any, place: str) -> None:
+    """A finite number in 0..1."""
+    number(0, 1)(value, place)
 
 
 def one_of(*values: Any) -> Check:

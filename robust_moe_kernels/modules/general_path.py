@@ -64,7 +64,8 @@ def decide_plainly(logits: Tensor, options: RouteOptions) -> GateOutput:
     """What ``top_k_gate`` returns, from operations of PyTorch alone."""
     module = GATE.module("reference")
     best = _best_by_counting if tracing() else module.best_experts
-    found = GateOutput(*module.forward(logits, options.top_k, module.KEEP, best))
+    indices = best(module.ranking(logits), options.top_k)
+    found = GateOutput(*module.outputs_of(logits, indices, module.KEEP))
     if logits.device.type == "cpu" and not (transforming() or tracing()):
         expect_finite(found)
     return found._replace(weights=options.weigh(found.weights))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -31,17 +29,23 @@ def best_experts(key: Tensor, top_k: int) -> Tensor:
     return key.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
 
 
-def forward(
-    logits: Tensor, top_k: int, mode: int, best: Callable[[Tensor, int], Tensor] = best_experts
-) -> tuple[Tensor, ...]:
-    """``best``: another way to do what ``best_experts`` does."""
+def forward(logits: Tensor, top_k: int, mode: int) -> tuple[Tensor, ...]:
+    return outputs_of(logits, best_experts(ranking(logits), top_k), mode)
+
+
+def ranking(logits: Tensor) -> Tensor:
+    """What experts are chosen by [B, E]: the logits, as two of them may round to one score. A NaN ranks as minus
+    infinity, so that indices stay valid."""
+    values = logits.to(_accumulator(logits))
+    return torch.where(values.isnan(), -torch.inf, values)
+
+
+def outputs_of(logits: Tensor, indices: Tensor, mode: int) -> tuple[Tensor, ...]:
+    """The gate's outputs for the experts ``indices`` [B, k]."""
     experts = logits.shape[1]
     rows = max(logits.shape[0], 1)
     values = logits.to(_accumulator(logits))
     scores = values.softmax(-1)
-    # Ranked by logit, not by score: two logits may round to one score. A NaN ranks as minus infinity, so that indices
-    # stay valid.
-    indices = best(torch.where(values.isnan(), -torch.inf, values), top_k)
     kept = scores.gather(1, indices)
     if mode == KEEP:
         weights = kept

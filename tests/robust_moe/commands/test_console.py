@@ -263,7 +263,7 @@ def test_nothing_of_an_older_configuration_survives_fresh(tiny, tmp_path):
     (folder / "results-best-test-pgd-1.json").write_text("of eval, which has a name of its own")
     (folder / ".results.json.12.tmp").write_text("left by a kill")
     trainer = Trainer(tiny("run.epochs=1", "run.max_steps=1"), Reporter(enabled=False))
-    trainer.fit()
+    trainer.fit(resume=False)
     left = {path.name for path in folder.iterdir()}
     own = {"config.yaml", "last.pt", "best.pt", "metrics.jsonl", "tensorboard"}
     assert left - {"routing.png"} == own | {"ended.pt", "results-best-test-pgd-1.json"}
