@@ -145,8 +145,8 @@ def evaluate(
     if names and len(labels):
         largest = int(labels.max())
         expect(largest < len(names), "class_names", f"more than {largest}, the largest label", f"{len(names)} names")
-    numbers = None if results is None else expect_json_name("results", expect_named("results", results).expanduser())
-    page = None if report is None else expect_named("report", report).expanduser()
+    numbers = None if results is None else expect_json_name("results", results)
+    page = None if report is None else expect_named("report", report)
     expect(page is None or page != numbers, "report", "another file than results", str(report))
     expect_outputs("results", evaluation_outputs(numbers, None))
     expect_outputs("report", evaluation_outputs(numbers, page))

@@ -23,6 +23,7 @@ from robust_moe.settings.errors import ConfigError
 
 __all__ = [
     "CONFIG",
+    "EVENTS_SUFFIX",
     "Kind",
     "Output",
     "certificate_outputs",
@@ -34,6 +35,7 @@ __all__ = [
     "expect_outputs",
     "figure",
     "figure_marks",
+    "is_free",
     "json_with",
     "remove_folder",
     "robustbench_file",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 JSON_LIMIT = 2**28  # bytes: none of ours is larger
+EVENTS_SUFFIX = ".robust-moe"  # of the names of TensorBoard's files
 HEAD = 2**16  # bytes of a file that are looked at where its beginning tells what it is
 
 
@@ -54,10 +57,12 @@ class Kind:
         what: how messages call it, with its article.
         ours: whether a regular file that is there is one; its second argument says that another output of the same list
             is there and of its kind, for files whose content alone cannot tell.
+        owner: which other file a file that is there belongs to; None: none.
     """
 
     what: str
     ours: Callable[[Path, bool], bool]
+    owner: Callable[[Path], Path | None] = lambda _: None
 
 
 Output = tuple[Path, Kind]
@@ -67,10 +72,11 @@ Output = tuple[Path, Kind]
 
 
 def expect_named(argument: str, path: str | Path) -> Path:
-    """``path``; raises :class:`ConfigError` for an empty one, which would be the working directory."""
+    """``path`` with the home folder in place of ``~``; raises :class:`ConfigError` for an empty one, which would be the
+    working directory."""
     if os.fspath(path) == "":
         raise ConfigError(f"{argument}: expected a name, got ''")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def expect_json_name(argument: str, path: str | Path) -> Path:
@@ -122,8 +128,16 @@ def expect_outputs(
     there = [(path, kind) for path, kind in outputs if path.is_file()]
     known = any(kind.ours(path, False) for path, kind in there)
     for path, kind in there:
-        if path.stat().st_size and not kind.ours(path, known):  # an empty file holds nothing
+        if not is_free(path, kind, known):
             raise ConfigError(f"{argument}: expected a new name or {kind.what}, got another file at {path}")
+        if other := kind.owner(path):
+            raise ConfigError(f"{argument}: expected other names for {kind.what}, got {path}, which belongs to {other}")
+
+
+def is_free(path: Path, kind: Kind, known: bool = False) -> bool:
+    """Whether a file of ``kind`` may be written to ``path``: nothing is there, an empty file or one of the kind.
+    ``known``: as for :attr:`Kind.ours`."""
+    return not path.is_file() or not path.stat().st_size or kind.ours(path, known)
 
 
 def clear_outputs(outputs: Iterable[Output], *, anew: bool, keep: Kind | None = None) -> None:
@@ -220,16 +234,22 @@ def text(what: str, beginning: str) -> Kind:
     return Kind(what, lambda path, _: _head(path).startswith(beginning.encode()))
 
 
-def figure(command: str) -> Kind:
+def figure(command: str, lines: str | None = None) -> Kind:
     """A PNG figure of ``command``, as :func:`figure_marks` marks it. One of an earlier version has no mark: it is
-    Matplotlib's, and beside other files of the command."""
+    Matplotlib's, and beside other files of the command, metrics.jsonl with ``lines`` of that kind among them."""
 
     def ours(path: Path, known: bool) -> bool:
         head = _head(path)
         drawn = known and head.startswith(b"\x89PNG") and b"Matplotlib" in head
-        return drawn and (b"robust-moe " not in head or f"robust-moe {command}".encode() in head)
+        if b"robust-moe " in head:
+            return drawn and f"robust-moe {command}".encode() in head
+        return drawn and (lines is None or _has_lines(path.with_name("metrics.jsonl"), lines))
 
     return Kind(f"a figure of robust-moe {command}", ours)
+
+
+def _has_lines(metrics: Path, kind: str) -> bool:
+    return metrics.is_file() and f'{{"kind": "{kind}"'.encode() in _head(metrics, JSON_LIMIT)
 
 
 def figure_marks(command: str) -> dict[str, str]:
@@ -292,28 +312,54 @@ def _metrics(path: Path, known: bool) -> bool:
     return known or not lines or any(line.startswith(b'{"kind": ') and b'"step": ' in line for line in lines)
 
 
-def _config(path: Path, _: bool) -> bool:
-    """Every section is there, and no comment: a configuration that was written by hand is not to be lost."""
-    lines = _head(path).decode("utf-8", "replace").splitlines()
-    sections = {line.partition(":")[0] for line in lines if ":" in line}
-    return {"data", "model", "method", "optim", "eval", "run"} <= sections and not any("#" in line for line in lines)
+def _config(path: Path, known: bool) -> bool:
+    """Every section is there, and no comment: a configuration that was written by hand is not to be lost. With a
+    checkpoint beside it the run goes on, and a file with comments stays as it is."""
+    if known and any(path.with_name(name).is_file() for name in ("last.pt", "best.pt")):
+        return True
+    content = _head(path, JSON_LIMIT).decode("utf-8", "replace")
+    sections = {line.partition(":")[0] for line in content.splitlines() if ":" in line}
+    return {"data", "model", "method", "optim", "eval", "run"} <= sections and not _has_comment(content)
 
 
-CONFIG = Kind("the configuration of an earlier run", _config)
+def _has_comment(content: str) -> bool:
+    """Whether YAML has a comment, or cannot be read: a # that is part of no token."""
+    if "#" not in content:
+        return False
+    import yaml
+
+    end = 0
+    try:
+        for token in yaml.scan(content, Loader=yaml.SafeLoader):
+            if "#" in content[end : token.start_mark.index]:
+                return True
+            end = max(end, token.end_mark.index)
+    except yaml.YAMLError:
+        return True
+    return "#" in content[end:]
+
+
+def _events(path: Path) -> bool:
+    """A file of events whose name has a run's suffix; or an earlier version's: without a suffix, and with the epoch of
+    training that every run logs. Other programs may write to the same folder."""
+    name = path.name.removesuffix(EVENTS_SUFFIX)
+    if not path.is_file() or not re.fullmatch(r"events\.out\.tfevents\.\d{10,}\..+\.\d+\.\d+", name):
+        return False
+    return name != path.name or b"train/epoch" in _head(path)
+
+
+CONFIG = Kind("the configuration of an earlier run, which has no comments", _config)
 CHECKPOINT = Kind("a checkpoint of an earlier run", _checkpoint)
 METRICS = Kind("the metrics of an earlier run", _metrics)
 EVENTS = Kind("TensorBoard's events of an earlier run", lambda path, known: known)
 RESULTS = json_with("a result file of robust-moe eval", "format", "attacks", "clean")
-SAMPLES = Kind(
-    "the arrays of robust-moe eval", lambda path, _: {"index.npy", "label.npy", "clean.npy"} <= {*_members(path)}
-)
 REPORT = Kind("a report of robust-moe eval", lambda path, _: b"robustness report</title>" in _head(path))
 JOURNAL = journal("the journal of an evaluation", foreign="by")
 ROBUSTBENCH = json_with("an entry of RobustBench", "autoattack_acc", "clean_acc")
 CERTIFIED = json_with("a result file of robust-moe certify", "format", "by", "guarantee")
 CERTIFIED_JOURNAL = journal("the journal of robust-moe certify", foreign="preset")
 CERTIFIED_FIGURE = figure("certify")
-RUN_FIGURE = figure("train")
+RUN_FIGURES = {"training.png": figure("train", "epoch"), "routing.png": figure("train", "routing")}
 
 
 # --- what commands write ----------------------------------------------------------------------------------------------
@@ -323,6 +369,20 @@ def samples_file(path: Path) -> Path:
     """The arrays beside the result file ``path``: ``samples.npz`` beside ``results.json``."""
     stem = path.stem.replace("results", "samples", 1) if "results" in path.stem else f"{path.stem}-samples"
     return path.with_name(f"{stem}.npz")
+
+
+def samples_of(results: Path) -> Kind:
+    """The arrays of ``results``; those of another result file that gives them the same name belong to that one."""
+
+    def owner(path: Path) -> Path | None:
+        claims = json_with("", "format", "attacks", "clean", samples=path.name).ours
+        others = (each for each in path.parent.glob("*.json") if samples_file(each).name == path.name)
+        return next((each for each in sorted(others) if _place(each) != _place(results) and claims(each, False)), None)
+
+    def ours(path: Path, _: bool) -> bool:
+        return {"index.npy", "label.npy", "clean.npy"} <= {*_members(path)}
+
+    return Kind("the arrays of robust-moe eval", ours, owner)
 
 
 def robustbench_file(path: Path) -> Path:
@@ -336,7 +396,7 @@ def evaluation_outputs(results: Path | None, report: Path | None, entry: bool = 
     first = results or report
     outputs = [] if first is None else [(first.with_suffix(".journal"), JOURNAL)]
     if results is not None:
-        outputs += [(results, RESULTS), (samples_file(results), SAMPLES)]
+        outputs += [(results, RESULTS), (samples_file(results), samples_of(results))]
         outputs += [(robustbench_file(results), ROBUSTBENCH)] if entry else []
     return outputs if report is None else [*outputs, (report, REPORT)]
 
@@ -353,7 +413,7 @@ def run_outputs(folder: Path) -> list[Output]:
         (folder / "config.yaml", CONFIG),
         (folder / "metrics.jsonl", METRICS),
         *((folder / name, CHECKPOINT) for name in ("last.pt", "best.pt", "crash.pt")),
-        *((path, EVENTS) for path in sorted(folder.glob("tensorboard/events.out.tfevents.*"))),
-        *((folder / name, RUN_FIGURE) for name in ("training.png", "routing.png")),
+        *((path, EVENTS) for path in sorted(folder.glob("tensorboard/events.out.tfevents.*")) if _events(path)),
+        *((folder / name, kind) for name, kind in RUN_FIGURES.items()),
         *evaluation_outputs(folder / "results.json", folder / "results.html"),
     ]

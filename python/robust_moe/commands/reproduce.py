@@ -18,6 +18,7 @@ from robust_moe.commands.shared import (
 )
 from robust_moe.console import make_console
 from robust_moe.engine import Reporter
+from robust_moe.outputs import expect_folder
 from robust_moe.reproduce import SCALES, STUDIES, StudyResult, claim_line, judge_again, reproduce
 
 __all__ = ["app"]
@@ -72,7 +73,7 @@ def run_study(
     settings = import_modules(imports, overrides)
     reporter = Reporter(console=make_console())
     if judge is not None:
-        folder = Path(judge).parent if out is None else Path(out)
+        folder = Path(judge).parent if out is None else expect_folder("out", out)
         _show(judge_again(judge, study, out), folder / "summary.md", reporter)
         return
     done = reproduce(

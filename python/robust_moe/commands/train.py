@@ -21,6 +21,7 @@ from robust_moe.config import load_config, preset_names
 from robust_moe.console import make_console
 from robust_moe.dry_run import training_facts
 from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine.run_folder import expect_other_folder
 from robust_moe.report import assess, draw
 
 __all__ = ["app"]
@@ -50,6 +51,7 @@ def train(
         for what, value in training_facts(settings):
             make_console().print(f"{what}: {value}", soft_wrap=True)
         return
+    expect_other_folder(config, settings.run.out)
     reporter = Reporter(console=make_console())
     trainer = Trainer(settings, reporter)
     outcome = trainer.fit(resume=resume, override=override)

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from robust_moe.files import append_line, naming, replace_file
+from robust_moe.outputs import EVENTS_SUFFIX
 
 __all__ = ["MetricLog", "read_metrics"]
 
@@ -74,7 +75,8 @@ class MetricLog:
         replace_file(folder / FILE, b"".join(text + b"\n" for text in kept))
         self._path, self._events_folder = folder / FILE, folder / "tensorboard"
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
-        self._events = SummaryWriter(str(self._events_folder), purge_step=step + 1 if step else None)
+        purge = step + 1 if step else None
+        self._events = SummaryWriter(str(self._events_folder), purge_step=purge, filename_suffix=EVENTS_SUFFIX)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line ``{"kind", "step", **values}``; numbers also go to TensorBoard as ``kind/name``.

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from robust_moe.config import ConfigError
+from robust_moe.config import ConfigError, load_config, yaml_text
 from robust_moe.files import lock
 
-__all__ = ["LOCK", "alone_in"]
+__all__ = ["LOCK", "alone_in", "expect_other_folder"]
 
+TRAINED = ("last.pt", "best.pt", "metrics.jsonl")  # by which a run is known
 LOCK = ".train.lock"  # not .lock, by which a study holds the folder around the training
 
 
@@ -41,3 +42,32 @@ def alone_in(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
                 for path in made:
                     path.rmdir()
+
+
+def expect_other_folder(source: str | Path, folder: str | Path) -> None:
+    """Refuse the folder of the configuration ``source`` for a new run, which writes a config.yaml of its own there.
+
+    Args:
+        source: that the settings were read from, as for :func:`~robust_moe.config.load_config`.
+        folder: ``run.out``.
+
+    Raises:
+        ConfigError: the run would take the place of ``source``, and ``source`` is not what a run wrote: no run was
+            trained there, and its text is not what :func:`~robust_moe.config.yaml_text` makes of it.
+    """
+    written, folder = Path(source).expanduser(), Path(folder)
+    if not written.is_file() or not _same(written, folder / "config.yaml"):
+        return
+    if any(path.is_file() and path.stat().st_size for path in map(folder.joinpath, TRAINED)):
+        return  # a run is gone on with
+    with suppress(ConfigError):  # it may need settings beside it
+        if written.read_text(encoding="utf-8") == yaml_text(load_config(written)):
+            return
+    raise ConfigError(
+        "run.out: expected another folder than that of the configuration that is read, as a run writes its own "
+        f"config.yaml, got {folder}"
+    )
+
+
+def _same(first: Path, second: Path) -> bool:
+    return second.is_file() and os.path.samefile(first, second)

@@ -27,7 +27,7 @@ from robust_moe.engine.state import RunState, clear_run, find_checkpoint
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.optim import expect_warmup_within, learning_rate
-from robust_moe.outputs import expect_folder, expect_outputs, run_outputs
+from robust_moe.outputs import CONFIG, expect_folder, expect_outputs, is_free, run_outputs
 from robust_moe.seeding import derive_seed
 from robust_moe_kernels.modules import check_finite
 
@@ -87,14 +87,16 @@ class Trainer:
         Raises:
             CheckpointError: ``last.pt`` is damaged, of another configuration or other data, or with ``override``
                 already at the new configuration's end; or a checkpoint cannot be written.
-            ConfigError: the run folder cannot be written, or another training works in it, or the warm-up is longer
-                than the run.
+            ConfigError: the run folder cannot be written, or another training works in it, or its config.yaml would be
+                written over and has comments, or the warm-up is longer than the run.
             DataError: the data cannot be read.
             FloatingPointError: a loss, gradient or gate became NaN or infinite.
             LostProcessError: of ``run.devices`` processes another has ended or stands still
                 (:class:`~robust_moe.engine.processes.Processes`, which also says when the process ends instead).
         """
         began = time.perf_counter()
+        if not resume or override:  # config.yaml is written over
+            expect_outputs("run.out", [(self.folder / "config.yaml", CONFIG)])
         with cpu_threads(self.config.run.threads), ExitStack() as held:
             self.fabric = make_fabric(self.config)
             if self.fabric.local_rank == 0:
@@ -326,5 +328,6 @@ class Trainer:
         content = self.state.state_dict(self.log.lines)  # gathers random states: on every process
         if self.fabric.is_global_zero:
             save_checkpoint(content, self.folder / name)
-            save_config(self.config, self.folder / "config.yaml")  # an override's settings, from here on
+            if is_free(self.folder / "config.yaml", CONFIG):  # not a file that a user has put comments in
+                save_config(self.config, self.folder / "config.yaml")  # an override's settings, from here on
         self.fabric.barrier()

@@ -19,7 +19,7 @@ from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import describe_data, make_model, resolve_device
 from robust_moe.evaluation.stages import digest
 from robust_moe.files import lock
-from robust_moe.outputs import expect_outputs, remove_folder
+from robust_moe.outputs import CONFIG, expect_outputs, remove_folder
 from robust_moe.reproduce.jobs import LOCK, Job, job_outputs
 from robust_moe.reproduce.runs import RUNS
 
@@ -114,6 +114,7 @@ def remove(jobs: Sequence[Job], folder: Path) -> None:
     there = sorted(path for path in paths if path.exists())
     for path in there:
         expect_outputs("runs", job_outputs(path))
+        expect_outputs("runs", [(path / "config.yaml", CONFIG)])  # it is removed, with a user's comments
     with ExitStack() as held:
         for path in there:
             held.enter_context(alone_in(path))

@@ -187,6 +187,8 @@ def finish(field: dataclasses.Field[Any], value: Any) -> Any:
     """``value`` with its home folder written out, where the field is a path. Raises :class:`ConfigError` for what no
     file system can have."""
     if field.metadata.get("path") and isinstance(value, str):
+        if not value:
+            raise _refuse(field.name, "a name", value)
         try:
             name = os.fsencode(value)
         except UnicodeEncodeError:

@@ -20,7 +20,8 @@ from robust_moe import certify as certifying
 from robust_moe import demo, report
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, load_config, save_config
-from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine import Reporter, Trainer, trainer
+from robust_moe.engine.log import MetricLog
 from robust_moe.evaluation import Journal
 from robust_moe.evaluation.plots import new_figure, save_figure
 from robust_moe.outputs import (
@@ -34,6 +35,7 @@ from robust_moe.outputs import (
 from robust_moe.reproduce import study as studying
 from robust_moe.reproduce.preparation import remove
 
+FIT = Trainer.fit
 OLD_RUN = Path(__file__).parents[1] / "config" / "old_run"  # files of a real run
 CERTIFIED = {"format": 1, "by": "ibp", "guarantee": "holds"}
 EVALUATED = {"format": 3, "attacks": [], "clean": 0.5}
@@ -54,6 +56,8 @@ def idle(monkeypatch):
     for module, name in ((report, "load_experiment"), (certifying, "load_experiment"), (studying, "run_jobs")):
         monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(Trainer, "fit", work)
+    monkeypatch.setattr(trainer, "load_checkpoint", work)
+    monkeypatch.setattr(trainer, "load_splits", work)
 
 
 def everything(folder: Path) -> dict[str, object]:
@@ -167,6 +171,24 @@ def test_nor_do_the_files_beside_it(tmp_path, command, name, what):
     assert said.startswith("out: expected ") and str(tmp_path / name) in said
 
 
+@pytest.mark.parametrize(("first", "second"), [("foo", "foo-results"), ("foo-results", "foo")])
+def test_another_results_arrays_are_kept(tmp_path, first, second):
+    arrays = tmp_path / "foo-samples.npz"
+    path = tmp_path / f"{first}.json"
+    path.write_text(json.dumps({**EVALUATED, "samples": arrays.name}))
+    np.savez(arrays, index=1, label=2, clean=3)
+    for fresh in ("--resume", "--fresh"):
+        said = refused(tmp_path, "eval", "nothing.pt", "--out", tmp_path / f"{second}.json", fresh)
+        assert (
+            said
+            == f"out: expected other names for the arrays of robust-moe eval, got {arrays}, which belongs to {path}\n"
+        )
+    for name in (f"{first}.json", "other.json"):
+        expect_outputs("out", evaluation_outputs(tmp_path / name, None))
+    path.write_text(json.dumps({**EVALUATED, "samples": "other.npz"}))  # it has others
+    expect_outputs("out", evaluation_outputs(tmp_path / f"{second}.json", None))
+
+
 @pytest.mark.parametrize(
     ("command", "content"),
     [("eval", CERTIFIED), ("eval", STUDY), ("certify", EVALUATED), ("certify", STUDY)],
@@ -254,11 +276,138 @@ def test_a_run_writes_no_device_or_folder(tmp_path, name, what):
     assert said.startswith("run.out: expected a file to write, got ")
 
 
-def test_a_configuration_with_comments_is_kept(tmp_path):
-    path = tmp_path / "config.yaml"
-    save_config(load_config("digits-dense", [f"run.out={tmp_path}"]), path)
-    path.write_text(f"# why: the warm-up matters\n{path.read_text()}")
-    assert "run.out: expected a new name or the configuration of" in refused(tmp_path, "train", path)
+def write_run(folder: Path, *overrides: str) -> Path:
+    """The files of a real run, and a configuration as runs write it; returns the latter."""
+    shutil.copytree(OLD_RUN, folder)
+    shutil.copy(folder / "best.pt", folder / "last.pt")
+    save_config(load_config("digits-dense", [f"run.out={folder}", *overrides]), folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+def begins(*arguments) -> None:
+    """The command is not refused: its work begins."""
+    done = run(*arguments)
+    assert isinstance(done.exception, AssertionError) and str(done.exception) == "work began", done.output
+
+
+@pytest.mark.parametrize("fresh", ["--resume", "--fresh"])
+@pytest.mark.parametrize("override", ["data.root=/data #1/x#2", "model.init_from=a#b.pt", "run.out=exp#1"])
+def test_a_setting_with_a_number_sign_is_no_comment(tmp_path, monkeypatch, override, fresh):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", FIT)
+    (tmp_path / "a#b.pt").write_bytes(b"weights")
+    path = write_run(tmp_path / "exp#1", override)
+    assert "#" in path.read_text().replace(str(tmp_path), "")
+    begins("train", "digits-dense", f"run.out={path.parent}", override, fresh)
+    begins("train", path, fresh)
+
+
+COMMENTS = ("# why\n{}", "{}# my note\n", "{}# my note", "{}\n  # my note\n")
+
+
+@pytest.mark.parametrize("form", COMMENTS)
+def test_a_run_with_a_note_in_its_configuration_is_resumed_but_not_started_anew(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(Trainer, "fit", FIT)
+    path = write_run(tmp_path / "exp#1")
+    path.write_text(form.format(path.read_text()))
+    for source in ("digits-dense", path):
+        begins("train", source, f"run.out={path.parent}")
+        for option in ("--fresh", "--override"):
+            said = refused(tmp_path, "train", source, f"run.out={path.parent}", option)
+            assert said == (
+                "run.out: expected a new name or the configuration of an earlier run, which has no comments, "
+                f"got another file at {path}\n"
+            )
+    for name in ("last.pt", "best.pt"):  # with nothing to go on from it would be written over
+        (path.parent / name).unlink()
+    assert "which has no comments" in refused(tmp_path, "train", "digits-dense", f"run.out={path.parent}")
+
+
+def test_a_comment_behind_a_setting_is_one(tmp_path):
+    path = write_run(tmp_path / "run")
+    for line in ("  seed: 0", "run:"):
+        assert path.read_text().count(f"{line}\n") == 1
+        commented = path.read_text().replace(f"{line}\n", f"{line} # the third\n")
+        (tmp_path / "config.yaml").write_text(commented)
+        with pytest.raises(ConfigError, match="which has no comments, got another file"):
+            expect_outputs("run.out", run_outputs(tmp_path))
+
+
+@pytest.mark.parametrize("fresh", ["--resume", "--fresh"])
+@pytest.mark.parametrize("form", ["run: {{out: {}}}\n", "# why: the warm-up matters\nrun:\n  out: {}\n", "all"])
+def test_a_run_does_not_write_over_the_configuration_that_it_reads(tmp_path, form, fresh):
+    path = tmp_path / "h2" / "config.yaml"
+    path.parent.mkdir()
+    if form == "all":
+        save_config(load_config("digits-dense", [f"run.out={path.parent}"]), path)
+        form = path.read_text().replace("epochs: ", "epochs:   ")
+    path.write_text(form.replace("{}", str(path.parent)).replace("{{", "{").replace("}}", "}"))
+    assert refused(tmp_path, "train", path, fresh) == (
+        "run.out: expected another folder than that of the configuration that is read, as a run writes its own "
+        f"config.yaml, got {path.parent}\n"
+    )
+    begins("train", path, f"run.out={tmp_path / 'other'}", fresh)
+
+
+@pytest.mark.parametrize("fresh", ["--resume", "--fresh"])
+def test_a_run_goes_on_by_its_own_configuration(tmp_path, fresh):
+    path = write_run(tmp_path / "run")
+    begins("train", path, fresh)
+    path.write_text(path.read_text().replace("  seed: 0\n", "", 1))  # of an earlier version
+    begins("train", path, fresh)
+    save_config(load_config("digits-dense", [f"run.out={path.parent}"]), path)
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):  # killed before its first step
+        (path.parent / name).unlink()
+    begins("train", path, fresh)
+
+
+def test_a_run_started_anew_keeps_other_programs_events_and_figures(tmp_path):
+    folder = write_run(tmp_path / "run").parent
+    events = folder / "tensorboard"
+    events.mkdir()
+    kept = {
+        "events.out.tfevents.1700000000.host.12.0": b"train/loss",  # of another SummaryWriter
+        "events.out.tfevents.1700000000.host.12.0.mine": b"train/epoch",
+        "events.out.tfevents.note": b"train/epoch",
+        "events.out.tfevents.note.robust-moe": b"train/epoch",
+    }
+    ours = {
+        "events.out.tfevents.1700000000.host.a.12.0.robust-moe": b"",
+        "events.out.tfevents.1700000000.host.a.12.0": b"..train/epoch..",  # of an earlier version
+    }
+    for name, content in (kept | ours).items():
+        (events / name).write_bytes(content)
+    clear_outputs(run_outputs(folder), anew=True)
+    assert {path.name: path.read_bytes() for path in events.iterdir()} == kept
+
+
+def test_a_runs_events_are_known_by_their_names(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write("train", 1, {"epoch": 1})
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert path in dict(run_outputs(tmp_path))
+    path = path.rename(path.with_suffix(""))  # as earlier versions named it
+    assert path in dict(run_outputs(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("training.png", "epoch"), ("routing.png", "routing")])
+def test_a_figure_without_a_mark_is_a_runs_only_if_its_metrics_are(tmp_path, name, kind):
+    folder = write_run(tmp_path / "run").parent
+    others = [
+        line for line in (OLD_RUN / "metrics.jsonl").read_text().splitlines(True) if f'"kind": "{kind}"' not in line
+    ]
+    new_figure(1, 1).savefig(folder / name)
+    line = json.dumps({"kind": kind, "step": 1})
+    (folder / "metrics.jsonl").write_text("".join(others) + f"{line}\n")
+    expect_outputs("run.out", run_outputs(folder))
+    (folder / "metrics.jsonl").write_text("".join(others))
+    said = refused(tmp_path, "train", "digits-dense", f"run.out={folder}", "--fresh")
+    assert (
+        said == f"run.out: expected a new name or a figure of robust-moe train, got another file at {folder / name}\n"
+    )
+    draw(folder / name, "train")
+    expect_outputs("run.out", run_outputs(folder))
 
 
 def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(tmp_path):
@@ -294,6 +443,27 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, argum
     monkeypatch.chdir(tmp_path)
     said = refused(tmp_path, *(part.replace("PATH", "") for part in COMMANDS_WITH_FOLDERS[argument]))
     assert said == f"{argument.strip()}: expected a name, got ''\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "command"),
+    [
+        *COMMANDS_WITH_FOLDERS.items(),
+        ("out", ("eval", "nothing.pt", "--out", "PATH.json")),
+        ("out", ("certify", "nothing.pt", "--out", "PATH.json")),
+        ("out", ("reproduce", "rt-er", "--out", "PATH", "--judge", "study.json")),
+    ],
+)
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, argument, command):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(__file__).parents[3] / "benchmarks" / "results" / "study-cpu" / "study.json", tmp_path)
+    (home / "a").write_text("a file")
+    (home / "a.json").mkdir()
+    said = refused(tmp_path, *(part.replace("PATH", "~/a") for part in command))
+    assert said.startswith(f"{argument.strip()}: expected a f") and str(home / "a") in said
 
 
 def test_the_demo_keeps_a_strangers_figure(tmp_path):
@@ -332,6 +502,14 @@ def test_a_study_started_anew_removes_its_own_files_alone(tmp_path):
     with pytest.raises(ConfigError, match="runs: expected a new name or a checkpoint of an earlier run"):
         remove([job], tmp_path)
     assert everything(tmp_path) == before
+    for path in folder.iterdir():
+        path.unlink()
+    noted = write_run(tmp_path / "run")
+    noted.write_text(f"{noted.read_text()}# my note\n")
+    before = everything(noted.parent)
+    with pytest.raises(ConfigError, match=r"runs: expected a new name or .* which has no comments, got another file"):
+        remove([SimpleNamespace(run="dense-at", folder=noted.parent)], tmp_path)
+    assert everything(noted.parent) == before
 
 
 def test_judging_again_keeps_what_is_not_a_summary(tmp_path):

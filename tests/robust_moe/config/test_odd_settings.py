@@ -113,7 +113,7 @@ def test_a_text_arrives_as_it_was_typed(text: str):
         ("eval.attack.eot_iter=1000000000", r"^eval\.attack\.eot_iter: expected .* in \[1, 1000000\], got 1000000000"),
         ("run.epochs=???", r"^run\.epochs: expected a whole number, got '\?\?\?'"),
         ("run.epochs=${oc.env:HOME}", r"^run\.epochs: expected a whole number, got '\$\{oc\.env:HOME\}'"),
-        ("run.out=", r"^run\.out: expected a path, .* got ''"),
+        ("run.out=", r"^run\.out: expected a name, got ''$"),
         ("run.out=a\0b", r"^run\.out: expected a path, .* got 'a\\x00b'"),
         ("run.out=" + "a" * 256, r"^run\.out: expected a path, its names of at most 255 bytes, got 'aaa"),
         ("run.imports=[os, !!python/name:os.system '']", r"run\.imports: .*not readable YAML: could not determine"),

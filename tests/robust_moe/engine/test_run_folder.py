@@ -93,3 +93,30 @@ def test_a_refused_run_leaves_no_folder(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"layr2"):
         trainer(tiny("model.moe.layers=[layr2.1]", out="mine")).fit()
     assert (tmp_path / "mine").exists()
+
+
+def test_a_note_in_the_configuration_stays_while_the_run_goes_on(tiny):
+    config = tiny("run.checkpoint_steps=2", out="run#1")
+    first = trainer(config)
+    step, path = first._step, first.folder / "config.yaml"
+
+    def killed(batch):
+        step(batch)
+        if first.state.step == 5:
+            raise KeyboardInterrupt
+
+    first._step = killed
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    noted = f"{path.read_text()}# my note\n"
+    path.write_text(noted)
+    before = files(first.folder)
+    for options in ({"resume": False}, {"override": True}):
+        with pytest.raises(
+            ConfigError, match="the configuration of an earlier run, which has no comments, got another"
+        ):
+            trainer(config).fit(**options)
+    assert files(first.folder) == before
+    assert trainer(config).fit().steps == 8
+    assert path.read_text() == noted
+    assert files(first.folder)["last.pt"] != before["last.pt"]
