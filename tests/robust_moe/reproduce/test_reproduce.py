@@ -307,15 +307,14 @@ def test_a_study_of_fewer_runs_shares_them(finished, tmp_path):
 
 @pytest.mark.slow  # a process that imports everything
 def test_what_failed_is_said_and_the_rest_reported(finished, tmp_path):
-    """A run that is not measured yet cannot write its metrics."""
+    """A run that is not measured yet has lost its best checkpoint."""
     folder, _ = finished
     copy = tmp_path / "copy"
     for run in ("mixture-at", "mixture-rt-er"):
         shutil.copytree(folder / run / "seed-0", copy / run / "seed-0")
     (copy / "mixture-at" / "seed-0" / "measures.json").unlink()
-    (copy / "mixture-at" / "seed-0" / "metrics.jsonl").unlink()
-    (copy / "mixture-at" / "seed-0" / "metrics.jsonl").mkdir()
-    with pytest.raises(StudyError, match=r"1 of 2 runs failed; mixture-at, seed 0: exit status 1: .*run\.out"):
+    (copy / "mixture-at" / "seed-0" / "best.pt").write_bytes(b"torn")
+    with pytest.raises(StudyError, match=r"1 of 2 runs failed; mixture-at, seed 0: exit status 1: .*best\.pt"):
         reproduce("rt-er", overrides=TINY, seeds=1, runs=copy, reporter=quiet())
     report = copy / "report-rt-er"
     results = json.loads((report / "study.json").read_text())
