@@ -135,7 +135,9 @@ class Experts(nn.ModuleList, ABC):
         super().__init__(modules)
         self._kinds = [type(module) for module in modules_of(self[0])]
         self._warned = False  # that they run as modules
-        self._kept: dict[str, Reading[Any]] = {}  # "reading": of the last forward
+        # "reading": of the last forward. In a dict: an attribute that is None at times would count as a change of the
+        # model's form, after which an attack learns anew which norms may be folded.
+        self._kept: dict[str, Reading[Any]] = {}
         lie_together(list(self))
 
     @property
@@ -158,7 +160,7 @@ class Experts(nn.ModuleList, ABC):
         """``mix`` on the engine, of what ``read`` returned; None where the engine does not compute such input."""
 
     def content(self) -> Any:
-        """What ``read`` returns of the experts as they are; or, as text, why each must run by itself."""
+        """What ``read`` returns of the experts of today; or, as text, why each must run by itself."""
         if torch.compiler.is_compiling():
             members = self._members()
             return members if isinstance(members, str) else self.read(members)

@@ -19,6 +19,7 @@ from robust_moe_kernels.modules.experts import (
     expect_plain_conv,
     geometry_of,
 )
+from robust_moe_kernels.modules.interception import version
 from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.modules.shared_launches import converted
@@ -29,6 +30,7 @@ __all__ = ["ResidualExperts"]
 
 _PASSIVE = (nn.Identity, nn.ReLU)  # children that need no parameters: activations, and what timm leaves switched off
 _POOLS = (nn.AvgPool2d, nn.Identity)
+_NUMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # of a norm
 
 
 class FoldedNorm(NamedTuple):
@@ -97,7 +99,7 @@ class ResidualExperts(Experts):
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__(blocks)
-        self.depth = 3 if hasattr(self[0], "conv3") else 2
+        self.depth = _depth(self[0])
         # During an attack, each engine layer's batch norm; see ``attack_mode``.
         self.folded: FoldedNorms | None = None
 
@@ -228,14 +230,12 @@ class ResidualExperts(Experts):
 def _alike(norms: list[nn.BatchNorm2d]) -> bool:
     """Whether the engine computes these norms, one of each expert, as one."""
     forms = {(norm.eps, norm.momentum) for norm in norms}
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    whole = all(norm.track_running_stats and all(getattr(norm, n) is not None for n in names) for norm in norms)
+    whole = all(norm.track_running_stats and all(getattr(norm, n) is not None for n in _NUMBERS) for norm in norms)
     return len(forms) == 1 and norms[0].momentum is not None and whole
 
 
 def _numbers(norms: Sequence[nn.BatchNorm2d]) -> list[Stack]:
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    return [Stack.of([getattr(norm, name) for norm in norms]) for name in names]
+    return [Stack.of([getattr(norm, name) for norm in norms]) for name in _NUMBERS]
 
 
 def _same(stacks: list[Stack], others: list[Stack]) -> bool:
@@ -254,12 +254,16 @@ def _pooling(module: nn.Module) -> tuple[Any, ...]:
 def _versions(stacks: list[Stack]) -> list[int]:
     """Counts of in-place changes; tensors made in inference mode have none."""
     with torch._C.DisableTorchFunction():
-        return [-1 if tensor.is_inference() else tensor._version for stack in stacks for tensor in stack.tensors]
+        return [version(tensor) for stack in stacks for tensor in stack.tensors]
+
+
+def _depth(block: nn.Module) -> int:
+    """Convolutions of the main path: two in a BasicBlock, three in a Bottleneck."""
+    return 3 if hasattr(block, "conv3") else 2
 
 
 def _expect_block(block: nn.Module) -> None:
-    depth = 3 if hasattr(block, "conv3") else 2
-    expected = {f"{kind}{i}" for kind in ("conv", "bn") for i in range(1, depth + 1)}
+    expected = {f"{kind}{i}" for kind in ("conv", "bn") for i in range(1, _depth(block) + 1)}
     children = dict(block.named_children())
     if not expected <= children.keys():
         raise ValueError(
@@ -307,7 +311,7 @@ class _AsRead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         children: dict[str, Any] = self.block._modules
         y = x
-        for number in range(1, (3 if "conv3" in children else 2) + 1):
+        for number in range(1, _depth(self.block) + 1):
             y = children[f"bn{number}"](children[f"conv{number}"](y if number == 1 else torch.relu(y)))
         skip = children.get("downsample")
         return torch.relu(y + (x if skip is None else skip(x)))

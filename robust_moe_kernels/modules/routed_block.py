@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
+from robust_moe_kernels.modules.interception import version
 from robust_moe_kernels.modules.plain_block import KEPT, plain_block
 from robust_moe_kernels.modules.routed_backward import FIXED, PER_LAYER, Backward, Layer, Plan, TilePlans
 from robust_moe_kernels.ops.expert_block import column_sums, head_forward, norm_finalise, scale_shift, share_count
@@ -177,7 +178,7 @@ def _kept(layer: Layer, parameters: tuple[Tensor | None, ...]) -> list[Tensor | 
 
 
 def _versions(tensors: list[Tensor | None]) -> list[int]:
-    return [-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+    return [-1 if tensor is None else version(tensor) for tensor in tensors]
 
 
 def _twice_differentiable(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:

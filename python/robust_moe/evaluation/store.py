@@ -180,11 +180,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def _checked(line: bytes) -> dict[str, Any] | None:
     """A line with a result, its arrays decoded; ``None``: not a whole one, or not what a stage keeps."""
     content = _record(line)
+    if content is None:
+        return None
     try:
-        assert content is not None
         content["result"] = _decode(content["result"])
         file_fields.record(content, "")
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
     return content
 
