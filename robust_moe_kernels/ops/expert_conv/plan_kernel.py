@@ -70,27 +70,28 @@ def plan_kernel(
     else:
         source_h, source_w, target_h, target_w, parts_h, parts_w = out_h, out_w, in_h, in_w, stride_h, stride_w
     part_y, part_x = part // parts_w, part % parts_w
+    e = tl.arange(0, EXPERTS)
+    begins = tl.load(offsets_ptr + e, mask=e < experts, other=0)
+    begins = tl.associative_scan(clamp(begins, 0, limit), 0, _larger)
+    ends = clamp(tl.load(offsets_ptr + e + 1, mask=e < experts, other=0), begins, limit)
+    counts = tl.where(e < experts, tl.associative_scan(ends, 0, _larger) - begins, 0)
+    if RING:  # before all that a tile of this part needs, which would wait in registers
+        before, total = before_part(
+            counts, part, parts_w, target_h, target_w, source_h, source_w, taps_h, taps_w, stride_h,
+            stride_w, pad_h, pad_w, dilation_h, dilation_w, FORWARD, TAPS, BLOCK_M,
+        )  # fmt: skip
+        if (part == 0) & (tl.program_id(0) == 0):
+            tl.store(record_ptr + tl.num_programs(1).to(tl.int64) * tiles * RECORD, total)
     places_y, step_y, first_y, spread_y, count_y, tap_y, tap_step_y, low_y, inner_y = axis(
         part_y, target_h, source_h, taps_h, stride_h, pad_h, dilation_h, FORWARD, TAPS
     )
     places_x, step_x, first_x, spread_x, count_x, tap_x, tap_step_x, low_x, inner_x = axis(
         part_x, target_w, source_w, taps_w, stride_w, pad_w, dilation_w, FORWARD, TAPS
     )
-    e = tl.arange(0, EXPERTS)
-    begins = tl.load(offsets_ptr + e, mask=e < experts, other=0)
-    begins = tl.associative_scan(clamp(begins, 0, limit), 0, _larger)
-    ends = clamp(tl.load(offsets_ptr + e + 1, mask=e < experts, other=0), begins, limit)
-    counts = tl.where(e < experts, tl.associative_scan(ends, 0, _larger) - begins, 0)
     number = part.to(tl.int64) * tiles + tl.program_id(0)
     pixels = places_y * places_x
     expert, begin, rows, tile = _locate(counts, begins, tl.program_id(0), pixels, EXPERTS, BLOCK_M)
     if RING:
-        before, total = before_part(
-            counts, part, parts_w, target_h, target_w, source_h, source_w, taps_h, taps_w, stride_h,
-            stride_w, pad_h, pad_w, dilation_h, dilation_w, FORWARD, TAPS, BLOCK_M,
-        )  # fmt: skip
-        if number == 0:
-            tl.store(record_ptr + tl.num_programs(1).to(tl.int64) * tiles * RECORD, total)
         number = before + rank_of(
             counts, expert, tile, places_y, places_x, low_y, inner_y, low_x, inner_x, EXPERTS, BLOCK_M
         )
