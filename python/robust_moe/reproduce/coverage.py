@@ -17,6 +17,7 @@ from robust_moe.reproduce.checks import (
 )
 from robust_moe.reproduce.claims import Check, Claim, Measures, Part
 from robust_moe.reproduce.compute import COSTED_EXPERTS
+from robust_moe.reproduce.half_precision import HALF_PRECISION
 from robust_moe.reproduce.quantities import DUAL_MODEL, OURS, ROBUST_EXPERTS, gains, of
 from robust_moe.reproduce.robust_routing import ROBUST_ROUTING
 
@@ -397,6 +398,7 @@ COVERAGE: dict[str, Part] = {
         ),
     ),
     **ROBUST_ROUTING,
+    **HALF_PRECISION,
     "cost": Part(
         "What experts cost: multiply-adds and parameters over E and k (nothing is trained)",
         ("block-costs",),

@@ -260,7 +260,7 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
     },
     **{
         name: {"accuracy": (PARTS[name].runs, _accuracies("Adversarial training, under attack"))}
-        for name in ("beta", "advmoe", "conv-block", "placement", "gates", "experts", "collapse")
+        for name in ("beta", "advmoe", "conv-block", "placement", "gates", "experts", "collapse", "half-precision")
     },
     "bounds": {},
     "equal-compute": {

@@ -386,6 +386,8 @@ OTHERWISE = {name: run() for name in ALL} | {
     "block-prc": run(attacks_worst=0.27, **STEADY),
     "block-robust-gate": run(attacks_worst=0.27, best_single=0.2),
     "block-k2-margin-soft": run(attacks_worst=0.27),
+    "dense-at-bf16": run(sa=0.45, ra=0.25),
+    "block-k2-bf16": run(sa=0.45, ra=0.25),
     "block-costs": {"costs_table": table(lambda e, k: 10 * e)},
 }
 CLAIMS = [(part, claim) for part, content in COVERAGE.items() for claim in content.claims]
