@@ -170,7 +170,9 @@ class Trainer:
             if fabric.is_global_zero:
                 clear_run(self.folder, anew=checkpoint is None)
             fabric.barrier()
-            self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
+            self.log = MetricLog(
+                self.folder, lines, self.state.step, enabled=fabric.is_global_zero, say=self.reporter.warn
+            )
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
         self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
