@@ -161,7 +161,7 @@ class Trainer:
             if "data_digest" not in checkpoint and fabric.is_global_zero:
                 self.reporter.warn(f"{source}: an older checkpoint, which does not tell which images the run has")
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
-            for text in changed:
+            for text in changed + self.state.notes:
                 self.reporter.line(f"changed: {text}")
         self.updater = Updater(
             fabric, self.model, wrapped, self.optimizer, self.method, config.optim.grad_clip, config.run.graph
