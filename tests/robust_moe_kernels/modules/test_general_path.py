@@ -282,3 +282,23 @@ def test_a_mapped_forward_leaves_no_record(gradients: bool):
     torch.testing.assert_close(mapped[:1], expected.reshape(mapped[:1].shape))
     torch.func.grad(loss)(images()[0])
     assert isinstance(moe.last_routing().scores + 1, Tensor)  # a gradient alone leaves numbers
+
+
+def test_experts_that_are_no_module_are_refused_under_a_transformation():
+    class Halves:
+        """As ``ExpertModule`` describes it, and no more."""
+
+        num_experts, in_channels = 4, 8
+
+        def __init__(self) -> None:
+            self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def parameters(self):
+            return iter([self.weight])
+
+    moe = MoELayer(layer("convolution").gate, Halves())
+    with (
+        pytest.warns(UserWarning, match="torch.func transforms"),
+        pytest.raises(TypeError, match=r"layer\.experts: expected a torch\.nn\.Module .* got Halves"),
+    ):
+        torch.vmap(lambda image: moe(image[None]))(images())
