@@ -238,7 +238,7 @@ class RouterPGD(RouterAttack):
             return super().most_passes(model)
         layers = routed_layers(model, self.mode == "train")
         spare = [layer.num_experts - fewest_chosen(layer, self.mode == "train") for layer in layers]
-        return self._most(sum(min(self.routes or count, count) for count in spare) or 1)
+        return self._most(sum(routes_tried(self.routes, count) for count in spare) or 1)
 
     def _most(self, routes: int) -> tuple[int, int]:
         climbs = self.restarts * routes
