@@ -300,7 +300,7 @@ def _checkpoint(path: Path, known: bool) -> bool:
         return False
     try:
         with zipfile.ZipFile(path) as archive, archive.open(members["data.pkl"]) as file:
-            pickled = file.read(JSON_LIMIT)  # never loaded: the names of its entries stand in it as they are
+            pickled = file.read(JSON_LIMIT)  # never unpickled: it has the names of its entries as plain text
     except (zipfile.BadZipFile, OSError, ValueError):
         return False
     return all(name in pickled for name in (b"config", b"position", b"format"))
