@@ -19,8 +19,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED
+from robust_moe.evaluation.plots import save_figure
+from robust_moe.outputs import Kind, expect_outputs, figure
+from robust_moe.settings.errors import ConfigError
 
-__all__ = ["GREY", "INK", "figure_of", "main", "plot_sweep", "plot_train_step", "tidy"]
+__all__ = ["COMMAND", "GREY", "INK", "figure_of", "main", "plot_sweep", "plot_train_step", "tidy"]
+
+COMMAND = "benchmarks plots"  # by which its figures are marked
+# The records that are drawn, and what of: an earlier figure without a mark is known by its record beside it.
+FIGURES = {
+    "expert_sweep.json": [f"expert_sweep_{what}.png" for what in ("time", "memory", "rate")],
+    "train_step.json": ["train_step.png"],
+    "results.json": ["campaign_products.png", "campaign_steps.png"],
+}
+FIGURE = Kind("a figure of python -m benchmarks plots", lambda path, _: figure(COMMAND).ours(path, True))
 
 Line = Mapping[str, Any]
 INK, GREY, GRID = "#1a202c", "#4a5568", "#e2e8f0"
@@ -171,7 +183,7 @@ def plot_sweep(record: Line, path: Path, what: str) -> None:
         dense = {"xy": (0.99, 1), "xycoords": ("axes fraction", "data"), "va": "bottom", "ha": "right"}
         grid[0][0].annotate("dense block", **dense, fontsize=8, color=INK)
     _legend(figure, variants)
-    figure.savefig(path)
+    save_figure(figure, path, COMMAND)
 
 
 def plot_train_step(record: Line, path: Path) -> None:
@@ -198,13 +210,18 @@ def plot_train_step(record: Line, path: Path) -> None:
         tidy(axes)
         axes.grid(False, axis="y")
     panels[-1].set_xlabel("seconds (median and spread); beside it, time in multiples of ours and peak memory")
-    figure.savefig(path)
+    save_figure(figure, path, COMMAND)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="with NAME.json as python -m benchmarks --out writes them")
     folder = parser.parse_args().folder
+    there = [folder / name for source, names in FIGURES.items() if (folder / source).exists() for name in names]
+    try:
+        expect_outputs("folder", [(path, FIGURE) for path in there])
+    except ConfigError as error:
+        parser.error(str(error))
     written = []
     if (source := folder / "expert_sweep.json").exists():
         record = json.loads(source.read_text(encoding="utf-8"))

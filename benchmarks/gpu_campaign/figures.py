@@ -12,7 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.plots import GREY, INK, figure_of, tidy
+from benchmarks.plots import COMMAND, GREY, INK, figure_of, tidy
+from robust_moe.evaluation.plots import save_figure
 
 __all__ = ["best_rates", "draw"]
 
@@ -31,10 +32,10 @@ def draw(results: Row, folder: Path) -> list[Path]:
     if products := [row for row in rows.get("products", []) if row["case"]["mode"] == "bf16"]:
         written.append(folder / "campaign_products.png")
         ceilings = [row["tflops"] for row in rows.get("ceilings", []) if row["case"].get("dtype") == "bfloat16"]
-        _products(products, max(ceilings, default=None), source).savefig(written[-1])
+        save_figure(_products(products, max(ceilings, default=None), source), written[-1], COMMAND)
     if steps := rows.get("pgd_step"):
         written.append(folder / "campaign_steps.png")
-        _steps(steps, source).savefig(written[-1])
+        save_figure(_steps(steps, source), written[-1], COMMAND)
     return written
 
 

@@ -66,8 +66,8 @@ bool winograd_possible(const ConvArgs& a) {
 // The transforms add four values of a map and weigh them with up to 9/4 of a filter's, so near the largest float they
 // overflow where the convolution does not, and infinities and NaN spread over the tile of 2x2 outputs that they touch.
 // No such number becomes finite again: rows, and experts of a filter gradient, whose results are not finite are
-// computed once more by tap skipping. That they are is seen as they are written, one more operation for each register
-// of them: between 0.99 and 1.01 times as long as without (all three products; 512 channels at 4x4 pixels, 64 at
+// computed once more by tap skipping. The loops that store the results look for such numbers, one more operation for
+// each register: between 0.99 and 1.01 times as long as without (all three products; 512 channels at 4x4 pixels, 64 at
 // 16x16).
 bool winograd_pays(const ConvArgs& a) {
   const auto reached = [](int64_t size, int64_t outputs, int64_t pad) {

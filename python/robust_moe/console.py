@@ -1,4 +1,4 @@
-"""What is printed: any text, as it is, on any console."""
+"""Consoles for output: text is printed without markup, and a character that an encoding lacks as a code."""
 
 from __future__ import annotations
 

@@ -51,10 +51,11 @@ def run_demo(
         length = [] if epochs is None else [f"run.epochs={epochs}"]
         config = load_config(preset, [*(overrides or []), *length, f"run.out={out / preset}"])
         console.rule(preset)
-        if not Trainer(config, reporter).fit(resume=True).finished:
-            return results
-        results[preset], _ = assess(out / preset, out / preset / "results.json", reporter=reporter)
-        draw(out / preset)
+        with Trainer(config, reporter) as trainer:
+            if not trainer.fit(resume=True).finished:
+                return results
+            results[preset], _ = assess(out / preset, out / preset / "results.json", reporter=reporter)
+            draw(out / preset, say=reporter.warn)
     rows = list(results.items())
     label = attack_name(rows[0][1])
     plot_comparison(rows, out / "comparison.png", title=f"Handwritten digits: clean and robust accuracy ({label})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,13 @@ def _result_file(
     return checkpoint.with_name(f"results-{checkpoint.stem}-{split}-{what}-{eps}-{digest}.json")
 
 
-def draw(folder: str | Path, name: str | None = None) -> list[Path]:
-    """Write the figures of a run folder into it; returns their paths. ``name``: of the run, for the titles."""
+def draw(folder: str | Path, name: str | None = None, say: Callable[[str], object] | None = None) -> list[Path]:
+    """Write the figures of a run folder into it; returns their paths. ``name``: of the run, for the titles; ``say``: as
+    for :func:`~robust_moe.engine.read_metrics`."""
     folder = Path(folder)
     name = name or folder.name
     drawn = []
-    if epochs := read_metrics(folder, "epoch"):
+    if epochs := read_metrics(folder, "epoch", say):
         drawn.append(folder / "training.png")
         plot_training(epochs, drawn[-1], title=name)
     if routing := read_metrics(folder, "routing"):

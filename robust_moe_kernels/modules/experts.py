@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "ExpertBatchNorm2d",
     "ExpertModule",
     "Experts",
+    "by_expert",
     "copies",
     "engine_computes",
     "engine_dtype",
@@ -285,14 +286,31 @@ class Experts(nn.ModuleList, ABC):
         lie_together(list(self))  # a copy's parameters were copied one by one
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Earlier states have the experts' names without their numbers, and a leading dimension E.
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            name = key.removeprefix(prefix)
-            stack = not name.split(".")[0].isdecimal() and state_dict[key].dim() > 0
-            if stack and len(state_dict[key]) == len(self):
-                for number, value in enumerate(state_dict.pop(key)):
-                    state_dict[f"{prefix}{number}.{name}"] = value
+        _take_apart(state_dict, prefix, len(self))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def by_expert(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``state`` with the names of today: of states from earlier versions, which have the experts of a layer in one
+    tensor [E, ...] under the names without their numbers, each such tensor is taken apart. ``load_state_dict`` does so
+    by itself; this is for comparing a state's names with the model's. A tensor of another number of experts is kept
+    whole, and so not loaded."""
+    found = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            _take_apart(found, f"{name}." if name else "", len(module))
+    return found
+
+
+def _take_apart(state: dict[str, Any], prefix: str, count: int) -> None:
+    """``by_expert`` of one layer's experts, in place; names of other modules do not start with ``prefix``."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        name, whole = key.removeprefix(prefix), state[key]
+        if isinstance(whole, Tensor) and whole.dim() > 0 and len(whole) == count and not name[:1].isdecimal():
+            parts = {f"{prefix}{number}.{name}": value for number, value in enumerate(whole)}
+            if not parts.keys() & state.keys():
+                del state[key]
+                state.update(parts)
 
 
 class ConvExperts(Experts):

@@ -102,6 +102,10 @@ def _expect_evaluation(experts: ExpertModule) -> None:
 
 def _training(experts: ExpertModule) -> bool:
     """Whether a norm would learn from the rows that it sees."""
-    assert isinstance(experts, nn.Module)
+    if not isinstance(experts, nn.Module):
+        got = type(experts).__name__
+        raise TypeError(
+            f"layer.experts: expected a torch.nn.Module where a forward is traced or mapped over, got {got}"
+        )
     norms = (module for module in experts.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
     return any(norm.training or norm.running_mean is None for norm in norms)

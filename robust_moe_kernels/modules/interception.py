@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.walk import modules_of
 
-__all__ = ["has_hooks", "is_batched", "is_compiled", "is_hooked", "tracing", "transformed", "transforming", "version"]
+__all__ = [
+    "has_ended",
+    "has_hooks",
+    "is_batched",
+    "is_compiled",
+    "is_hooked",
+    "tracing",
+    "transformed",
+    "transforming",
+    "version",
+]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -73,3 +83,14 @@ def version(tensor: Tensor) -> int:
 def is_batched(d: Tensor) -> bool:
     """Many gradients at once, as of ``is_grads_batched``: the package's operations take one."""
     return torch._C._functorch.is_batchedtensor(d) or torch._C._functorch.is_legacy_batchedtensor(d)
+
+
+def has_ended(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a ``torch.vmap`` that has returned, so that no operation takes it any more."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    tensor = functorch.unwrap_if_dead(tensor)
+    return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
+        functorch.maybe_current_level() or 0
+    )

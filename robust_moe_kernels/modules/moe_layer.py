@@ -13,6 +13,7 @@ from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.experts import ConvExperts, ExpertModule, Experts
 from robust_moe_kernels.modules.gates import Gate, build_gate, noisy_choice, score_noise_scale
 from robust_moe_kernels.modules.general_path import decide_plainly, general_path, mix_plainly, wanted
+from robust_moe_kernels.modules.interception import has_ended
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, checked_routes, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
@@ -116,7 +117,7 @@ class MoELayer(nn.Module):
             )
         self.gate = gate
         self.experts = experts
-        self.routing: RoutingRecord | None = None
+        self._routing: RoutingRecord | None = None
         self._route_options = options
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -132,11 +133,22 @@ class MoELayer(nn.Module):
         """E."""
         return self.experts.num_experts
 
+    @property
+    def routing(self) -> RoutingRecord | None:
+        """The last forward's record; None before a forward and once a ``torch.vmap`` over it has returned, whose
+        tensors end with it (inside of the mapped function the record can be read)."""
+        record = self._routing
+        return None if record is None or has_ended(record.scores) else record
+
+    @routing.setter
+    def routing(self, record: RoutingRecord | None) -> None:
+        self._routing = record
+
     def last_routing(self) -> RoutingRecord:
         """``routing`` after a forward. Raises RuntimeError where there was none."""
-        if self.routing is None:
+        if (record := self.routing) is None:
             raise RuntimeError("layer: expected a forward first, got none")
-        return self.routing
+        return record
 
     @property
     def route_options(self) -> RouteOptions:
@@ -163,15 +175,15 @@ class MoELayer(nn.Module):
         self._expect_kind(x)
         fixed = self._route_options.fixed_expert
         if fixed is not None:
-            self.routing = RoutingRecord.fixed(x, fixed, self.num_experts)
+            self._routing = RoutingRecord.fixed(x, fixed, self.num_experts)
             return self.experts.one(fixed, x)
-        # Read from the local name: another thread's forward may replace self.routing meanwhile.
+        # Read from the local name: another thread's forward may replace the record meanwhile.
         if wanted(self._route_options.impl):
             with general_path():
-                self.routing = record = self._decide(x, plainly=True)[0]
+                self._routing = record = self._decide(x, plainly=True)[0]
                 return mix_plainly(self.experts, x, record.indices, record.weights)
         record, route = self.decide(x)
-        self.routing = record
+        self._routing = record  # not by the property, whose setter torch.compile would have to trace
         return self.experts.mix(x, route, record.weights)
 
     def decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
@@ -220,7 +232,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward's record hangs on its graph, imposed routes belong to a batch: neither copied nor pickled.
-        return {**self.__dict__, "routing": None, "_route_options": replace(self._route_options, reroute=None)}
+        return {**self.__dict__, "_routing": None, "_route_options": replace(self._route_options, reroute=None)}
 
     def extra_repr(self) -> str:
         options = self._route_options

@@ -1,4 +1,4 @@
-"""What the engine has read of experts, kept from forward to forward for as long as it is still what they are.
+"""The parameters that the engine has read from the experts, kept between forwards until an expert changes.
 
 Reading 16 experts anew takes Python as long as the engine takes for a small layer; asking whether anything has changed
 takes a fraction of that.

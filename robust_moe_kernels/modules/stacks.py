@@ -32,7 +32,7 @@ def lie_together(modules: Sequence[nn.Module], contiguous: bool = False, anew: b
     Filters that are contiguous stay so. If any are not, as ``model.to(memory_format=torch.channels_last)`` leaves them,
     the output channels of all come to lie innermost, the order in which the engine reads and writes filters;
     ``contiguous``: they become contiguous. Tensors that processes share stay where they are. ``anew``: all are copied,
-    so that nothing keeps the memory that they had.
+    so that nothing keeps the memory that they had. Nothing is allocated where they lie so already.
     """
     groups = _tensors_by_name(modules)
     filters = [tensor for group in groups for tensor in group if tensor.dim() == 4]
@@ -44,20 +44,26 @@ def lie_together(modules: Sequence[nn.Module], contiguous: bool = False, anew: b
             continue
         if first.device.type == "cpu" and any(type(t) is not FakeTensor and t.is_shared() for t in group):
             continue
-        views = list(filters_memory(first, count, innermost and first.dim() == 4).unbind())
-        if not anew and first.stride() == views[0].stride() and _step(group) == first.numel():
+        last = innermost and first.dim() == 4
+        if not anew and first.stride() == _strides(first.shape, last) and _step(group) == first.numel():
             continue
-        for tensor, view in zip(group, views, strict=True):
+        for tensor, view in zip(group, filters_memory(first, count, last), strict=True):
             view.copy_(tensor)
             tensor.data = view
 
 
 def filters_memory(like: Tensor, count: int, innermost: bool) -> Tensor:
     """Uninitialised [count, *like.shape]; ``innermost``: filters [O, I, kh, kw] as [kh, kw, I, O] in memory."""
-    if not innermost:
-        return like.new_empty((count, *like.shape))
-    outputs, inputs, high, wide = like.shape
-    return like.new_empty((count, high, wide, inputs, outputs)).permute(0, 4, 3, 1, 2)
+    return like.new_empty_strided((count, *like.shape), (like.numel(), *_strides(like.shape, innermost)))
+
+
+def _strides(shape: Sequence[int], innermost: bool) -> tuple[int, ...]:
+    """Of one tensor in that memory: contiguous, or with the dimensions in the order that ``filters_memory`` says."""
+    strides, step = [0] * len(shape), 1
+    for dim in (0, 1, 3, 2) if innermost else reversed(range(len(shape))):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def _step(tensors: Sequence[Tensor]) -> int | None:

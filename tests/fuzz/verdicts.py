@@ -27,7 +27,7 @@ BEYOND_THE_REFERENCE = (
 LONGEST = 10.0  # seconds of the processor that the reference may take
 HUGE = 1e30  # where float32 is near its end
 
-Answer = tuple[Any, Any]  # the result, and the arguments as they are afterwards
+Answer = tuple[Any, Any]  # (the result, the arguments after the call, which may have changed them)
 
 
 def answered(call: Call, threads: int) -> Answer | Exception:

@@ -10,9 +10,10 @@ from robust_moe.attacks.autoattack import AutoAttack
 from robust_moe.attacks.base import Attack, Crafted, Found
 from robust_moe.attacks.fab import FAB
 from robust_moe.attacks.fgsm import FGSM
-from robust_moe.attacks.moe import ExpertPGD, JointPGD, RouterPGD, TransferPGD
+from robust_moe.attacks.moe import ExpertPGD, TransferPGD
 from robust_moe.attacks.passes import Counts
 from robust_moe.attacks.pgd import PGD
+from robust_moe.attacks.router import JointPGD, RouterPGD
 from robust_moe.attacks.square import Square
 from robust_moe.attacks.steering import Steering
 from robust_moe.attacks.table import ATTACKS

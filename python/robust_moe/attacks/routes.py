@@ -30,6 +30,7 @@ __all__ = [
     "record_clean",
     "route_lead",
     "routed_layers",
+    "routes_tried",
     "soft_gates",
     "worst_route",
 ]
@@ -89,6 +90,11 @@ def expect_routes(routes: int | None) -> None:
     if routes is not None:
         expect_number("routes", routes, Integral)
         expect(routes >= 1, "routes", "a count >= 1", routes)
+
+
+def routes_tried(routes: int | None, there: int) -> int:
+    """How many of the ``there`` experts of a layer an attack with the setting ``routes`` tries."""
+    return there if routes is None else min(routes, there)
 
 
 def record_clean(passes: Passes, x0: Tensor) -> None:

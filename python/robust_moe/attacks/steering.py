@@ -24,6 +24,7 @@ from robust_moe.attacks.routes import (
     leads,
     record_clean,
     routed_layers,
+    routes_tried,
     soft_gates,
     worst_route,
 )
@@ -150,8 +151,7 @@ class Steering(PGD):
         return 2 + forwards + steps + climbs, backwards + steps  # the clean images, and what PGD made of them, are seen
 
     def _count(self, layer: MoELayer) -> int:
-        experts = layer.num_experts
-        return min(self.routes or experts, experts) if self.experts is None else len(self.experts)
+        return routes_tried(self.routes, layer.num_experts) if self.experts is None else len(self.experts)
 
     def steered(self, model: nn.Module) -> list[MoELayer]:
         """The layers of ``model`` that choose among experts, and whose choice the caller does not replace.

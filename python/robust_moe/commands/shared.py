@@ -18,7 +18,7 @@ from robust_moe.data import DataError
 from robust_moe.engine import CheckpointError
 from robust_moe.evaluation import attack_table, results_table
 from robust_moe.evaluation.tables import flag_lines, moe_table
-from robust_moe.settings import import_plugins, read_yaml
+from robust_moe.settings import import_plugins, read_yaml, shown
 
 __all__ = [
     "STOPPED",
@@ -73,14 +73,19 @@ def import_modules(modules: Sequence[str] | None, overrides: Sequence[str] | Non
     """``overrides``, and the ``modules`` of ``--import`` as ``run.imports``, which a run keeps; they are imported.
 
     Raises:
-        ConfigError: a module that cannot be imported.
+        ConfigError: a module that cannot be imported, or ``run.imports`` beside ``--import`` is no list.
     """
     chosen = list(overrides or [])
     if modules:
         import_plugins(modules)
-        given = [item for item in chosen if item.startswith("run.imports=")]
-        named = [name for item in given for name in read_yaml(item.partition("=")[2], "run.imports")]
-        chosen.append(f"run.imports=[{', '.join([*named, *modules])}]")
+        named: list[Any] = []
+        for item in chosen:
+            if item.startswith("run.imports="):
+                value = read_yaml(item.partition("=")[2], "run.imports")
+                if not isinstance(value, list):
+                    raise ConfigError(f"run.imports: expected a list, got {shown(value)}")
+                named += value
+        chosen.append(f"run.imports=[{', '.join(map(str, [*named, *modules]))}]")
     return chosen
 
 

@@ -53,13 +53,13 @@ def train(
         return
     expect_other_folder(config, settings.run.out)
     reporter = Reporter(console=make_console())
-    trainer = Trainer(settings, reporter)
-    outcome = trainer.fit(resume=resume, override=override)
-    if not trainer.fabric.is_global_zero:
-        return
-    draw(outcome.folder)
-    if not outcome.finished:
-        raise typer.Exit(STOPPED)
-    results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
+    with Trainer(settings, reporter) as trainer:  # the folder is this command's until the evaluation is written
+        outcome = trainer.fit(resume=resume, override=override)
+        if not trainer.fabric.is_global_zero:
+            return
+        draw(outcome.folder, say=reporter.warn)
+        if not outcome.finished:
+            raise typer.Exit(STOPPED)
+        results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
     show(reporter.console, outcome.folder.name, results, written)
     reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)

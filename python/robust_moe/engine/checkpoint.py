@@ -15,7 +15,7 @@ from robust_moe.config.legacy import modernised
 from robust_moe.content import Check, ContentError, fields
 from robust_moe.engine.checkpoint_fields import DATA, DESCRIPTION
 from robust_moe.files import replacing
-from robust_moe.weights import by_expert
+from robust_moe_kernels.modules.experts import by_expert
 
 __all__ = [
     "FORMAT",
@@ -140,7 +140,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source
             not changed then.
     """
     own = model.state_dict()
-    state = by_expert(state, own)
+    state = by_expert(state, model)
     wrong = [f"{name}: expected in the checkpoint, got nothing" for name in own if name not in state]
     wrong += [f"{str(name)[:200]}: not in the model, got it in the checkpoint" for name in state if name not in own]
     wrong += [

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from robust_moe.files import append_line, naming, replace_file
-from robust_moe.outputs import EVENTS_SUFFIX
+from robust_moe.engine.events import Events
+from robust_moe.files import append_line, replace_file
 
 __all__ = ["MetricLog", "read_metrics"]
 
 FILE = "metrics.jsonl"
+Say = Callable[[str], object] | None
 
 
-def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl, in order; ``kind`` keeps ``"train"``, ``"epoch"`` or ``"routing"`` lines only.
+def read_metrics(folder: str | Path, kind: str | None = None, say: Say = None) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl, in order.
 
-    A last line cut short by a kill is left out; so is a damaged line, with a warning that names it. Empty lines are
-    passed over: one stands where a resumed run has met a damaged one.
+    A last line cut short by a kill is left out; so is a damaged line. Empty lines are passed over: one stands where a
+    resumed run has met a damaged one.
+
+    Args:
+        kind: keeps ``"train"``, ``"epoch"`` or ``"routing"`` lines only.
+        say: called with a sentence that names the damaged lines, where there are any; None: nobody is told.
     """
     path = Path(folder) / FILE
-    lines = [_line(text) for text in _texts(path)]
+    lines = [_line(text) for text in _texts(path, say)]
     return [line for line in lines if line is not None and kind in (None, line["kind"])]
 
 
-def _texts(path: Path) -> list[bytes]:
-    """The lines of the file, without a last one cut short; for a damaged one there is an empty text and a warning."""
+def _texts(path: Path, say: Say) -> list[bytes]:
+    """The lines of the file, without a last one cut short; for a damaged one there is an empty text."""
     *texts, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     if _line(last) is not None:  # whole, but for its end
         texts.append(last)
     damaged = [number for number, text in enumerate(texts, 1) if text and _line(text) is None]
-    if damaged:
-        left_out = ", ".join(map(str, damaged))
-        warnings.warn(f"{path}: expected a JSON object a line, passed over damaged lines: {left_out}", stacklevel=3)
+    if damaged and say is not None:
+        say(f"{path}: expected a JSON object a line, passed over damaged lines: {', '.join(map(str, damaged))}")
     return [b"" if number in damaged else text for number, text in enumerate(texts, 1)]
 
 
@@ -59,44 +60,44 @@ class MetricLog:
             again, are dropped. 0: a new run.
         step: optimiser steps done at that checkpoint; TensorBoard drops later events.
         enabled: False on all processes but the first: every call is then a no-op.
+        say: called with a sentence where written lines are damaged or missing; None: nobody is told.
     """
 
-    def __init__(self, folder: str | Path, lines: int = 0, step: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, lines: int = 0, step: int = 0, enabled: bool = True, say: Say = None
+    ) -> None:
         self.enabled = enabled
         self.lines = lines  # written so far
         if not enabled:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _texts(folder / FILE)[:lines] if lines else []
-        if len(kept) < lines:
-            warnings.warn(f"{folder / FILE}: expected {lines} lines as the checkpoint, got {len(kept)}", stacklevel=2)
+        kept = _texts(folder / FILE, say)[:lines] if lines else []
+        if len(kept) < lines and say is not None:
+            say(f"{folder / FILE}: expected {lines} lines as the checkpoint, got {len(kept)}")
         self.lines = len(kept)
         replace_file(folder / FILE, b"".join(text + b"\n" for text in kept))
-        self._path, self._events_folder = folder / FILE, folder / "tensorboard"
+        self._path = folder / FILE
+        self._events = Events(folder / "tensorboard", step + 1 if step else None)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
-        purge = step + 1 if step else None
-        self._events = SummaryWriter(str(self._events_folder), purge_step=purge, filename_suffix=EVENTS_SUFFIX)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line ``{"kind", "step", **values}``; numbers also go to TensorBoard as ``kind/name``.
 
         Raises:
             ValueError: a value is NaN or infinite (JSON has neither).
-            OSError: it cannot be written; it names the file, which keeps whole lines.
+            OSError: it cannot be written; it names the file, which keeps whole lines or records.
         """
         if not self.enabled:
             return
         line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n"
         append_line(self._file, line.encode(), self._path, sync=False)
         self.lines += 1
-        with naming(self._events_folder):
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        if numbers:
+            self._events.add(step, {f"{kind}/{name}": value for name, value in numbers.items()})
 
     def close(self) -> None:
         if self.enabled:
             self._file.close()
-            with naming(self._events_folder):
-                self._events.close()
+            self._events.close()

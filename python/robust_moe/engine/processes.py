@@ -168,7 +168,8 @@ class Processes:
 
     def _sentence(self, what: str) -> str:
         what = " ".join(what.split())
-        return f"run.devices={self.count}: {what}; the same command goes on from the last checkpoint"
+        then = "the same command goes on from the last checkpoint, or begins anew where there is none yet"
+        return f"run.devices={self.count}: {what}; {then}"
 
 
 class _Taken(list["Popen[bytes]"]):

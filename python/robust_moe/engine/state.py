@@ -25,7 +25,7 @@ from robust_moe.outputs import CONFIG, clear_outputs, run_outputs
 from robust_moe.provenance import git_revision, versions
 from robust_moe.settings import plain, shown
 
-__all__ = ["NEUTRAL", "RunState", "changed_settings", "clear_run", "differing_settings", "find_checkpoint"]
+__all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "find_checkpoint"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
 _WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
@@ -62,24 +62,6 @@ def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
         for key in sorted(before.keys() | after.keys())
         if key not in NEUTRAL and before.get(key, absent) != after.get(key, absent)
     }
-
-
-def changed_settings(
-    old: dict[str, Any], new: TrainConfig, source: str | Path, override: bool = False
-) -> dict[str, str]:
-    """:func:`differing_settings`, which a run that goes on may have by an override only.
-
-    Args:
-        old, new: what the run was started with, and what it is to go on with.
-        source: the checkpoint, for the message.
-        override: let them differ, apart from those of :data:`FIXED`; False: they must not.
-
-    Raises:
-        CheckpointError: there are such settings; lists them with both values.
-    """
-    changed = differing_settings(old, new)
-    _expect_allowed(changed, FIXED, "configuration", source, override)
-    return changed
 
 
 def _expect_allowed(
@@ -120,6 +102,7 @@ class RunState:
     best: dict[str, Any] = field(default_factory=dict)  # of the best validation so far: robust, clean, epoch, step
     interval: Meter = field(default_factory=Meter)  # since the last log line
     running: Meter = field(default_factory=Meter)  # since the epoch began
+    notes: list[str] = field(default_factory=list)  # what differs from the checkpoint and changes nothing
 
     def state_dict(self, log_lines: int, gather: bool = True) -> dict[str, Any]:
         """Plain types and tensors only. ``gather``: what differs between the processes, of all of them, which must then
@@ -187,16 +170,21 @@ class RunState:
         The optimiser goes on with its state and the configuration's options. The best so far does not count any more
         where one of :data:`REMEASURED` changed.
 
+        The same images at another ``data.root`` are no change: ``notes`` says so.
+
         Raises :class:`CheckpointError` for another configuration or architecture, for other data (an older checkpoint
         does not tell), or a state with parts missing.
         """
         refuse_foreign(state, source)
-        changed = changed_settings(*self._in_their_precisions(state, source), source, override)
+        changed = differing_settings(*self._in_their_precisions(state, source))
         try:
-            if "data_digest" in state:
-                other = data_differences(state["data_digest"], self.digest)
-                _expect_allowed(other, FIXED_DATA, "data", source, override)
-                changed |= other
+            told = "data_digest" in state
+            other = data_differences(state["data_digest"], self.digest) if told else {}
+            if told and not other and "data.root" in changed:
+                self.notes = [f"{changed.pop('data.root')}, with the same images"]
+            _expect_allowed(changed, FIXED, "configuration", source, override)
+            _expect_allowed(other, FIXED_DATA, "data", source, override)
+            changed |= other
             state = _as_process(state, rank)
             load_model_state(self.model, state["model"], source)
             old = config_from_dict(state["config"], where=str(source))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from robust_moe.config import ConfigError, TrainConfig, save_config
 from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
@@ -58,6 +58,9 @@ class Trainer:
     checkpoint, and (``eval.ema_eval``) is what is validated. A run that is killed and fitted again gives the numbers of
     one that was not, on the same software and device (and with ``run.deterministic``, the default).
 
+    While it trains no other training may work in the run folder. As a context manager it keeps the folder so until the
+    end of the ``with`` block, for an evaluation that writes there too.
+
     Args:
         config: checked; every name is looked up before anything is written.
         reporter: what is said on screen; None: progress on standard output.
@@ -73,7 +76,18 @@ class Trainer:
         read = [(key, source and checkpoint_file(source)) for key, source in sources]
         expect_outputs("run.out", run_outputs(self.folder), read)
         self.reporter = reporter or Reporter()
+        self._alone: ExitStack | None = None  # of a with block: holds the folder's lock from the first fit on
         make_method(config)  # refuses what it cannot train
+
+    def __enter__(self) -> Self:
+        self._alone = ExitStack()
+        self._locked = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        alone, self._alone = self._alone, None
+        if alone is not None:  # None: the end of a block around another of the same trainer
+            alone.close()
 
     def fit(self, resume: bool = True, override: bool = False) -> TrainResult:
         """Train to the end, or until SIGINT or SIGTERM, which save and stop.
@@ -101,7 +115,7 @@ class Trainer:
             self.fabric = make_fabric(self.config)
             if self.fabric.local_rank == 0:
                 with self._in_run_folder():
-                    held.enter_context(alone_in(self.folder))
+                    self._lock(held)
             self.processes = held.enter_context(Processes(self.fabric, self.config.run.devices))
             self._set_up(resume, override)
             try:
@@ -113,6 +127,13 @@ class Trainer:
         return TrainResult(self.folder, finished, state.step, dict(state.best), time.perf_counter() - began)
 
     # --- setting up ---
+
+    def _lock(self, fit: ExitStack) -> None:
+        if self._alone is None:
+            fit.enter_context(alone_in(self.folder))
+        elif not self._locked:
+            self._alone.enter_context(alone_in(self.folder))
+            self._locked = True
 
     def _set_up(self, resume: bool, override: bool) -> None:
         config, fabric = self.config, self.fabric
@@ -161,7 +182,7 @@ class Trainer:
             if "data_digest" not in checkpoint and fabric.is_global_zero:
                 self.reporter.warn(f"{source}: an older checkpoint, which does not tell which images the run has")
             self.reporter.line(f"going on from {source}: {self.state.step} of {self.total_steps} steps done")
-            for text in changed:
+            for text in changed + self.state.notes:
                 self.reporter.line(f"changed: {text}")
         self.updater = Updater(
             fabric, self.model, wrapped, self.optimizer, self.method, config.optim.grad_clip, config.run.graph
@@ -170,7 +191,9 @@ class Trainer:
             if fabric.is_global_zero:
                 clear_run(self.folder, anew=checkpoint is None)
             fabric.barrier()
-            self.log = MetricLog(self.folder, lines, self.state.step, enabled=fabric.is_global_zero)
+            self.log = MetricLog(
+                self.folder, lines, self.state.step, enabled=fabric.is_global_zero, say=self.reporter.warn
+            )
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
         self.guard = CrashGuard(fabric, self.state, self.log, self.folder)

@@ -1,6 +1,6 @@
 """Accuracies of a mixture of experts under attack (RA, RA-E, RA-R), and how its routing changes.
 
-SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks those of :mod:`robust_moe.attacks.moe`.
+SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks those of :mod:`robust_moe.attacks`.
 Single experts and collapse: Robust Experts (arXiv:2509.05086). Routing change, and the protocols that impose routes:
 Puigcerver et al. (2022, arXiv:2210.10253).
 """

@@ -1,6 +1,6 @@
 """The stages that every evaluation of a mixture has: clean images, RA, RA-E, RA-R, and each expert alone.
 
-SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks those of :mod:`robust_moe.attacks.moe`.
+SA, RA, RA-E and RA-R are the metrics of Zhang et al. (ICML 2025), the attacks those of :mod:`robust_moe.attacks`.
 """
 
 from __future__ import annotations

@@ -170,7 +170,10 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_samples(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a samples file by name; ``names``: of those only, as far as they are there.
+    """The arrays of a samples file by name.
+
+    Args:
+        names: which arrays to read; names that the file does not have are passed over. None: all.
 
     Raises:
         ValueError: no such file, or one that cannot be read; the message names it.

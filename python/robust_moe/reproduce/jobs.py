@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
+from robust_moe.content import ContentError, anything, fields, flag, mapping, refuse, text, whole
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
 from robust_moe.engine.state import NEUTRAL, differing_settings
 from robust_moe.files import replace_file
@@ -81,7 +82,15 @@ class Job:
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def write(self) -> Path:
-        """The file that a worker reads, in the job's folder."""
+        """The file that a worker reads, ``job.json`` in the job's folder: one JSON object.
+
+        ``run``: the name of the run, a key of :data:`RUNS`. ``seed``: of its training, >= 0. ``config``: all settings,
+        as ``robust-moe config`` lists them. ``data``: the digest of images and labels, in hexadecimal digits; empty:
+        not known. ``images``, ``sweep_images``, ``probe_images``: how many test images are attacked, attacked at every
+        radius, and looked at by the run's probes, >= 0. ``trained``: true; false: its network is measured without
+        training. ``parts``: by setting, such as ``model.init_from``, the job whose checkpoint the run starts from, with
+        the same fields.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / JOB, self._to_dict())
         return self.folder / JOB
@@ -93,13 +102,27 @@ class Job:
 
     @classmethod
     def read(cls, file: Path) -> Job:
-        """What :meth:`write` wrote."""
-        return cls._from_dict(json.loads(file.read_text(encoding="utf-8")))
+        """What :meth:`write` wrote.
+
+        Raises:
+            ConfigError: a field is not as :meth:`write` describes it, or the file is no JSON; the message names the
+                file and the field.
+        """
+        try:
+            tree = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file}: expected the description of a run, got something that is no JSON") from error
+        try:
+            _description(tree, "job")
+        except ContentError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        return cls._from_dict(tree, str(file))
 
     @classmethod
-    def _from_dict(cls, tree: dict[str, Any]) -> Job:
-        parts = {key: cls._from_dict(part) for key, part in tree["parts"].items()}
-        return cls(**{**tree, "config": config_from_dict(tree["config"]), "parts": parts})
+    def _from_dict(cls, tree: dict[str, Any], source: str) -> Job:
+        own = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
+        parts = {key: cls._from_dict(part, source) for key, part in tree["parts"].items()}
+        return cls(**{**own, "config": config_from_dict(tree["config"], where=source), "parts": parts})
 
     def expect_startable(self) -> None:
         """Refuse to go on with a checkpoint of other settings or other images.
@@ -138,6 +161,15 @@ class Job:
         """Keep what was measured, as the last thing that the job does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / MEASURES, {"identity": self.identity(), **measures})
+
+
+def _description(value: Any, place: str) -> None:
+    """The check of what :meth:`Job.write` describes."""
+    counts = {name: whole() for name in ("seed", "images", "sweep_images", "probe_images")}
+    settings = {"config": mapping(anything), "parts": mapping(_description)}
+    fields({"run": text, **counts, "data": text, "trained": flag, **settings})(value, place)
+    if value["run"] not in RUNS:
+        raise refuse(f"{place}.run", "a run of robust-moe reproduce", value["run"])
 
 
 def job_outputs(folder: Path) -> list[Output]:

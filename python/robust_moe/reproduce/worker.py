@@ -56,7 +56,7 @@ def work(job: Job, reporter: Reporter) -> bool:
     began = time.perf_counter()
     with cpu_threads(job.config.run.threads):
         model, trained = _model(job, splits)
-        measures = _measures(job, model, splits) | _logged(_trained_in(job))
+        measures = _measures(job, model, splits) | _logged(_trained_in(job), reporter)
         facts: dict[str, Any] = {"checkpoint": trained, "best": _best(job, splits, trained, measures)}
         seconds["measure"] = round(time.perf_counter() - began, 3)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -67,11 +67,11 @@ def work(job: Job, reporter: Reporter) -> bool:
     return True
 
 
-def _logged(folder: Path) -> dict[str, float]:
+def _logged(folder: Path, reporter: Reporter) -> dict[str, float]:
     """The mean over the epochs of the run of each of :data:`LOGGED` that its method logs; none of a run that has not
     trained. ``dose``: share of the training loss that the method's own term contributed. ``gate_hits``: share of the
     images that the gate sends first to the expert of the lowest attacked loss."""
-    epochs = read_metrics(folder, "epoch")
+    epochs = read_metrics(folder, "epoch", reporter.warn)
     found = {name: [line[f"train_{name}"] for line in epochs if f"train_{name}" in line] for name in LOGGED}
     return {name: statistics.fmean(values) for name, values in found.items() if values}
 

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed here")
 
 from benchmarks import plots
 from benchmarks.gpu_campaign.figures import best_rates
+from robust_moe.evaluation.plots import new_figure, save_figure
 
 
 def _row(operation: str, experts: int, batch: int, variant: str, tflops: float) -> dict:
@@ -39,3 +40,24 @@ def test_a_campaign_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path)])
     plots.main()
     assert all((tmp_path / f"campaign_{name}.png").stat().st_size > 5000 for name in ("products", "steps"))
+    assert all(b"robust-moe benchmarks plots" in path.read_bytes()[:1000] for path in tmp_path.glob("campaign_*.png"))
+    plots.main()  # its own figures are drawn again
+
+
+def test_only_its_own_figures_are_written_over(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"commit": None, "parts": {}}))
+    path = tmp_path / "campaign_steps.png"
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path)])
+    figure = new_figure(2, 2)
+    save_figure(figure, path, "train")
+    for content in (b"notes", path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="2"):
+            plots.main()
+        expected = "folder: expected a new name or a figure of python -m benchmarks plots, got another file at"
+        assert f"{expected} {path}\n" in capsys.readouterr().err
+        assert path.read_bytes() == content
+    figure.savefig(path)  # as earlier versions wrote it
+    with pytest.raises(SystemExit, match="2"):
+        plots.main()
+    assert "found none of them" in capsys.readouterr().err  # no number to draw: the figure was no hindrance

@@ -16,7 +16,7 @@ from wrapped_models import Counting
 
 from robust_moe.attacks import PGD, ExpertPGD, JointPGD, RouterPGD
 from robust_moe.attacks.graph import StepGraphs
-from robust_moe.attacks.moe import router_margin
+from robust_moe.attacks.router import router_margin
 from robust_moe.models import BasicBlock, NetworkExperts
 from robust_moe_kernels.modules import FusedConvMoE, MoELayer, SwapTop, moe_layers, replace_blocks, rerouted
 from robust_moe_kernels.modules.norm_knowledge import KNOWN

@@ -14,7 +14,7 @@ from whole_networks import linear
 
 from robust_moe.attacks import PGD, ExpertPGD, RouterPGD, Steering
 from robust_moe.attacks.base import Attack
-from robust_moe.attacks.moe import router_margin
+from robust_moe.attacks.router import router_margin
 from robust_moe.evaluation import preset_stages
 from robust_moe.models import MarginSoft, NetworkExperts, RandomTop
 from robust_moe_kernels.modules import MoELayer, RoutingRecord

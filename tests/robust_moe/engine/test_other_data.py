@@ -1,10 +1,12 @@
 """A run goes on with the images it was started with: what differs in others is said, and what ``--override`` allows."""
 
 import io
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from robust_moe.data import data_differences, data_digest, load_splits
@@ -117,6 +119,32 @@ def test_a_setting_that_changes_images_is_changed_by_an_override_alone(tiny):
     said = fit(tiny("data.test_limit=20", "data.poison.share=0.5"), override=True)[1]
     assert "changed: number of test images: 40 became 20" in said
     assert "of 64 training images differ" in said
+
+
+def test_the_same_images_at_another_path_are_the_same_data(tiny, tmp_path):
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (here / place).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (8, 8), 20 * number).save(here / place / f"{number}.png")
+
+    def at(root, *more):
+        name = ("data.name=image_folder", f"data.root={root}", "data.validation_fraction=0.25")
+        return tiny(*name, "run.batch_size=4", "run.epochs=1", *more)
+
+    outcome, _ = fit(at(here))
+    here.rename(there)
+    found, said = fit(at(there))  # finished, and no change that there would have to be steps for
+    assert found.steps == outcome.steps
+    moved = f"changed: data.root: checkpoint has '{here}', got '{there}', with the same images"
+    assert said.splitlines().count(moved) == 1
+    shutil.copytree(there, other)
+    Image.new("L", (8, 8), 255).save(other / "train" / "a" / "0.png")
+    with pytest.raises(CheckpointError, match=r"expected the configuration .* data\.root: checkpoint has"):
+        fit(at(other, "run.epochs=2"))
+    with pytest.raises(CheckpointError, match=r"method\.attack\.steps: checkpoint has 2, got 1\. Go on") as no:
+        fit(at(there, "method.attack.steps=1"))
+    assert "data.root" not in str(no.value)
 
 
 def test_an_older_checkpoint_goes_on_with_one_warning(tiny):

@@ -65,10 +65,7 @@ def test_override_refuses_what_the_saved_state_depends_on(tiny, change):
 def test_the_command_hands_override_on(tiny, tmp_path, monkeypatch):
     asked = {}
 
-    class Recorded:
-        def __init__(self, config, reporter):
-            pass
-
+    class Recorded(Trainer):
         def fit(self, **options):
             asked.update(options)
             raise CheckpointError("enough")

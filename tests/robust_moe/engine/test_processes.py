@@ -188,7 +188,8 @@ def sentences(said):
 
 
 def sentence(what):
-    return f"error: run.devices=2: {what}; the same command goes on from the last checkpoint"
+    then = "the same command goes on from the last checkpoint, or begins anew where there is none yet"
+    return f"error: run.devices=2: {what}; {then}"
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ from small_runs import assert_same_run
 from typer.testing import CliRunner
 
 from robust_moe.commands import app
+from robust_moe.commands import train as train_command
 from robust_moe.config import ConfigError, save_config
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.run_folder import LOCK
+from robust_moe.report import assess
 
 OTHERS = "run.out: expected a folder that no other training works in, got {folder}"
 
@@ -83,6 +85,28 @@ def test_the_command_is_refused_in_one_sentence_until_the_other_process_is_kille
     assert trainer(tiny()).fit().finished
     assert not (tmp_path / "run" / LOCK).exists()
     assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def test_the_folder_is_the_command_s_until_its_evaluation_is_written(tiny, tmp_path, monkeypatch):
+    save_config(tiny("run.epochs=1"), tmp_path / "run.yaml")
+    refused = []
+
+    def disturbed(folder, *rest, **options):
+        with pytest.raises(ConfigError) as error:
+            trainer(tiny("run.epochs=1")).fit(resume=False)
+        refused.append(str(error.value))
+        return assess(folder, *rest, **options)
+
+    monkeypatch.setattr(train_command, "assess", disturbed)
+    assert CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")]).exit_code == 0
+    assert refused == [OTHERS.format(folder=tmp_path / "run")]
+    assert {"results.json", "last.pt"} <= files(tmp_path / "run").keys()
+    assert LOCK not in files(tmp_path / "run")
+    with trainer(tiny("run.epochs=1")) as mine:
+        for _ in range(2):  # the second goes on under the lock of the first
+            assert mine.fit().finished
+        assert LOCK in files(mine.folder)
+    assert LOCK not in files(mine.folder)
 
 
 def test_a_refused_run_leaves_no_folder(tiny, tmp_path):

@@ -204,6 +204,32 @@ def test_a_finished_job_is_known_by_what_decides_its_numbers(finished, tmp_path)
     assert len({each.identity() for each in jobs.values()}) == len(jobs)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"run": "resnet"}, "job.run: expected a run of robust-moe reproduce, got 'resnet'"),
+        ({"seed": -1}, "job.seed: expected a whole number >= 0, got -1"),
+        ({"data": None}, "job.data: expected text, got None"),
+        ({"trained": 1}, "job.trained: expected true or false, got 1"),
+        ({"images": "64"}, "job.images: expected a whole number >= 0, got '64'"),
+        ({"parts": []}, "job.parts: expected names and values, got []"),
+        ({"parts": {"model.init_from": {"run": "dense-at"}}}, "job.parts.model.init_from: expected run, seed"),
+        ({"config": {"data": {"nane": "digits"}}}, "unknown key 'data.nane'"),
+        (3, "job: expected names and values, got 3"),
+        (b"{", "expected the description of a run, got something that is no JSON"),
+    ],
+)
+def test_a_description_of_another_kind_is_one_sentence(tmp_path, change, words):
+    file = make_jobs(["dense-at"], SCALES["cpu"], [0], tmp_path, TINY, "digest")[0].write()
+    tree = json.loads(file.read_text())
+    changed = tree | change if isinstance(change, dict) else change
+    file.write_bytes(change if isinstance(change, bytes) else json.dumps(changed).encode())
+    with pytest.raises(ConfigError) as error:
+        Job.read(file)
+    assert str(file) in str(error.value)
+    assert words in str(error.value)
+
+
 def test_a_finished_job_is_not_repeated(finished):
     _, jobs = finished
     job = jobs["dense-at", 1]

@@ -260,3 +260,45 @@ def test_a_trace_in_training_is_refused():
     ):
         warnings.simplefilter("ignore")
         torch.jit.trace(layer("basic").train(), (images(),))
+
+
+@pytest.mark.filterwarnings("ignore:torch.func transforms")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_mapped_forward_leaves_no_record(gradients: bool):
+    """Its tensors end with the mapping; inside of it the record can be read, by a balance loss for one."""
+    moe = layer("convolution").eval()
+    moe(images())
+
+    def loss(image: Tensor) -> Tensor:
+        return moe(image[None]).square().mean() + balance_loss(moe)
+
+    mapped = torch.vmap(torch.func.grad(loss) if gradients else loss)(images())
+    assert moe.routing is None
+    with pytest.raises(RuntimeError, match="expected a forward"):
+        balance_loss(moe)
+    x = images()[:1].requires_grad_()
+    alone = moe(x).square().mean() + balance_loss(moe)
+    expected = torch.autograd.grad(alone, x)[0] if gradients else alone
+    torch.testing.assert_close(mapped[:1], expected.reshape(mapped[:1].shape))
+    torch.func.grad(loss)(images()[0])
+    assert isinstance(moe.last_routing().scores + 1, Tensor)  # a gradient alone leaves numbers
+
+
+def test_experts_that_are_no_module_are_refused_under_a_transformation():
+    class Halves:
+        """As ``ExpertModule`` describes it, and no more."""
+
+        num_experts, in_channels = 4, 8
+
+        def __init__(self) -> None:
+            self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def parameters(self):
+            return iter([self.weight])
+
+    moe = MoELayer(layer("convolution").gate, Halves())
+    with (
+        pytest.warns(UserWarning, match="torch.func transforms"),
+        pytest.raises(TypeError, match=r"layer\.experts: expected a torch\.nn\.Module .* got Halves"),
+    ):
+        torch.vmap(lambda image: moe(image[None]))(images())

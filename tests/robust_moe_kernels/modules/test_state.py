@@ -10,6 +10,7 @@ import torch
 import torchvision.models.resnet as torchvision_resnet
 from pytest import fixture, mark, raises
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, balance_loss
 from robust_moe_kernels.modules import MoELayer
@@ -138,9 +139,56 @@ def test_a_state_with_stacked_experts_loads_too(name: str):
     assert state.keys() == kept.keys()  # the caller's own state is not changed
 
 
+def test_a_stacked_state_of_another_number_of_experts_is_refused():
+    state = conv().state_dict()
+    stacked = {"experts.weight": torch.zeros(4, 6, 8, 3, 3), "experts.bias": torch.zeros(4, 6)}
+    with raises(RuntimeError, match=r"Missing key.*experts\.0\.weight"):
+        conv().load_state_dict({key: state[key] for key in state if key.startswith("gate.")} | stacked)
+
+
+def test_a_state_with_both_names_of_one_tensor_is_refused():
+    with raises(RuntimeError, match=r"Unexpected key.*experts\.weight"):
+        conv().load_state_dict(conv().state_dict() | {"experts.weight": torch.zeros(3, 6, 8, 3, 3)})
+
+
 def test_a_state_of_another_number_of_experts_is_refused():
     with raises(RuntimeError, match=r"Missing key.*experts\.3\.weight"):
         FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), 4).load_state_dict(conv().state_dict())
+
+
+# --- memory of the experts --------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """The names of the operations inside that make or fill a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(part in func.__name__ for part in ("empty", "copy", "clone", "zeros")):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@mark.parametrize("name", LAYERS)
+def test_experts_that_lie_together_are_neither_moved_nor_copied(name: str, layout: torch.memory_format):
+    experts = LAYERS[name]().to(memory_format=layout).experts
+    places = [tensor.data_ptr() for tensor in experts.state_dict().values()]
+    state = experts.__getstate__()
+    with Allocations() as moved:
+        experts.__setstate__(dict(state))
+    assert moved.names == []
+    if layout == torch.contiguous_format:  # of other layouts `_apply` asks with a small tensor whether they are to stay
+        with Allocations() as moved:
+            experts.float()
+        assert moved.names == []
+    assert [tensor.data_ptr() for tensor in experts.float().state_dict().values()] == places
+    with Allocations() as moved:
+        experts.double()
+    assert len(moved.names) > 0  # and where the numbers do change, they are counted
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------

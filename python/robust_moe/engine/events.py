@@ -1,0 +1,75 @@
+"""Numbers of a run as TensorBoard's events."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import time
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from robust_moe.files import append_line, naming
+from robust_moe.outputs import EVENTS_SUFFIX
+
+__all__ = ["Events"]
+
+
+class Events:
+    """Appends scalars to a new file of events in ``folder``, which is made if missing.
+
+    Each record is written before :meth:`add` returns. TensorBoard's own writer leaves that to a thread, which prints a
+    traceback where the disk is full, and whose error comes with a later number.
+
+    Args:
+        first: the first step that this file has; TensorBoard drops those of earlier files from there on. None: all
+            are kept.
+
+    Raises:
+        OSError: of any method; it names the file, which keeps whole records.
+    """
+
+    def __init__(self, folder: Path, first: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self._file = _new_file(folder)
+        try:
+            self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+            if first is not None:
+                started = SessionLog(status=SessionLog.START)
+                self._append(Event(wall_time=time.time(), step=first, session_log=started))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """The values, by their tags, as one record."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._append(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _append(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append_line(self._file, record.getvalue(), self.path, sync=False)
+
+    def close(self) -> None:
+        with naming(self.path):
+            self._file.close()
+
+
+def _new_file(folder: Path) -> tuple[Path, BinaryIO]:
+    """The name is one that TensorBoard looks for: time, host, process, number."""
+    begins = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+    for number in count():
+        path = folder / f"{begins}.{number}{EVENTS_SUFFIX}"
+        try:
+            with naming(path):
+                return path, open(path, "xb", buffering=0)
+        except FileExistsError:
+            continue
+    raise AssertionError  # count() does not end

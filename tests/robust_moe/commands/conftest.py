@@ -1,0 +1,24 @@
+"""What tests of the commands share."""
+
+from __future__ import annotations
+
+import pytest
+
+from robust_moe import certify as certifying
+from robust_moe import report
+from robust_moe.engine import Trainer, trainer
+from robust_moe.reproduce import study as studying
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Any work is a failure."""
+
+    def work(*_, **__):
+        raise AssertionError("work began")
+
+    for module, name in ((report, "load_experiment"), (certifying, "load_experiment"), (studying, "run_jobs")):
+        monkeypatch.setattr(module, name, work)
+    monkeypatch.setattr(Trainer, "fit", work)
+    monkeypatch.setattr(trainer, "load_checkpoint", work)
+    monkeypatch.setattr(trainer, "load_splits", work)
