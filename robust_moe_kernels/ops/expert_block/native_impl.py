@@ -1,7 +1,7 @@
 """Between the convolutions of routed residual blocks, over the compiled extension; see csrc/expert_block.
 
-Maps are of any one floating dtype, tables of float32, or of float64 for float64 maps; each element is rounded once to the
-maps' dtype.
+Maps are of any one floating dtype, tables of float32, or of float64 for float64 maps; each element is rounded once to
+the maps' dtype.
 """
 
 from __future__ import annotations
