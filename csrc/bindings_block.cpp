@@ -1,75 +1,16 @@
 // The part of the Python module that stands between the convolutions of routed blocks.
 #include "bindings.h"
-#include "expert_block/block_cuda.h"
 #include "expert_block/expert_block.h"
 #include "expert_block/sums.h"
 
 namespace rmk {
 namespace {
 
-void sums_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address value,
-              Address other, Address scale, Address shift, Address sum, Address sum_product) {
-  rmk::column_sums_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(value),
-                       at<const float>(other), at<const float>(scale), at<const float>(shift), at<double>(sum),
-                       at<double>(sum_product));
-}
-
-void shift_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address z,
-               Address scale, Address shift, bool relu, Address out) {
-  rmk::scale_shift_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(z),
-                       at<const float>(scale), at<const float>(shift), relu, at<float>(out));
-}
-
-void backward_cpu(Address offsets, int64_t experts, int64_t pixels, int64_t channels, int threads, Address d, Address z,
-                  Address p, Address q, Address r, Address scale, Address shift, Address out) {
-  rmk::norm_backward_cpu({at<const int64_t>(offsets), experts, pixels, channels, threads}, at<const float>(d),
-                         at<const float>(z), at<const float>(p), at<const float>(q), at<const float>(r),
-                         at<const float>(scale), at<const float>(shift), at<float>(out));
-}
-
-using Head = void (*)(const HeadArgs&);
-
-template <Head kernel>
-void head(Address z, Address scale, Address shift, Address x, Address skip_scale, Address skip_shift, Address order,
-          Address expert, Address inverse, Address weights, Address out, Address d_out, Address d_rows,
-          Address d_weights, int64_t batch, int64_t top_k, int64_t pixels, int64_t channels, int threads) {
-  kernel({at<const float>(z), at<const float>(scale), at<const float>(shift), at<const float>(x),
-          at<const float>(skip_scale), at<const float>(skip_shift), at<const int64_t>(order), at<const int64_t>(expert),
-          at<const int64_t>(inverse), at<const float>(weights), at<float>(out), at<const float>(d_out),
-          at<float>(d_rows), at<float>(d_weights), batch, top_k, pixels, channels, threads});
-}
-
 Shares shares_of(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels, int64_t pixels) {
   const double* sums = at<const double>(shares);
   return {sums, sums + count * experts * channels, count, at<const int64_t>(offsets), experts, channels, pixels};
 }
 
-void norm_finalise(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels, int64_t pixels,
-                   Address weight, Address bias, Address running_mean, Address running_var, Address tracked, double eps,
-                   double momentum, Address scale, Address shift, Address mean, Address rstd, Address next_mean,
-                   Address next_var, Address next_tracked) {
-  norm_finalise_cpu({shares_of(shares, count, offsets, experts, channels, pixels), at<const float>(weight),
-                     at<const float>(bias), at<const float>(running_mean), at<const float>(running_var),
-                     at<const int64_t>(tracked), eps, static_cast<float>(momentum), at<float>(scale), at<float>(shift),
-                     at<float>(mean), at<float>(rstd), at<float>(next_mean), at<float>(next_var),
-                     at<int64_t>(next_tracked)});
-}
-
-void norm_finalise_backward(Address shares, int64_t count, Address offsets, int64_t experts, int64_t channels,
-                            int64_t pixels, Address scale, Address mean, Address rstd, Address d_weight, Address d_bias,
-                            Address q, Address r) {
-  norm_finalise_backward_cpu({shares_of(shares, count, offsets, experts, channels, pixels), at<const float>(scale),
-                              at<const float>(mean), at<const float>(rstd), at<float>(d_weight), at<float>(d_bias),
-                              at<float>(q), at<float>(r)});
-}
-
-void sum_rows(Address rows, Address other, Address inverse, Address out, int64_t batch, int64_t top_k, int64_t size,
-              int threads) {
-  sum_rows_cpu({at<const float>(rows), at<const float>(other), at<const int64_t>(inverse), at<float>(out), batch, top_k,
-                size, threads});
-}
-
-#ifdef RMK_CUDA
 RoutedMaps routed_maps(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype) {
   return {at<const int64_t>(offsets), experts, rows, pixels, channels, dtype};
 }
@@ -84,7 +25,8 @@ SumsArgs sums_args(Address offsets, int64_t experts, int64_t rows, int64_t pixel
           at<void>(shift),
           at<double>(sum),
           at<double>(sum_product),
-          shares};
+          shares,
+          1};
 }
 
 ScaleShiftArgs scale_shift_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels,
@@ -94,12 +36,13 @@ ScaleShiftArgs scale_shift_args(Address offsets, int64_t experts, int64_t rows, 
           at<void>(scale),
           at<void>(shift),
           at<void>(out),
-          relu};
+          relu,
+          1};
 }
 
-NormBackwardCudaArgs norm_backward_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels,
-                                        int64_t channels, int dtype, Address d, Address z, Address p, Address q,
-                                        Address r, Address scale, Address shift, Address out) {
+NormBackwardArgs norm_backward_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels,
+                                    int dtype, Address d, Address z, Address p, Address q, Address r, Address scale,
+                                    Address shift, Address out) {
   return {routed_maps(offsets, experts, rows, pixels, channels, dtype),
           at<void>(d),
           at<void>(z),
@@ -111,10 +54,10 @@ NormBackwardCudaArgs norm_backward_args(Address offsets, int64_t experts, int64_
           at<void>(out)};
 }
 
-HeadCudaArgs head_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype,
-                       Address z, Address scale, Address shift, Address x, Address skip_scale, Address skip_shift,
-                       Address order, Address inverse, Address weights, Address out, Address d_out, Address d_rows,
-                       Address d_weights, Address d_z, int64_t batch, int64_t top_k) {
+HeadArgs head_args(Address offsets, int64_t experts, int64_t rows, int64_t pixels, int64_t channels, int dtype,
+                   Address z, Address scale, Address shift, Address x, Address skip_scale, Address skip_shift,
+                   Address order, Address inverse, Address weights, Address out, Address d_out, Address d_rows,
+                   Address d_weights, Address d_z, int64_t batch, int64_t top_k) {
   return {routed_maps(offsets, experts, rows, pixels, channels, dtype),
           at<void>(z),
           at<void>(scale),
@@ -154,7 +97,8 @@ NormFinaliseArgs norm_finalise_args(Address shares, int64_t count, Address offse
           at<void>(next_mean),
           at<void>(next_var),
           at<int64_t>(next_tracked),
-          dtype};
+          dtype,
+          1};
 }
 
 NormFinaliseBackwardArgs norm_finalise_backward_args(Address shares, int64_t count, Address offsets, int64_t experts,
@@ -169,27 +113,26 @@ NormFinaliseBackwardArgs norm_finalise_backward_args(Address shares, int64_t cou
           at<void>(d_bias),
           at<void>(q),
           at<void>(r),
-          dtype};
+          dtype,
+          1};
 }
 
-SumRowsCudaArgs sum_rows_args(Address rows, Address other, Address inverse, Address out, int64_t batch, int64_t top_k,
-                              int64_t size, int dtype) {
-  return {at<void>(rows), at<void>(other), at<const int64_t>(inverse), at<void>(out), batch, top_k, size, dtype};
+SumRowsArgs sum_rows_args(Address rows, Address other, Address inverse, Address out, int64_t batch, int64_t top_k,
+                          int64_t size, int dtype) {
+  return {at<void>(rows), at<void>(other), at<const int64_t>(inverse), at<void>(out), batch, top_k, size, dtype, 1};
 }
-
-#endif
 
 }  // namespace
 
 void bind_expert_block(pybind11::module_& m) {
-  m.def("column_sums_cpu", &sums_cpu, NoGil());
-  m.def("scale_shift_cpu", &shift_cpu, NoGil());
-  m.def("norm_backward_cpu", &backward_cpu, NoGil());
-  m.def("head_forward_cpu", &head<head_forward_cpu>, NoGil());
-  m.def("head_backward_cpu", &head<head_backward_cpu>, NoGil());
-  m.def("norm_finalise_cpu", &norm_finalise, NoGil());
-  m.def("norm_finalise_backward_cpu", &norm_finalise_backward, NoGil());
-  m.def("sum_rows_cpu", &sum_rows, NoGil());
+  m.def("column_sums_cpu", on_cpu(column_sums_cpu, sums_args), NoGil());
+  m.def("scale_shift_cpu", on_cpu(scale_shift_cpu, scale_shift_args), NoGil());
+  m.def("norm_backward_cpu", on_cpu(norm_backward_cpu, norm_backward_args), NoGil());
+  m.def("head_forward_cpu", on_cpu(head_forward_cpu, head_args), NoGil());
+  m.def("head_backward_cpu", on_cpu(head_backward_cpu, head_args), NoGil());
+  m.def("norm_finalise_cpu", on_cpu(norm_finalise_cpu, norm_finalise_args), NoGil());
+  m.def("norm_finalise_backward_cpu", on_cpu(norm_finalise_backward_cpu, norm_finalise_backward_args), NoGil());
+  m.def("sum_rows_cpu", on_cpu(sum_rows_cpu, sum_rows_args), NoGil());
 #ifdef RMK_CUDA
   m.def("column_sums_cuda", on_cuda(column_sums_cuda, sums_args), NoGil());
   m.def("scale_shift_cuda", on_cuda(scale_shift_cuda, scale_shift_args), NoGil());

@@ -9,7 +9,11 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && defined(__x86_64__)
+#if __GNUC__ >= 12  // with it the AVX-512 that widens and rounds 16-bit elements in whole vectors
+#define RMK_WIDE_VECTORS __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
 #define RMK_WIDE_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define RMK_WIDE_VECTORS
 #endif

@@ -10,11 +10,11 @@ constexpr int kSlots = 32;  // of a sample whose experts a block looks up once
 template <int N, typename T>
 struct Head {
   using A = Acc<T>;
-  const HeadCudaArgs& a;
+  const HeadArgs& a;
   Pack<A, N> scale, shift, skip_scale, skip_shift;
 
   // The tables of expert e.
-  __device__ Head(const HeadCudaArgs& args, int64_t e, int64_t c) : a(args) {
+  __device__ Head(const HeadArgs& args, int64_t e, int64_t c) : a(args) {
     const int64_t table = e * args.maps.channels + c;
     scale = table_at<N, A>(a.scale, table);
     shift = table_at<N, A>(a.shift, table);
@@ -37,7 +37,7 @@ struct Head {
 };
 
 template <int N, typename T>
-__global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadCudaArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadArgs a) {
   using A = Acc<T>;
   constexpr int kCount = 2;  // with four pixels a thread needs more registers than two blocks have
   __shared__ int64_t expert_in[kSlots];
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(HeadCudaArgs 
 
 // One block: one row's whole map, so that its weight's gradient is one sum.
 template <int N, typename T>
-__global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadArgs a) {
   using A = Acc<T>;
   constexpr int kCount = 2;
   __shared__ double shared[kThreads / 32];
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_kernel(HeadCudaArgs
 
 }  // namespace
 
-void head_forward_cuda(const HeadCudaArgs& a, std::uintptr_t stream) {
+void head_forward_cuda(const HeadArgs& a, std::uintptr_t stream) {
   const auto tables = {a.scale, a.shift, a.skip_scale, a.skip_shift};
   with_map_width(a.maps, {a.z, a.x, static_cast<const void*>(a.out)}, tables, [&](auto type, auto width) {
     constexpr int N = decltype(width)::value;
@@ -133,7 +133,7 @@ void head_forward_cuda(const HeadCudaArgs& a, std::uintptr_t stream) {
   });
 }
 
-void head_backward_cuda(const HeadCudaArgs& a, std::uintptr_t stream) {
+void head_backward_cuda(const HeadArgs& a, std::uintptr_t stream) {
   const auto tables = {a.scale, a.shift, a.skip_scale, a.skip_shift};
   with_map_width(a.maps, {a.z, a.x, a.d_out, static_cast<const void*>(a.d_rows), static_cast<const void*>(a.d_z)},
                  tables, [&](auto type, auto width) {

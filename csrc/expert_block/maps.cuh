@@ -10,8 +10,8 @@
 #include "common/dtype.h"
 #include "common/launch.cuh"
 #include "common/pack.cuh"
-#include "expert_block/block_cuda.h"
 #include "expert_block/elements.h"
+#include "expert_block/expert_block.h"
 
 namespace rmk {
 

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_kernel(ScaleShiftArgs
 }
 
 template <int N, typename T>
-__global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(NormBackwardCudaArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(NormBackwardArgs a) {
   using A = Acc<T>;
   const RoutedMaps& m = a.maps;
   const bool with_mask = a.scale != nullptr, with_z = a.q != nullptr;
@@ -148,7 +148,7 @@ void scale_shift_cuda(const ScaleShiftArgs& a, std::uintptr_t stream) {
   });
 }
 
-void norm_backward_cuda(const NormBackwardCudaArgs& a, std::uintptr_t stream) {
+void norm_backward_cuda(const NormBackwardArgs& a, std::uintptr_t stream) {
   with_map_width(a.maps, {a.d, a.z, a.out}, {a.p, a.q, a.r, a.scale, a.shift}, [&](auto type, auto width) {
     constexpr int N = decltype(width)::value;
     const MapShape shape = map_shape(a.maps, a.maps.rows, N, false);

@@ -1,5 +1,5 @@
-// What becomes of sums over an expert's pixels, the sum of a sample's rows and the gradient through a ReLU: the small
-// ends of a routed block. The specification is robust_moe_kernels/ops/expert_block/reference_impl.py.
+// What becomes of sums over an expert's pixels, and the sum of a sample's rows: the small ends of a routed block. The
+// specification is robust_moe_kernels/ops/expert_block/reference_impl.py.
 #pragma once
 
 #include <cstdint>
@@ -15,48 +15,46 @@ struct Shares {
   int64_t pixels;  // of one row's map
 };
 
-struct NormArgs {
+struct NormFinaliseArgs {
   Shares shares;
-  const float* weight;  // [experts][channels], as all the others
-  const float* bias;
-  const float* running_mean;
-  const float* running_var;
+  const void *weight, *bias, *running_mean,
+      *running_var;        // [experts][channels], as all tables: all float or all double
   const int64_t* tracked;  // [experts] batches seen
-  double eps;
-  float momentum;
-  float* scale;
-  float* shift;
-  float* mean;
-  float* rstd;
-  float* next_mean;       // running_mean after this batch
-  float* next_var;        // running_var after this batch
-  int64_t* next_tracked;  // tracked after this batch
+  double eps, momentum;
+  void *scale, *shift, *mean, *rstd;
+  void *next_mean, *next_var;  // the running statistics after this batch
+  int64_t* next_tracked;       // tracked after this batch
+  int dtype;
+  int threads;  // of the CPU
 };
 
-struct NormBackwardArgs {
+struct NormFinaliseBackwardArgs {
   Shares shares;
-  const float* scale;  // [experts][channels], as all the others
-  const float* mean;
-  const float* rstd;
-  float* d_weight;
-  float* d_bias;
-  float* q;  // null in evaluation, with r
-  float* r;
+  const void *scale, *mean, *rstd;  // [experts][channels], as all tables: all float or all double
+  void *d_weight, *d_bias;
+  void *q, *r;  // null in evaluation
+  int dtype;
+  int threads;  // of the CPU
 };
 
-void norm_finalise_cpu(const NormArgs& args);
-void norm_finalise_backward_cpu(const NormBackwardArgs& args);
-
-// out[b] = sum over j of rows[inverse[b * top_k + j]] + other[the same], maps of `size` elements, in slot order.
+// out[b] = sum over j of rows[inverse[b * top_k + j]] + other[the same], maps of `size` elements of any float, in slot
+// order; summed in float (double for double) and rounded once.
 struct SumRowsArgs {
-  const float* rows;
-  const float* other;
+  const void *rows, *other;
   const int64_t* inverse;
-  float* out;
+  void* out;
   int64_t batch, top_k, size;
-  int threads;
+  int dtype;
+  int threads;  // of the CPU
 };
 
+void norm_finalise_cpu(const NormFinaliseArgs& args);
+void norm_finalise_backward_cpu(const NormFinaliseBackwardArgs& args);
 void sum_rows_cpu(const SumRowsArgs& args);
+#ifdef RMK_CUDA
+void norm_finalise_cuda(const NormFinaliseArgs& args, std::uintptr_t stream);
+void norm_finalise_backward_cuda(const NormFinaliseBackwardArgs& args, std::uintptr_t stream);
+void sum_rows_cuda(const SumRowsArgs& args, std::uintptr_t stream);
+#endif
 
 }  // namespace rmk

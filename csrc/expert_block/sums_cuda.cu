@@ -3,8 +3,8 @@
 #include "common/dtype.h"
 #include "common/launch.cuh"
 #include "common/pack.cuh"
-#include "expert_block/block_cuda.h"
 #include "expert_block/finalise.h"
+#include "expert_block/sums.h"
 
 namespace rmk {
 namespace {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) finalise_backward_kernel(NormFinalis
 }
 
 template <int N, typename T>
-__global__ void __launch_bounds__(kThreads, 2) sum_rows_kernel(SumRowsCudaArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) sum_rows_kernel(SumRowsArgs a) {
   using A = Acc<T>;
   for (int64_t sample = blockIdx.x; sample < a.batch; sample += gridDim.x) {
     const int64_t first = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
@@ -112,7 +112,7 @@ void norm_finalise_backward_cuda(const NormFinaliseBackwardArgs& a, std::uintptr
   });
 }
 
-void sum_rows_cuda(const SumRowsCudaArgs& a, std::uintptr_t stream) {
+void sum_rows_cuda(const SumRowsArgs& a, std::uintptr_t stream) {
   with_dtype(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int N = kFull<T>;

@@ -4,12 +4,18 @@
 #include "common/dtype.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/restrict.h"
 #include "gate/pool.h"
 
 namespace rmk {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, see parallel.h
+
+template <typename X>
+RMK_WIDE_VECTORS void add_line(const X* RMK_RESTRICT line, int64_t count, double* RMK_RESTRICT sums) {
+  for (int64_t c = 0; c < count; ++c) sums[c] += load(line + c);
+}
 
 // Sums in double, pixel by pixel: the same bits in either memory format.
 template <typename X, typename W>
@@ -18,8 +24,7 @@ void pool_sample(const PoolArgs& a, int64_t sample, double* sums) {
   std::fill(sums, sums + a.channels, 0.0);
   if (a.channel_stride == 1) {
     for (int64_t p = 0; p < a.pixels; ++p) {
-      const X* line = x + p * a.pixel_stride;
-      for (int64_t c = 0; c < a.channels; ++c) sums[c] += load(line + c);
+      add_line(x + p * a.pixel_stride, a.channels, sums);
     }
   } else {
     for (int64_t c = 0; c < a.channels; ++c) {
@@ -48,17 +53,16 @@ void spread_sample(const PoolBackwardArgs& a, int64_t sample, double* sums) {
   }
   X* d_x = static_cast<X*>(a.d_x) + sample * a.channels * a.pixels;
   for (int64_t c = 0; c < a.channels; ++c) sums[c] /= static_cast<double>(a.pixels);
-  const auto put = [&](int64_t c, int64_t p) {
-    store(d_x + c * a.channel_stride + p * a.pixel_stride, static_cast<Acc<X>>(sums[c]));
-  };
+  for (int64_t c = 0; c < a.channels; ++c) {
+    const X value = narrow<X>(static_cast<Acc<X>>(sums[c]));
+    if (a.channel_stride == 1) {
+      d_x[c] = value;
+    } else {
+      std::fill_n(d_x + c * a.channel_stride, a.pixels, value);
+    }
+  }
   if (a.channel_stride == 1) {
-    for (int64_t p = 0; p < a.pixels; ++p) {
-      for (int64_t c = 0; c < a.channels; ++c) put(c, p);
-    }
-  } else {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      for (int64_t p = 0; p < a.pixels; ++p) put(c, p);
-    }
+    for (int64_t p = 1; p < a.pixels; ++p) std::copy_n(d_x, a.channels, d_x + p * a.pixel_stride);
   }
 }
 

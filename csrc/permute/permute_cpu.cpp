@@ -2,6 +2,7 @@
 
 #include "common/dtype.h"
 #include "common/lanes.h"
+#include "common/lines.h"
 #include "common/parallel.h"
 #include "common/restrict.h"
 #include "permute/elements.h"
@@ -12,6 +13,16 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 16;  // elements a thread: 256 KB of fp32, about 25 microseconds of streaming
 constexpr int64_t kBlock = 512;      // elements summed in registers and first-level cache before they are stored
+
+template <typename T, typename A>
+RMK_WIDE_VECTORS void scaled_line(const T* RMK_RESTRICT line, A weight, int64_t count, T* RMK_RESTRICT out) {
+  for (int64_t i = 0; i < count; ++i) store(out + i, weight * load(line + i));
+}
+
+template <typename T, typename A>
+RMK_WIDE_VECTORS void add_slot(const T* RMK_RESTRICT line, A weight, bool first, int64_t count, A* RMK_RESTRICT sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] = slot_sum(sum[i], weight, load(line + i), first);
+}
 
 int64_t row_grain(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(size, 1)); }
 
@@ -24,13 +35,12 @@ void dispatch(const PermuteArgs& a) {
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t pair = a.order[r];
-      const T* RMK_RESTRICT from = samples + sample_start(a, pair);
-      T* RMK_RESTRICT to = out + r * a.size;
+      const T* from = samples + sample_start(a, pair);
+      T* to = out + r * a.size;
       if (weights == nullptr) {
         std::copy_n(from, a.size, to);
       } else {
-        const A weight = weights[pair];
-        for (int64_t i = 0; i < a.size; ++i) store(to + i, weight * load(from + i));
+        scaled_line(from, weights[pair], a.size, to);
       }
     }
   });
@@ -46,11 +56,10 @@ void combine(const PermuteArgs& a) {
       for (int64_t start = 0; start < a.size; start += kBlock) {
         const int64_t count = std::min(kBlock, a.size - start);
         for (int64_t j = 0; j < a.top_k; ++j) {
-          const T* RMK_RESTRICT from = rows + row_start(a, b * a.top_k + j) + start;
-          const A weight = weight_of<A>(a, b * a.top_k + j);
-          for (int64_t i = 0; i < count; ++i) sum[i] = slot_sum(sum[i], weight, load(from + i), j == 0);
+          const int64_t pair = b * a.top_k + j;
+          add_slot(rows + row_start(a, pair) + start, weight_of<A>(a, pair), j == 0, count, sum);
         }
-        for (int64_t i = 0; i < count; ++i) store(out + b * a.size + start + i, sum[i]);
+        round_line(sum, count, out + b * a.size + start);
       }
     }
   });

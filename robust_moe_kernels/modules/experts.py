@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _ENGINE = {
-    "cpu": ("native", (torch.float32,)),
+    "cpu": ("native", (torch.float32, torch.float16, torch.bfloat16)),
     "cuda": ("triton", (torch.float32, torch.float16, torch.bfloat16)),
 }
 
@@ -57,8 +57,8 @@ def engine_dtype(x: Tensor) -> torch.dtype:
 
 
 def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Whether the grouped engine runs on this input: float32 on the CPU with the extension, outside autocast; float32,
-    float16 and bfloat16 on a GPU with Triton, with parameters of the dtype of x or, inside autocast, in float32."""
+    """Whether the grouped engine runs on this input: float32, float16 and bfloat16, on the CPU with the extension and
+    on a GPU with Triton, with parameters of the dtype of x or, inside autocast, in float32."""
     if x.device.type not in _ENGINE:
         return False
     impl, dtypes = _ENGINE[x.device.type]
@@ -348,7 +348,7 @@ class ConvExperts(Experts):
         rows = expert_conv(dispatch(x.to(dtype), route), weight.to(dtype), route.offsets, *geometry)
         if bias:
             expert = expert_of_row(route.offsets, len(rows))
-            rows = rows + bias[0].index_select(0, expert)[:, :, None, None]
+            rows = rows + bias[0].to(dtype).index_select(0, expert)[:, :, None, None]
         out = combine(rows, route, weights)
         return out.contiguous(memory_format=dense_format(x))
 

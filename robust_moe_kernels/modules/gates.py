@@ -30,7 +30,9 @@ __all__ = [
 
 Gate = str | nn.Module | Callable[[int, int], nn.Module]  # a name, a module, or what makes one from (C, E)
 
-FUSED = {"cuda"}  # where a launch saved counts: pool and linear layer as one; on a CPU both are PyTorch's
+# Where a launch saved counts: pool and linear layer as one. On a CPU both are PyTorch's, but for maps of another dtype
+# than the gate's, which would have to be copied before.
+FUSED = {"cuda"}
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:
@@ -53,7 +55,8 @@ class GapFcGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = _dtype(self.fc)
         plain = type(self.fc) is nn.Linear and not has_hooks(self.fc)
-        if x.device.type in FUSED and plain and kind in (torch.float32, torch.float64) and not is_general():
+        fused = x.device.type in FUSED or x.dtype != kind
+        if fused and plain and kind in (torch.float32, torch.float64) and not is_general():
             return pool_linear(x, self.fc.weight, self.fc.bias)
         with torch.autocast(x.device.type, enabled=False):
             return self.fc(x.to(kind).mean((2, 3)))

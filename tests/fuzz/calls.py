@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -241,33 +242,35 @@ def cross_entropy(d: Draw) -> Call:
     return Call(RAW.sample_cross_entropy_backward, gradient, 16 * top(logits), top(d_loss))
 
 
-def _routed(d: Draw) -> tuple[int, int, Tensor, tuple[int, ...]]:
-    """(experts, channels, offsets, shape of the rows' maps)."""
-    experts, channels = d.size(5, 1), d.channels()
+def _routed(d: Draw) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor, tuple[int, ...]]:
+    """(what draws rows' maps, what draws a table, offsets, shape of the maps)."""
+    experts, channels, kind = d.size(5, 1), d.channels(), d.choice(FLOATS)
     rows, offsets = d.rows(experts, 4)
-    return experts, channels, offsets, (rows, channels, *d.map_size())
+    shape = (rows, channels, *d.map_size())
+    table = partial(d.floats, experts, channels, dtype=torch.promote_types(kind, torch.float32))
+    return partial(d.floats, *shape, dtype=kind), table, offsets, shape
 
 
 def sums(d: Draw) -> Call:
-    experts, channels, offsets, shape = _routed(d)
+    rows, table, offsets, shape = _routed(d)
     masked = d.chance(0.5)
-    tables = {name: d.floats(experts, channels) if masked else None for name in ("scale", "shift")}
-    maps = {"value": d.floats(*shape), "other": d.floats(*shape), "offsets": offsets}
+    tables = {name: table() if masked else None for name in ("scale", "shift")}
+    maps = {"value": rows(), "other": rows(), "offsets": offsets}
     return Call(RAW.column_sums, maps | tables | {"shares": d.size(4, 1)}, shape[0] * shape[2] * shape[3] + 8)
 
 
 def shift(d: Draw) -> Call:
-    experts, channels, offsets, shape = _routed(d)
-    tables = {name: d.floats(experts, channels) for name in ("scale", "shift")}
-    return Call(RAW.scale_shift, {"z": d.floats(*shape), "offsets": offsets, "relu": d.chance(0.5)} | tables, 4)
+    rows, table, offsets, _ = _routed(d)
+    tables = {name: table() for name in ("scale", "shift")}
+    return Call(RAW.scale_shift, {"z": rows(), "offsets": offsets, "relu": d.chance(0.5)} | tables, 4)
 
 
 def norm_backward(d: Draw) -> Call:
-    experts, channels, offsets, shape = _routed(d)
+    rows, table, offsets, _ = _routed(d)
     training, masked = d.chance(0.5), d.chance(0.5)
     there = {"p": True, "q": training, "r": training, "scale": masked, "shift": masked}
-    tables = {name: d.floats(experts, channels) if wanted else None for name, wanted in there.items()}
-    return Call(RAW.norm_backward, {"d": d.floats(*shape), "z": d.floats(*shape), "offsets": offsets} | tables, 8)
+    tables = {name: table() if wanted else None for name, wanted in there.items()}
+    return Call(RAW.norm_backward, {"d": rows(), "z": rows(), "offsets": offsets} | tables, 8)
 
 
 def _shares(d: Draw, *names: str) -> dict[str, Any]:
@@ -293,25 +296,29 @@ def finalise_backward(d: Draw) -> Call:
 def head(d: Draw) -> Call:
     batch, top_k, experts, channels = d.batch(6), d.size(3, 1), d.size(5, 1), d.channels()
     route, size = d.route(batch, top_k, experts), d.map_size()
-    rows, normed = batch * top_k, d.chance(0.5)
-    tables = {name: d.floats(experts, channels) for name in ("scale", "shift")}
-    tables |= {name: d.floats(experts, channels) if normed else None for name in ("skip_scale", "skip_shift")}
-    maps = {"z": d.floats(rows, channels, *size), "x": d.floats(rows if normed else batch, channels, *size)}
+    rows, normed, kind = batch * top_k, d.chance(0.5), d.choice(FLOATS)
+    table = partial(d.floats, dtype=torch.promote_types(kind, torch.float32))
+    tables = {name: table(experts, channels) for name in ("scale", "shift")}
+    tables |= {name: table(experts, channels) if normed else None for name in ("skip_scale", "skip_shift")}
+    maps = {
+        name: d.floats(count, channels, *size, dtype=kind)
+        for name, count in (("z", rows), ("x", rows if normed else batch))
+    }
     pairs = {"order": route.order, "inverse": route.inverse, "offsets": route.offsets}
-    arguments = maps | tables | pairs | {"weights": d.floats(batch, top_k)}
+    arguments = maps | tables | pairs | {"weights": table(batch, top_k)}
     function = d.choice((RAW.head_forward, RAW.head_backward, RAW.head_norm_backward))
     if function is not RAW.head_forward:
-        arguments["d_out"] = d.floats(batch, channels, *size)
+        arguments["d_out"] = d.floats(batch, channels, *size, dtype=kind)
     return Call(function, arguments, channels * size[0] * size[1] + top_k + 8)
 
 
 def sum_rows(d: Draw) -> Call:
     batch, top_k = d.batch(6), d.size(3, 1)
-    shape = (batch * top_k, d.channels(), *d.map_size())
+    rows = partial(d.floats, batch * top_k, d.channels(), *d.map_size(), dtype=d.choice(FLOATS))
     inverse = torch.randperm(batch * top_k, generator=d.generator)
     return Call(
         RAW.sum_rows,
-        {"rows": d.floats(*shape), "other": d.floats(*shape), "inverse": inverse, "top_k": top_k},
+        {"rows": rows(), "other": rows(), "inverse": inverse, "top_k": top_k},
         top_k + 2,
     )
 

@@ -35,9 +35,9 @@ def race() -> None:
 
     def write() -> None:
         for _ in range(50):
-            sizes = (2, 256, 64, 1)
+            sizes = (2, 64, 256, 64, native.dtype_code(maps))
             native.extension().scale_shift_cpu(
-                offsets.data_ptr(), *sizes, maps.data_ptr(), *tables, True, out.data_ptr()
+                offsets.data_ptr(), *sizes, maps.data_ptr(), *tables, True, out.data_ptr(), 1
             )
 
     threads = [threading.Thread(target=write) for _ in range(2)]

@@ -1,7 +1,7 @@
 """Between the convolutions of routed residual blocks, over the compiled extension; see csrc/expert_block.
 
-The CPU computes float32. CUDA computes maps of any floating dtype with tables in float32, or in float64 for float64
-maps.
+Maps are of any one floating dtype, tables of float32, or of float64 for float64 maps; each element is rounded once to
+the maps' dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels import native
-from robust_moe_kernels.layout import channels_last_empty, expert_of_row
+from robust_moe_kernels.layout import channels_last_empty
 
 __all__ = [
     "column_sums", "head_backward", "head_forward", "head_norm_backward", "norm_backward", "norm_finalise",
@@ -23,12 +23,10 @@ why_not = native.why_not_cuda
 def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
     kinds = {tensor.dtype for tensor in operands}
-    named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32}))
-    if not native.on_gpu(operands[0]):
-        return f"the native block computes float32, not {named}" if named else None
     maps = {tensor.dtype for tensor in operands if tensor.dim() == 4}
     if len(kinds) == 1 or (len(maps) < 2 and torch.float32 not in maps and torch.float64 not in kinds):
         return None
+    named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32}))
     return f"the native block computes maps of one dtype, with tables of float32 or float64, not {named} together"
 
 
@@ -47,13 +45,9 @@ def _tables(like: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
 
 def _run(kernel: str, maps: Tensor, offsets: Tensor, *arguments: object) -> None:
     """A kernel whose first arguments are the rows' maps: those of ``maps``."""
-    experts, (rows, channels, height, width) = offsets.numel() - 1, maps.shape
-    if native.on_gpu(maps):
-        sizes = (experts, rows, height * width, channels, native.dtype_code(maps))
-        native.run(kernel, maps, offsets.data_ptr(), *sizes, *arguments)
-    else:
-        counts = (experts, height * width, channels, native.threads())
-        getattr(native.extension(), f"{kernel}_cpu")(offsets.data_ptr(), *counts, *arguments)
+    rows, channels, height, width = maps.shape
+    sizes = (offsets.numel() - 1, rows, height * width, channels, native.dtype_code(maps))
+    native.run(kernel, maps, offsets.data_ptr(), *sizes, *arguments)
 
 
 def column_sums(
@@ -61,21 +55,14 @@ def column_sums(
 ) -> Tensor:
     out = value.new_empty(2, shares, offsets.numel() - 1, value.shape[1], dtype=torch.float64)
     tables = _tables(value, scale, shift)
-    arguments = [*map(native.address, (value, other, *tables)), out[0].data_ptr(), out[1].data_ptr()]
-    if native.on_gpu(value):
-        arguments.append(shares)
-    else:
-        out[:, 1:] = 0.0  # all of it is in the first share: a task sums its columns from the first pixel to the last
-    _run("column_sums", value, offsets, *arguments)
+    addresses = map(native.address, (value, other, *tables, out[0], out[1]))
+    _run("column_sums", value, offsets, *addresses, shares)
     return out
 
 
 def _finalise(kernel: str, shares: Tensor, offsets: Tensor, pixels: int, *arguments: object, kind: Tensor) -> None:
     sums = (shares.data_ptr(), shares.shape[1], offsets.data_ptr(), *shares.shape[2:], pixels)
-    if native.on_gpu(shares):
-        native.run(kernel, shares, *sums, *arguments, native.dtype_code(kind))
-    else:
-        getattr(native.extension(), f"{kernel}_cpu")(*sums, *arguments)
+    native.run(kernel, shares, *sums, *arguments, native.dtype_code(kind))
 
 
 def norm_finalise(
@@ -143,15 +130,9 @@ def _head(
     batch, top_k = weights.shape
     scale, shift, weights = (_table(z, table) for table in (scale, shift, weights))
     skip_scale, skip_shift = _tables(z, skip_scale, skip_shift)
-    inputs = (z, scale, shift, x, skip_scale, skip_shift, order)
-    if native.on_gpu(z):
-        tensors = (*inputs, inverse, weights, out, d_out, d_rows, d_weights, d_z)
-        _run(kernel, z, offsets, *map(native.address, tensors), batch, top_k)
-    else:
-        expert = expert_of_row(offsets, z.shape[0])
-        tensors = (*inputs, expert, inverse, weights, out, d_out, d_rows, d_weights)
-        sizes = (batch, top_k, z.shape[2] * z.shape[3], z.shape[1], native.threads())
-        getattr(native.extension(), f"{kernel}_cpu")(*map(native.address, tensors), *sizes)
+    inputs = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, weights)
+    addresses = map(native.address, (*inputs, out, d_out, d_rows, d_weights, d_z))
+    _run(kernel, z, offsets, *addresses, batch, top_k)
 
 
 def head_forward(
@@ -184,25 +165,16 @@ def head_norm_backward(
     d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_z = channels_last_empty(z, tuple(z.shape))
+    d_rows, d_weights = _gradients(z, weights)
     head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
-    if native.on_gpu(z):
-        d_z = channels_last_empty(z, tuple(z.shape))
-        d_rows, d_weights = _gradients(z, weights)
-        _head("head_backward", *head, d_out=d_out, d_rows=d_rows, d_weights=d_weights, d_z=d_z)
-        return d_z, d_rows, d_weights.to(weights.dtype)
-    d_rows, d_weights = head_backward(d_out, *head)
-    d_z = norm_backward(d_rows, z, offsets, scale, None, None, None, None)
-    if skip_scale is not None:
-        d_rows = norm_backward(d_rows, z, offsets, skip_scale, None, None, None, None)
-    return d_z, d_rows, d_weights
+    _head("head_backward", *head, d_out=d_out, d_rows=d_rows, d_weights=d_weights, d_z=d_z)
+    return d_z, d_rows, d_weights.to(weights.dtype)
 
 
 def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     batch = inverse.numel() // top_k
     out = channels_last_empty(rows, (batch, *rows.shape[1:]))
     arguments = (*map(native.address, (rows, other, inverse, out)), batch, top_k, rows.shape[1:].numel())
-    if native.on_gpu(rows):
-        native.run("sum_rows", rows, *arguments, native.dtype_code(rows))
-    else:
-        native.extension().sum_rows_cpu(*arguments, native.threads())
+    native.run("sum_rows", rows, *arguments, native.dtype_code(rows))
     return out

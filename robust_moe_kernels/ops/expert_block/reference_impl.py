@@ -151,16 +151,25 @@ def head_forward(
     return channels_last_empty(z, tuple(out.shape)).copy_(out)
 
 
-def head_backward(
+def _head_gradient(
     d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient at the ReLU's input, not rounded to the maps' dtype yet, and that of the weights."""
     rows = _head_rows(z, scale, shift, x, skip_scale, skip_shift, order, offsets, weights.shape[1])
     d_pairs = d_out.index_select(0, order // weights.shape[1])
     inner = (rows.double() * d_pairs.double()).sum((1, 2, 3)).index_select(0, inverse)
     weight = weights.reshape(-1).index_select(0, order)[:, None, None, None].to(rows.dtype)
-    d_rows = channels_last_empty(z, tuple(z.shape)).copy_(weight * d_pairs * (rows > 0))
-    return d_rows, inner.view_as(weights).to(weights.dtype)
+    return weight * d_pairs * (rows > 0), inner.view_as(weights).to(weights.dtype)
+
+
+def head_backward(
+    d_out: Tensor, z: Tensor, scale: Tensor, shift: Tensor, x: Tensor, skip_scale: Tensor | None,
+    skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
+    d_rows, d_weights = _head_gradient(d_out, *head)
+    return channels_last_empty(z, tuple(z.shape)).copy_(d_rows), d_weights
 
 
 def head_norm_backward(
@@ -168,16 +177,18 @@ def head_norm_backward(
     skip_shift: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = (z, scale, shift, x, skip_scale, skip_shift, order, inverse, offsets, weights)
-    d_rows, d_weights = head_backward(d_out, *head)
-    d_z = norm_backward(d_rows, z, offsets, scale, None, None, None, None)
+    d_rows, d_weights = _head_gradient(d_out, *head)
+    expert = expert_of_row(offsets, z.shape[0])
+    d_z = channels_last_empty(z, tuple(z.shape)).copy_(_spread(scale, expert) * d_rows)
     if skip_scale is not None:
-        d_rows = norm_backward(d_rows, z, offsets, skip_scale, None, None, None, None)
-    return d_z, d_rows, d_weights
+        d_rows = _spread(skip_scale, expert) * d_rows
+    return d_z, channels_last_empty(z, tuple(z.shape)).copy_(d_rows), d_weights
 
 
 def sum_rows(rows: Tensor, other: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    pairs = (rows + other).index_select(0, inverse).unflatten(0, (-1, top_k))
+    kind = torch.promote_types(rows.dtype, torch.float32)
+    pairs = (rows.to(kind) + other.to(kind)).index_select(0, inverse).unflatten(0, (-1, top_k))
     total = pairs[:, 0]
-    for slot in pairs.unbind(1)[1:]:
-        total = total + slot
+    for j in range(1, top_k):
+        total = total + pairs[:, j]
     return channels_last_empty(rows, tuple(total.shape)).copy_(total)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, experts, residual
 
 RESNET18, RESNET50 = torchvision.models.resnet18(), torchvision.models.resnet50()
@@ -58,7 +60,8 @@ def everything(moe: MoELayer, x: Tensor) -> dict[str, Tensor | None]:
     moe = copy.deepcopy(moe)
     x = x.clone().requires_grad_()
     y = moe(x)
-    (y * torch.arange(y.numel(), dtype=y.dtype).sin().view_as(y)).sum().backward()
+    weighting = torch.arange(y.numel(), dtype=torch.float64).sin().to(y.dtype)
+    (y * weighting.view_as(y)).sum().backward()
     found = {"output": y.detach(), "x": x.grad}
     found |= {name: parameter.grad for name, parameter in moe.named_parameters()}
     return found | {f"buffer {name}": buffer for name, buffer in moe.named_buffers()}
@@ -82,6 +85,41 @@ def test_engine_equals_segments(name: str, top_k: int, batch: int, training: boo
         scale = wanted.abs().max().clamp_min(1e-30)
         error, allowed = ((found[key].double() - wanted).abs().max() / scale for found in (got, single))
         assert error <= 2 * allowed + 2e-6, f"{key}: {error:.1e}, segments {allowed:.1e}"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["BasicBlock", "BasicBlock, stride 2", "convolution with bias"])
+def test_half_precision_on_the_engine(name: str, training: bool, monkeypatch):
+    """Under autocast a layer is as accurate as its modules by themselves, both against float64, and what stands between
+    its convolutions is native."""
+    chosen = set()
+    choose = Op.choose
+
+    def noted(op: Op, *arguments: object) -> ModuleType:
+        found = choose(op, *arguments)
+        chosen.add(found.__name__)
+        return found
+
+    monkeypatch.setattr(Op, "choose", noted)
+    moe = layer(name, 2).train(training)
+    x = torch.randn(16, moe.experts.in_channels, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts.engine_computes(x, moe.parameters())
+        got = everything(moe, x)
+        with without_engine():
+            single = everything(moe, x)
+    assert got["output"].dtype == single["output"].dtype == torch.bfloat16
+    between = {op for op in chosen if "expert_conv" not in op}
+    assert between and all(op.endswith("native_impl") for op in between), between
+    with without_engine():
+        truth = everything(moe.double(), x.double())
+    for key, wanted in truth.items():
+        if wanted is None:
+            assert got[key] is None, key
+            continue
+        scale = wanted.double().norm().clamp_min(1e-30)
+        error, allowed = ((found[key].double() - wanted.double()).norm() / scale for found in (got, single))
+        assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps, f"{key}: {error:.1e}, modules {allowed:.1e}"
 
 
 class Calls(TorchDispatchMode):

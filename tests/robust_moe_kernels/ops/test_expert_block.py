@@ -20,8 +20,10 @@ from robust_moe_kernels.ops.expert_block import (
     column_sums,
     head_backward,
     head_forward,
+    head_norm_backward,
     norm_backward,
     scale_shift,
+    sum_rows,
 )
 
 OP = "expert_block"
@@ -156,21 +158,11 @@ def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def computes(target, dtype: torch.dtype) -> bool:
-    return EXPERT_BLOCK.module(target.impl).why_not_case(torch.empty(0, dtype=dtype, device=target.device)) is None
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_the_oracle(target, case, dtype, generator, assert_same_bits):
     """Each result within the roundings on its way: at most seven in the accumulation type, of terms that are no larger
     than ``size``, then one in its own. What only multiplies and adds equals the reference to the bit in float32."""
-    if not computes(target, dtype):
-        with pytest.raises(
-            ImplementationUnavailable, match=f"impl='{target.impl}' cannot run on .*: .* computes float32"
-        ):
-            CALLS["relu"](inputs_of(case, generator, dtype).to(target.device), target.impl)
-        return
     inputs = inputs_of(case, generator, dtype)
     here = inputs.to(target.device)
     magnitude = max((float(t.abs().max()) for t in inputs[:6] if t.numel()), default=0.0)
@@ -191,15 +183,45 @@ def test_matches_the_oracle(target, case, dtype, generator, assert_same_bits):
             assert_same_bits(results, as_tuple(call(inputs, "reference")))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_as_accurate_as_the_reference(rival, name, generator, assert_as_accurate):
+def test_as_accurate_as_the_reference(rival, name, dtype, generator, assert_as_accurate):
     case = CASES[0]
-    inputs = inputs_of(case, generator)
+    inputs = inputs_of(case, generator, dtype)
     actual, reference = (
         as_tuple(CALLS[name](i, impl)) for i, impl in ((inputs.to(rival.device), rival.impl), (inputs, "reference"))
     )
     for got, wanted, truth in zip(actual, reference, oracle(name, case, inputs), strict=True):
         assert_as_accurate(got, wanted, truth)
+
+
+@pytest.mark.skipif(EXPERT_BLOCK.why_not("native", "cpu") is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_half_precision_is_float32s_result_rounded_once(case, dtype, generator, assert_same_bits):
+    """To the bit, on the same numbers: maps rounded by PyTorch, everything else unrounded. With zeros, numbers below
+    the smallest normal one and numbers that overflow among them."""
+    inputs = inputs_of(case, generator)
+    inputs = Inputs(*(t.to(dtype) if t.dim() == 4 else t for t in inputs))
+    for tensor in (inputs.z, inputs.d_out):
+        tensor[:, 0] *= torch.tensor([0.0, 1e-7, 6e4])[torch.arange(tensor.shape[0]) % 3, None, None].to(dtype)
+    wide = Inputs(*(t.float() if t.dim() == 4 else t for t in inputs))
+    calls = CALLS | {
+        "through_norms": lambda i, impl: head_norm_backward(i.d_out, *head(i, False), impl),
+        "normed_through_norms": lambda i, impl: head_norm_backward(i.d_out, *head(i, True), impl),
+        "sum_rows": lambda i, impl: sum_rows(i.z, i.other, i.inverse, case.top_k, impl),
+    }
+    for call in calls.values():
+        results = as_tuple(call(inputs, "native"))
+        wanted = (t.to(dtype) if t.dim() == 4 else t for t in as_tuple(call(wide, "native")))
+        assert_same_bits(results, tuple(wanted))
+
+
+def test_the_native_block_refuses_maps_of_two_dtypes(generator):
+    inputs = inputs_of(CASES[0], generator)
+    mixed = inputs._replace(other=inputs.other.bfloat16())
+    with pytest.raises(ImplementationUnavailable, match="the native block computes maps of one dtype"):
+        CALLS["scaled"](mixed, "native")
 
 
 def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
@@ -208,14 +230,16 @@ def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
         assert_same_bits(call(inputs, target.impl), call(inputs, target.impl))
 
 
-def test_thread_count_changes_no_bit(generator, same_bits_for_any_threads):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_thread_count_changes_no_bit(dtype, generator, same_bits_for_any_threads):
     """40 rows of 8192 elements: enough for several threads in each kernel."""
-    inputs = inputs_of(Case("", (25, 0, 15), 2, 128, (8, 8), ""), generator)
+    inputs = inputs_of(Case("", (25, 0, 15), 2, 128, (8, 8), ""), generator, dtype)
     same_bits_for_any_threads(lambda: tuple(CALLS[name](inputs, "native") for name in CALLS))
 
 
-def test_nan_is_not_hidden_by_the_relu(target, generator):
-    inputs = inputs_of(CASES[0], generator)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_is_not_hidden_by_the_relu(target, dtype, generator):
+    inputs = inputs_of(CASES[0], generator, dtype)
     inputs.z[0, 0, 0, 0] = float("nan")
     here = inputs.to(target.device)
     assert CALLS["relu"](here, target.impl)[0, 0, 0, 0].isnan()

@@ -167,7 +167,7 @@ def test_the_gate_computes_the_same_either_way(autocast, fused, monkeypatch, gen
     x = channels_last(torch.randn(6, 12, 4, 4, generator=generator))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         together = step(gate, x.bfloat16() if autocast else x)
-        monkeypatch.setattr(gates, "FUSED", set())
+        monkeypatch.setattr(gates, "is_general", lambda: True)
         apart = step(gate, x.bfloat16() if autocast else x)
     assert together[0].dtype == torch.float32
     for got, wanted in zip(together, apart, strict=True):
@@ -175,6 +175,17 @@ def test_the_gate_computes_the_same_either_way(autocast, fused, monkeypatch, gen
         # the weights' gradient is left to PyTorch, and autocast's then: a product in bfloat16
         bound = 1e-2 if autocast else 2e-6
         torch.testing.assert_close(got, wanted, rtol=bound, atol=bound)
+
+
+def test_maps_of_another_dtype_are_pooled_without_a_copy(monkeypatch, generator):
+    """On a CPU; maps of the gate's own dtype are left to PyTorch there."""
+    monkeypatch.setattr(gates, "FUSED", set())
+    calls = []
+    monkeypatch.setattr(gates, "pool_linear", lambda x, *rest: calls.append(x.dtype) or pool_linear(x, *rest))
+    gate, x = GapFcGate(12, 4), torch.randn(6, 12, 4, 4, generator=generator)
+    for kind in (torch.bfloat16, torch.float32):
+        torch.testing.assert_close(gate(x.to(kind)), gate.fc(x.to(kind).float().mean((2, 3))), rtol=1e-6, atol=1e-6)
+    assert calls == [torch.bfloat16]
 
 
 def test_a_layer_on_the_fused_gate_in_an_attack_and_compiled(fused, generator):
