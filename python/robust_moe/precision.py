@@ -25,9 +25,9 @@ class Bfloat16(NamedTuple):
 def bfloat16_of(device: torch.device) -> Bfloat16:
     """What ``device`` has of bfloat16: a GPU as CUDA says, a processor by its instructions, with PyTorch's oneDNN.
 
-    It says nothing of a given network. Measured on a Zen 4, PGD-7 and the training pass after it, time in bfloat16 over
-    that in float32: ResNet-18 with ``layer4.1`` as experts, 64 images of 32 pixels, 0.89 and 0.64; the demo's network
-    of 16 channels, 64 images of 16 pixels, 1.18 and 1.02.
+    It says nothing of a given network. Measured on one core of a Zen 4, PGD-7 and the training pass after it, time in
+    bfloat16 over that in float32: ResNet-18 with ``layer4.1`` as experts, 32 images of 32 pixels, 0.91 and 0.69; the
+    demo's network of 16 channels, 64 images of 16 pixels, 1.10 and 1.03.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
