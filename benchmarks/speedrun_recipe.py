@@ -48,6 +48,7 @@ RECIPE: tuple[str, ...] = (
     "run.batch_size=128",
     "run.ema_epochs=1",
     "run.accelerator=cpu",
+    "run.precision=32-true",  # as measured, on every processor
     "run.threads=1",
 )
 

@@ -23,6 +23,7 @@ from robust_moe.evaluation import (
     robustbench_json,
 )
 from robust_moe.evaluation.common import expect_comparable
+from robust_moe.evaluation.scorer import device_of
 from robust_moe.files import replace_file
 from robust_moe.outputs import (
     evaluation_outputs,
@@ -31,6 +32,7 @@ from robust_moe.outputs import (
     robustbench_file,
     samples_file,
 )
+from robust_moe.precision import bfloat16_of
 from robust_moe.settings import plain
 
 __all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice"]
@@ -70,6 +72,7 @@ def assess(
     resume: bool = False,
     beside: Sequence[str | Path] = (),
     robustbench: str | None = None,
+    fast: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a checkpoint, or a run folder's best one: (results, the file they are in).
@@ -91,6 +94,8 @@ def assess(
         beside: result files of other models, which the report shows beside this one.
         robustbench: title of the RobustBench entry to write beside the results too, of the presets ``standard`` and
             ``full``.
+        fast: attacks compute in bfloat16 where the device is faster in it; every verdict is scored in float32, and the
+            results say so (``attack_dtype``). Where it is not, the evaluation is the exact one, and a line says why.
 
     Raises:
         CheckpointError, ConfigError, DataError: what cannot be read or does not fit; a file in the place of one that
@@ -101,6 +106,8 @@ def assess(
             evaluation.
     """
     expect_choice(split, count)
+    if fast and robustbench is not None:
+        raise ConfigError("robustbench: expected an exact evaluation, got --fast, whose attacks round to bfloat16")
     file = checkpoint_file(checkpoint)
     read = [("checkpoint", file), *(("beside", other) for other in beside)]
     others = _named_results([Path(other) for other in beside])
@@ -116,7 +123,10 @@ def assess(
     for note in splits.notes:
         reporter.line(note)
     whole, index = chosen_images(splits, split, count)
-    path = given or expect(_result_file(file, config, split, preset, count, state["position"]))
+    if fast and not (half := bfloat16_of(device_of(model))).fast:
+        reporter.line(f"--fast: {half.why}; the attacks run in float32, and the results are exact")
+        fast = False
+    path = given or expect(_result_file(file, config, split, preset, count, state["position"], fast))
     with open(file, "rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     classes = list(whole.class_names)
@@ -138,6 +148,7 @@ def assess(
             task=reporter.task,
             say=reporter.line,
             key="eval.attack",
+            fast=fast,
         )
         expect_comparable(evaluation.planned(), others)  # sooner said than after hours of attacks
         results = evaluation.complete(path, path.with_suffix(".html"), resume=resume, beside=others)
@@ -162,14 +173,22 @@ def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _result_file(
-    checkpoint: Path, config: TrainConfig, split: str, preset: str, count: int | None, position: dict[str, Any]
+    checkpoint: Path,
+    config: TrainConfig,
+    split: str,
+    preset: str,
+    count: int | None,
+    position: dict[str, Any],
+    fast: bool,
 ) -> Path:
-    """E.g. ``results-best-test-pgd20-8_255-1c9d2f40.json``: what one looks for, then a digest of every setting."""
+    """E.g. ``results-best-test-pgd20-8_255-1c9d2f40.json``: what one looks for, then a digest of every setting, and
+    ``-fast`` where attacks compute in bfloat16."""
     attack = config.eval.attack
     what = attack.label if preset == "quick" else preset
     eps = str(attack.eps).replace("/", "_")
     settings = [plain(config), position, preset, count]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
+    digest += "-fast" if fast else ""
     return checkpoint.with_name(f"results-{checkpoint.stem}-{split}-{what}-{eps}-{digest}.json")
 
 

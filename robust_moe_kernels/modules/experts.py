@@ -230,8 +230,10 @@ class Experts(nn.ModuleList, ABC):
         """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's -> [R, C', H', W'].
 
         With gradients an expert without rows runs on none: its parameters' gradient is 0 then, as the engine's is.
+        Frozen ones, as in an attack, have none, and do not run.
         """
-        every = torch.is_grad_enabled() or rows.shape[0] == 0
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        every = learns or rows.shape[0] == 0
         pairs = zip(self, rows.split(counts), strict=True)
         return torch.cat([expert(segment) for expert, segment in pairs if every or len(segment)])
 

@@ -73,8 +73,8 @@ class FoldedConv:
     was made of is replaced or changed in place (:meth:`is_of`).
 
     Filters are weight * s for the norm's scale s, computed in float64 and rounded once, to what the convolution
-    computes in. The sum of a convolution then differs from the unfolded one by that rounding, of the order of
-    eps * sum |weight * x| * s.
+    computes in (on a CPU half precision is rounded from float32). The sum of a convolution then differs from the
+    unfolded one by that rounding, of the order of eps * sum |weight * x| * s.
 
     Args:
         weight, bias: the convolution's, [O, I / groups, kh, kw] and [O] or None.
@@ -109,11 +109,20 @@ class FoldedConv:
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Filters [O, I / groups, kh, kw], in the weight's memory format, and shift [O], in the dtype that the
-        convolution computes in; made once."""
+        convolution computes in; made once.
+
+        Half precision on a CPU, one core: the product in float64 took 23 to 56 ms for 512 x 512 x 3 x 3 filters, in
+        float32 1 ms; and oneDNN takes 14.6 ms for filters whose output channels lie innermost, 8.7 ms for channels-last
+        ones (32 maps of 4x4).
+        """
         if dtype not in self._made:
+            scale, memory = self._scale, torch.preserve_format
+            if dtype.itemsize < 4 and self._weight.device.type == "cpu":
+                scale = scale.float()
+                memory = memory if self._weight.is_contiguous() else torch.channels_last
             with torch.no_grad():
-                filters = torch.empty_like(self._weight, dtype=dtype)
-                torch.mul(self._weight, self._scale[:, None, None, None], out=filters)
+                filters = torch.empty_like(self._weight, dtype=dtype, memory_format=memory)
+                torch.mul(self._weight, scale[:, None, None, None], out=filters)
                 self._made[dtype] = filters, self._shift.to(dtype)
         return self._made[dtype]
 

@@ -31,7 +31,7 @@ def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
 
     Batch norms' counters (``num_batches_tracked``) move when the context is left, or when anything else asks for one.
     Under autocast the weights of ``nn.Conv2d`` and ``nn.Linear`` are converted together when the first is used, and
-    their gradients together once the last has arrived; experts convert their own. A weight that is
+    their gradients together once the last has arrived; experts that run together convert their own. A weight that is
     replaced or changed in place is left to autocast from then on (not one that is changed in place through ``.data``,
     which PyTorch does not count as a change). Frozen weights are converted apart from the others, without a graph. A
     model with compiled or scripted parts runs without any of this.
@@ -75,10 +75,13 @@ class _Shared(TorchFunctionMode):
         self.weights: dict[int, list[Tensor]] = {}  # by each weight: those that are converted with it
         self.casts: dict[tuple[int, torch.dtype, bool], _Cast] = {}  # by the weight, and whether it is trained
         if casts:
-            # Experts run together, and convert their filters together: see ``converted``.
-            inside = {id(part) for module in modules if isinstance(module, Experts) for part in modules_of(module)}
+            # Experts that run together convert their filters themselves (``converted``); where they run one by one,
+            # those of a layer are converted when the first is used.
             kinds = (nn.Conv2d, nn.Linear)
-            self._together(parameters_of(m for m in modules if isinstance(m, kinds) and id(m) not in inside))
+            layers = [modules_of(module) for module in modules if isinstance(module, Experts)]
+            inside = {id(part) for parts in layers for part in parts}
+            for parts in ([m for m in modules if id(m) not in inside], *layers):
+                self._together(parameters_of(m for m in parts if isinstance(m, kinds)))
 
     def _together(self, weights: Iterable[Tensor]) -> None:
         group = [weight for weight in weights if weight.dtype == torch.float32 and not weight.is_inference()]

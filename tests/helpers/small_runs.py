@@ -28,6 +28,7 @@ TINY = (
     "run.batch_size=16",
     "run.log_every=2",
     "run.accelerator=cpu",
+    "run.precision=32-true",  # auto depends on the processor
     "run.threads=1",  # the order of sums, and so the last bits, depend on it
 )
 NEVER_EQUAL = ("seconds", "val_seconds")

@@ -310,8 +310,10 @@ class Attack(ABC):
     def refuse_nonfinite(self, nonfinite: Tensor) -> None:
         """Raise ``FloatingPointError`` where the flag is set: the one host read after an attack."""
         if bool(nonfinite):
+            kind = nonfinite.device.type
+            half = f", computing in {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
             raise FloatingPointError(
-                f"{type(self).__name__}: the model gave a non-finite gradient or loss on its input"
+                f"{type(self).__name__}: the model gave a non-finite gradient or loss on its input{half}"
             )
 
 

@@ -6,6 +6,8 @@ from rich.table import Table
 
 from robust_moe.commands.shared import new_app
 from robust_moe.console import make_console
+from robust_moe.engine.experiment import resolve_device
+from robust_moe.engine.fabric import explain_precision
 from robust_moe.provenance import git_revision, versions
 from robust_moe_kernels.env import report
 
@@ -24,6 +26,7 @@ def env() -> None:
     for name, version in versions().items():
         table.add_row(name, version)
     table.add_row("git", git_revision() or "not a checkout")
+    table.add_row("run.precision", explain_precision(resolve_device("auto")))
     out.print(table)
     ops = Table(title="implementations")
     for column in ("op", "implementation", "device", "can run", "why not"):

@@ -67,6 +67,13 @@ def evaluate_checkpoint(
             show_default=False,
         ),
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Attack in bfloat16 where that is faster; every verdict is scored in float32, and the results say so.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     imports: Imports = None,
     show_traceback: Traceback = False,
@@ -102,6 +109,7 @@ def evaluate_checkpoint(
         resume=resume,
         beside=beside or (),
         robustbench=robustbench,
+        fast=fast,
         reporter=reporter,
     )
     show(reporter.console, title_of(file), results, written)

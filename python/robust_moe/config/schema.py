@@ -55,7 +55,7 @@ class RunConfig(Config):
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", "Fabric's")
     devices: int = setting(1, "processes, one for each device", at_least=1, at_most=256)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
-        "auto", "Fabric's; auto: bf16-mixed where a GPU has it"
+        "auto", "Fabric's; auto: bf16-mixed where the device is faster in it, and what a run began with when it goes on"
     )
     deterministic: bool = setting(
         True, "equal runs give equal bits; false: cuDNN chooses by timing, among all its algorithms"

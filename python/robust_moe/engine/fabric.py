@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -14,36 +15,68 @@ from torch import Tensor
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.engine.experiment import resolve_device
+from robust_moe.precision import bfloat16_of
 from robust_moe.signals import StopSignals
 
-__all__ = ["StopRequest", "library_algorithms", "make_fabric", "resolve_precision"]
+__all__ = [
+    "StopRequest",
+    "explain_precision",
+    "library_algorithms",
+    "make_fabric",
+    "precision_notes",
+    "resolve_precision",
+]
 
 # How long a process waits for the others, who may validate meanwhile. Whether they still live is another's business:
 # robust_moe.engine.processes
 PATIENCE = timedelta(days=7)
 
 
-def resolve_precision(config: TrainConfig) -> TrainConfig:
-    """The configuration with the precision that ``run.precision: auto`` stands for on this machine: ``bf16-mixed`` on a
-    CUDA device that computes in bfloat16, ``32-true`` elsewhere.
+def resolve_precision(config: TrainConfig, began: str | None = None) -> TrainConfig:
+    """The configuration with the precision that ``run.precision: auto`` stands for: that which the run ``began`` with,
+    or for a new one ``bf16-mixed`` where this machine's device is faster in bfloat16 (:func:`~robust_moe.precision.
+    bfloat16_of`), ``32-true`` elsewhere.
 
     In ``bf16-mixed`` the attack's and the training's convolutions and products run in bfloat16. Images, perturbations,
     gates, losses, batch-norm statistics and the weights that are stepped stay in float32, and every accuracy that is
     reported is scored in float32 (:mod:`robust_moe.evaluation.scorer`). A checkpoint holds the precision that it stands
-    for: where a run goes on with another, on another machine say, that is a changed setting.
+    for: a run with ``auto`` goes on in it on any machine, and another one by name is a changed setting.
+
+    Args:
+        config: the run's.
+        began: the precision of the checkpoint that the run goes on from; None: it begins.
 
     Raises:
-        ConfigError: ``bf16-mixed`` was asked for by name on a GPU without it.
+        ConfigError: ``bf16-mixed`` was asked for by name, or begun with, on a GPU without it.
     """
     device = resolve_device(config.run.accelerator)
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = config.run.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if has_bf16 else "32-true"
-    elif precision == "bf16-mixed" and device.type == "cuda" and not has_bf16:
+    asked = config.run.precision
+    precision: Any = (began or _auto(device)) if asked == "auto" else asked
+    if precision == "bf16-mixed" and device.type == "cuda" and not bfloat16_of(device).fast:
         name = torch.cuda.get_device_name(device)
+        if asked == "auto":
+            raise ConfigError(
+                f"run.precision: expected a device with bfloat16 to go on in bf16-mixed, as the run began, got {name}; "
+                "run.precision=32-true with --override goes on in float32"
+            )
         raise ConfigError(f"run.precision: expected 32-true or auto on {name}, which has no bfloat16, got bf16-mixed")
     return replace(config, run=replace(config.run, precision=precision))
+
+
+def _auto(device: torch.device) -> str:
+    return "bf16-mixed" if bfloat16_of(device).fast else "32-true"
+
+
+def explain_precision(device: torch.device) -> str:
+    """A sentence: what ``run.precision: auto`` is for a new run on ``device``, and why."""
+    return f"auto is {_auto(device)} here, as {bfloat16_of(device).why}"
+
+
+def precision_notes(precision: str, device: torch.device) -> list[str]:
+    """What a run in ``precision`` should say on ``device``, a sentence each: that a processor is slower in it."""
+    if device.type == "cpu" and precision == "bf16-mixed" and not (half := bfloat16_of(device)).fast:
+        return [f"run.precision: bf16-mixed is slower than 32-true here, by conversions, as {half.why}"]
+    return []
 
 
 def library_algorithms(deterministic: bool) -> AbstractContextManager[None]:
@@ -58,14 +91,18 @@ def library_algorithms(deterministic: bool) -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
 
 
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Fabric for ``config.run``, its precision resolved; with several devices one process a device, gradients averaged
-    (DDP).
+def make_fabric(config: TrainConfig, began: str | None = None) -> Fabric:
+    """Fabric for ``config.run``, its precision resolved (:func:`resolve_precision`); with several devices one process a
+    device, gradients averaged (DDP).
+
+    Args:
+        config: the run's.
+        began: the precision of the checkpoint that the run goes on from; None: it begins.
 
     Raises:
         ConfigError: more devices than there are, or a batch that does not divide over them.
     """
-    run = resolve_precision(config).run
+    run = resolve_precision(config, began).run
     device = resolve_device(run.accelerator)
     if device.type == "cuda" and run.devices > torch.cuda.device_count():
         raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {run.devices}")

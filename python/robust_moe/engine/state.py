@@ -25,7 +25,7 @@ from robust_moe.outputs import CONFIG, clear_outputs, run_outputs
 from robust_moe.provenance import git_revision, versions
 from robust_moe.settings import plain, shown
 
-__all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "find_checkpoint"]
+__all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "find_checkpoint", "precision_of"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
 _WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
@@ -154,11 +154,9 @@ class RunState:
             )
 
     def _in_their_precisions(self, state: dict[str, Any], source: str | Path) -> tuple[dict[str, Any], TrainConfig]:
-        """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto`` may mean
-        another on another machine, and is no change where it means what was asked for by name."""
-        old = state["config"]
-        asked = config_from_dict(old, where=str(source)).run  # an older checkpoint's was asked for by name
-        before = state.get("run_precision", asked.precision)
+        """The checkpoint's configuration and the run's, ``run.precision`` being what it stood for: ``auto``, which
+        keeps what the run began with, is no change where it means what was asked for by name."""
+        old, before = state["config"], precision_of(state, source)
         now = dataclasses.replace(self.config.run, precision=self.precision.precision)
         return {**old, "run": {**old.get("run", {}), "precision": before}}, dataclasses.replace(self.config, run=now)
 
@@ -230,6 +228,14 @@ class RunState:
                             f"{source}: optimizer: expected {name} of {list(parameter.shape)}, as its parameter, got "
                             f"{list(value.shape)}"
                         )
+
+
+def precision_of(state: dict[str, Any], source: str | Path) -> str:
+    """The precision that a checkpoint's run had, never ``auto``: of an older one what was asked for by name."""
+    asked = config_from_dict(state["config"], where=str(source)).run.precision
+    if "run_precision" in state:
+        return str(state["run_precision"])
+    return "32-true" if asked == "auto" else asked
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -16,14 +16,14 @@ from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
-from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric
+from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, precision_notes
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
 from robust_moe.engine.run_folder import alone_in
-from robust_moe.engine.state import RunState, clear_run, find_checkpoint
+from robust_moe.engine.state import RunState, clear_run, find_checkpoint, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.optim import expect_warmup_within, learning_rate
@@ -112,7 +112,7 @@ class Trainer:
         if not resume or override:  # config.yaml is written over
             expect_outputs("run.out", [(self.folder / "config.yaml", CONFIG)])
         with cpu_threads(self.config.run.threads), ExitStack() as held:
-            self.fabric = make_fabric(self.config)
+            self.fabric = make_fabric(self.config, self._began_in() if resume else None)
             if self.fabric.local_rank == 0:
                 with self._in_run_folder():
                     self._lock(held)
@@ -135,10 +135,21 @@ class Trainer:
             self._alone.enter_context(alone_in(self.folder))
             self._locked = True
 
+    def _began_in(self) -> str | None:
+        """The precision of the run that is to be gone on with, which ``run.precision: auto`` keeps; None: there is
+        none, or a precision is asked for by name."""
+        if self.config.run.precision != "auto":
+            return None
+        with self._in_run_folder():
+            source = find_checkpoint(self.folder)
+        return None if source is None else precision_of(load_checkpoint(source), source)
+
     def _set_up(self, resume: bool, override: bool) -> None:
         config, fabric = self.config, self.fabric
         self.processes.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
+        for note in precision_notes(fabric.strategy.precision.precision, fabric.device):
+            self.reporter.line(note)
         with self._in_run_folder():
             source = find_checkpoint(self.folder) if resume else None
         checkpoint = None if source is None else load_checkpoint(source)

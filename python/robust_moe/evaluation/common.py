@@ -16,9 +16,16 @@ import numpy as np
 from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import read_samples, wilson_interval
 
-__all__ = ["expect_common", "expect_comparable", "expect_same_images", "in_common"]
+__all__ = ["expect_common", "expect_comparable", "expect_same_images", "half_precision", "in_common"]
 
 Rows = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def half_precision(results: Mapping[str, Any]) -> str:
+    """``"attacks in bfloat16"``, of results whose attacks computed so; ``""`` where they computed in float32, as those
+    did that are too old to say. Every verdict is scored in float32."""
+    kind = results.get("attack_dtype", "float32") if results["attacks"] else "float32"
+    return "" if kind == "float32" else f"attacks in {kind}"
 
 
 def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Mapping[str, Any]]]:
@@ -27,6 +34,9 @@ def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> li
     Attacks count by chain: two results have a chain in common where it consists of the same attacks with the same
     settings, seeds apart. Results without an attack stay as they are and restrict nothing. Each attacked one gets
     ``common``, the names of the common attacks; ``own``, those it has besides; ``robust_own``, the worst case over all.
+
+    A result whose attacks computed in half precision, as fast evaluations have them, says so in its name: they may be
+    weaker than the same attacks in float32.
 
     Args:
         rows: (name, content of a result file). ``samples`` in the content may be the path of the arrays beside it.
@@ -40,6 +50,7 @@ def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> li
     shared = expect_common(rows)
     chosen = []
     for number, (name, results) in enumerate(rows):
+        label = f"{name} ({half})" if (half := half_precision(results)) else name
         if results["robust"] is None:
             chosen.append((name, results))
             continue
@@ -50,7 +61,7 @@ def in_common(rows: Rows, samples: Mapping[str, np.ndarray] | None = None) -> li
         for attack in results["attacks"]:
             parted[attack["chain"] in shared].append(attack["name"])
         own = {"common": parted[True], "own": parted[False], "robust_own": results["robust"]}
-        chosen.append((name, {**results, "robust": robust, "robust_interval": interval, **own}))
+        chosen.append((label, {**results, "robust": robust, "robust_interval": interval, **own}))
     return chosen
 
 

@@ -77,6 +77,7 @@ RESULTS: Check = fields(
         "eps": _radius,
         "norm": one_of("Linf", "L2"),
         "preset": text,
+        "attack_dtype": one_of("float32", "bfloat16", "float16"),
         "seed": COUNT,
         "clean": share,
         "clean_interval": INTERVAL,

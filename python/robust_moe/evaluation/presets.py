@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from robust_moe.attacks import PGD, Attack, AutoAttack
@@ -89,6 +91,9 @@ class PresetEvaluation:
         task: shows progress; see :meth:`robust_moe.engine.Reporter.task`.
         say: takes lines for the user; None: says nothing.
         key: of the attack's section, for errors.
+        fast: attacks compute in bfloat16. Every verdict is the float32 model's on the float32 images that an attack
+            leaves: where one that fooled the model in bfloat16 does not fool it in float32, the image goes on to the
+            next attack of the chain. False: as the caller computes, in float32 unless autocast is on.
 
     Raises:
         ConfigError: as :func:`preset_stages`.
@@ -109,7 +114,9 @@ class PresetEvaluation:
         task: Task | None = None,
         say: Callable[[str], None] | None = None,
         key: str = "attack",
+        fast: bool = False,
     ) -> None:
+        self.fast = fast
         self.model, self.images, self.labels, self.index = model, images, labels, index
         self.attack, self.preset, self.facts = attack, preset, facts
         self.say = say or (lambda text: None)
@@ -117,7 +124,12 @@ class PresetEvaluation:
         self.stages = preset_stages(model, attack, preset, seed, key)
         ball = {"eps": str(attack.eps), "norm": attack.norm}
         self.settings = {**ball, "preset": preset, "seed": seed, "batch_size": batch_size}
-        self.identity = identity(model, images, labels, self.stages, self.settings, index)
+        with self._attacks():
+            self.identity = identity(model, images, labels, self.stages, self.settings, index)
+
+    def _attacks(self) -> AbstractContextManager[Any]:
+        """How attacks compute inside; scores are made in float32 all the same."""
+        return torch.autocast(device_of(self.model).type, torch.bfloat16) if self.fast else nullcontext()
 
     def planned(self) -> dict[str, Any]:
         """Of the results those entries that say on what and under which attacks they will be: what
@@ -167,7 +179,8 @@ class PresetEvaluation:
         with Journal(first and first.with_suffix(".journal"), self.identity, resume) as journal:
             clear_outputs(evaluation_outputs(results, report), anew=not resume, keep=JOURNAL)
             try:
-                content, samples = self._run(journal)
+                with self._attacks():
+                    content, samples = self._run(journal)
             except (
                 BaseException
             ):  # where nothing was computed, nothing is left that a corrected call would stumble over

@@ -96,6 +96,7 @@ def make_results(
         **settings,
         "dtype": "float32",
         "tf32": torch.device(device).type == "cuda" and tf32,  # of the attacks; scores are without
+        "attack_dtype": _attack_dtype(torch.device(device).type),
         **accuracies,
         "attacks": [_attack(stage) for stage in suite.stages],
         "flags": [flag.plain() for flag in suite.flags],
@@ -105,6 +106,12 @@ def make_results(
         "seconds": round(suite.seconds, 3),
         **provenance(device),
     }
+
+
+def _attack_dtype(kind: str) -> str:
+    """Of the attacks' products, as the caller computes; scores are made in float32."""
+    half = torch.is_autocast_enabled(kind)
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if half else "float32"
 
 
 def _attack(result: StageResult) -> dict[str, Any]:

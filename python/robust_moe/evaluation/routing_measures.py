@@ -114,12 +114,12 @@ def gradient_share(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Tensor:
     Of the two terms of a mixture's Jacobian, Σ_i s_i ∇e_i and Σ_i (e_i − ē) ∇s_i, the second is the experts'
     disagreement times the gate's sensitivity. Here both as the gradient of the cross-entropy: with the routes held
     (g_e), and what the soft gradient of this layer's gate adds (g_r): ‖g_r‖ / (‖g_r‖ + ‖g_e‖), 0 where both are 0.
-    Two forwards and backwards, after a forward of ``x`` itself.
+    Two forwards and backwards in float32, after a forward of ``x`` itself.
     """
     held = last_routes(model)
     softened: dict[str, Reroute] = {**held, name: SoftGradient()}
     gradients = []
-    with attack_mode(model):
+    with torch.autocast(x.device.type, enabled=False), attack_mode(model):
         for routes in (held, softened):
             at = x.detach().clone().requires_grad_()
             with rerouted(model, routes):

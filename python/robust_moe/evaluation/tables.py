@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from robust_moe.evaluation.common import in_common
+from robust_moe.evaluation.common import half_precision, in_common
 from robust_moe.evaluation.outcome import AUTOATTACK, MOE
 
 __all__ = [
@@ -119,7 +119,9 @@ def attack_name(results: Mapping[str, Any]) -> str:
         return "no attack"
     own = results.get("own", ())
     names = dict.fromkeys(_short(attack) for attack in results["attacks"] if attack["name"] not in own)
-    return f"{' + '.join(names)}, {results['norm']} eps = {results['eps']}"
+    ball = f"{results['norm']} eps = {results['eps']}"
+    half = half_precision(results)
+    return ", ".join([" + ".join(names), ball, *([half, "scored in float32"] if half else [])])
 
 
 def _short(attack: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from robust_moe.evaluation import figures
-from robust_moe.evaluation.common import in_common
+from robust_moe.evaluation.common import half_precision, in_common
 from robust_moe.evaluation.html_report.blocks import (
     Block,
     Cell,
@@ -46,6 +46,8 @@ def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     if count:
         notes = [_sure(results, "robust"), f"worst case over {count} attack{'s' * (count > 1)}, of all images"]
+        if half := half_precision(results):
+            notes.append(f"{half}, scored in float32")
         cards.append(("Robust accuracy", percent(results["robust"]), notes, "robust"))
     else:
         cards.append(("Robust accuracy", percent(None), ["no attack ran"], "robust"))
