@@ -298,7 +298,7 @@ def by_expert(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     by itself; this is for comparing a state's names with the model's. A tensor of another number of experts is kept
     whole, and so not loaded."""
     found = dict(state)
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # one layer may have several names
         if isinstance(module, Experts):
             _take_apart(found, f"{name}." if name else "", len(module))
     return found

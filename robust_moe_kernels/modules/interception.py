@@ -90,7 +90,8 @@ def has_ended(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
-    tensor = functorch.unwrap_if_dead(tensor)
+    while (inner := functorch.unwrap_if_dead(tensor)) is not tensor:  # one derivative that has returned, then the next
+        tensor = inner
     return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
         functorch.maybe_current_level() or 0
     )

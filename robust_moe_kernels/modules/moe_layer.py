@@ -234,6 +234,10 @@ class MoELayer(nn.Module):
         # The last forward's record hangs on its graph, imposed routes belong to a batch: neither copied nor pickled.
         return {**self.__dict__, "_routing": None, "_route_options": replace(self._route_options, reroute=None)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Layers that earlier versions pickled have their record under another name.
+        super().__setstate__({"_routing": None, **{key: value for key, value in state.items() if key != "routing"}})
+
     def extra_repr(self) -> str:
         options = self._route_options
         names = [field.name for field in fields(options) if field.name not in _IMPOSED]

@@ -6,7 +6,7 @@ from robust_moe.reproduce.checks import in_use, learned
 from robust_moe.reproduce.claims import Claim, Part
 from robust_moe.reproduce.quantities import DENSE, K2, OURS, gain
 
-__all__ = ["HALF_PRECISION", "IN_HALF"]
+__all__ = ["HALF_PRECISION"]
 
 IN_HALF = {DENSE: f"{DENSE}-bf16", K2: f"{K2}-bf16"}  # by the run in float32
 LOSS = 0.02  # of a share; from seed to seed RA varies by 0.6 to 1.4 points in benchmarks/results/study-cpu

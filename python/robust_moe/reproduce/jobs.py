@@ -114,15 +114,15 @@ class Job:
             raise ConfigError(f"{file}: expected the description of a run, got something that is no JSON") from error
         try:
             _description(tree, "job")
-        except ContentError as error:
+            return cls._from_dict(tree)
+        except (ContentError, ConfigError, RecursionError) as error:
             raise ConfigError(f"{file}: {error}") from error
-        return cls._from_dict(tree, str(file))
 
     @classmethod
-    def _from_dict(cls, tree: dict[str, Any], source: str) -> Job:
+    def _from_dict(cls, tree: dict[str, Any]) -> Job:
         own = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
-        parts = {key: cls._from_dict(part, source) for key, part in tree["parts"].items()}
-        return cls(**{**own, "config": config_from_dict(tree["config"], where=source), "parts": parts})
+        parts = {key: cls._from_dict(part) for key, part in tree["parts"].items()}
+        return cls(**{**own, "config": config_from_dict(tree["config"]), "parts": parts})
 
     def expect_startable(self) -> None:
         """Refuse to go on with a checkpoint of other settings or other images.
@@ -143,7 +143,9 @@ class Job:
             began_with = load_checkpoint(self.checkpoint)["config"]
         except CheckpointError as error:
             raise CheckpointError(f"{error}. {ADVICE}") from error
-        if changed := differing_settings(began_with, self.config):
+        changed = differing_settings(began_with, self.config)
+        changed.pop("data.root", None)  # the training compares the images themselves
+        if changed:
             raise CheckpointError(
                 f"{self.checkpoint}: expected the configuration that the run was started with; "
                 f"{'; '.join(changed.values())}. {ADVICE}"

@@ -215,6 +215,7 @@ def test_a_finished_job_is_known_by_what_decides_its_numbers(finished, tmp_path)
         ({"parts": []}, "job.parts: expected names and values, got []"),
         ({"parts": {"model.init_from": {"run": "dense-at"}}}, "job.parts.model.init_from: expected run, seed"),
         ({"config": {"data": {"nane": "digits"}}}, "unknown key 'data.nane'"),
+        ({"config": {"run": {"epochs": 0}}}, "run.epochs: expected a whole number"),
         (3, "job: expected names and values, got 3"),
         (b"{", "expected the description of a run, got something that is no JSON"),
     ],
@@ -457,22 +458,44 @@ def test_other_settings_have_another_folder():
     assert variant(["run.epochs=2"]) != variant(["run.epochs=3"])
 
 
-def test_the_number_of_classes_is_the_data_s(tmp_path):
-    folder = tmp_path / "images"
+def two_classes(folder):
+    """Eight images for training and as many for testing."""
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (folder / part / name).mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def job_on(folder, runs):
+    """(a run on the images in ``folder``, those images)."""
     settings = [*TINY, "data.name=image_folder", "data.validation_fraction=0.5", f"data.root={folder}"]
     splits = load_data([*SCALES["cpu"].settings, *settings])
+    (job,) = make_jobs(["dense-at"], SCALES["cpu"], [0], runs, settings, data_digest(splits))
+    return job, splits
+
+
+def test_the_number_of_classes_is_the_data_s(tmp_path):
+    job, splits = job_on(two_classes(tmp_path / "images"), tmp_path / "runs")
     assert describe(splits)["classes"] == 2
-    (job,) = make_jobs(["dense-at"], SCALES["cpu"], [0], tmp_path / "runs", settings, data_digest(splits))
     expect_runnable([job], splits)
     assert work(job, quiet())
     model = load_experiment(job.checkpoint)[1]
     assert model.fc.out_features == 2
     assert job.finished()["measures"]["images"] == 8
+
+
+def test_a_run_goes_on_with_the_same_images_at_another_path(tmp_path):
+    folder = two_classes(tmp_path / "images")
+    job, _ = job_on(folder, tmp_path / "runs")
+    assert work(job, quiet())
+    measures = job.finished()["measures"]
+    (job.folder / "measures.json").unlink()  # as a kill after the training leaves it
+    moved, _ = job_on(folder.rename(tmp_path / "moved"), tmp_path / "runs")
+    moved.expect_startable()
+    assert work(moved, quiet())
+    assert moved.finished()["measures"] == measures
 
 
 def test_the_best_checkpoint_is_measured_beside_the_last(finished, tmp_path):

@@ -280,6 +280,8 @@ def test_a_mapped_forward_leaves_no_record(gradients: bool):
     alone = moe(x).square().mean() + balance_loss(moe)
     expected = torch.autograd.grad(alone, x)[0] if gradients else alone
     torch.testing.assert_close(mapped[:1], expected.reshape(mapped[:1].shape))
+    torch.vmap(torch.func.grad(lambda image: torch.func.grad(loss)(image).sum()))(images())  # each has ended
+    assert moe.routing is None
     torch.func.grad(loss)(images()[0])
     assert isinstance(moe.last_routing().scores + 1, Tensor)  # a gradient alone leaves numbers
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, balance_loss
 from robust_moe_kernels.modules import MoELayer
+from robust_moe_kernels.modules.experts import by_expert
 
 
 @fixture(autouse=True)
@@ -139,6 +140,16 @@ def test_a_state_with_stacked_experts_loads_too(name: str):
     assert state.keys() == kept.keys()  # the caller's own state is not changed
 
 
+def test_a_stacked_state_of_one_layer_under_two_names_has_the_names_of_today():
+    layer = conv()
+    model = nn.ModuleDict({"one": layer, "other": layer})
+    own = layer.experts.state_dict()
+    stacked = {part: torch.stack([own[f"{expert}.{part}"] for expert in range(3)]) for part in ("weight", "bias")}
+    state = {f"{name}.experts.{part}": value for name in model for part, value in stacked.items()}
+    expected = {name for name in model.state_dict() if ".experts." in name}
+    assert by_expert(state, model).keys() == expected
+
+
 def test_a_stacked_state_of_another_number_of_experts_is_refused():
     state = conv().state_dict()
     stacked = {"experts.weight": torch.zeros(4, 6, 8, 3, 3), "experts.bias": torch.zeros(4, 6)}
@@ -228,6 +239,18 @@ def test_copies_after_a_forward_with_gradients(name: str, copied):
         for value in twin.state_dict().values():
             value.zero_()
     assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items())
+
+
+def test_a_layer_that_an_earlier_version_pickled_has_no_record_yet():
+    moe = conv()
+    state = moe.__getstate__()
+    state["routing"] = state.pop("_routing")  # its name then
+    found = object.__new__(type(moe))
+    found.__setstate__(state)
+    assert found.routing is None
+    assert torch.equal(found(images()), moe(images()))
+    assert torch.equal(found.last_routing().scores, moe.last_routing().scores)
+    assert found.__dict__.keys() == moe.__dict__.keys()
 
 
 def test_a_copied_model_trains_on_its_own():
