@@ -126,7 +126,11 @@ def instruction_set(source: Path) -> list[str]:
     """Flags of a file whose name ends in an instruction set; which of them runs is decided when it runs."""
     if not RUNS_ON_X86:
         return []
-    sets = {"_avx512": ["-mavx512f", "-mfma"], "_avx2": ["-mavx2", "-mfma"]}
+    sets = {
+        "_avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mfma"],
+        "_avx512": ["-mavx512f", "-mfma"],
+        "_avx2": ["-mavx2", "-mfma"],
+    }
     for suffix, flags in sets.items():
         if source.stem.endswith(suffix):
             return [*flags, "-ffp-contract=fast"]
@@ -221,7 +225,7 @@ def extension() -> Extension:
     headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".inl", ".cuh"))
     macros: list[tuple[str, str | None]] = [("RMK_X86", "1")] if RUNS_ON_X86 else []
     if not RUNS_ON_X86:
-        sources = [name for name in sources if not name.endswith(("_avx512.cpp", "_avx2.cpp"))]
+        sources = [name for name in sources if not name.endswith(("_avx512_bf16.cpp", "_avx512.cpp", "_avx2.cpp"))]
     libraries: list[str] = []
     library_dirs: list[str] = []
     if TOOLKIT is not None:

@@ -1,0 +1,270 @@
+// Forward and input gradient in bfloat16, by tap skipping. All taps that reach a pixel are summed in float, at first in
+// registers and beyond a panel's depth in a block of the second-level cache, and rounded once.
+#include <algorithm>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "common/buffer.h"
+#include "common/parallel.h"
+#include "expert_conv/expert_conv.h"
+#include "expert_conv/kernels.h"
+
+namespace rmk {
+namespace {
+
+constexpr int64_t kPanelBytes = 600 << 10;  // of filters packed at once, all taps of some channels
+constexpr int64_t kBlock = 96;              // pixels summed at once, or a single row's
+
+// Lines (or columns) of the written map that the same taps reach. Such lines read lines of the other map at a common
+// distance for each tap.
+struct Class {
+  std::vector<int64_t> taps;
+  std::vector<int64_t> shifts;                       // of each tap, from what the first one reads
+  std::vector<std::pair<int64_t, int64_t>> members;  // a line and what it reads by the first tap
+};
+
+struct Axis {
+  int64_t written, read, taps, stride, padding, dilation;
+};
+
+// The line that `line` reads by a tap, or -1.
+int64_t read_line(const Axis& axis, bool forward, int64_t line, int64_t tap) {
+  const int64_t shift = tap * axis.dilation - axis.padding;
+  if (!forward && (line - shift) % axis.stride != 0) return -1;
+  const int64_t found = forward ? line * axis.stride + shift : (line - shift) / axis.stride;
+  return found >= 0 && found < axis.read ? found : -1;
+}
+
+std::vector<Class> classes_of(const Axis& axis, bool forward) {
+  std::map<std::vector<int64_t>, Class> found;
+  for (int64_t line = 0; line < axis.written; ++line) {
+    std::vector<int64_t> taps, lines;
+    for (int64_t tap = 0; tap < axis.taps; ++tap) {
+      const int64_t read = read_line(axis, forward, line, tap);
+      if (read < 0) continue;
+      taps.push_back(tap);
+      lines.push_back(read);
+    }
+    Class& same = found[taps];
+    if (same.members.empty()) {
+      same.taps = taps;
+      for (int64_t read : lines) same.shifts.push_back(read - lines.front());
+    }
+    same.members.emplace_back(line, lines.empty() ? 0 : lines.front());
+  }
+  std::vector<Class> classes;
+  for (auto& [taps, same] : found) classes.push_back(std::move(same));
+  return classes;
+}
+
+// Pixels of a map that the same taps reach.
+struct Cell {
+  const Class *down, *across;
+  std::vector<int64_t> a_shift, tap;  // of each tap that reaches: see Bf16Kernels::rows; its place in a panel
+};
+
+class RowProduct {
+ public:
+  // forward: from input pixels to output pixels; else back.
+  RowProduct(const Bf16ConvArgs& args, bool forward)
+      : a_(args), forward_(forward), kernels_(*bf16_kernels()), read_(forward ? args.input : args.output) {
+    const Axis rows{forward ? a_.out_height : a_.height,
+                    forward ? a_.height : a_.out_height,
+                    a_.kernel_h,
+                    a_.stride_h,
+                    a_.pad_h,
+                    a_.dilation_h};
+    const Axis lines{forward ? a_.out_width : a_.width,
+                     forward ? a_.width : a_.out_width,
+                     a_.kernel_w,
+                     a_.stride_w,
+                     a_.pad_w,
+                     a_.dilation_w};
+    depth_ = forward ? a_.in_channels : a_.out_channels;
+    columns_ = forward ? a_.out_channels : a_.in_channels;
+    stride_k_ = forward ? a_.stride_i : a_.stride_o;
+    stride_n_ = forward ? a_.stride_o : a_.stride_i;
+    height_ = rows.written, width_ = lines.written, read_height_ = rows.read, read_width_ = lines.read;
+    down_ = classes_of(rows, forward);
+    across_ = classes_of(lines, forward);
+    make_cells();
+    const int64_t deep = kPanelBytes / (2 * kMaxPanel * std::max<int64_t>(1, static_cast<int64_t>(taps_.size())));
+    chunk_ = std::min((depth_ + 1) / 2 * 2, std::max<int64_t>(32, deep / 2 * 2));
+    const int64_t pixels = height_ * width_, rows_at_once = std::max<int64_t>(1, kBlock / pixels);
+    block_ = rows_at_once < kTileRows ? rows_at_once : rows_at_once / kTileRows * kTileRows;
+  }
+
+  void run() {
+    const std::vector<Task> tasks = make_tasks();
+    parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
+      const Buffer panel = buffer(static_cast<int64_t>(taps_.size()) * chunk_ * kMaxPanel / 2);
+      const Buffer sums = buffer(block_ * height_ * width_ * kMaxPanel);
+      for (int64_t task = next(); task >= 0; task = next()) {
+        compute(tasks[static_cast<size_t>(task)], reinterpret_cast<BFloat16*>(panel.get()), sums.get());
+      }
+    });
+  }
+
+ private:
+  // Rows of one expert that one task computes, for one panel of output columns.
+  struct Task {
+    int64_t expert, first_row, last_row, column;
+  };
+
+  void make_cells() {
+    std::map<int64_t, int64_t> places;
+    for (const Class& down : down_) {
+      for (const Class& across : across_) {
+        Cell cell{&down, &across, {}, {}};
+        for (size_t i = 0; i < down.taps.size(); ++i) {
+          for (size_t j = 0; j < across.taps.size(); ++j) {
+            cell.a_shift.push_back((down.shifts[i] * read_width_ + across.shifts[j]) * depth_);
+            const int64_t tap = down.taps[i] * a_.kernel_w + across.taps[j];
+            const auto place = places.emplace(tap, static_cast<int64_t>(taps_.size()));
+            if (place.second) taps_.push_back(tap);
+            cell.tap.push_back(place.first->second);
+          }
+        }
+        cells_.push_back(std::move(cell));
+      }
+    }
+  }
+
+  std::vector<Task> make_tasks() const {
+    const int64_t panels = (columns_ + kMaxPanel - 1) / kMaxPanel;
+    // Rows are split only where experts and panels alone would leave threads idle: each part packs its weights again.
+    const int64_t wanted = a_.threads > 1 ? 4 * a_.threads : 1;
+    const int64_t parts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels * a_.experts));
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < a_.experts; ++e) {
+      const int64_t begin = a_.offsets[e], rows = a_.offsets[e + 1] - begin;
+      const int64_t split = std::min(parts, rows);
+      for (int64_t p = 0; p < split; ++p) {
+        for (int64_t n = 0; n < columns_; n += kMaxPanel) {
+          tasks.push_back({e, begin + rows * p / split, begin + rows * (p + 1) / split, n});
+        }
+      }
+    }
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const Task& x, const Task& y) { return x.last_row - x.first_row > y.last_row - y.first_row; });
+    return tasks;
+  }
+
+  void compute(const Task& task, BFloat16* panel, float* sums) const {
+    const int64_t columns = std::min<int64_t>(kMaxPanel, columns_ - task.column);
+    int64_t packed = -1;  // the chunk that is
+    for (int64_t row = task.first_row; row < task.last_row; row += block_) {
+      const int64_t last = std::min(task.last_row, row + block_);
+      for (int64_t k0 = 0; k0 < depth_; k0 += chunk_) {
+        const int64_t depth = std::min(chunk_, depth_ - k0);
+        if (packed != k0) pack(task, k0, depth, columns, panel);
+        packed = k0;
+        for_cells(row, last, [&](const Cell& cell, int64_t place) {
+          multiply(cell, row, last, panel, k0, depth, sums + place * kMaxPanel);
+        });
+      }
+      for_cells(row, last, [&](const Cell& cell, int64_t place) {
+        write(cell, row, last, task.column, columns, sums + place * kMaxPanel);
+      });
+    }
+  }
+
+  // Calls f(cell, number of the cell's first pixel in a block of rows).
+  template <typename F>
+  void for_cells(int64_t row, int64_t last, F&& f) const {
+    int64_t place = 0;
+    for (const Cell& cell : cells_) {
+      f(cell, place);
+      place += (last - row) * static_cast<int64_t>(cell.down->members.size() * cell.across->members.size());
+    }
+  }
+
+  // Calls f(row, (y, line read), (x, column read)) for the cell's pixels in the rows.
+  template <typename F>
+  static void for_pixels(const Cell& cell, int64_t row, int64_t last, F&& f) {
+    for (int64_t r = row; r < last; ++r) {
+      for (const auto& y : cell.down->members) {
+        for (const auto& x : cell.across->members) f(r, y, x);
+      }
+    }
+  }
+
+  // [tap][pair of channels][column][2]
+  void pack(const Task& task, int64_t k0, int64_t depth, int64_t columns, BFloat16* panel) const {
+    for (int64_t tap : taps_) {
+      const BFloat16* from =
+          a_.weight + task.expert * a_.stride_e + tap * a_.stride_tap + k0 * stride_k_ + task.column * stride_n_;
+      pack_tap(from, depth, columns, panel);
+      panel += (depth + 1) / 2 * 2 * kMaxPanel;
+    }
+  }
+
+  void pack_tap(const BFloat16* from, int64_t depth, int64_t columns, BFloat16* to) const {
+    if (stride_n_ == 1) {
+      for (int64_t k = 0; k < depth; k += 2, to += 2 * kMaxPanel) {
+        const BFloat16* first = from + k * stride_k_;
+        kernels_.interleave(first, k + 1 < depth ? first + stride_k_ : nullptr, columns, kMaxPanel, to);
+      }
+      return;
+    }
+    const int64_t even = depth / 2 * 2;
+    if (columns < kMaxPanel || even < depth) {
+      std::fill(to, to + (depth + 1) / 2 * 2 * kMaxPanel, BFloat16{0});
+    }
+    const int64_t done = stride_k_ == 1 ? even : 0;
+    if (done > 0) kernels_.transpose(from, stride_n_, columns, done / 2, to);
+    for (int64_t k = done; k < depth; ++k) {
+      for (int64_t n = 0; n < columns; ++n) {
+        to[(k / 2 * kMaxPanel + n) * 2 + k % 2] = from[k * stride_k_ + n * stride_n_];
+      }
+    }
+  }
+
+  void multiply(const Cell& cell, int64_t row, int64_t last, const BFloat16* panel, int64_t k0, int64_t depth,
+                float* sums) const {
+    const BFloat16* from[kTileRows];
+    const int64_t segments = static_cast<int64_t>(cell.tap.size());
+    std::vector<int64_t> b_shift;
+    for (int64_t tap : cell.tap) b_shift.push_back(tap * ((depth + 1) / 2 * 2 * kMaxPanel));
+    int count = 0;
+    const auto product = [&] {
+      kernels_.rows(count, from, cell.a_shift.data(), panel, b_shift.data(), segments, depth, sums, k0 > 0);
+      sums += count * kMaxPanel;
+      count = 0;
+    };
+    for_pixels(cell, row, last, [&](int64_t r, const auto& y, const auto& x) {
+      const int64_t map = forward_ && a_.sample != nullptr ? a_.sample[r] : r;
+      from[count] = read_ + ((map * read_height_ + y.second) * read_width_ + x.second) * depth_ + k0;
+      if (++count == kTileRows) product();
+    });
+    if (count > 0) product();
+  }
+
+  void write(const Cell& cell, int64_t row, int64_t last, int64_t column, int64_t columns, const float* sums) const {
+    BFloat16* target = (forward_ ? a_.output : a_.d_input) + column;
+    for_pixels(cell, row, last, [&](int64_t r, const auto& y, const auto& x) {
+      kernels_.round(sums, columns, target + ((r * height_ + y.first) * width_ + x.first) * columns_);
+      sums += kMaxPanel;
+    });
+  }
+
+  const Bf16ConvArgs& a_;
+  const bool forward_;
+  const Bf16Kernels& kernels_;
+  const BFloat16* read_;
+  int64_t depth_, columns_, stride_k_, stride_n_;
+  int64_t height_, width_, read_height_, read_width_;
+  int64_t chunk_, block_;  // channels of a panel, rows of a block
+  std::vector<Class> down_, across_;
+  std::vector<Cell> cells_;
+  std::vector<int64_t> taps_;  // that reach any pixel, in a panel's order
+};
+
+}  // namespace
+
+void expert_conv_forward_bf16_cpu(const Bf16ConvArgs& args) { RowProduct(args, true).run(); }
+
+void expert_conv_dgrad_bf16_cpu(const Bf16ConvArgs& args) { RowProduct(args, false).run(); }
+
+}  // namespace rmk
