@@ -58,9 +58,11 @@ struct Bf16Kernels {
   // c[m*kMaxPanel + 0:kMaxPanel] (+)= sum_s sum_k a[m][a_shift[s] + k] * (b + b_shift[s])[k/2][0:kMaxPanel][k%2].
   void (*rows)(int count, const BFloat16* const* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
                int64_t segments, int64_t depth, float* c, bool accumulate);
-  // c[m*kMaxPanel + 0:kMaxPanel] (+)= sum_k<pairs sum_i a[(k*a_stride + m)*2 + i] * b[k][0:kMaxPanel][i], m < count.
-  void (*packed)(int count, const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t pairs, float* c,
-                 bool accumulate);
+  // Over segments s and k < pairs, of a line of tiles and a panel each:
+  // c[m*kMaxPanel + 0:kMaxPanel] (+)= sum_s sum_k sum_i (a + a_shift[s])[k][m][i] * (b +
+  // b_shift[s])[k][0:kMaxPanel][i], where a's tiles have kTileRows pairs, of which `count` are used.
+  void (*packed)(int count, const BFloat16* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
+                 int64_t segments, int64_t pairs, float* c, bool accumulate);
   // to[n] = (first[n], second[n]) for n < count, then zeros up to n = width; a null second is a line of zeros.
   void (*interleave)(const BFloat16* first, const BFloat16* second, int64_t count, int64_t width, BFloat16* to);
   // to[k*kMaxPanel + n] = the pair (from[n*stride + 2k], from[n*stride + 2k + 1]) for n < lines, k < pairs.

@@ -82,13 +82,17 @@ void rows_tile(const BFloat16* const* a, const int64_t* a_shift, const BFloat16*
 }
 
 template <int M>
-void packed_tile(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t pairs, float* c, bool accumulate) {
+void packed_tile(const BFloat16* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift, int64_t segments,
+                 int64_t pairs, float* c, bool accumulate) {
   __m512 sum[M][kVectors];
   start<M>(c, accumulate, sum);
-  for (int64_t k = 0; k < pairs; ++k, a += 2 * a_stride, b += 2 * kPanel) {
-    __m512bh left[M];
-    for (int m = 0; m < M; ++m) left[m] = pair_of(a + 2 * m);
-    multiply_step<M>(left, b, sum);
+  for (int64_t s = 0; s < segments; ++s) {
+    const BFloat16 *tile = a + a_shift[s], *right = b + b_shift[s];
+    for (int64_t k = 0; k < pairs; ++k, tile += 2 * kTileRows, right += 2 * kPanel) {
+      __m512bh left[M];
+      for (int m = 0; m < M; ++m) left[m] = pair_of(tile + 2 * m);
+      multiply_step<M>(left, right, sum);
+    }
   }
   finish<M>(sum, c);
 }
@@ -116,9 +120,9 @@ void rows(int count, const BFloat16* const* a, const int64_t* a_shift, const BFl
   with_count(count, [=](auto m) { rows_tile<m()>(a, a_shift, b, b_shift, segments, depth, c, accumulate); });
 }
 
-void packed(int count, const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t pairs, float* c,
-            bool accumulate) {
-  with_count(count, [=](auto m) { packed_tile<m()>(a, a_stride, b, pairs, c, accumulate); });
+void packed(int count, const BFloat16* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
+            int64_t segments, int64_t pairs, float* c, bool accumulate) {
+  with_count(count, [=](auto m) { packed_tile<m()>(a, a_shift, b, b_shift, segments, pairs, c, accumulate); });
 }
 
 constexpr int kHalves = 2 * kLanes;  // elements in a register
@@ -144,14 +148,16 @@ void interleave(const BFloat16* first, const BFloat16* second, int64_t count, in
 }
 
 void transpose(const BFloat16* from, int64_t stride, int64_t lines, int64_t pairs, BFloat16* to) {
+  constexpr int64_t kAhead = 4 * kHalves;  // elements of each line fetched before they are needed
   for (int64_t k0 = 0; k0 < pairs; k0 += kLanes) {
     const __mmask16 read = first_bits(pairs - k0, kLanes);
     for (int64_t n0 = 0; n0 < lines; n0 += kLanes) {
       const __mmask16 written = first_bits(lines - n0, kLanes);
-      Vector block[kLanes];
-      for (int64_t n = 0; n < kLanes; ++n) {
-        block[n] =
-            n0 + n < lines ? (Vector)_mm512_maskz_loadu_epi32(read, from + (n0 + n) * stride + 2 * k0) : Vector{};
+      Vector block[kLanes] = {};
+      for (int64_t n = 0; n < kLanes && n0 + n < lines; ++n) {
+        const BFloat16* place = from + (n0 + n) * stride + 2 * k0;
+        if (2 * k0 + kAhead < 2 * pairs) __builtin_prefetch(place + kAhead, 0, 2);
+        block[n] = (Vector)_mm512_maskz_loadu_epi32(read, place);
       }
       transpose_block(block);
       for (int64_t k = 0; k < kLanes && k0 + k < pairs; ++k) {
@@ -165,7 +171,11 @@ void round(const float* from, int64_t count, BFloat16* to) {
   for (int64_t n = 0; n < count; n += kLanes) {
     const __mmask16 there = first_bits(count - n, kLanes);
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + n));
-    _mm512_mask_storeu_epi16(to + n, there, _mm512_castsi256_si512(rounded));
+    if (count - n >= kLanes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n), rounded);
+    } else {
+      _mm512_mask_storeu_epi16(to + n, there, _mm512_castsi256_si512(rounded));
+    }
   }
 }
 
