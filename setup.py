@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -122,6 +123,9 @@ class Toolkit:
             raise RuntimeError(f"{self.nvcc} failed on {source.name}:\n{done.stderr}")
 
 
+OPTIONAL = ("kernels_avx512_bf16",)  # files that compile to an empty table without their instruction set
+
+
 def instruction_set(source: Path) -> list[str]:
     """Flags of a file whose name ends in an instruction set; which of them runs is decided when it runs."""
     if not RUNS_ON_X86:
@@ -198,12 +202,21 @@ class BuildNative(build_ext):
     def _compile(self, ext: Extension, source: Path) -> str:
         if source.suffix == ".cu":
             return self._compile_cuda(ext, source)
+        try:
+            return self._compile_cpp(ext, source, instruction_set(source))
+        except CompileError:
+            if source.stem not in OPTIONAL:
+                raise
+            print(f"{source}: this compiler does not know {instruction_set(source)}; without them", file=sys.stderr)
+            return self._compile_cpp(ext, source, [])
+
+    def _compile_cpp(self, ext: Extension, source: Path, flags: list[str]) -> str:
         objects = self.compiler.compile(
             [str(source)],
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=[*ext.extra_compile_args, *instruction_set(source)],
+            extra_postargs=[*ext.extra_compile_args, *flags],
             depends=ext.depends,
         )
         return objects[0]

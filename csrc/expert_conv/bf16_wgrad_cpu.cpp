@@ -1,6 +1,10 @@
 // Weight gradient in bfloat16, by tap skipping: for every expert and tap a product over pixels, as in tap_skip_cpu.cpp,
 // with the rows of an expert in pairs, the last of an odd number beside a row of zeros. Sums are float and rounded
 // once.
+//
+// One core of a Zen 4, milliseconds, 256 rows; 59 expected at 512 channels and 4x4 pixels, 81 at 64 and 32x32: measured
+// 67 with 4 experts and 87 with 16, whose 75 MB of gradients are written in that time (float: 102 and 107), and 105
+// (float: 111). Packed pixel by pixel instead of line by line, the last took 116: an expert's rows lie far apart.
 #include <algorithm>
 #include <cstring>
 #include <vector>
