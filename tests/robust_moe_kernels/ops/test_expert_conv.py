@@ -162,7 +162,7 @@ def test_native_operands_have_one_dtype(generator):
     assert EXPERT_CONV.module("native").why_not_case(x, weight) is None
     message = "the native convolution computes float32, bfloat16, float16, not torch.bfloat16 with torch.float32"
     assert EXPERT_CONV.module("native").why_not_case(x, weight.float()) == message
-    with pytest.raises(TypeError, match="^weight: "):
+    with pytest.raises(TypeError, match=r"^weight: "):
         conv_forward(x, weight.float(), offsets, sample, [], by_name("block").geometry, "native")
 
 
