@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -122,11 +123,18 @@ class Toolkit:
             raise RuntimeError(f"{self.nvcc} failed on {source.name}:\n{done.stderr}")
 
 
+OPTIONAL = ("kernels_avx512_bf16",)  # files that compile to an empty table without their instruction set
+
+
 def instruction_set(source: Path) -> list[str]:
     """Flags of a file whose name ends in an instruction set; which of them runs is decided when it runs."""
     if not RUNS_ON_X86:
         return []
-    sets = {"_avx512": ["-mavx512f", "-mfma"], "_avx2": ["-mavx2", "-mfma"]}
+    sets = {
+        "_avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mfma"],
+        "_avx512": ["-mavx512f", "-mfma"],
+        "_avx2": ["-mavx2", "-mfma"],
+    }
     for suffix, flags in sets.items():
         if source.stem.endswith(suffix):
             return [*flags, "-ffp-contract=fast"]
@@ -194,12 +202,21 @@ class BuildNative(build_ext):
     def _compile(self, ext: Extension, source: Path) -> str:
         if source.suffix == ".cu":
             return self._compile_cuda(ext, source)
+        try:
+            return self._compile_cpp(ext, source, instruction_set(source))
+        except CompileError:
+            if source.stem not in OPTIONAL:
+                raise
+            print(f"{source}: this compiler does not know {instruction_set(source)}; without them", file=sys.stderr)
+            return self._compile_cpp(ext, source, [])
+
+    def _compile_cpp(self, ext: Extension, source: Path, flags: list[str]) -> str:
         objects = self.compiler.compile(
             [str(source)],
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=[*ext.extra_compile_args, *instruction_set(source)],
+            extra_postargs=[*ext.extra_compile_args, *flags],
             depends=ext.depends,
         )
         return objects[0]
@@ -221,7 +238,7 @@ def extension() -> Extension:
     headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".inl", ".cuh"))
     macros: list[tuple[str, str | None]] = [("RMK_X86", "1")] if RUNS_ON_X86 else []
     if not RUNS_ON_X86:
-        sources = [name for name in sources if not name.endswith(("_avx512.cpp", "_avx2.cpp"))]
+        sources = [name for name in sources if not name.endswith(("_avx512_bf16.cpp", "_avx512.cpp", "_avx2.cpp"))]
     libraries: list[str] = []
     library_dirs: list[str] = []
     if TOOLKIT is not None:

@@ -200,22 +200,23 @@ void sort_cuda(Address experts, int64_t pairs, int64_t num_experts, int64_t top_
 }
 #endif
 
-using Conv = void (*)(const ConvArgs&);
+// Only the last multiplies bfloat16: expert_conv_*_bf16_cpu need it.
+const char* cpu_isa() { return bf16_kernels() != nullptr ? bf16_kernels()->name : kernels().name; }
 
-template <Conv kernel>
+template <typename T, void (*kernel)(const Convolution<T>&)>
 void expert_conv(Address input, Address sample, Address weight, Address offsets, Address output, Address d_input,
                  Address d_weight, int64_t experts, int64_t in_channels, int64_t out_channels, int64_t height,
                  int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_h, int64_t kernel_w,
                  int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                  int64_t dilation_w, int64_t stride_e, int64_t stride_o, int64_t stride_i, int64_t stride_tap,
                  int algorithm, int threads) {
-  kernel({at<const float>(input),
+  kernel({at<const T>(input),
           at<const int64_t>(sample),
-          at<const float>(weight),
+          at<const T>(weight),
           at<const int64_t>(offsets),
-          at<float>(output),
-          at<float>(d_input),
-          at<float>(d_weight),
+          at<T>(output),
+          at<T>(d_input),
+          at<T>(d_weight),
           experts,
           in_channels,
           out_channels,
@@ -271,10 +272,13 @@ PYBIND11_MODULE(_C, m) {
       "set_team", [](Address team) { set_team(reinterpret_cast<Team>(team)); },
       "Address of GOMP_parallel in the OpenMP runtime whose threads to use; 0: threads of our own.");
   m.def("keep_freed_memory", &keep_freed_memory);
-  m.def("cpu_isa", [] { return kernels().name; }, "Instruction set of the convolution kernels in use.");
-  m.def("expert_conv_forward_cpu", &expert_conv<expert_conv_forward_cpu>, NoGil());
-  m.def("expert_conv_dgrad_cpu", &expert_conv<expert_conv_dgrad_cpu>, NoGil());
-  m.def("expert_conv_wgrad_cpu", &expert_conv<expert_conv_wgrad_cpu>, NoGil());
+  m.def("cpu_isa", &cpu_isa, "Instruction set of the convolution kernels in use.");
+  m.def("expert_conv_forward_cpu", &expert_conv<float, expert_conv_forward_cpu>, NoGil());
+  m.def("expert_conv_dgrad_cpu", &expert_conv<float, expert_conv_dgrad_cpu>, NoGil());
+  m.def("expert_conv_wgrad_cpu", &expert_conv<float, expert_conv_wgrad_cpu>, NoGil());
+  m.def("expert_conv_forward_bf16_cpu", &expert_conv<BFloat16, expert_conv_forward_bf16_cpu>, NoGil());
+  m.def("expert_conv_dgrad_bf16_cpu", &expert_conv<BFloat16, expert_conv_dgrad_bf16_cpu>, NoGil());
+  m.def("expert_conv_wgrad_bf16_cpu", &expert_conv<BFloat16, expert_conv_wgrad_bf16_cpu>, NoGil());
   bind_expert_block(m);
 #ifdef RMK_CUDA
   m.def("pgd_step_cuda", on_cuda(pgd_step_cuda, step_args), NoGil());

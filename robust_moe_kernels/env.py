@@ -39,7 +39,9 @@ def versions() -> dict[str, str]:
     """Versions of what decides numbers and speed, and the hardware's names."""
     extension = "missing"
     if native.why_not_cpu("cpu") is None:
-        extension = f"{'C++ and CUDA' if native.has_cuda() else 'C++'}, {native.extension().cpu_isa()}"
+        isa = native.extension().cpu_isa()
+        slow = "" if isa == "avx512_bf16" else " (bfloat16 convolutions are computed as float32, slower than float32)"
+        extension = f"{'C++ and CUDA' if native.has_cuda() else 'C++'}, {isa}{slow}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "robust-moe-kernels": package_version("robust-moe-kernels"),

@@ -14,24 +14,46 @@ constexpr const char* kName = "baseline";
 namespace rmk {
 namespace {
 
+#if defined(RMK_X86)
+constexpr const char* kLevels[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+// The place among kLevels of the most that the environment allows.
+int most_allowed() {
+  const char* asked = std::getenv("RMK_CPU_ISA");
+  for (int level = 0; level < 4; ++level) {
+    if (std::string(asked == nullptr ? "avx512_bf16" : asked) == kLevels[level]) return level;
+  }
+  throw std::invalid_argument("RMK_CPU_ISA: expected avx512_bf16, avx512, avx2 or baseline, got '" +
+                              std::string(asked) + "'");
+}
+#endif
+
 const Kernels& choose() {
 #if defined(RMK_X86)
-  const char* asked = std::getenv("RMK_CPU_ISA");
-  const std::string most = asked == nullptr ? avx512::kernels.name : asked;
-  const bool any = most != baseline::kernels.name;
-  if (any && most != avx2::kernels.name && most != avx512::kernels.name) {
-    throw std::invalid_argument("RMK_CPU_ISA: expected avx512, avx2 or baseline, got '" + most + "'");
-  }
-  if (any && most != avx2::kernels.name && __builtin_cpu_supports("avx512f")) return avx512::kernels;
-  if (any && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+  const int most = most_allowed();
+  if (most >= 2 && __builtin_cpu_supports("avx512f")) return avx512::kernels;
+  if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
 #endif
   return baseline::kernels;
+}
+
+const Bf16Kernels* choose_bf16() {
+#if defined(RMK_X86)
+  if (most_allowed() < 3 || avx512_bf16::kernels == nullptr) return nullptr;
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) return avx512_bf16::kernels;
+#endif
+  return nullptr;
 }
 
 }  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const Bf16Kernels* bf16_kernels() {
+  static const Bf16Kernels* const chosen = choose_bf16();
   return chosen;
 }
 

@@ -14,7 +14,7 @@ from robust_moe_kernels import native
 pytestmark = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
 
 OP_TESTS = Path(__file__).parents[1] / "robust_moe_kernels" / "ops"
-ORDER = ("baseline", "avx2", "avx512")
+ORDER = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def python(isa: str, *arguments: str) -> str:
@@ -29,7 +29,7 @@ def python(isa: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("isa", ORDER[:2])
+@pytest.mark.parametrize("isa", ORDER[:3])
 def test_convolution_with(isa: str) -> None:
     used = python(isa, "-c", "from robust_moe_kernels import native; print(native.extension().cpu_isa())").strip()
     if ORDER.index(native.extension().cpu_isa()) < ORDER.index(isa):
@@ -49,4 +49,5 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert python("avx3", "-c", script).strip() == "RMK_CPU_ISA: expected avx512, avx2 or baseline, got 'avx3'"
+    expected = "RMK_CPU_ISA: expected avx512_bf16, avx512, avx2 or baseline, got 'avx3'"
+    assert python("avx3", "-c", script).strip() == expected

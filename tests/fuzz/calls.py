@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -153,7 +153,8 @@ def _convolution(d: Draw) -> tuple[dict[str, Any], Tensor, int, int, float]:
         geometry, size = Geometry(*pairs), (d.size(9, 1), d.size(9, 1))
         if min(geometry.output_size(*size, kernel)) < 1:
             geometry = Geometry(geometry.stride, kernel, (1, 1))
-    weight = d.floats(experts, outputs, inputs, *kernel)
+    kind = d.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
+    weight = d.floats(experts, outputs, inputs, *kernel, dtype=kind)
     if d.chance(0.7):
         weight = weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)  # as modules.experts keeps them
     sample, batch = None, rows
@@ -162,11 +163,27 @@ def _convolution(d: Draw) -> tuple[dict[str, Any], Tensor, int, int, float]:
         sample = torch.randint(0, batch, (rows,), generator=d.generator)
     out_size = geometry.output_size(*size, kernel)
     arguments = {
-        "x": d.floats(batch, inputs, *size), "weight": weight, "offsets": offsets, "sample": sample,
+        "x": d.floats(batch, inputs, *size, dtype=kind), "weight": weight, "offsets": offsets, "sample": sample,
         "geometry": geometry,
     }  # fmt: skip
     terms = kernel[0] * kernel[1] * max(inputs, outputs) + rows * out_size[0] * out_size[1] + 16
-    return arguments, d.floats(rows, outputs, *out_size), *size, 16.0 * terms
+    return arguments, d.floats(rows, outputs, *out_size, dtype=kind), *size, 16.0 * terms
+
+
+def _widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, whose reference computes 16-bit numbers as float32: PyTorch 2.14's own convolution of bfloat16 ends
+    the process for some dilated filters."""
+
+    @wraps(function)
+    def call(*, impl: str, **arguments: Any) -> Tensor:
+        floats = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        kinds = {value.dtype for value in floats.values()}
+        if impl != "reference" or kinds not in ({torch.bfloat16}, {torch.float16}):
+            return function(**arguments, impl=impl)
+        wide = {name: value.float() for name, value in floats.items()}
+        return function(**arguments | wide, impl=impl).to(*kinds)
+
+    return call
 
 
 def convolve(d: Draw) -> Call:
@@ -176,14 +193,14 @@ def convolve(d: Draw) -> Call:
         geometry, sample = arguments.pop("geometry"), arguments.pop("sample")
         if sample is not None:
             arguments["x"] = arguments["x"][sample]
-        return Call(expert_conv, arguments | geometry._asdict(), terms, spread=True)
+        return Call(_widened(expert_conv), arguments | geometry._asdict(), terms, spread=True)
     if which == "forward":
-        return Call(conv_forward, arguments | {"plan": []}, terms, spread=True)
+        return Call(_widened(conv_forward), arguments | {"plan": []}, terms, spread=True)
     if which == "wgrad":
-        return Call(conv_wgrad, arguments | {"d_out": d_out}, terms, spread=True)
+        return Call(_widened(conv_wgrad), arguments | {"d_out": d_out}, terms, spread=True)
     del arguments["x"], arguments["sample"]
     sizes = {"d_out": d_out, "plan": [], "height": height, "width": width}
-    return Call(conv_dgrad, arguments | sizes, terms, spread=True)
+    return Call(_widened(conv_dgrad), arguments | sizes, terms, spread=True)
 
 
 def _batch(d: Draw) -> tuple[int, ...]:

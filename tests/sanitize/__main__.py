@@ -41,7 +41,7 @@ LEFT_OUT = {
         "test_a_forks_child_has_threads_of_its_own",
     ),
 }
-ISAS = {"address": ("avx512", "avx2", "baseline"), "thread": ("avx512",)}  # or the most that the processor has
+ISAS = {"address": ("avx512_bf16", "avx2", "baseline"), "thread": ("avx512_bf16",)}  # or what there is
 
 
 def build(sanitizer: str) -> Path:

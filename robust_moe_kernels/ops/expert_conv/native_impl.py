@@ -1,4 +1,9 @@
-"""The grouped convolution over the compiled extension (CPU, float32): see csrc/expert_conv for its two algorithms."""
+"""The grouped convolution over the compiled extension (CPU; float32, bfloat16, float16): see csrc/expert_conv.
+
+bfloat16 is multiplied by AVX512-BF16 where ``cpu_isa()`` says so. Without, and float16, maps and filters are converted
+to float32, which holds all of their numbers, convolved by either algorithm and the results rounded once: a little
+slower than float32, with a copy of the filters twice their size.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from robust_moe_kernels.layout import Geometry, channels_last_empty
 
 __all__ = ["dgrad", "forward", "plan", "plan_key", "plan_like", "wgrad", "why_not", "why_not_case"]
 
+_KINDS = (torch.float32, torch.bfloat16, torch.float16)
 _ALGORITHMS = ("auto", "tap_skip", "winograd")  # in the order of csrc/expert_conv/expert_conv.h
 
 
@@ -22,9 +28,17 @@ why_not = native.why_not_cpu
 def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
     kinds = [tensor.dtype for tensor in operands]
-    if any(kind != torch.float32 for kind in kinds):
-        return f"the native convolution computes float32, not {' with '.join(map(str, kinds))}"
+    if kinds[0] not in _KINDS or len(set(kinds)) > 1:
+        known = ", ".join(str(kind).removeprefix("torch.") for kind in _KINDS)
+        return f"the native convolution computes {known}, not {' with '.join(map(str, kinds))}"
     return None
+
+
+def _directly(dtype: torch.dtype, algorithm: str) -> bool:
+    """Whether the extension multiplies this dtype by this algorithm, rather than float32 in its place."""
+    if dtype == torch.bfloat16:  # by tap skipping alone
+        return algorithm != "winograd" and native.extension().cpu_isa() == "avx512_bf16"
+    return dtype == torch.float32
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -52,7 +66,8 @@ def _run(
     algorithm: str,
     **tensors: Any,
 ) -> None:
-    getattr(native.extension(), kernel)(
+    suffix = "_bf16_cpu" if filters.dtype == torch.bfloat16 else "_cpu"
+    getattr(native.extension(), kernel + suffix)(
         _address(tensors.get("input")),
         _address(tensors.get("sample")),
         _address(tensors.get("weight")),
@@ -124,11 +139,13 @@ def forward_by(
     geometry: Geometry,
 ) -> Tensor:
     """``forward`` by "tap_skip" or "winograd"; "auto": by shape."""
+    if not _directly(x.dtype, algorithm):
+        return forward_by(algorithm, x.float(), weight.float(), offsets, sample, geometry).to(x.dtype)
     weight = _uniform_taps(weight)
     out = geometry.output_like(x, weight, x.shape[0] if sample is None else sample.numel())
     sizes = (x.shape[2], x.shape[3], out.shape[2], out.shape[3])
     _run(
-        "expert_conv_forward_cpu",
+        "expert_conv_forward",
         offsets,
         weight,
         sizes,
@@ -151,10 +168,12 @@ def dgrad_by(
     width: int,
     geometry: Geometry,
 ) -> Tensor:
+    if not _directly(d_out.dtype, algorithm):
+        return dgrad_by(algorithm, d_out.float(), weight.float(), offsets, height, width, geometry).to(d_out.dtype)
     weight = _uniform_taps(weight)
     d_x = channels_last_empty(d_out, (d_out.shape[0], weight.shape[2], height, width))
     sizes = (height, width, d_out.shape[2], d_out.shape[3])
-    _run("expert_conv_dgrad_cpu", offsets, weight, sizes, geometry, algorithm, weight=weight, output=d_out, d_input=d_x)
+    _run("expert_conv_dgrad", offsets, weight, sizes, geometry, algorithm, weight=weight, output=d_out, d_input=d_x)
     return d_x
 
 
@@ -167,11 +186,14 @@ def wgrad_by(
     weight: Tensor,
     geometry: Geometry,
 ) -> Tensor:
+    if not _directly(x.dtype, algorithm):
+        d_filters = wgrad_by(algorithm, x.float(), d_out.float(), offsets, sample, weight.float(), geometry)
+        return torch.empty_like(weight).copy_(d_filters)
     filters = _uniform_taps(weight)
     d_weight = torch.empty_like(filters)
     sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
     _run(
-        "expert_conv_wgrad_cpu", offsets, d_weight, sizes, geometry, algorithm,
+        "expert_conv_wgrad", offsets, d_weight, sizes, geometry, algorithm,
         input=x, sample=sample, output=d_out, d_weight=d_weight,
     )  # fmt: skip
     return d_weight if filters is weight else torch.empty_like(weight).copy_(d_weight)

@@ -11,6 +11,7 @@ from conv_cases import Case, Inputs, assert_within_bounds, inputs_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from robust_moe_kernels import native
 from robust_moe_kernels.dispatch import ImplementationUnavailable
 from robust_moe_kernels.layout import Geometry, channels_last
 from robust_moe_kernels.ops import OPS
@@ -45,6 +46,13 @@ CASES = (
     Case("shares", (20,), (3, 4), (4, 4), (1, 1), ONE, NONE, ONE, None, "filter gradient in two shares"),
     Case("no_rows", (0, 0), (3, 4), (4, 4), (3, 3), ONE, ONE, ONE, None, "an empty batch"),
 )  # fmt: skip
+
+IN_PARTS = (
+    Case("deep", (2, 1), (45, 3), (6, 6), (11, 11), ONE, (5, 5), ONE, 2, "121 taps: a panel holds 38 channels"),
+    Case("large_map", (5, 0, 1), (3, 2), (20, 25), (3, 3), ONE, ONE, ONE, None, "more pixels than a block; long runs"),
+)  # fmt: skip
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_extension = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
 
 
 def by_name(name: str) -> Case:
@@ -98,6 +106,66 @@ def test_other_dtypes(target, name, dtype, generator):
         assert_within_bounds(run(here, case, "auto"), inputs, case, own)
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("case", (*CASES, *IN_PARTS), ids=lambda case: case.name)
+def test_native_in_every_dtype(case, dtype, generator):
+    """Sums in float32, rounded once."""
+    inputs = inputs_of(case, generator, dtype)
+    assert_within_bounds(run(inputs, case, "native"), inputs, case)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_weights_of_any_layout(dtype, generator):
+    """1x1 filters, of which contiguous ones have the input channels innermost, too."""
+    for case in (by_name("image"), by_name("downsample"), by_name("wide")):
+        inputs = inputs_of(case, generator, dtype)
+        expected = run(inputs, case, "native")
+        results = run(inputs._replace(weight=inputs.weight.contiguous()), case, "native")
+        assert all(torch.equal(got, same) for got, same in zip(results, expected, strict=True))
+        assert results[2].is_contiguous()
+
+
+@needs_extension
+def test_native_error_of_bfloat16_is_that_of_one_rounding(generator):
+    """At most PyTorch's own, of which that rounding is the most; both against float64."""
+    case = Case("layer", (7, 4), (160, 96), (4, 4), (3, 3), ONE, ONE, ONE, None, "")
+    inputs = inputs_of(case, generator, torch.bfloat16)
+    results, own = run(inputs, case, "native"), run(inputs, case, "reference")
+    for got, theirs, truth in zip(results, own, run(inputs.to(torch.float64), case, "reference"), strict=True):
+        error, bound = (got.double() - truth).norm(), (theirs.double() - truth).norm()
+        rounding = (truth.to(torch.bfloat16).double() - truth).norm()
+        assert error <= 1.01 * rounding
+        assert error <= 1.01 * bound
+
+
+@needs_extension
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_native_bfloat16_carries_what_is_not_finite(value, generator):
+    """To the results that it reaches, as in float32, and to no other: odd channels lie beside the next pixel's."""
+    case = by_name("image")
+    inputs = inputs_of(case, generator, torch.bfloat16)._replace(sample=None)
+    x, d_out = inputs.x[torch.zeros(5, dtype=torch.int64)].contiguous(memory_format=torch.channels_last), inputs.d_out
+    x[2, 0, 3, 1] = value
+    d_out[4, 0, 1, 1] = value
+    inputs = inputs._replace(x=x, d_out=d_out)
+    for got, same in zip(run(inputs, case, "native"), run(inputs.to(torch.float32), case, "native"), strict=True):
+        assert 0 < got.isfinite().sum() < got.numel()
+        assert torch.equal(got.isfinite(), same.isfinite())
+        assert torch.equal(got.isnan(), same.isnan())
+
+
+@needs_extension
+def test_native_operands_have_one_dtype(generator):
+    x, weight, offsets, sample, _ = inputs_of(by_name("block"), generator, torch.bfloat16)
+    assert EXPERT_CONV.module("native").why_not_case(x, weight) is None
+    message = "the native convolution computes float32, bfloat16, float16, not torch.bfloat16 with torch.float32"
+    assert EXPERT_CONV.module("native").why_not_case(x, weight.float()) == message
+    with pytest.raises(TypeError, match=r"^weight: "):
+        conv_forward(x, weight.float(), offsets, sample, [], by_name("block").geometry, "native")
+
+
 def test_precision_of_float32_follows_pytorch():
     before = torch.backends.cudnn.conv.fp32_precision
     try:
@@ -149,9 +217,10 @@ def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
         assert_same_bits(*(run(inputs, by_name(name), target.impl) for _ in range(2)))
 
 
-def test_thread_count_changes_no_bit(generator, same_bits_for_any_threads):
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_thread_count_changes_no_bit(dtype, generator, same_bits_for_any_threads):
     case = by_name("wide")
-    inputs = inputs_of(case, generator)
+    inputs = inputs_of(case, generator, dtype)
     same_bits_for_any_threads(lambda: run(inputs, case, "native"))
 
 
