@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/restrict.h"
 #include "expert_block/finalise.h"
@@ -101,6 +102,7 @@ void norm_finalise_backward_cpu(const NormBackwardArgs& a) {
 }
 
 void sum_rows_cpu(const SumRowsArgs& a) {
+  will_write(a.out, a.batch * a.size);
   parallel_for(a.batch, grain_of(kGrain, a.size, a.top_k), a.threads, [&a](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t j = 0; j < a.top_k; ++j) {

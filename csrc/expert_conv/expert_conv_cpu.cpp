@@ -1,5 +1,6 @@
 #include <stdexcept>
 
+#include "common/pages.h"
 #include "expert_conv/algorithms.h"
 #include "expert_conv/expert_conv.h"
 
@@ -22,16 +23,23 @@ bool uses_winograd(const ConvArgs& args) {
   }
 }
 
+int64_t rows(const ConvArgs& args) { return args.offsets[args.experts]; }
+
 }  // namespace
 
 void expert_conv_forward_cpu(const ConvArgs& args) {
+  will_write(args.output, rows(args) * args.out_height * args.out_width * args.out_channels);
   uses_winograd(args) ? winograd_rows(args, true) : tap_skip_rows(args, true);
 }
 
 void expert_conv_dgrad_cpu(const ConvArgs& args) {
+  will_write(args.d_input, rows(args) * args.height * args.width * args.in_channels);
   uses_winograd(args) ? winograd_rows(args, false) : tap_skip_rows(args, false);
 }
 
-void expert_conv_wgrad_cpu(const ConvArgs& args) { uses_winograd(args) ? winograd_wgrad(args) : tap_skip_wgrad(args); }
+void expert_conv_wgrad_cpu(const ConvArgs& args) {
+  will_write(args.d_weight, args.experts * args.out_channels * args.in_channels * args.kernel_h * args.kernel_w);
+  uses_winograd(args) ? winograd_wgrad(args) : tap_skip_wgrad(args);
+}
 
 }  // namespace rmk

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="n
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1))
 TEAM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_LARGE_PAGES = _SETTING.read_text() if _SETTING.exists() else ""
 
 
 def convolve() -> Tensor:
@@ -137,6 +140,44 @@ def test_an_attack_lets_the_process_keep_freed_memory() -> None:
 def test_the_environment_decides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "glibc.malloc.trim_threshold=131072" if name == "GLIBC_TUNABLES" else "131072")
     assert not native.keep_freed_memory()
+
+
+SECOND_CALL = """
+import ctypes, resource, torch
+from robust_moe_kernels.layout import Geometry
+from robust_moe_kernels.ops.expert_conv import conv_wgrad
+if {small_pages}:
+    assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE
+maps = torch.ones({rows}, {channels}, 8, 8).contiguous(memory_format=torch.channels_last)
+weight = torch.ones(1, 3, 3, {channels}, {channels}).permute(0, 4, 3, 1, 2)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    conv_wgrad(maps, maps, torch.tensor([0, {rows}]), None, weight, Geometry((1, 1), (1, 1), (1, 1)), "native")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's page faults")
+@pytest.mark.parametrize(
+    ("small_pages", "rows", "channels", "memory"),
+    [
+        pytest.param(True, 128, 64, 8 * 2**20, id="scratch is kept"),
+        pytest.param(
+            False, 1, 1024, 4 * 9 * 1024**2, id="results lie on large pages",
+            marks=pytest.mark.skipif("[never]" in _LARGE_PAGES or not _LARGE_PAGES, reason="the system has none"),
+        ),
+    ],
+)  # fmt: skip
+def test_memory_is_not_touched_page_by_page_again(
+    small_pages: bool, rows: int, channels: int, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process whose C library gives all freed memory back: a call after the first takes fewer page faults than an
+    eighth of its scratch memory, or of its result, has pages."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    script = SECOND_CALL.format(small_pages=small_pages, rows=rows, channels=channels)
+    assert int(_run(script)) < memory / os.sysconf("SC_PAGESIZE") / 8
 
 
 def _run(script: str) -> str:
