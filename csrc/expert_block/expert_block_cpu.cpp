@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/buffer.h"
 #include "common/dtype.h"
 #include "common/pages.h"
 #include "common/parallel.h"
@@ -11,7 +12,8 @@
 namespace rmk {
 namespace {
 
-constexpr int64_t kColumns = 64;     // channels a task sums: their accumulators stay in the first-level cache
+constexpr int64_t kColumns = 512;    // channels a task sums: their accumulators stay in the first-level cache
+constexpr int64_t kShare = 128;      // pixels a task sums
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, see parallel.h
 
 // One pixel's channels [0, count). Plain loops over restrict pointers, so that they become vector code.
@@ -30,6 +32,15 @@ RMK_WIDE_VECTORS void sum_line(const float* RMK_RESTRICT value, const float* RMK
     sum[c] += open;
     product[c] += static_cast<double>(open) * other[c];
   }
+}
+
+// Channels [column, column + kColumns) of one expert's pixels [first, last).
+struct SumTask {
+  int64_t expert, first, last, column;
+};
+
+void add_line(const double* RMK_RESTRICT part, int64_t count, double* RMK_RESTRICT sum) {
+  for (int64_t c = 0; c < count; ++c) sum[c] += part[c];
 }
 
 RMK_WIDE_VECTORS void scale_shift_line(const float* RMK_RESTRICT z, const float* RMK_RESTRICT scale,
@@ -123,21 +134,41 @@ double gradient_line(const float* RMK_RESTRICT line, const float* RMK_RESTRICT g
 
 void column_sums_cpu(const Rows& rows, const float* value, const float* other, const float* scale, const float* shift,
                      double* sum, double* sum_product) {
-  const int64_t C = rows.channels, blocks = (C + kColumns - 1) / kColumns;
-  // A task owns its columns of one expert and adds its pixels in order: the same bits at every thread count.
-  parallel_tasks(rows.experts * blocks, rows.threads, [&](auto next) {
-    for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t e = task / blocks, column = task % blocks * kColumns, count = std::min(kColumns, C - column);
-      double sums[kColumns] = {}, products[kColumns] = {};
-      const float* line_scale = scale == nullptr ? nullptr : scale + e * C + column;
-      const float* line_shift = scale == nullptr ? nullptr : shift + e * C + column;
-      for (int64_t i = rows.offsets[e] * rows.pixels; i < rows.offsets[e + 1] * rows.pixels; ++i) {
-        sum_line(value + i * C + column, other + i * C + column, line_scale, line_shift, count, sums, products);
+  // A task sums one share of one expert's pixels, line by line as they lie in memory; the shares are added in order.
+  // Where they begin depends on the expert's number of pixels alone: the same bits at every thread count.
+  const int64_t C = rows.channels, width = std::min(kColumns, C);
+  std::vector<SumTask> tasks;
+  for (int64_t e = 0; e < rows.experts; ++e) {
+    const int64_t end = rows.offsets[e + 1] * rows.pixels;
+    for (int64_t pixel = rows.offsets[e] * rows.pixels; pixel < end; pixel += kShare) {
+      for (int64_t c = 0; c < C; c += width) tasks.push_back({e, pixel, std::min(pixel + kShare, end), c});
+    }
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const Buffer memory = buffer(2 * 2 * width * count);
+  double* const parts = reinterpret_cast<double*>(memory.get());  // [task][sum, sum_product][width]
+  parallel_tasks(count, rows.threads, [&](auto next) {
+    for (int64_t number = next(); number >= 0; number = next()) {
+      const SumTask& task = tasks[static_cast<size_t>(number)];
+      const int64_t column = task.column, columns = std::min(width, C - column);
+      double* const sums = parts + 2 * width * number;
+      std::fill(sums, sums + 2 * width, 0.0);
+      const float* line_scale = scale == nullptr ? nullptr : scale + task.expert * C + column;
+      const float* line_shift = scale == nullptr ? nullptr : shift + task.expert * C + column;
+      for (int64_t i = task.first; i < task.last; ++i) {
+        sum_line(value + i * C + column, other + i * C + column, line_scale, line_shift, columns, sums, sums + width);
       }
-      std::copy_n(sums, count, sum + e * C + column);
-      std::copy_n(products, count, sum_product + e * C + column);
     }
   });
+  std::fill(sum, sum + rows.experts * C, 0.0);
+  std::fill(sum_product, sum_product + rows.experts * C, 0.0);
+  const double* part = parts;
+  for (const SumTask& task : tasks) {
+    const int64_t columns = std::min(width, C - task.column), at = task.expert * C + task.column;
+    add_line(part, columns, sum + at);
+    add_line(part + width, columns, sum_product + at);
+    part += 2 * width;
+  }
 }
 
 void scale_shift_cpu(const Rows& rows, const float* z, const float* scale, const float* shift, bool relu, float* out) {
