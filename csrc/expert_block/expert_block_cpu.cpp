@@ -173,7 +173,7 @@ void column_sums_cpu(const Rows& rows, const float* value, const float* other, c
 
 void scale_shift_cpu(const Rows& rows, const float* z, const float* scale, const float* shift, bool relu, float* out) {
   const int64_t C = rows.channels;
-  will_write(out, rows.offsets[rows.experts] * rows.pixels * C);
+  will_write(out, rows.offsets[rows.experts] * rows.pixels * C, rows.threads);
   const float floor = relu ? 0.0f : -kInfinity<float>;
   for_pixels(rows, [=](int64_t e, int64_t i, float*) {
     scale_shift_line(z + i * C, scale + e * C, shift + e * C, floor, C, out + i * C);
@@ -183,7 +183,7 @@ void scale_shift_cpu(const Rows& rows, const float* z, const float* scale, const
 void norm_backward_cpu(const Rows& rows, const float* d, const float* z, const float* p, const float* q, const float* r,
                        const float* scale, const float* shift, float* out) {
   const int64_t C = rows.channels;
-  will_write(out, rows.offsets[rows.experts] * rows.pixels * C);
+  will_write(out, rows.offsets[rows.experts] * rows.pixels * C, rows.threads);
   for_pixels(rows, [=](int64_t e, int64_t i, float* masked) {
     const float* line = d + i * C;
     if (scale != nullptr) {
@@ -196,7 +196,7 @@ void norm_backward_cpu(const Rows& rows, const float* d, const float* z, const f
 }
 
 void head_forward_cpu(const HeadArgs& a) {
-  will_write(a.out, a.batch * a.pixels * a.channels);
+  will_write(a.out, a.batch * a.pixels * a.channels, a.threads);
   parallel_for(a.batch * a.pixels, grain_of(kGrain, a.channels, a.top_k), a.threads, [&a](int64_t begin, int64_t end) {
     std::vector<float> line(static_cast<size_t>(a.channels));
     for (int64_t i = begin; i < end; ++i) {
@@ -212,7 +212,7 @@ void head_forward_cpu(const HeadArgs& a) {
 }
 
 void head_backward_cpu(const HeadArgs& a) {
-  will_write(a.d_rows, a.batch * a.top_k * a.pixels * a.channels);
+  will_write(a.d_rows, a.batch * a.top_k * a.pixels * a.channels, a.threads);
   parallel_for(a.batch * a.top_k, grain_of(kGrain, a.channels, a.pixels), a.threads, [&a](int64_t begin, int64_t end) {
     std::vector<float> line(static_cast<size_t>(a.channels));
     for (int64_t row = begin; row < end; ++row) {

@@ -102,7 +102,7 @@ void norm_finalise_backward_cpu(const NormBackwardArgs& a) {
 }
 
 void sum_rows_cpu(const SumRowsArgs& a) {
-  will_write(a.out, a.batch * a.size);
+  will_write(a.out, a.batch * a.size, a.threads);
   parallel_for(a.batch, grain_of(kGrain, a.size, a.top_k), a.threads, [&a](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t j = 0; j < a.top_k; ++j) {

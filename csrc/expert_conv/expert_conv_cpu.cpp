@@ -28,17 +28,18 @@ int64_t rows(const ConvArgs& args) { return args.offsets[args.experts]; }
 }  // namespace
 
 void expert_conv_forward_cpu(const ConvArgs& args) {
-  will_write(args.output, rows(args) * args.out_height * args.out_width * args.out_channels);
+  will_write(args.output, rows(args) * args.out_height * args.out_width * args.out_channels, args.threads);
   uses_winograd(args) ? winograd_rows(args, true) : tap_skip_rows(args, true);
 }
 
 void expert_conv_dgrad_cpu(const ConvArgs& args) {
-  will_write(args.d_input, rows(args) * args.height * args.width * args.in_channels);
+  will_write(args.d_input, rows(args) * args.height * args.width * args.in_channels, args.threads);
   uses_winograd(args) ? winograd_rows(args, false) : tap_skip_rows(args, false);
 }
 
 void expert_conv_wgrad_cpu(const ConvArgs& args) {
-  will_write(args.d_weight, args.experts * args.out_channels * args.in_channels * args.kernel_h * args.kernel_w);
+  will_write(args.d_weight, args.experts * args.out_channels * args.in_channels * args.kernel_h * args.kernel_w,
+             args.threads);
   uses_winograd(args) ? winograd_wgrad(args) : tap_skip_wgrad(args);
 }
 

@@ -22,7 +22,7 @@ void dispatch(const PermuteArgs& a) {
   const A* weights = static_cast<const A*>(a.weights);
   T* out = static_cast<T*>(a.out);
   if (a.size == 0) return;  // maps without elements have no address that memcpy may be given
-  will_write(out, a.batch * a.top_k * a.size);
+  will_write(out, a.batch * a.top_k * a.size, a.threads);
   parallel_for(a.batch * a.top_k, row_grain(a.size), a.threads, [=, &a](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t pair = a.order[r];
@@ -42,7 +42,7 @@ template <typename T, typename A>
 void combine(const PermuteArgs& a) {
   const T* rows = static_cast<const T*>(a.rows);
   T* out = static_cast<T*>(a.out);
-  will_write(out, a.batch * a.size);
+  will_write(out, a.batch * a.size, a.threads);
   parallel_for(a.batch, grain_of(kGrain, a.size, a.top_k), a.threads, [=, &a](int64_t begin, int64_t end) {
     A sum[kBlock] = {};
     for (int64_t b = begin; b < end; ++b) {
