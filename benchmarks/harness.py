@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.load import Load, Watch, why_busy
 from benchmarks.records import write_record
 from robust_moe.provenance import provenance
 
-__all__ = ["Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
+__all__ = ["BusyMachine", "Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
 
 Run = Callable[[int], object]  # called with the number of the repetition, to choose its input
 WAITED = 200_000  # clock cycles, about 0.1 ms: many times what the host needs to ask for a graph and two events
@@ -49,6 +50,7 @@ class Row:
     ratio: float  # median of (this variant's time / the first variant's time of the same round)
     repeats: int  # timed runs
     extra: dict[str, Any]  # peak_mib: memory; gflops, share: rate of the work, and its share of the ceiling
+    load: Load | None = None  # of the case's timed rounds; None on a GPU, or where the system does not tell
 
 
 def check_close(name: str, got: Tensor, wanted: Tensor, relative: float) -> None:
@@ -98,7 +100,10 @@ def compare(
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     spent = 0.0
+    watch = Watch()
     for number in range(-warmup, options.repeats):
+        if number == 0:
+            watch = Watch()
         if options.seconds is not None and number >= FEWEST and spent > options.seconds:
             break
         for name in names:
@@ -106,6 +111,7 @@ def compare(
             spent += elapsed
             if number >= 0:
                 times[name].append(elapsed)
+    load = watch.load() if options.device.type == "cpu" else None
     rows = []
     for name in names:
         ordered = sorted(times[name])
@@ -121,6 +127,7 @@ def compare(
                 ratio=statistics.median(pairs),
                 repeats=len(ordered),
                 extra=(extra or {}).get(name, {}),
+                load=load,
             )
         )
     return rows
@@ -155,11 +162,19 @@ def show(rows: list[Row]) -> None:
         more = f"  {row.extra['peak_mib']:8.1f} MiB" if "peak_mib" in row.extra else ""
         more += f"  {row.extra['gflops']:8.1f} GFLOP/s" if "gflops" in row.extra else ""
         more += f"  {row.extra['share']:4.0%}" if "share" in row.extra else ""
+        more += f"  scaling {row.extra['scaling']:.2f}" if "scaling" in row.extra else ""
         spread = f"{row.low_ms:.3f}..{row.high_ms:.3f}"
         print(f"  {row.variant:24} {row.median_ms:10.3f} ms  ({spread:>22})  x{row.ratio:.2f}{more}", flush=True)
 
 
+class BusyMachine(RuntimeError):
+    """Numbers that were timed while something else ran; they are shown, and not written."""
+
+
 def save(name: str, rows: list[Row], device: torch.device, folder: Path) -> Path:
-    """Write the rows with what they came from to ``folder/NAME.json``."""
+    """Write the rows with what they came from to ``folder/NAME.json``. Raises BusyMachine: see ``load.why_busy``."""
+    for row in rows:
+        if row.load is not None and (reason := why_busy(row.load)) is not None:
+            raise BusyMachine(f"{name}: expected a quiet machine, but in {row.case}: {reason}; not written")
     record = {"benchmark": name, **provenance(device), "rows": [asdict(row) for row in rows]}
     return write_record(folder, name, json.dumps(record, indent=1) + "\n")

@@ -70,8 +70,10 @@ class Case:
         return FusedBlockMoE.from_block(block, self.experts, self.top_k, init="fresh").to(device, dtype)
 
     def variants(self, layer: FusedBlockMoE, names: tuple[str, ...]) -> dict[str, nn.Module]:
-        """The layer and the named baselines on copies of its parameters; on a GPU channels-last, its faster format."""
+        """The layer and the named baselines on copies of its parameters, each in its faster format: channels-last the
+        layer, and on a GPU all of them."""
         found: dict[str, nn.Module] = {OURS: layer, **{name: BASELINES[name](layer) for name in names}}
+        layer.to(memory_format=torch.channels_last)  # after the copies were made
         if next(layer.parameters()).is_cuda:
             found = {name: module.to(memory_format=torch.channels_last) for name, module in found.items()}
         return found

@@ -1,22 +1,22 @@
 // Scratch memory on a cache line's boundary, not initialised.
+//
+// What a kernel gives back is kept for the next one, up to kKept bytes a process: fresh memory has to be cleared by the
+// system page by page at the first touch, and threads that touch it at once wait for one another. A fork's child starts
+// with none. Thread-safe.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <new>
 
 namespace rmk {
 
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+struct GiveBack {
+  size_t bytes = 0;
+  void operator()(float* p) const;
 };
-using Buffer = std::unique_ptr<float[], FreeAligned>;
+using Buffer = std::unique_ptr<float[], GiveBack>;
 
-inline Buffer buffer(int64_t count) {
-  return Buffer(static_cast<float*>(
-      ::operator new[](static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(float), std::align_val_t(64))));
-}
+Buffer buffer(int64_t count);
 
 }  // namespace rmk

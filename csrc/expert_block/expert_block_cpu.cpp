@@ -2,6 +2,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/buffer.h"
 #include "common/dtype.h"
 #include "common/lanes.h"
 #include "common/lines.h"
@@ -13,7 +14,8 @@
 namespace rmk {
 namespace {
 
-constexpr int64_t kColumns = 64;     // channels a task sums: their accumulators stay in the first-level cache
+constexpr int64_t kColumns = 512;    // channels a task sums: their accumulators stay in the first-level cache
+constexpr int64_t kShare = 128;      // pixels a task sums
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, see parallel.h
 
 template <typename T>
@@ -146,28 +148,57 @@ RMK_WIDE_VECTORS void gradient_line(const A* RMK_RESTRICT line, const T* RMK_RES
   for (int64_t c = 0; c < count; ++c) store(d + c, head_gradient(weight, load(g + c), line[c]));
 }
 
+// Channels [column, column + kColumns) of one expert's pixels [first, last).
+struct SumTask {
+  int64_t expert, first, last, column;
+};
+
+void add_line(const double* RMK_RESTRICT part, int64_t count, double* RMK_RESTRICT sum) {
+  for (int64_t c = 0; c < count; ++c) sum[c] += part[c];
+}
+
 template <typename T, typename A = Acc<T>>
 void column_sums(const SumsArgs& a) {
+  // A task sums one share of one expert's pixels, line by line as they lie in memory; the shares are added in order.
+  // Where they begin depends on the expert's number of pixels alone: the same bits at every thread count. By columns of
+  // 64 channels instead, whose lines lie apart, the sums of a layer took 8.5 / 4.3 ms with one / two threads of a Zen 4,
+  // and take 2.8 / 1.7 (512 channels, 4x4 maps, 128 images, forward and backward).
   const RoutedMaps& m = a.maps;
-  const int64_t C = m.channels, blocks = (C + kColumns - 1) / kColumns;
+  const int64_t C = m.channels, width = std::min(kColumns, C);
   const T *value = in<T>(a.value), *other = in<T>(a.other);
-  // A task owns its columns of one expert and adds its pixels in order: the same bits at every thread count.
-  parallel_tasks(m.experts * blocks, a.threads, [&](auto next) {
-    for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t e = task / blocks, column = task % blocks * kColumns, count = std::min(kColumns, C - column);
-      double sums[kColumns] = {}, products[kColumns] = {};
-      const A* scale = line_of<A>(a.scale, e * C + column);
-      const A* shift = line_of<A>(a.shift, e * C + column);
-      for (int64_t i = m.offsets[e] * m.pixels; i < m.offsets[e + 1] * m.pixels; ++i) {
-        sum_line(value + i * C + column, other + i * C + column, scale, shift, count, sums, products);
+  std::vector<SumTask> tasks;
+  for (int64_t e = 0; e < m.experts; ++e) {
+    const int64_t end = m.offsets[e + 1] * m.pixels;
+    for (int64_t pixel = m.offsets[e] * m.pixels; pixel < end; pixel += kShare) {
+      for (int64_t c = 0; c < C; c += width) tasks.push_back({e, pixel, std::min(pixel + kShare, end), c});
+    }
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const Buffer memory = buffer(2 * 2 * width * count);
+  double* const parts = reinterpret_cast<double*>(memory.get());  // [task][sum, sum_product][width]
+  parallel_tasks(count, a.threads, [&](auto next) {
+    for (int64_t number = next(); number >= 0; number = next()) {
+      const SumTask& task = tasks[static_cast<size_t>(number)];
+      const int64_t column = task.column, columns = std::min(width, C - column);
+      double* const sums = parts + 2 * width * number;
+      std::fill(sums, sums + 2 * width, 0.0);
+      const A* scale = line_of<A>(a.scale, task.expert * C + column);
+      const A* shift = line_of<A>(a.shift, task.expert * C + column);
+      for (int64_t i = task.first; i < task.last; ++i) {
+        sum_line(value + i * C + column, other + i * C + column, scale, shift, columns, sums, sums + width);
       }
-      std::copy_n(sums, count, a.sum + e * C + column);
-      std::copy_n(products, count, a.sum_product + e * C + column);
     }
   });
-  const int64_t share = m.experts * C, rest = (a.shares - 1) * share;
-  std::fill_n(a.sum + share, rest, 0.0);
-  std::fill_n(a.sum_product + share, rest, 0.0);
+  // Where there are several shares of sums to fill, the first has them all.
+  std::fill_n(a.sum, a.shares * m.experts * C, 0.0);
+  std::fill_n(a.sum_product, a.shares * m.experts * C, 0.0);
+  const double* part = parts;
+  for (const SumTask& task : tasks) {
+    const int64_t columns = std::min(width, C - task.column), at = task.expert * C + task.column;
+    add_line(part, columns, a.sum + at);
+    add_line(part + width, columns, a.sum_product + at);
+    part += 2 * width;
+  }
 }
 
 template <typename T, typename A = Acc<T>>

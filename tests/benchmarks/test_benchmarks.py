@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import expert_sweep, harness, layer_case, train_step
+from benchmarks import expert_sweep, harness, layer_case, load, scaling, train_step
 from benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
 from benchmarks.expert_sweep import baselines, sweep
-from benchmarks.harness import Options, Row, check_close, compare, peak_bytes, save
+from benchmarks.harness import BusyMachine, Options, Row, check_close, compare, peak_bytes, save
 from benchmarks.layer_case import DENSE, MASKED, OURS, SORTED, Case
+from benchmarks.load import MOST_OTHERS, MOST_SWITCHES, Load, Watch, why_busy
 from benchmarks.plots import plot_sweep, plot_train_step
 from robust_moe.models.resnet import BasicBlock
 from robust_moe_kernels.modules import FusedBlockMoE
@@ -247,6 +248,61 @@ def test_results_say_what_they_came_from(tmp_path: Path):
     assert {"torch", "python", "robust-moe-kernels", "extension"} <= record["versions"].keys()
     assert record["rows"][0]["case"] == {"E": 4, "mode": "forward"}
     assert record["rows"][0]["repeats"] == 5 and record["rows"][0]["extra"] == {"peak_mib": 7.5}
+
+
+def test_a_busy_machines_numbers_are_not_written(tmp_path: Path):
+    quiet = Row({"E": 4}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, Load(MOST_OTHERS, MOST_SWITCHES))
+    assert why_busy(quiet.load) is None
+    for load_, words in (
+        (Load(MOST_OTHERS + 0.01, 0.0), "other processes took 9% of the processors' time"),
+        (Load(0.0, MOST_SWITCHES + 1), "151 involuntary context switches a second"),
+    ):
+        rows = [quiet, Row({"E": 16}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, load_)]
+        with pytest.raises(BusyMachine, match=f"tiny: expected a quiet machine, but in {{'E': 16}}: {words}"):
+            save("tiny", rows, CPU, tmp_path)
+    assert not list(tmp_path.iterdir())
+    record = json.loads(save("tiny", [quiet], CPU, tmp_path).read_text(encoding="utf-8"))
+    assert record["rows"][0]["load"] == {"others": MOST_OTHERS, "switches": MOST_SWITCHES}
+
+
+def test_what_others_took_is_all_processors_work_without_our_own(monkeypatch):
+    """Seconds of the clock, of all work and of our own; switches."""
+    counters = iter([(100.0, 50.0, 20.0, 7.0), (104.0, 57.0, 25.0, 27.0)])
+    monkeypatch.setattr(load, "_counters", lambda: next(counters))
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    assert Watch().load() == Load(others=0.25, switches=5.0)
+
+
+def test_the_load_is_that_of_the_timed_rounds(monkeypatch):
+    counters = iter([(0.0, 0.0, 0.0, 0.0), (10.0, 10.0, 0.0, 900.0), (11.0, 10.0, 0.0, 902.0)])
+    monkeypatch.setattr(load, "_counters", lambda: next(counters))
+    (row,) = compare({}, {"a": lambda _: None}, Options(CPU, repeats=2), warmup=1)
+    assert row.load == Load(0.0, 2.0)
+
+
+def test_the_model_adds_up_amdahls_law_operation_by_operation():
+    alone = {"convolution": 80.0, "sort": 3.0, "slower together": 5.0}
+    together = {"convolution": 50.0, "sort": 3.0, "slower together": 9.0}  # w = 60 of the convolution's 80
+    found = scaling.amdahl(alone, together, 2)
+    assert found == pytest.approx({str(p): 20 + 60 / p + 3 + 5 for p in (1, 2, 4, 16, 64)})
+    assert scaling.amdahl({"a": 4.0}, {"a": 1.0}, 2)["64"] == 4 / 64  # no more than wholly parallel
+
+
+def test_scaling_compares_thread_counts_and_models_from_the_first_and_last(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(scaling, "_operations", lambda step: {"convolution": 1e9, "small": 1e-9})
+    try:
+        rows = scaling._point(TINY, Options(CPU, repeats=1), 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert [(row.case["threads"], row.variant) for row in rows[:6]] == [
+        (n, v) for n in (1, 2, 3) for v in (OURS, DENSE)
+    ]
+    for first, row in zip(rows[:2], rows[4:6], strict=True):
+        assert row.extra["scaling"] == pytest.approx(first.median_ms / row.median_ms)
+        assert row.extra["operations_ms"] == pytest.approx({"convolution": row.median_ms, "rest": 0.0})
+        assert row.extra["model_ms"]["1"] == pytest.approx(first.median_ms)
+    assert "model_ms" not in rows[0].extra and "operations_ms" not in rows[2].extra
 
 
 def test_the_plain_attack_stays_in_its_ball_and_leaves_no_gradients():

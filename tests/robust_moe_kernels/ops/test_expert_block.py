@@ -48,6 +48,7 @@ CASES = (
     Case("one_element", (1, 2), 1, 1, (1, 1), "a single element a row, k = 1"),
     Case("shares", (60, 30), 3, 3, (3, 3), "sums in several shares"),
     Case("many_experts", (0,) * 16 + (1, 2, 1), 2, 2, (2, 1), "more experts than one block of offsets"),
+    Case("wide_shares", (10, 28, 0), 2, 520, (4, 4), "several shares of more channels than a native task sums"),
     Case("no_rows", (0, 0), 2, 3, (2, 2), "an empty batch"),
 )
 

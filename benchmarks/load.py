@@ -1,0 +1,83 @@
+"""How busy the machine was with anything else while a benchmark timed, and when that is too much for a result."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["MOST_OTHERS", "MOST_SWITCHES", "Load", "Watch", "why_busy"]
+
+# Measured on two cores of a Zen 4, layers timed with one and two threads: quiet, others took 0.003 to 0.021 and threads
+# had to give way 3 to 103 times a second; beside one process that always computes, 0.14 to 0.51 and 4 to 161, and two
+# threads took 1.2 to 1.5 times as long.
+MOST_OTHERS = 0.08
+MOST_SWITCHES = 150.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a stretch of time saw beside the benchmark."""
+
+    others: float  # share of all processors' time that other processes, the system and other machines took
+    switches: float  # how often a second a thread of this process had to give up its processor
+
+
+def why_busy(load: Load) -> str | None:
+    """Reason why numbers timed under this load are no result, or ``None``."""
+    if load.others > MOST_OTHERS:
+        return f"other processes took {load.others:.0%} of the processors' time, at most {MOST_OTHERS:.0%} is quiet"
+    if load.switches > MOST_SWITCHES:
+        return f"{load.switches:.0f} involuntary context switches a second, at most {MOST_SWITCHES:.0f} is quiet"
+    return None
+
+
+class Watch:
+    """Started when it is made; Linux only, elsewhere ``load`` is None."""
+
+    def __init__(self) -> None:
+        self._began = _counters()
+
+    def load(self) -> Load | None:
+        """Since the start."""
+        if self._began is None or (now := _counters()) is None:
+            return None
+        seconds, busy, own, switches = (after - before for before, after in zip(self._began, now, strict=True))
+        seconds = max(seconds, 1e-3)
+        return Load(max(0.0, busy - own) / seconds / (os.cpu_count() or 1), switches / seconds)
+
+
+def _counters() -> tuple[float, float, float, float] | None:
+    """Seconds: of the clock, of all processors at work, of this process and its children; and context switches."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    import resource  # not on every system
+
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, stat.read_text().split()[1:9])
+    tick = os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    children = sum(_ticks(child) for thread in Path("/proc/self/task").iterdir() for child in _children(thread))
+    return (
+        time.monotonic(),
+        (user + nice + system + interrupts + soft + stolen) / tick,
+        own.user + own.system + own.children_user + own.children_system + children / tick,
+        resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
+    )
+
+
+def _children(thread: Path) -> list[str]:
+    try:
+        return (thread / "children").read_text().split()
+    except OSError:  # the thread has ended, or the system does not tell
+        return []
+
+
+def _ticks(process: str) -> int:
+    """Time of a child that runs: a worker that takes its turn is no other process."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return 0
+    return int(fields[11]) + int(fields[12])
