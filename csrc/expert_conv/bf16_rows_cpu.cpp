@@ -12,7 +12,7 @@
 // Measured, milliseconds of forward / input gradient: 62 / 62 with 4 experts and 69 / 68 with 16 (float: 93 / 92 and
 // 104 / 104), where
 //   - filters were not fetched while the ones before were packed         63 / 62   72 / 70
-//   - panels of 300, 150, 75 KB (part of the channels), not 600    66, 67, 76   73, 74, 84   (forward; expected: none)
+//   - panels of 300, 150, 75 KB (part of the channels), not 600    69, 67, 77   73, 74, 84   (forward)
 // and 96 instead of 384 pixels at once: 80 instead of 77 at 256 channels, 8x8 pixels.
 #include <algorithm>
 #include <map>
