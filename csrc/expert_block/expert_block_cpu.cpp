@@ -161,7 +161,7 @@ template <typename T, typename A = Acc<T>>
 void column_sums(const SumsArgs& a) {
   // A task sums one share of one expert's pixels, line by line as they lie in memory; the shares are added in order.
   // Where they begin depends on the expert's number of pixels alone: the same bits at every thread count. By columns of
-  // 64 channels instead, whose lines lie apart, the sums of a layer took 8.5 / 4.3 ms with one / two threads of a Zen 4,
+  // 64 channels instead, whose lines lie apart, the sums of a layer took 8.5 / 4.3 ms with one / two threads,
   // and take 2.8 / 1.7 (512 channels, 4x4 maps, 128 images, forward and backward).
   const RoutedMaps& m = a.maps;
   const int64_t C = m.channels, width = std::min(kColumns, C);
