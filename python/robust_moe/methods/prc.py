@@ -45,11 +45,12 @@ def pairwise_consistency(clean: Tensor, attacked: Tensor) -> Tensor:
     balances too. Uniform scores have 1 − 2/E + 11/E², one expert for all E − 1.
 
     Args:
-        clean, attacked: logits [B, E] of one gate, E >= 2; computed in fp32 at least.
+        clean, attacked: logits [B, E] of one gate, E >= 2; computed in fp32 at least, inside autocast too.
     """
     one, other = full(clean).softmax(1), full(attacked).softmax(1)
     experts = one.shape[1]
-    pairs = one.T @ other * (experts / len(one))
+    with torch.autocast(one.device.type, enabled=False):  # which would round the product to bfloat16
+        pairs = one.T @ other * (experts / len(one))
     same = pairs.diagonal()
     different = (pairs.square().sum() - same.square().sum()) / (experts * (experts - 1))
     return (same - 1).square().mean() + OFF_DIAGONAL * different

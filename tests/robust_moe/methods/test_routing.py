@@ -153,6 +153,10 @@ def test_closed_forms_of_the_pairwise_loss(experts):
     assert float(pairwise_consistency(collapsed, collapsed)) == pytest.approx(experts - 1)
     assert pairwise_consistency(sure, sure.roll(1, 0)) > 10 / experts  # balanced, but never the same expert
     assert pairwise_consistency(sure.half(), sure.half()).dtype == torch.float32
+    one, other = torch.randn(2, 8, experts, generator=torch.Generator().manual_seed(0))
+    wanted = pairwise_consistency(one, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pairwise_consistency(one, other), wanted)
 
 
 # --- robust_gate ---
