@@ -19,6 +19,7 @@ from robust_moe.engine.experiment import make_model
 from robust_moe.engine.fabric import library_algorithms, resolve_precision
 from robust_moe.engine.updates import Updater
 from robust_moe.methods.pgd_at import PGDAdversarialTraining
+from robust_moe.models.normalize import Normalize
 from robust_moe.optim import keep_with_parameters
 from robust_moe.precision import Bfloat16
 from robust_moe_kernels.modules import moe_layers
@@ -182,6 +183,24 @@ def test_training_computes_in_bfloat16_and_scores_in_float32(tiny, monkeypatch):
         assert state["momentum_buffer"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("method", ["standard", "pgd_at", "trades", "free_at"])
+def test_the_images_that_are_trained_on_stay_in_float32(tiny, monkeypatch, method):
+    """Rounded to bfloat16 a pixel of an adversarial image would move by up to half a grey level, out of the ball."""
+    dtypes: set[torch.dtype] = set()
+    run = Normalize.forward
+
+    def normalized(self, x):
+        dtypes.add(x.dtype)
+        return run(self, x)
+
+    monkeypatch.setattr(Normalize, "forward", normalized)
+    fit(tiny("run.precision=bf16-mixed", "run.max_steps=1", f"method.name={method}"))
+    assert dtypes == {torch.float32}
+
+
+SOFTMAX = ("_log_softmax", "_log_softmax_backward_data")
+
+
 class Products(TorchDispatchMode):
     """What convolutions, products and losses compute in, and the layout that convolutions answer in."""
 
@@ -195,7 +214,7 @@ class Products(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if name in ("convolution", "convolution_backward", "addmm", "mm", "_log_softmax", "_log_softmax_backward_data"):
+        if name in ("convolution", "convolution_backward", "addmm", "mm", "pool_linear", *SOFTMAX):
             self.dtypes.setdefault(name, set()).update(tensor.dtype for tensor in tensors if tensor.dim() > 1)
         if name == "convolution" and len(out):
             self.layouts.add(out.is_contiguous(memory_format=torch.channels_last))
@@ -239,7 +258,8 @@ def test_the_dtype_of_everything_in_an_attack_and_a_training_pass(tiny, monkeypa
     for what, products in found.items():
         dtypes = products.dtypes
         assert dtypes["convolution"] == dtypes["convolution_backward"] == half, what
-        assert dtypes["addmm"] == half | single, what  # the classifier, and the gate
+        assert dtypes["addmm"] == half, what  # the classifier
+        assert dtypes["pool_linear"] == half | single, what  # of the gate: its maps, and its weights
         assert dtypes["_log_softmax"] == single, what
         assert products.layouts == {True}, what
     assert found["training"].statistics == single
