@@ -14,7 +14,7 @@ from typing import Any
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, flatten, load_config
 from robust_moe.content import ContentError, anything, fields, flag, mapping, refuse, text, whole
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
-from robust_moe.engine.state import NEUTRAL, differing_settings
+from robust_moe.engine.state import NEUTRAL, differing_settings, precision_of
 from robust_moe.files import replace_file
 from robust_moe.outputs import Kind, Output, json_with, run_outputs
 from robust_moe.reproduce.compute import equal_compute
@@ -140,11 +140,13 @@ class Job:
                     f"(SHA-256), got some on {begun.data[:12]}. {ADVICE}"
                 )
         try:
-            began_with = load_checkpoint(self.checkpoint)["config"]
+            begun_run = load_checkpoint(self.checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f"{error}. {ADVICE}") from error
-        changed = differing_settings(began_with, self.config)
+        changed = differing_settings(begun_run["config"], self.config)
         changed.pop("data.root", None)  # the training compares the images themselves
+        if self.config.run.precision in ("auto", precision_of(begun_run, self.checkpoint)):
+            changed.pop("run.precision", None)  # auto was or will be the same
         if changed:
             raise CheckpointError(
                 f"{self.checkpoint}: expected the configuration that the run was started with; "

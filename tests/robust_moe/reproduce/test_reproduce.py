@@ -19,7 +19,7 @@ from robust_moe.attacks import PGD
 from robust_moe.commands import app
 from robust_moe.config import ConfigError, flatten
 from robust_moe.data import Parquet
-from robust_moe.engine import CheckpointError, Reporter, load_checkpoint, read_metrics
+from robust_moe.engine import CheckpointError, Reporter, load_checkpoint, read_metrics, save_checkpoint
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
 from robust_moe.files import lock
@@ -484,6 +484,26 @@ def test_the_number_of_classes_is_the_data_s(tmp_path):
     model = load_experiment(job.checkpoint)[1]
     assert model.fc.out_features == 2
     assert job.finished()["measures"]["images"] == 8
+
+
+def test_a_run_goes_on_in_the_precision_that_auto_stood_for(tmp_path):
+    """Studies on a CPU were begun with ``auto``, and ask for float32 by name now."""
+    job, _ = job_on(two_classes(tmp_path / "images"), tmp_path / "runs")
+    assert job.config.run.precision == "32-true"
+    assert work(job, quiet())
+    measures = job.finished()["measures"]
+    (job.folder / "measures.json").unlink()
+    old = load_checkpoint(job.checkpoint)
+    old["config"]["run"]["precision"] = "auto"
+    save_checkpoint(old, job.checkpoint)
+    job.expect_startable()
+    assert work(job, quiet())
+    assert job.finished()["measures"] == measures
+    (job.folder / "measures.json").unlink()
+    old["run_precision"] = "bf16-mixed"
+    save_checkpoint(old, job.checkpoint)
+    with pytest.raises(CheckpointError, match=r"run\.precision: checkpoint has 'auto', got '32-true'"):
+        job.expect_startable()
 
 
 def test_a_run_goes_on_with_the_same_images_at_another_path(tmp_path):
