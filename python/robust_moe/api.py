@@ -19,6 +19,7 @@ from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_de
 from robust_moe.evaluation import PresetEvaluation
 from robust_moe.evaluation.stages import as_fraction
 from robust_moe.outputs import evaluation_outputs, expect_json_name, expect_named, expect_outputs
+from robust_moe.report import faster_in_half
 from robust_moe.settings import plain
 from robust_moe_kernels.checks import expect
 
@@ -97,6 +98,7 @@ def evaluate(
     results: str | Path | None = None,
     report: str | Path | None = None,
     resume: bool = True,
+    fast: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Clean and robust accuracy of any classifier, with sanity checks, every setting and every image's fate.
@@ -123,6 +125,9 @@ def evaluate(
             None: none.
         report: HTML file to write, a new name or an earlier report. None: none.
         resume: go on with the journal, or take the numbers from ``results`` where the same evaluation is finished.
+        fast: attacks compute in bfloat16 where the model's device is faster in it; every verdict is scored in float32,
+            and the results say so (``"attack_dtype"``). Where it is not, the evaluation is the exact one, and a line
+            says why if ``progress``.
         progress: shows bars, or lines.
 
     Returns:
@@ -139,6 +144,7 @@ def evaluate(
     for name, tensor in (("images", images), ("labels", labels)):
         expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
     expect(images.ndim == 4 and len(images) > 0, "images", "shape [n, C, H, W] with n >= 1", list(images.shape))
+    expect(isinstance(fast, bool), "fast", "True or False", repr(fast))
     expect(type(seed) is int and seed >= 0, "seed", "an integer >= 0", repr(seed))
     expect(not isinstance(class_names, str), "class_names", "a list of names", repr(class_names))
     names = [] if class_names is None else [str(name) for name in class_names]
@@ -165,6 +171,7 @@ def evaluate(
         facts=facts,
         task=reporter.task if progress else None,
         say=reporter.line,
+        fast=fast and faster_in_half(model, "fast", reporter.line),
     )
     return evaluation.complete(numbers, page, resume=resume)
 

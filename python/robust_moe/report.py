@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import ImageSet, Splits
@@ -35,7 +35,7 @@ from robust_moe.outputs import (
 from robust_moe.precision import bfloat16_of
 from robust_moe.settings import plain
 
-__all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice"]
+__all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice", "faster_in_half"]
 
 SPLITS = ("train", "val", "test")
 
@@ -123,9 +123,7 @@ def assess(
     for note in splits.notes:
         reporter.line(note)
     whole, index = chosen_images(splits, split, count)
-    if fast and not (half := bfloat16_of(device_of(model))).fast:
-        reporter.line(f"--fast: {half.why}; the attacks run in float32, and the results are exact")
-        fast = False
+    fast = fast and faster_in_half(model, "--fast", reporter.line)
     path = given or expect(_result_file(file, config, split, preset, count, state["position"], fast))
     with open(file, "rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -156,6 +154,15 @@ def assess(
         text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
         replace_file(robustbench_file(path), f"{text}\n".encode())
     return results, path
+
+
+def faster_in_half(model: nn.Module, asked: str, say: Callable[[str], object]) -> bool:
+    """Whether attacks on ``model`` are to compute in bfloat16, as ``asked`` (the option, for the line) wants; where its
+    device is not faster in it they are not, and ``say`` gets a line with the reason."""
+    half = bfloat16_of(device_of(model))
+    if not half.fast:
+        say(f"{asked}: {half.why}; the attacks run in float32, and the results are exact")
+    return half.fast
 
 
 def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,7 @@ from robust_moe.config import preset_names
 from robust_moe.engine import load_checkpoint
 from robust_moe.evaluation import ResumeError, samples_file
 from robust_moe.evaluation.stages import identity
+from robust_moe.precision import Bfloat16
 from robust_moe_kernels.modules import replace_blocks
 
 README = Path(__file__).parents[2] / "README.md"
@@ -85,6 +86,16 @@ def test_a_plain_cnn_in_memory():
         "parameters": sum(map(torch.numel, model.parameters())),
     }
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("faster", "kind"), [(True, "bfloat16"), (False, "float32")])
+def test_fast_attacks_are_in_bfloat16_where_that_is_faster(monkeypatch, capsys, faster, kind):
+    half = Bfloat16(faster, "the processor is one")
+    monkeypatch.setattr("robust_moe.report.bfloat16_of", lambda device: half)
+    model = cnn()
+    found = robust_moe.evaluate(model, *images(model), eps="4/255", attack="fgsm", fast=True, progress=True)
+    assert found["attack_dtype"] == kind
+    assert ("fast: the processor is one; the attacks run in float32" in capsys.readouterr().out) is not faster
 
 
 def test_a_number_is_the_fraction_that_it_is():
@@ -222,6 +233,7 @@ def test_progress_says_so(capsys):
         ),
         ({"attack": "pdg"}, "attack: expected one of"),
         ({"attack": PGD(0.1, 3)}, "attack: expected an attack's Config, its name or None, got <"),
+        ({"fast": "yes"}, "fast: expected True or False, got 'yes'"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
         ({"batch_size": 0}, "batch_size: expected a count >= 1, got 0"),
         ({"class_names": ["one"]}, "class_names: expected more than"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from robust_moe.attacks.autoattack import members
 from robust_moe.content import ContentError, anything, fields, share
+from robust_moe.evaluation.common import half_precision
 from robust_moe.evaluation.file_fields import RESULTS
 from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import FORMAT
@@ -53,7 +54,8 @@ def robustbench_json(
         footnote: None: how many images it was measured on, and which flags were raised.
 
     Raises:
-        ValueError: results of another format, or without a number of AutoAttack ``standard``.
+        ValueError: results of another format, without a number of AutoAttack ``standard``, or of attacks in half
+            precision, which may be weaker than AutoAttack.
     """
     if results.get("format") != FORMAT:
         raise ValueError(f"results: expected format {FORMAT}, got {results.get('format')!r}; evaluate again")
@@ -61,6 +63,8 @@ def robustbench_json(
         NEEDED(results, "results")
         RESULTS(results, "results")
         _expect_standard(results)
+        if half := half_precision(results):
+            raise ContentError(f"results.attack_dtype: expected attacks in float32, got {half}; evaluate exactly")
         share(results[AUTOATTACK], f"results.{AUTOATTACK}")
     except ContentError as error:
         raise ValueError(str(error)) from error

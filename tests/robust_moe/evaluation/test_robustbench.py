@@ -104,6 +104,7 @@ def without(*names: str) -> dict:
         (changed(4, steps=500), r"expected square with steps = 5000 \(standard\), got 500"),
         (changed(2, n_targets=3), "expected apgd-t with n_targets = 9"),
         (changed(1, eps="4/255"), "expected apgd-ce with eps = '8/255'"),
+        (results_of() | {"attack_dtype": "bfloat16"}, "expected attacks in float32, got attacks in bfloat16"),
         ({"format": 1}, f"expected format {FORMAT}, got 1"),
     ],
 )
