@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.load import Load, Watch, why_busy
+from benchmarks.load import Load, Watch, stretches, why_busy
 from benchmarks.records import write_record
 from robust_moe.provenance import provenance
 
@@ -172,9 +172,11 @@ class BusyMachine(RuntimeError):
 
 
 def save(name: str, rows: list[Row], device: torch.device, folder: Path) -> Path:
-    """Write the rows with what they came from to ``folder/NAME.json``. Raises BusyMachine: see ``load.why_busy``."""
-    for row in rows:
-        if row.load is not None and (reason := why_busy(row.load)) is not None:
-            raise BusyMachine(f"{name}: expected a quiet machine, but in {row.case}: {reason}; not written")
+    """Write the rows with what they came from to ``folder/NAME.json``. Raises BusyMachine: see ``load.why_busy``; cases
+    shorter than ``load.LEAST`` are judged together."""
+    timed = {id(row.load): (str(row.case), row.load) for row in rows if row.load is not None}  # rows of a case share it
+    for case, load in stretches(timed.values()):
+        if (reason := why_busy(load)) is not None:
+            raise BusyMachine(f"{name}: expected a quiet machine, but in {case}: {reason}; not written")
     record = {"benchmark": name, **provenance(device), "rows": [asdict(row) for row in rows]}
     return write_record(folder, name, json.dumps(record, indent=1) + "\n")

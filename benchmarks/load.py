@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MOST_OTHERS", "MOST_SWITCHES", "Load", "Watch", "why_busy"]
+__all__ = ["LEAST", "MOST_OTHERS", "MOST_SWITCHES", "Load", "Watch", "why_busy"]
 
 # Measured on two cores of a Zen 4, layers timed with one and two threads: quiet, others took 0.003 to 0.021 and threads
 # had to give way 3 to 103 times a second; beside one process that always computes, 0.14 to 0.51 and 4 to 161, and two
 # threads took 1.2 to 1.5 times as long.
 MOST_OTHERS = 0.08
 MOST_SWITCHES = 150.0
+# Times of /proc/stat are whole ticks of 10 ms: of less than this a single one would look like a busy machine.
+LEAST = 0.5  # seconds
 
 
 @dataclass(frozen=True)
 class Load:
     """What a stretch of time saw beside the benchmark."""
 
+    seconds: float  # how long it was
     others: float  # share of all processors' time that other processes, the system and other machines took
     switches: float  # how often a second a thread of this process had to give up its processor
 
@@ -45,7 +49,30 @@ class Watch:
             return None
         seconds, busy, own, switches = (after - before for before, after in zip(self._began, now, strict=True))
         seconds = max(seconds, 1e-3)
-        return Load(max(0.0, busy - own) / seconds / (os.cpu_count() or 1), switches / seconds)
+        return Load(seconds, max(0.0, busy - own) / seconds / (os.cpu_count() or 1), switches / seconds)
+
+
+def stretches(loads: Iterable[tuple[str, Load]]) -> list[tuple[str, Load]]:
+    """(names, load) of at least ``LEAST`` seconds each: named loads, one after the other taken together where they are
+    shorter; what is left at the end joins the last. Empty where all together are shorter: nothing can be said."""
+    found: list[tuple[str, Load]] = []
+    rest: tuple[str, Load] | None = None
+    for each in loads:
+        rest = each if rest is None else _together(rest, each)
+        if rest[1].seconds >= LEAST:
+            found.append(rest)
+            rest = None
+    if rest is not None and found:
+        found[-1] = _together(found[-1], rest)
+    return found
+
+
+def _together(one: tuple[str, Load], other: tuple[str, Load]) -> tuple[str, Load]:
+    (first, a), (last, b) = one, other
+    seconds = a.seconds + b.seconds
+    others = (a.others * a.seconds + b.others * b.seconds) / seconds
+    switches = (a.switches * a.seconds + b.switches * b.seconds) / seconds
+    return f"{first.partition(' to ')[0]} to {last.rpartition(' to ')[2]}", Load(seconds, others, switches)
 
 
 def _counters() -> tuple[float, float, float, float] | None:

@@ -251,18 +251,31 @@ def test_results_say_what_they_came_from(tmp_path: Path):
 
 
 def test_a_busy_machines_numbers_are_not_written(tmp_path: Path):
-    quiet = Row({"E": 4}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, Load(MOST_OTHERS, MOST_SWITCHES))
+    quiet = Row({"E": 4}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, Load(1.0, MOST_OTHERS, MOST_SWITCHES))
     assert why_busy(quiet.load) is None
     for load_, words in (
-        (Load(MOST_OTHERS + 0.01, 0.0), "other processes took 9% of the processors' time"),
-        (Load(0.0, MOST_SWITCHES + 1), "151 involuntary context switches a second"),
+        (Load(1.0, MOST_OTHERS + 0.01, 0.0), "other processes took 9% of the processors' time"),
+        (Load(1.0, 0.0, MOST_SWITCHES + 1), "151 involuntary context switches a second"),
     ):
         rows = [quiet, Row({"E": 16}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, load_)]
         with pytest.raises(BusyMachine, match=f"tiny: expected a quiet machine, but in {{'E': 16}}: {words}"):
             save("tiny", rows, CPU, tmp_path)
     assert not list(tmp_path.iterdir())
     record = json.loads(save("tiny", [quiet], CPU, tmp_path).read_text(encoding="utf-8"))
-    assert record["rows"][0]["load"] == {"others": MOST_OTHERS, "switches": MOST_SWITCHES}
+    assert record["rows"][0]["load"] == {"seconds": 1.0, "others": MOST_OTHERS, "switches": MOST_SWITCHES}
+
+
+def test_one_tick_of_a_short_case_is_no_busy_machine(tmp_path: Path):
+    """Cases of 5 ms are judged in stretches of half a second; of less nothing is said."""
+
+    def rows(*others: float, seconds: float = 0.005) -> list[Row]:
+        loads = [Load(seconds, share, 0.0) for share in others]
+        return [Row({"n": n}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, each) for n, each in enumerate(loads)]
+
+    save("one tick in few", rows(1.0, 0.0), CPU, tmp_path)
+    save("one tick in many", rows(1.0, *[0.0] * 150), CPU, tmp_path)
+    with pytest.raises(BusyMachine, match=r"but in {'n': 0} to {'n': 149}: other processes took 20%"):
+        save("one in five", rows(*[1.0, 0.0, 0.0, 0.0, 0.0] * 30), CPU, tmp_path)
 
 
 def test_what_others_took_is_all_processors_work_without_our_own(monkeypatch):
@@ -270,14 +283,14 @@ def test_what_others_took_is_all_processors_work_without_our_own(monkeypatch):
     counters = iter([(100.0, 50.0, 20.0, 7.0), (104.0, 57.0, 25.0, 27.0)])
     monkeypatch.setattr(load, "_counters", lambda: next(counters))
     monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
-    assert Watch().load() == Load(others=0.25, switches=5.0)
+    assert Watch().load() == Load(seconds=4.0, others=0.25, switches=5.0)
 
 
 def test_the_load_is_that_of_the_timed_rounds(monkeypatch):
     counters = iter([(0.0, 0.0, 0.0, 0.0), (10.0, 10.0, 0.0, 900.0), (11.0, 10.0, 0.0, 902.0)])
     monkeypatch.setattr(load, "_counters", lambda: next(counters))
     (row,) = compare({}, {"a": lambda _: None}, Options(CPU, repeats=2), warmup=1)
-    assert row.load == Load(0.0, 2.0)
+    assert row.load == Load(1.0, 0.0, 2.0)
 
 
 def test_the_model_adds_up_amdahls_law_operation_by_operation():
