@@ -127,6 +127,18 @@ def test_native_weights_of_any_layout(dtype, generator):
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_gradient_of_filters_with_gaps(dtype, generator):
+    """Whose taps are at equal distances, and no longer are once the gaps are left out."""
+    case = Case("gaps", (2,), (1, 2), (3, 3), (2, 2), ONE, NONE, ONE, None, "")
+    inputs = inputs_of(case, generator, dtype)
+    weight = torch.zeros(24, dtype=dtype).as_strided(inputs.weight.shape, (24, 6, 1, 8, 4)).copy_(inputs.weight)
+    results = run(inputs._replace(weight=weight), case, "native")
+    assert all(torch.equal(got, same) for got, same in zip(results, run(inputs, case, "native"), strict=True))
+    assert results[2].stride() == torch.empty_like(weight).stride()
+
+
+@needs_extension
 def test_native_error_of_bfloat16_is_that_of_one_rounding(generator):
     """At most the reference's, of which that rounding is the most; both against float64."""
     case = Case("layer", (7, 4), (160, 96), (4, 4), (3, 3), ONE, ONE, ONE, None, "")
