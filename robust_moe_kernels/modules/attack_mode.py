@@ -11,6 +11,7 @@ from torch import nn
 
 from robust_moe_kernels import native
 from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.moe_layer import MoELayer
 from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
@@ -31,6 +32,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     ``FusedBlockMoE`` on the grouped engine are folded into a scale and a shift [E, C] once, on entry, and not in each
     forward; the results are the same bit for bit. A norm whose parameters or running statistics are replaced or changed
     inside (but through ``.data``, which nothing can see) goes unfolded from then on; so do all in compiled graphs.
+    Under autocast the frozen filters of all experts on the grouped engine are cast once, and again where they were
+    replaced or changed in that sense.
 
     In any model, ordinary convolutions run with the batch norms that follow them folded too, but in small forwards on a
     CPU (:mod:`~robust_moe_kernels.modules.norm_folding`). That equals the unfolded model up to rounding: a gradient
@@ -61,6 +64,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     before: list[_Setting] = [
         (setattr, layer, "routing", layer.routing) for layer in modules if isinstance(layer, MoELayer)
     ]
+    experts = [module for module in modules if isinstance(module, Experts)]
+    before += [(setattr, each, "held", each.held) for each in experts]
     before += [(setattr, block, "folded", block.folded) for block in blocks]
     before += [(setattr, module, "training", module.training) for module in modules]
     before += [(parameter.requires_grad_, parameter.requires_grad) for parameter in parameters]
@@ -69,6 +74,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
+            for each in experts:
+                each.held = []
             for block in blocks:
                 block.folded = block.fold() if mode == "eval" else None
             shared = shared_launches(model) if _shares(mode, parameters) else nullcontext()

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row, pair_of
+from robust_moe_kernels.modules.casts import CastFilters, converted
 from robust_moe_kernels.modules.interception import has_hooks
 from robust_moe_kernels.modules.reading import Reading, own_computation
-from robust_moe_kernels.modules.stacks import Stack, filters_memory, guarded, lie_together, stacked
+from robust_moe_kernels.modules.stacks import Stack, filters_memory, guarded, lie_together, stacked, states
 from robust_moe_kernels.modules.walk import modules_of
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, expert_conv
 from robust_moe_kernels.ops.permute import combine, dispatch
@@ -132,6 +133,9 @@ class Experts(nn.ModuleList, ABC):
         modules: at least one, alike, as ``of`` of a subclass makes them; kept, and given memory next to each other.
     """
 
+    # During an attack, what a forward has cast, one entry or none; see ``attack_mode``.
+    held: list[CastFilters] | None = None
+
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__(modules)
         self._kinds = [type(module) for module in modules_of(self[0])]
@@ -159,6 +163,19 @@ class Experts(nn.ModuleList, ABC):
     @abstractmethod
     def on_engine(self, content: Any, x: Tensor, route: Route, weights: Tensor) -> Tensor | None:
         """``mix`` on the engine, of what ``read`` returned; None where the engine does not compute such input."""
+
+    def cast(self, filters: list[Stack], stacks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The filters, whose tensors ``stacks`` are, in the engine's dtype. During an attack frozen filters are cast
+        once, and again only where they were replaced or changed."""
+        if all(stack.dtype == dtype for stack in stacks):
+            return stacks
+        if torch.compiler.is_compiling():
+            return [stack.to(dtype) for stack in stacks]
+        if self.held is None or any(stack.requires_grad for stack in stacks):
+            return converted(stacks, dtype)
+        if not self.held or not self.held[0].is_of(filters, dtype):
+            self.held[:] = [CastFilters(converted(stacks, dtype), filters, states(filters))]
+        return self.held[0].values
 
     def content(self) -> Any:
         """What ``read`` returns of the experts of today; or, as text, why each must run by itself."""
@@ -271,6 +288,7 @@ class Experts(nn.ModuleList, ABC):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         self._kept.clear()  # it would keep the old memory
+        self.held = None if self.held is None else []
         innermost = any(p.dim() == 4 and not p.is_contiguous() for p in self.parameters())
         super()._apply(fn, recurse)
         contiguous = False
@@ -281,7 +299,7 @@ class Experts(nn.ModuleList, ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -346,8 +364,9 @@ class ConvExperts(Experts):
             return None
         dtype = engine_dtype(x)
         weight, *bias = stacked(stacks, stacks[:1])
+        (weight,) = self.cast(stacks[:1], [weight], dtype)
         x = guarded(x, stacks[:1])
-        rows = expert_conv(dispatch(x.to(dtype), route), weight.to(dtype), route.offsets, *geometry)
+        rows = expert_conv(dispatch(x.to(dtype), route), weight, route.offsets, *geometry)
         if bias:
             expert = expert_of_row(route.offsets, len(rows))
             rows = rows + bias[0].to(dtype).index_select(0, expert)[:, :, None, None]

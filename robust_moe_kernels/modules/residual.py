@@ -19,11 +19,9 @@ from robust_moe_kernels.modules.experts import (
     expect_plain_conv,
     geometry_of,
 )
-from robust_moe_kernels.modules.interception import version
 from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
-from robust_moe_kernels.modules.shared_launches import converted
-from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, stacked
+from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, same, stacked, states
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["ResidualExperts"]
@@ -39,36 +37,16 @@ class FoldedNorm(NamedTuple):
     scale: Tensor  # [E, O]
     shift: Tensor  # [E, O]
     numbers: list[Stack]  # weight, bias, running mean, running variance, and the number of batches
-    versions: list[int]  # how often each expert's had been changed in place; a norm in training counts the last alone
+    states: list[tuple[int, int]]  # of the numbers; a norm in training counts changes of the last alone
     eps: float
 
     @classmethod
     def of(cls, numbers: list[Stack], eps: float) -> Self:
         weight, bias, mean, variance, _ = (stack.whole() for stack in numbers)
-        return cls(*fold_norm(weight, bias, mean, variance, eps), numbers, _versions(numbers), eps)
+        return cls(*fold_norm(weight, bias, mean, variance, eps), numbers, states(numbers), eps)
 
     def is_of(self, numbers: list[Stack], eps: float) -> bool:
-        return eps == self.eps and _same(numbers, self.numbers) and _versions(numbers) == self.versions
-
-
-class CastFilters(NamedTuple):
-    """All layers' filters in another dtype, and those that they were made of."""
-
-    values: list[Tensor]
-    filters: list[Stack]
-    versions: list[int]
-
-    def is_of(self, filters: list[Stack], dtype: torch.dtype) -> bool:
-        same = _same(filters, self.filters) and self.values[0].dtype == dtype
-        return same and _versions(filters) == self.versions
-
-
-class FoldedNorms(list[FoldedNorm]):
-    """A block's norms, layer by layer, and ``filters``: those that a forward has cast."""
-
-    def __init__(self, norms: Iterable[FoldedNorm]) -> None:
-        super().__init__(norms)
-        self.filters: CastFilters | None = None
+        return eps == self.eps and same(numbers, self.numbers) and states(numbers) == self.states
 
 
 class Stages(NamedTuple):
@@ -101,7 +79,7 @@ class ResidualExperts(Experts):
         super().__init__(blocks)
         self.depth = _depth(self[0])
         # During an attack, each engine layer's batch norm; see ``attack_mode``.
-        self.folded: FoldedNorms | None = None
+        self.folded: list[FoldedNorm] | None = None
 
     @classmethod
     def of(cls, block: nn.Module, num_experts: int) -> Self:
@@ -171,7 +149,7 @@ class ResidualExperts(Experts):
         x_skip = None if type(content.pools) is nn.Identity else content.pools(rows)
         watched = [*content.filters, *(numbers[0] for numbers in content.numbers)]  # what a gradient is computed from
         stacks = stacked(content.trained, watched)
-        filters = self._filters(content.filters, stacks[:count], dtype)
+        filters = self.cast(content.filters, stacks[:count], dtype)
         tensors: list[Tensor | None] = []
         for i, (training, numbers) in enumerate(zip(modes, content.numbers, strict=True)):
             tables = (None, None) if training else self._tables(i, numbers, fixed[i].eps)
@@ -186,27 +164,13 @@ class ResidualExperts(Experts):
         return out.contiguous(memory_format=dense_format(x))
 
     @torch.no_grad()
-    def fold(self) -> FoldedNorms | None:
+    def fold(self) -> list[FoldedNorm] | None:
         """Every layer's batch norm in evaluation; ``None`` where the engine does not compute the block."""
         content = self.content()
         if content is None or isinstance(content, str):
             return None
         pairs = zip(content.numbers, content.norms, strict=True)
-        return FoldedNorms(FoldedNorm.of(numbers, norms[0].eps) for numbers, norms in pairs)
-
-    def _filters(self, filters: list[Stack], stacks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Every layer's filters in the engine's dtype. While the norms are folded, frozen filters are cast once, and
-        again only where they were replaced or changed."""
-        if all(stack.dtype == dtype for stack in stacks):
-            return stacks
-        if torch.compiler.is_compiling():
-            return [stack.to(dtype) for stack in stacks]
-        if self.folded is None or any(stack.requires_grad for stack in stacks):
-            return converted(stacks, dtype)
-        cast = self.folded.filters
-        if cast is None or not cast.is_of(filters, dtype):
-            cast = self.folded.filters = CastFilters(converted(stacks, dtype), filters, _versions(filters))
-        return cast.values
+        return [FoldedNorm.of(numbers, norms[0].eps) for numbers, norms in pairs]
 
     def _tables(self, i: int, numbers: list[Stack], eps: float) -> tuple[Tensor | None, Tensor | None]:
         """Layer i's folded norm, unless the norm was unfrozen since, or its numbers were replaced or changed. A
@@ -238,23 +202,8 @@ def _numbers(norms: Sequence[nn.BatchNorm2d]) -> list[Stack]:
     return [Stack.of([getattr(norm, name) for norm in norms]) for name in _NUMBERS]
 
 
-def _same(stacks: list[Stack], others: list[Stack]) -> bool:
-    """Whether they are of the same tensors in the same memory."""
-    return stacks is others or all(
-        all(a is b for a, b in zip(s.tensors, o.tensors, strict=True))
-        and (None if s.named is None else s.named.data_ptr()) == (None if o.named is None else o.named.data_ptr())
-        for s, o in zip(stacks, others, strict=True)
-    )
-
-
 def _pooling(module: nn.Module) -> tuple[Any, ...]:
     return tuple(getattr(module, name, None) for name in POOLING)
-
-
-def _versions(stacks: list[Stack]) -> list[int]:
-    """Counts of in-place changes; tensors made in inference mode have none."""
-    with torch._C.DisableTorchFunction():
-        return [version(tensor) for stack in stacks for tensor in stack.tensors]
 
 
 def _depth(block: nn.Module) -> int:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robust_moe_kernels.modules.casts import converted
 from robust_moe_kernels.modules.experts import Experts
-from robust_moe_kernels.modules.interception import is_batched, is_compiled
+from robust_moe_kernels.modules.interception import is_compiled
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
 __all__ = ["converted", "shared_launches"]
@@ -122,9 +123,7 @@ class _Shared(TorchFunctionMode):
             same = (weight.device, trained)
             weights = [other for other in self.weights[id(weight)] if (other.device, other.requires_grad) == same]
             with torch.autocast(kind, enabled=False):
-                values = (
-                    _Converted.apply(dtype, *weights) if trained else _convert([w.detach() for w in weights], dtype)
-                )
+                values = converted(weights, dtype)
             for other, value in zip(weights, values, strict=True):
                 self.casts[id(other), dtype, trained] = _Cast(value, other._version, other.data_ptr())
         cast = self.casts[id(weight), dtype, trained]
@@ -138,34 +137,3 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(tuple(value))
-
-
-def converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Tensors in another dtype, differentiable: one launch for all of them, and one for all of their gradients."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(_Converted.apply(dtype, *tensors))
-    return _convert([tensor.detach() for tensor in tensors], dtype)
-
-
-class _Converted(torch.autograd.Function):
-    """Tensors, all of one dtype, in another; one multi-tensor launch each way."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.kind = tensors[0].dtype
-        ctx.set_materialize_grads(False)
-        return tuple(_convert(list(tensors), dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or any(gradient is not None and is_batched(gradient) for gradient in gradients):
-            return (None, *(None if gradient is None else gradient.to(ctx.kind) for gradient in gradients))
-        found = iter(_convert([gradient for gradient in gradients if gradient is not None], ctx.kind))
-        return (None, *(None if gradient is None else next(found) for gradient in gradients))
-
-
-def _convert(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    converted = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if converted:
-        torch._foreach_copy_(converted, tensors)
-    return converted

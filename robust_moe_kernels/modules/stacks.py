@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Stack", "filters_memory", "guarded", "lie_together", "overwrite", "stacked"]
+from robust_moe_kernels.modules.interception import version
+
+__all__ = ["Stack", "filters_memory", "guarded", "lie_together", "overwrite", "same", "stacked", "states"]
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not what tools put in their place, whose memory is theirs
 
@@ -119,6 +121,26 @@ class Stack(NamedTuple):
     def whole(self) -> Tensor:
         """As one tensor [E, ...], without gradient where they lie together."""
         return torch.stack(self.tensors) if self.named is None else self.named.detach()
+
+
+def same(stacks: list[Stack], others: list[Stack]) -> bool:
+    """Whether they are of the same tensors, and where all experts' lie together, in the same memory."""
+    return stacks is others or all(
+        all(a is b for a, b in zip(s.tensors, o.tensors, strict=True))
+        and (None if s.named is None else s.named.data_ptr()) == (None if o.named is None else o.named.data_ptr())
+        for s, o in zip(stacks, others, strict=True)
+    )
+
+
+def states(stacks: list[Stack]) -> list[tuple[int, int]]:
+    """Each tensor's count of in-place changes (tensors made in inference mode have none) and, where the experts' do not
+    lie together, its address, which an assignment to ``.data`` changes without being counted."""
+    with torch._C.DisableTorchFunction():
+        return [
+            (version(tensor), tensor.data_ptr() if stack.named is None and type(tensor) is not FakeTensor else 0)
+            for stack in stacks
+            for tensor in stack.tensors
+        ]
 
 
 def stacked(stacks: Sequence[Stack], watched: Sequence[Stack] = ()) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,22 +170,6 @@ def _convolution(d: Draw) -> tuple[dict[str, Any], Tensor, int, int, float]:
     return arguments, d.floats(rows, outputs, *out_size, dtype=kind), *size, 16.0 * terms
 
 
-def _widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, whose reference computes 16-bit numbers as float32: PyTorch 2.14's own convolution of bfloat16 ends
-    the process for some dilated filters."""
-
-    @wraps(function)
-    def call(*, impl: str, **arguments: Any) -> Tensor:
-        floats = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        kinds = {value.dtype for value in floats.values()}
-        if impl != "reference" or kinds not in ({torch.bfloat16}, {torch.float16}):
-            return function(**arguments, impl=impl)
-        wide = {name: value.float() for name, value in floats.items()}
-        return function(**arguments | wide, impl=impl).to(*kinds)
-
-    return call
-
-
 def convolve(d: Draw) -> Call:
     arguments, d_out, height, width, terms = _convolution(d)
     which = d.choice(("public", "forward", "dgrad", "wgrad"))
@@ -193,14 +177,14 @@ def convolve(d: Draw) -> Call:
         geometry, sample = arguments.pop("geometry"), arguments.pop("sample")
         if sample is not None:
             arguments["x"] = arguments["x"][sample]
-        return Call(_widened(expert_conv), arguments | geometry._asdict(), terms, spread=True)
+        return Call(expert_conv, arguments | geometry._asdict(), terms, spread=True)
     if which == "forward":
-        return Call(_widened(conv_forward), arguments | {"plan": []}, terms, spread=True)
+        return Call(conv_forward, arguments | {"plan": []}, terms, spread=True)
     if which == "wgrad":
-        return Call(_widened(conv_wgrad), arguments | {"d_out": d_out}, terms, spread=True)
+        return Call(conv_wgrad, arguments | {"d_out": d_out}, terms, spread=True)
     del arguments["x"], arguments["sample"]
     sizes = {"d_out": d_out, "plan": [], "height": height, "width": width}
-    return Call(_widened(conv_dgrad), arguments | sizes, terms, spread=True)
+    return Call(conv_dgrad, arguments | sizes, terms, spread=True)
 
 
 def _batch(d: Draw) -> tuple[int, ...]:

@@ -189,11 +189,11 @@ def wgrad_by(
     if not _directly(x.dtype, algorithm):
         d_filters = wgrad_by(algorithm, x.float(), d_out.float(), offsets, sample, weight.float(), geometry)
         return torch.empty_like(weight).copy_(d_filters)
-    filters = _uniform_taps(weight)
-    d_weight = torch.empty_like(filters)
+    d_weight = torch.empty_like(weight)
+    filters = _uniform_taps(d_weight)
     sizes = (x.shape[2], x.shape[3], d_out.shape[2], d_out.shape[3])
     _run(
-        "expert_conv_wgrad", offsets, d_weight, sizes, geometry, algorithm,
-        input=x, sample=sample, output=d_out, d_weight=d_weight,
+        "expert_conv_wgrad", offsets, filters, sizes, geometry, algorithm,
+        input=x, sample=sample, output=d_out, d_weight=filters,
     )  # fmt: skip
-    return d_weight if filters is weight else torch.empty_like(weight).copy_(d_weight)
+    return d_weight if filters is d_weight else d_weight.copy_(filters)

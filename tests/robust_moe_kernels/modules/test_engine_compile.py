@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
-from robust_moe_kernels.modules import attack_mode, residual, routed_block
+from robust_moe_kernels.modules import attack_mode, routed_block
+from robust_moe_kernels.modules.casts import CastFilters
 from robust_moe_kernels.modules.experts import _ENGINE, engine_computes
 from robust_moe_kernels.ops import OPS
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV
@@ -141,7 +142,7 @@ def test_filters_are_cast_once_an_attack_unless_they_change(prefer, monkeypatch)
     prefer("triton")
     layer = network()[1]
     casts = []
-    monkeypatch.setattr(residual.CastFilters, "is_of", counting(casts, residual.CastFilters.is_of))
+    monkeypatch.setattr(CastFilters, "is_of", counting(casts, CastFilters.is_of))
     x = torch.randn(4, 8, 4, 4)
 
     def change(weight: Tensor) -> None:

@@ -90,20 +90,19 @@ def test_matches_the_oracle(target, case, generator):
 @pytest.mark.parametrize("name", ["block", "image"])
 def test_other_dtypes(target, name, dtype, generator):
     """What an implementation computes is within the bounds; what it does not, it refuses by name and leaves to the
-    reference under "auto". PyTorch's own convolutions may accumulate in the dtype itself."""
+    reference under "auto". 16-bit sums are float32, rounded once."""
     case = by_name(name)
     inputs = inputs_of(case, generator, dtype)
     here = inputs.to(target.device)
     reason = EXPERT_CONV.module(target.impl).why_not_case(here.x, here.weight)
-    own = torch.finfo(dtype).eps
+    unit = unit_of(target, torch.float32) if target.impl == "reference" else None
     if reason is None:
-        unit = own if target.impl == "reference" else None
         assert_within_bounds(run(here, case, target.impl), inputs, case, unit)
     else:
         message = f"impl='{target.impl}' cannot run on {target.device}: {re.escape(reason)}"
         with pytest.raises(ImplementationUnavailable, match=message):
             run(here, case, target.impl)
-        assert_within_bounds(run(here, case, "auto"), inputs, case, own)
+        assert_within_bounds(run(here, case, "auto"), inputs, case, unit)
 
 
 @needs_extension
@@ -128,8 +127,20 @@ def test_native_weights_of_any_layout(dtype, generator):
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_gradient_of_filters_with_gaps(dtype, generator):
+    """Whose taps are at equal distances, and no longer are once the gaps are left out."""
+    case = Case("gaps", (2,), (1, 2), (3, 3), (2, 2), ONE, NONE, ONE, None, "")
+    inputs = inputs_of(case, generator, dtype)
+    weight = torch.zeros(24, dtype=dtype).as_strided(inputs.weight.shape, (24, 6, 1, 8, 4)).copy_(inputs.weight)
+    results = run(inputs._replace(weight=weight), case, "native")
+    assert all(torch.equal(got, same) for got, same in zip(results, run(inputs, case, "native"), strict=True))
+    assert results[2].stride() == torch.empty_like(weight).stride()
+
+
+@needs_extension
 def test_native_error_of_bfloat16_is_that_of_one_rounding(generator):
-    """At most PyTorch's own, of which that rounding is the most; both against float64."""
+    """At most the reference's, of which that rounding is the most; both against float64."""
     case = Case("layer", (7, 4), (160, 96), (4, 4), (3, 3), ONE, ONE, ONE, None, "")
     inputs = inputs_of(case, generator, torch.bfloat16)
     results, own = run(inputs, case, "native"), run(inputs, case, "reference")
@@ -222,6 +233,16 @@ def test_thread_count_changes_no_bit(dtype, generator, same_bits_for_any_threads
     case = by_name("wide")
     inputs = inputs_of(case, generator, dtype)
     same_bits_for_any_threads(lambda: run(inputs, case, "native"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_reference_rounds_16_bits_once(dtype, generator):
+    """Also for filters that PyTorch 2.14's own convolution of bfloat16 does not survive."""
+    case = Case("dilated", (3,), (2, 16), (2, 1), (2, 1), (3, 2), ONE, (2, 3), None, "")
+    inputs = inputs_of(case, generator, dtype)
+    assert_within_bounds(run(inputs, case, "reference"), inputs, case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_within_bounds(run(inputs, case, "reference"), inputs, case)
 
 
 @pytest.mark.parametrize("name", ["image", "common"])
