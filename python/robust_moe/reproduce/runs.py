@@ -35,7 +35,6 @@ AT = ("method.name=pgd_at",)
 ROUTED = ("model.moe.layers=[layer4.1]", "model.moe.num_experts=4")
 BLOCK = (*ROUTED, *AT)
 PAIRS = (*ROUTED, "model.moe.top_k=2")
-HALF = "run.precision=bf16-mixed"
 # The release's router: one linear layer on the pixels, and a hard choice that no gradient passes. It is never trained.
 LINEAR = (*MIXTURE, "model.mixture.router=linear")
 FROZEN = (*LINEAR, "model.mixture.router.frozen=true", "model.mixture.straight_through=false")
@@ -120,8 +119,14 @@ RUNS: dict[str, Run] = {
     "dense-at": Run("dense, AT", ("method.name=pgd_at",), 95),
     "block-k1": Run("BlockMoE k=1, entropy", (*BLOCK, "model.moe.top_k=1"), 140),
     "block-k2": Run("BlockMoE k=2, entropy", (*PAIRS, *AT), 125),
-    "dense-at-bf16": Run("dense, AT in bfloat16", (*AT, HALF), 95),
-    "block-k2-bf16": Run("BlockMoE k=2, entropy, in bfloat16", (*PAIRS, *AT, HALF), 125),
+    **{
+        f"{name}-{short}": Run(f"{title}, in {dtype}", (*settings, f"run.precision={precision}"), cost)
+        for name, title, settings, cost in (
+            ("dense-at", "dense, AT", AT, 95),
+            ("block-k2", "BlockMoE k=2, entropy", (*PAIRS, *AT), 125),
+        )
+        for short, dtype, precision in (("fp32", "float32", "32-true"), ("bf16", "bfloat16", "bf16-mixed"))
+    },
     "block-k1-released": Run(
         "BlockMoE k=1, released entropy", (*BLOCK, "model.moe.top_k=1", "model.moe.balance=entropy_released"), 140
     ),
