@@ -74,10 +74,10 @@ std::vector<Class> classes_of(const Axis& axis, bool forward) {
   return classes;
 }
 
-// Pixels of a map that the same taps reach.
+// Pixels of a map that the same taps reach. A filter as large as its map has as many cells as pixels, so what each tap
+// of a cell reads is not kept.
 struct Cell {
   const Class *down, *across;
-  std::vector<int64_t> a_shift, tap;  // of each tap that reaches: see Bf16Kernels::rows; its place in a panel
 };
 
 class RowProduct {
@@ -135,20 +135,18 @@ class RowProduct {
   };
 
   void make_cells() {
-    std::map<int64_t, int64_t> places;
+    place_.assign(static_cast<size_t>(a_.kernel_h * a_.kernel_w), -1);
     for (const Class& down : down_) {
       for (const Class& across : across_) {
-        Cell cell{&down, &across, {}, {}};
-        for (size_t i = 0; i < down.taps.size(); ++i) {
-          for (size_t j = 0; j < across.taps.size(); ++j) {
-            cell.a_shift.push_back((down.shifts[i] * read_width_ + across.shifts[j]) * depth_);
-            const int64_t tap = down.taps[i] * a_.kernel_w + across.taps[j];
-            const auto place = places.emplace(tap, static_cast<int64_t>(taps_.size()));
-            if (place.second) taps_.push_back(tap);
-            cell.tap.push_back(place.first->second);
+        cells_.push_back({&down, &across});
+        for (int64_t i : down.taps) {
+          for (int64_t j : across.taps) {
+            int64_t& place = place_[static_cast<size_t>(i * a_.kernel_w + j)];
+            if (place >= 0) continue;
+            place = static_cast<int64_t>(taps_.size());
+            taps_.push_back(i * a_.kernel_w + j);
           }
         }
-        cells_.push_back(std::move(cell));
       }
     }
   }
@@ -206,8 +204,9 @@ class RowProduct {
   template <typename F>
   void for_cells(const Block& block, float* sums, F&& f) const {
     for (const Cell& cell : cells_) {
-      f(cell, sums);
       const int64_t lines = member(*cell.down, block.last_line) - member(*cell.down, block.first_line);
+      if (lines == 0) continue;
+      f(cell, sums);
       sums +=
           (block.last_row - block.first_row) * lines * static_cast<int64_t>(cell.across->members.size()) * kMaxPanel;
     }
@@ -268,12 +267,18 @@ class RowProduct {
   void multiply(const Cell& cell, const Block& block, const BFloat16* panel, int64_t k0, int64_t depth,
                 float* sums) const {
     const BFloat16* from[kTileRows];
-    const int64_t segments = static_cast<int64_t>(cell.tap.size());
-    std::vector<int64_t> b_shift;
-    for (int64_t tap : cell.tap) b_shift.push_back(tap * ((depth + 1) / 2 * 2 * kMaxPanel));
+    std::vector<int64_t> a_shift, b_shift;  // of each tap: see Bf16Kernels::rows
+    for (size_t i = 0; i < cell.down->taps.size(); ++i) {
+      for (size_t j = 0; j < cell.across->taps.size(); ++j) {
+        const int64_t tap = cell.down->taps[i] * a_.kernel_w + cell.across->taps[j];
+        a_shift.push_back((cell.down->shifts[i] * read_width_ + cell.across->shifts[j]) * depth_);
+        b_shift.push_back(place_[static_cast<size_t>(tap)] * ((depth + 1) / 2 * 2 * kMaxPanel));
+      }
+    }
+    const int64_t segments = static_cast<int64_t>(a_shift.size());
     int count = 0;
     const auto product = [&] {
-      kernels_.rows(count, from, cell.a_shift.data(), panel, b_shift.data(), segments, depth, sums, k0 > 0);
+      kernels_.rows(count, from, a_shift.data(), panel, b_shift.data(), segments, depth, sums, k0 > 0);
       sums += count * kMaxPanel;
       count = 0;
     };
@@ -303,7 +308,8 @@ class RowProduct {
   int64_t rows_, lines_;  // of a block
   std::vector<Class> down_, across_;
   std::vector<Cell> cells_;
-  std::vector<int64_t> taps_;  // that reach any pixel, in a panel's order
+  std::vector<int64_t> taps_;   // that reach any pixel, in a panel's order
+  std::vector<int64_t> place_;  // of each tap in a panel, or -1
 };
 
 }  // namespace

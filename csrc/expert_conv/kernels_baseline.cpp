@@ -40,7 +40,9 @@ const Kernels& choose() {
 const Bf16Kernels* choose_bf16() {
 #if defined(RMK_X86)
   if (most_allowed() < 3 || avx512_bf16::kernels == nullptr) return nullptr;
+#if defined(__clang__) || __GNUC__ >= 11  // earlier ones need not know the name
   if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) return avx512_bf16::kernels;
+#endif
 #endif
   return nullptr;
 }

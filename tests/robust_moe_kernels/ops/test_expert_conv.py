@@ -48,6 +48,7 @@ CASES = (
 )  # fmt: skip
 
 IN_PARTS = (
+    Case("large filter", (1,), (1, 1), (12, 12), (11, 11), ONE, (5, 5), ONE, None, "other taps reach every pixel"),
     Case("deep", (2, 1), (45, 3), (6, 6), (11, 11), ONE, (5, 5), ONE, 2, "121 taps: a panel holds 38 channels"),
     Case("large_map", (5, 0, 1), (3, 2), (20, 25), (3, 3), ONE, ONE, ONE, None, "more pixels than a block; long runs"),
 )  # fmt: skip
