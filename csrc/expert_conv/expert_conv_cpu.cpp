@@ -32,8 +32,6 @@ void expert_conv_dgrad_cpu(const ConvArgs& args) {
   uses_winograd(args) ? winograd_rows(args, false) : tap_skip_rows(args, false);
 }
 
-void expert_conv_wgrad_cpu(const ConvArgs& args) {
-  uses_winograd(args) ? winograd_wgrad(args) : tap_skip_wgrad(args);
-}
+void expert_conv_wgrad_cpu(const ConvArgs& args) { uses_winograd(args) ? winograd_wgrad(args) : tap_skip_wgrad(args); }
 
 }  // namespace rmk

@@ -12,8 +12,12 @@ namespace {
 }  // namespace
 
 const Kernels& kernels() { refuse(); }
+const Bf16Kernels* bf16_kernels() { return nullptr; }
 void expert_conv_forward_cpu(const ConvArgs&) { refuse(); }
 void expert_conv_dgrad_cpu(const ConvArgs&) { refuse(); }
 void expert_conv_wgrad_cpu(const ConvArgs&) { refuse(); }
+void expert_conv_forward_bf16_cpu(const Bf16ConvArgs&) { refuse(); }
+void expert_conv_dgrad_bf16_cpu(const Bf16ConvArgs&) { refuse(); }
+void expert_conv_wgrad_bf16_cpu(const Bf16ConvArgs&) { refuse(); }
 
 }  // namespace rmk
