@@ -35,7 +35,7 @@ LEFT_OUT = {
     "address": (  # they limit or measure the memory that the sanitizer takes
         "test_an_error_in_a_kernel_passes_through_the_team",
         "test_an_attack_lets_the_process_keep_freed_memory",
-        "test_memory_is_not_touched_page_by_page_again",
+        "test_scratch_memory_is_not_touched_page_by_page_again",
     ),
     "thread": (  # they need the threads of PyTorch's runtime
         "test_kernels_run_on_the_named_team",
