@@ -23,6 +23,7 @@
 #include "common/parallel.h"
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
+#include "expert_conv/row_tasks.h"
 
 namespace rmk {
 namespace {
@@ -85,18 +86,11 @@ class RowProduct {
   // forward: from input pixels to output pixels; else back.
   RowProduct(const Bf16ConvArgs& args, bool forward)
       : a_(args), forward_(forward), kernels_(*bf16_kernels()), read_(forward ? args.input : args.output) {
-    const Axis rows{forward ? a_.out_height : a_.height,
-                    forward ? a_.height : a_.out_height,
-                    a_.kernel_h,
-                    a_.stride_h,
-                    a_.pad_h,
-                    a_.dilation_h};
-    const Axis lines{forward ? a_.out_width : a_.width,
-                     forward ? a_.width : a_.out_width,
-                     a_.kernel_w,
-                     a_.stride_w,
-                     a_.pad_w,
-                     a_.dilation_w};
+    const auto axis = [forward](int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+      return Axis{forward ? out : in, forward ? in : out, taps, stride, pad, dilation};
+    };
+    const Axis rows = axis(a_.height, a_.out_height, a_.kernel_h, a_.stride_h, a_.pad_h, a_.dilation_h);
+    const Axis lines = axis(a_.width, a_.out_width, a_.kernel_w, a_.stride_w, a_.pad_w, a_.dilation_w);
     depth_ = forward ? a_.in_channels : a_.out_channels;
     columns_ = forward ? a_.out_channels : a_.in_channels;
     stride_k_ = forward ? a_.stride_i : a_.stride_o;
@@ -113,7 +107,7 @@ class RowProduct {
   }
 
   void run() {
-    const std::vector<Task> tasks = make_tasks();
+    const std::vector<RowTask> tasks = row_tasks(segments_of(a_), columns_, kMaxPanel, a_.threads);
     parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
       const Buffer panel = buffer(static_cast<int64_t>(taps_.size()) * chunk_ * kMaxPanel / 2);
       const Buffer sums = buffer(rows_ * lines_ * width_ * kMaxPanel);
@@ -124,11 +118,6 @@ class RowProduct {
   }
 
  private:
-  // Rows of one expert that one task computes, for one panel of output columns.
-  struct Task {
-    int64_t expert, first_row, last_row, column;
-  };
-
   // What is summed at once: some lines of the maps of some rows, of one row where they are not all of its lines.
   struct Block {
     int64_t first_row, last_row, first_line, last_line;
@@ -151,27 +140,7 @@ class RowProduct {
     }
   }
 
-  std::vector<Task> make_tasks() const {
-    const int64_t panels = (columns_ + kMaxPanel - 1) / kMaxPanel;
-    // Rows are split only where experts and panels alone would leave threads idle: each part packs its weights again.
-    const int64_t wanted = a_.threads > 1 ? 4 * a_.threads : 1;
-    const int64_t parts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels * a_.experts));
-    std::vector<Task> tasks;
-    for (int64_t e = 0; e < a_.experts; ++e) {
-      const int64_t begin = a_.offsets[e], rows = a_.offsets[e + 1] - begin;
-      const int64_t split = std::min(parts, rows);
-      for (int64_t p = 0; p < split; ++p) {
-        for (int64_t n = 0; n < columns_; n += kMaxPanel) {
-          tasks.push_back({e, begin + rows * p / split, begin + rows * (p + 1) / split, n});
-        }
-      }
-    }
-    std::stable_sort(tasks.begin(), tasks.end(),
-                     [](const Task& x, const Task& y) { return x.last_row - x.first_row > y.last_row - y.first_row; });
-    return tasks;
-  }
-
-  void compute(const Task& task, BFloat16* panel, float* sums) const {
+  void compute(const RowTask& task, BFloat16* panel, float* sums) const {
     const int64_t columns = std::min<int64_t>(kMaxPanel, columns_ - task.column);
     int64_t packed = -1;  // the chunk that is
     Block block{task.first_row, 0, 0, 0};
@@ -224,7 +193,7 @@ class RowProduct {
   }
 
   // [tap][pair of channels][column][2]
-  void pack(const Task& task, int64_t k0, int64_t depth, int64_t columns, BFloat16* panel) const {
+  void pack(const RowTask& task, int64_t k0, int64_t depth, int64_t columns, BFloat16* panel) const {
     for (int64_t tap : taps_) {
       const BFloat16* from =
           a_.weight + task.expert * a_.stride_e + tap * a_.stride_tap + k0 * stride_k_ + task.column * stride_n_;

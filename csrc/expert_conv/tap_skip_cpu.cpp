@@ -8,6 +8,7 @@
 #include "common/parallel.h"
 #include "expert_conv/algorithms.h"
 #include "expert_conv/kernels.h"
+#include "expert_conv/row_tasks.h"
 #include "expert_conv/taps.h"
 
 namespace rmk {
@@ -33,11 +34,6 @@ void pack_panel(const Kernels& kernels, const float* matrix, int64_t stride_k, i
   }
 }
 
-// Rows of one expert that one task computes, for one panel of output columns.
-struct RowTask {
-  int64_t expert, first_row, last_row, column;
-};
-
 // Forward and input gradient are one loop: for every tap, rows of one map times a matrix are added to rows of the
 // other.
 class RowProduct {
@@ -52,7 +48,7 @@ class RowProduct {
   }
 
   void run() {
-    const std::vector<RowTask> tasks = make_tasks();
+    const std::vector<RowTask> tasks = row_tasks(segments_of(a_), columns_, kernels_.panel, a_.threads);
     parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
       const Buffer panel = buffer(std::min(depth_, kDepth) * kernels_.panel);
       for (int64_t task = next(); task >= 0; task = next()) compute(tasks[static_cast<size_t>(task)], panel.get());
@@ -60,27 +56,6 @@ class RowProduct {
   }
 
  private:
-  std::vector<RowTask> make_tasks() const {
-    const int64_t panels = (columns_ + kernels_.panel - 1) / kernels_.panel;
-    // Rows are split only where experts and panels alone would leave threads idle: each part packs its weights again.
-    const int64_t wanted = a_.threads > 1 ? 4 * a_.threads : 1;
-    const int64_t parts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels * a_.experts));
-    std::vector<RowTask> tasks;
-    for (int64_t e = 0; e < a_.experts; ++e) {
-      const int64_t begin = a_.offsets[e], rows = a_.offsets[e + 1] - begin;
-      const int64_t split = std::min(parts, rows);
-      for (int64_t p = 0; p < split; ++p) {
-        for (int64_t n = 0; n < columns_; n += kernels_.panel) {
-          tasks.push_back({e, begin + rows * p / split, begin + rows * (p + 1) / split, n});
-        }
-      }
-    }
-    std::stable_sort(tasks.begin(), tasks.end(), [](const RowTask& x, const RowTask& y) {
-      return x.last_row - x.first_row > y.last_row - y.first_row;
-    });
-    return tasks;
-  }
-
   void compute(const RowTask& task, float* panel) const {
     const int columns = static_cast<int>(std::min<int64_t>(kernels_.panel, columns_ - task.column));
     clear(task, columns);

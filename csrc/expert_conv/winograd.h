@@ -8,6 +8,7 @@
 
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
+#include "expert_conv/row_tasks.h"
 
 namespace rmk {
 
@@ -25,12 +26,6 @@ struct Tiles {
   int64_t height, width, rows, columns;
   Tiles(int64_t h, int64_t w) : height(h), width(w), rows((h + 1) / 2), columns((w + 1) / 2) {}
   int64_t count() const { return rows * columns; }
-};
-
-// Rows of one expert.
-struct Segment {
-  int64_t expert, first_row, last_row;
-  int64_t rows() const { return last_row - first_row; }
 };
 
 // Which of some results have a number that is not finite; threads may mark at once.

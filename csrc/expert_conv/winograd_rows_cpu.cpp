@@ -73,11 +73,6 @@ class RowProduct {
   }
 
  private:
-  struct Task {
-    Segment segment;
-    int64_t column;
-  };
-
   // Computes the rows that are not finite once more, by tap skipping: sums of the transforms may have overflowed where
   // those of the convolution do not. A row's result still depends on no other row.
   void repair() const {
@@ -164,7 +159,7 @@ class RowProduct {
         transform(tile, tile + tiles_.count(), transformed(0, row * tiles_.count()), f_stride_);
       }
     });
-    const std::vector<Task> tasks = make_tasks(group);
+    const std::vector<RowTask> tasks = row_tasks(group, columns_, kernels_.panel, a_.threads);
     parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
       const Buffer panel = buffer(kFrequencies * spread(std::min(kDepth, depth_) * kernels_.panel));
       const Buffer product = buffer(kFrequencies * spread(chunk_ * tiles_.count() * kernels_.panel));
@@ -172,24 +167,6 @@ class RowProduct {
         compute(tasks[static_cast<size_t>(task)], panel.get(), product.get());
       }
     });
-  }
-
-  std::vector<Task> make_tasks(const std::vector<Segment>& group) const {
-    // Rows are split only where experts and panels alone would leave threads idle: each part transforms its filters.
-    const int64_t wanted = a_.threads > 1 ? 4 * a_.threads : 1;
-    const int64_t parts = std::max<int64_t>(1, wanted / (panels() * static_cast<int64_t>(group.size())));
-    std::vector<Task> tasks;
-    for (const Segment& segment : group) {
-      const int64_t rows = segment.rows(), split = std::min(parts, rows);
-      for (int64_t p = 0; p < split; ++p) {
-        const Segment part{segment.expert, segment.first_row + rows * p / split,
-                           segment.first_row + rows * (p + 1) / split};
-        for (int64_t n = 0; n < columns_; n += kernels_.panel) tasks.push_back({part, n});
-      }
-    }
-    std::stable_sort(tasks.begin(), tasks.end(),
-                     [](const Task& x, const Task& y) { return x.segment.rows() > y.segment.rows(); });
-    return tasks;
   }
 
   // [frequency][tile of the group][width_]
@@ -226,10 +203,10 @@ class RowProduct {
     }
   }
 
-  void compute(const Task& task, float* panel, float* product) {
+  void compute(const RowTask& task, float* panel, float* product) {
     const int columns = panel_columns(task.column);
-    for (int64_t row = task.segment.first_row; row < task.segment.last_row; row += chunk_) {
-      const int64_t last = std::min(task.segment.last_row, row + chunk_), tiles = (last - row) * tiles_.count();
+    for (int64_t row = task.first_row; row < task.last_row; row += chunk_) {
+      const int64_t last = std::min(task.last_row, row + chunk_), tiles = (last - row) * tiles_.count();
       const int64_t products = kFrequencies * ((tiles + kTileRows - 1) / kTileRows);
       for (int64_t k0 = 0; k0 < depth_; k0 += kDepth) {
         const int64_t depth = std::min(kDepth, depth_ - k0);
@@ -249,10 +226,10 @@ class RowProduct {
     return static_cast<int>(std::min<int64_t>(kernels_.panel, columns_ - column));
   }
 
-  FilterPart part(const Task& task, int64_t k0, int64_t columns) const {
+  FilterPart part(const RowTask& task, int64_t k0, int64_t columns) const {
     const int64_t depth = std::min(kDepth, depth_ - k0);
-    return forward_ ? FilterPart(a_, task.segment.expert, k0, depth, task.column, columns)
-                    : FilterPart(a_, task.segment.expert, task.column, columns, k0, depth);
+    return forward_ ? FilterPart(a_, task.expert, k0, depth, task.column, columns)
+                    : FilterPart(a_, task.expert, task.column, columns, k0, depth);
   }
 
   void transform_filter(const FilterPart& part, int64_t depth, int columns, float* panel) const {

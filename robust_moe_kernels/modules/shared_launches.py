@@ -23,7 +23,7 @@ from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.interception import is_compiled
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
-__all__ = ["converted", "shared_launches"]
+__all__ = ["shared_launches"]
 
 
 @contextmanager
