@@ -6,10 +6,12 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = [
+    "Snapshot",
     "has_ended",
     "has_hooks",
     "is_batched",
@@ -78,6 +80,26 @@ def tracing() -> str | None:
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place; -1 where that is not counted."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+class Snapshot:
+    """What a tensor was, to be asked later whether it still is: changed in place it counts, and given other memory
+    (``tensor.data = ...``, which does not count) it lies elsewhere. The memory is kept alive until then, or what was
+    given to the tensor could come to lie where it did. A change in place through ``.data`` is not seen."""
+
+    __slots__ = ("_address", "_memory", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._version, self._address = version(tensor), _address(tensor)
+        self._memory = tensor.untyped_storage()
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether ``tensor``, the same as then, is unchanged."""
+        return version(tensor) == self._version and _address(tensor) == self._address
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def is_batched(d: Tensor) -> bool:
