@@ -85,21 +85,22 @@ def version(tensor: Tensor) -> int:
 class Snapshot:
     """What a tensor was, to be asked later whether it still is: changed in place it counts, and given other memory
     (``tensor.data = ...``, which does not count) it lies elsewhere. The memory is kept alive until then, or what was
-    given to the tensor could come to lie where it did. A change in place through ``.data`` is not seen."""
+    given to the tensor could come to lie where it did. A change in place through ``.data`` is not seen.
+
+    ``counted``: its changes are counted, and its memory is somebody else's to compare and keep.
+    """
 
     __slots__ = ("_address", "_memory", "_version")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._version, self._address = version(tensor), _address(tensor)
-        self._memory = tensor.untyped_storage()
+    def __init__(self, tensor: Tensor, counted: bool = False) -> None:
+        self._version = version(tensor)
+        placed = not counted and not isinstance(tensor, FakeTensor)  # which lies nowhere
+        self._address = tensor.data_ptr() if placed else None
+        self._memory = tensor.untyped_storage() if placed else None
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether ``tensor``, the same as then, is unchanged."""
-        return version(tensor) == self._version and _address(tensor) == self._address
-
-
-def _address(tensor: Tensor) -> int:
-    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+        return version(tensor) == self._version and (self._address is None or tensor.data_ptr() == self._address)
 
 
 def is_batched(d: Tensor) -> bool:

@@ -133,16 +133,16 @@ def same(stacks: list[Stack], others: list[Stack]) -> bool:
 
 
 def states(stacks: list[Stack]) -> list[Snapshot]:
-    """Each tensor as it is now."""
+    """Each tensor as it is now; of those that lie together ``named`` keeps the memory, which :func:`same` compares."""
     with torch._C.DisableTorchFunction():
-        return [Snapshot(tensor) for stack in stacks for tensor in stack.tensors]
+        return [Snapshot(tensor, stack.named is not None) for stack in stacks for tensor in stack.tensors]
 
 
 def unchanged(stacks: list[Stack], states: list[Snapshot]) -> bool:
-    """Whether the tensors, the same as then, are what :func:`states` found."""
+    """Whether the tensors, the :func:`same` as then, are what :func:`states` found."""
     with torch._C.DisableTorchFunction():
-        tensors = [tensor for stack in stacks for tensor in stack.tensors]
-        return all(then.is_of(now) for then, now in zip(states, tensors, strict=True))
+        found = iter(states)
+        return all(next(found).is_of(tensor) for stack in stacks for tensor in stack.tensors)
 
 
 def stacked(stacks: Sequence[Stack], watched: Sequence[Stack] = ()) -> list[Tensor]:
