@@ -17,6 +17,7 @@ MOST_OTHERS = 0.08
 MOST_SWITCHES = 150.0
 # Times of /proc/stat are whole ticks of 10 ms: of less than this a single one would look like a busy machine.
 LEAST = 0.5  # seconds
+PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -24,32 +25,37 @@ class Load:
     """What a stretch of time saw beside the benchmark."""
 
     seconds: float  # how long it was
-    others: float  # share of all processors' time that other processes, the system and other machines took
+    others: float  # share that other processes, the system and other machines took of the processors that it may use
     switches: float  # how often a second a thread of this process had to give up its processor
 
 
 def why_busy(load: Load) -> str | None:
     """Reason why numbers timed under this load are no result, or ``None``."""
     if load.others > MOST_OTHERS:
-        return f"other processes took {load.others:.0%} of the processors' time, at most {MOST_OTHERS:.0%} is quiet"
+        return f"other processes took {load.others:.0%} of its processors' time, at most {MOST_OTHERS:.0%} is quiet"
     if load.switches > MOST_SWITCHES:
         return f"{load.switches:.0f} involuntary context switches a second, at most {MOST_SWITCHES:.0f} is quiet"
     return None
 
 
 class Watch:
-    """Started when it is made; Linux only, elsewhere ``load`` is None."""
+    """Started when it is made; Linux only, elsewhere ``load`` is None.
+
+    It looks at the processors that this process may use: what others do on the rest of a machine of many takes no time
+    from a benchmark that is held to a few, and a mean over all of them would hide what others do on these.
+    """
 
     def __init__(self) -> None:
-        self._began = _counters()
+        self._processors = _processors()
+        self._began = _counters(self._processors)
 
     def load(self) -> Load | None:
         """Since the start."""
-        if self._began is None or (now := _counters()) is None:
+        if self._began is None or (now := _counters(self._processors)) is None:
             return None
         seconds, busy, own, switches = (after - before for before, after in zip(self._began, now, strict=True))
         seconds = max(seconds, 1e-3)
-        return Load(seconds, max(0.0, busy - own) / seconds / (os.cpu_count() or 1), switches / seconds)
+        return Load(seconds, max(0.0, busy - own) / seconds / len(self._processors), switches / seconds)
 
 
 def stretches(loads: Iterable[tuple[str, Load]]) -> list[tuple[str, Load]]:
@@ -75,23 +81,42 @@ def _together(one: tuple[str, Load], other: tuple[str, Load]) -> tuple[str, Load
     return f"{first.partition(' to ')[0]} to {last.rpartition(' to ')[2]}", Load(seconds, others, switches)
 
 
-def _counters() -> tuple[float, float, float, float] | None:
-    """Seconds: of the clock, of all processors at work, of this process and its children; and context switches."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
+def _processors() -> frozenset[int]:
+    """Numbers of the processors that this process may use."""
+    known = hasattr(os, "sched_getaffinity")  # not on every system
+    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count() or 1))
+
+
+def _counters(processors: frozenset[int]) -> tuple[float, float, float, float] | None:
+    """Seconds: of the clock, of ``processors`` at work, of this process and its children; and context switches. None
+    where the system does not tell of each of them."""
+    stat = PROC / "stat"
+    if not stat.exists() or (busy := _busy(stat.read_text(), processors)) is None:
         return None
     import resource  # not on every system
 
-    user, nice, system, _, _, interrupts, soft, stolen = map(int, stat.read_text().split()[1:9])
     tick = os.sysconf("SC_CLK_TCK")
     own = os.times()
-    children = sum(_ticks(child) for thread in Path("/proc/self/task").iterdir() for child in _children(thread))
+    children = sum(_ticks(child) for thread in (PROC / "self" / "task").iterdir() for child in _children(thread))
     return (
         time.monotonic(),
-        (user + nice + system + interrupts + soft + stolen) / tick,
+        busy / tick,
         own.user + own.system + own.children_user + own.children_system + children / tick,
         resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
     )
+
+
+def _busy(stat: str, processors: frozenset[int]) -> int | None:
+    """Ticks that ``processors`` were at work, by the content of /proc/stat: a line ``cpuN`` each, of which the fourth
+    and fifth number are idle, and those from the ninth on are in the first two already. None without a line of each."""
+    found = {}
+    for line in stat.splitlines():
+        name, *numbers = line.split() or [""]
+        number = name.removeprefix("cpu")
+        if name != number and number.isdecimal() and int(number) in processors:
+            user, nice, system, _, _, interrupts, soft, stolen = map(int, numbers[:8])
+            found[int(number)] = user + nice + system + interrupts + soft + stolen
+    return sum(found.values()) if found.keys() == processors else None
 
 
 def _children(thread: Path) -> list[str]:
@@ -104,7 +129,7 @@ def _children(thread: Path) -> list[str]:
 def _ticks(process: str) -> int:
     """Time of a child that runs: a worker that takes its turn is no other process."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        fields = (PROC / process / "stat").read_text().rpartition(")")[2].split()
     except OSError:  # it has ended
         return 0
     return int(fields[11]) + int(fields[12])

@@ -16,6 +16,7 @@ from typing import Any
 from robust_moe.settings import shown
 
 __all__ = [
+    "LARGEST",
     "Check",
     "ContentError",
     "anything",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robust_moe_kernels.modules.interception import is_batched
-from robust_moe_kernels.modules.stacks import Stack, same, states
+from robust_moe_kernels.modules.interception import Snapshot, is_batched
+from robust_moe_kernels.modules.stacks import Stack, same, unchanged
 
 __all__ = ["CastFilters", "converted"]
 
@@ -18,10 +18,10 @@ class CastFilters(NamedTuple):
 
     values: list[Tensor]
     filters: list[Stack]
-    states: list[tuple[int, int]]
+    states: list[Snapshot]
 
     def is_of(self, filters: list[Stack], dtype: torch.dtype) -> bool:
-        return self.values[0].dtype == dtype and same(filters, self.filters) and states(filters) == self.states
+        return self.values[0].dtype == dtype and same(filters, self.filters) and unchanged(filters, self.states)
 
 
 def converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

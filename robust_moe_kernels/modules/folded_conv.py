@@ -11,7 +11,7 @@ from torch import Tensor
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry, pair_of
 from robust_moe_kernels.modules import cudnn_relu
-from robust_moe_kernels.modules.interception import is_batched
+from robust_moe_kernels.modules.interception import Snapshot, is_batched
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK, head_forward, scale_shift
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_dgrad, conv_forward
 
@@ -70,7 +70,7 @@ def scales_and_shifts(pairs: list[tuple[Tensor | None, Norm]]) -> list[tuple[Ten
 
 class FoldedConv:
     """``norm(conv2d(x, weight, bias))`` as a convolution of its own filters, for as long as none of the numbers that it
-    was made of is replaced or changed in place (:meth:`is_of`).
+    was made of is replaced, changed in place or given other memory (:meth:`is_of`).
 
     Filters are weight * s for the norm's scale s, computed in float64 and rounded once, to what the convolution
     computes in (on a CPU half precision is rounded from float32). The sum of a convolution then differs from the
@@ -92,7 +92,7 @@ class FoldedConv:
         rows: dict[Any, Any] | None = None,
     ) -> None:
         self._numbers = _numbers(weight, bias, norm)
-        self._versions = [tensor._version for tensor in self._numbers]
+        self._snapshots = [Snapshot(tensor) for tensor in self._numbers]
         self._eps = norm.eps
         self._weight = weight
         self._scale, self._shift = scales_and_shifts([(bias, norm)])[0] if table is None else table
@@ -105,7 +105,8 @@ class FoldedConv:
         """Whether these are the numbers that this was made of, unchanged."""
         numbers = _numbers(weight, bias, norm)
         same = len(numbers) == len(self._numbers) and all(a is b for a, b in zip(numbers, self._numbers, strict=True))
-        return same and norm.eps == self._eps and [tensor._version for tensor in numbers] == self._versions
+        same = same and norm.eps == self._eps
+        return same and all(then.is_of(now) for then, now in zip(self._snapshots, numbers, strict=True))
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Filters [O, I / groups, kh, kw], in the weight's memory format, and shift [O], in the dtype that the

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.folded_conv import FoldedConv, Norm, scales_and_shifts
 from robust_moe_kernels.modules.norm_knowledge import known_of
+from robust_moe_kernels.modules.norm_learning import is_plain
 from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["FoldedConvs", "frozen"]
@@ -40,8 +41,8 @@ class FoldedConvs:
         if not self.made and self.known.chains:
             self._make()
         if key not in self.made:
-            unseen = _has_no_versions(weight, bias, norm)
-            self.made[key] = None if unseen else FoldedConv(weight, bias, norm, None, self._rows)
+            folded = None if _is_unseen(weight, bias, norm) else FoldedConv(weight, bias, norm, None, self._rows)
+            self.made[key] = folded
         folded = self.made[key]
         if folded is not None and not folded.is_of(weight, bias, norm):
             self.made[key] = folded = None
@@ -65,7 +66,7 @@ class FoldedConvs:
             module = None if chain is None else norms.get(id(chain.mean()))
             if module is not None and module.running_mean is not None and module.running_var is not None:
                 norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
-                if not _has_no_versions(weight, bias, norm):
+                if not _is_unseen(weight, bias, norm):
                     found.append((weight, bias, norm))
         places = {(norm.mean.device, norm.mean.dtype) for _, _, norm in found}
         if len(places) == 1:  # otherwise one by one
@@ -74,9 +75,11 @@ class FoldedConvs:
                 self.made[id(weight), id(norm.mean)] = FoldedConv(weight, bias, norm, table, self._rows)
 
 
-def _has_no_versions(weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
-    """Tensors made in inference mode do not count their changes."""
-    return any(tensor is not None and tensor.is_inference() for tensor in (weight, bias, *norm[:4]))
+def _is_unseen(weight: Tensor, bias: Tensor | None, norm: Norm) -> bool:
+    """Whether a change of these would not be seen: tensors made in inference mode do not count theirs, and what a
+    subclass of tensors holds is its own."""
+    tensors = [tensor for tensor in (weight, bias, *norm[:4]) if tensor is not None]
+    return any(tensor.is_inference() or not is_plain(tensor) for tensor in tensors)
 
 
 def frozen(*tensors: Tensor | None) -> bool:

@@ -6,10 +6,12 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = [
+    "Snapshot",
     "has_ended",
     "has_hooks",
     "is_batched",
@@ -78,6 +80,27 @@ def tracing() -> str | None:
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place; -1 where that is not counted."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+class Snapshot:
+    """What a tensor was, to be asked later whether it still is: changed in place it counts, and given other memory
+    (``tensor.data = ...``, which does not count) it lies elsewhere. The memory is kept alive until then, or what was
+    given to the tensor could come to lie where it did. A change in place through ``.data`` is not seen.
+
+    ``counted``: its changes are counted, and its memory is somebody else's to compare and keep.
+    """
+
+    __slots__ = ("_address", "_memory", "_version")
+
+    def __init__(self, tensor: Tensor, counted: bool = False) -> None:
+        self._version = version(tensor)
+        placed = not counted and not isinstance(tensor, FakeTensor)  # which lies nowhere
+        self._address = tensor.data_ptr() if placed else None
+        self._memory = tensor.untyped_storage() if placed else None
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether ``tensor``, the same as then, is unchanged."""
+        return version(tensor) == self._version and (self._address is None or tensor.data_ptr() == self._address)
 
 
 def is_batched(d: Tensor) -> bool:

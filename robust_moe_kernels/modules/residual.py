@@ -19,9 +19,10 @@ from robust_moe_kernels.modules.experts import (
     expect_plain_conv,
     geometry_of,
 )
+from robust_moe_kernels.modules.interception import Snapshot
 from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
-from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, same, stacked, states
+from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, same, stacked, states, unchanged
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["ResidualExperts"]
@@ -37,7 +38,7 @@ class FoldedNorm(NamedTuple):
     scale: Tensor  # [E, O]
     shift: Tensor  # [E, O]
     numbers: list[Stack]  # weight, bias, running mean, running variance, and the number of batches
-    states: list[tuple[int, int]]  # of the numbers; a norm in training counts changes of the last alone
+    states: list[Snapshot]  # of the numbers; a norm in training counts changes of the last alone
     eps: float
 
     @classmethod
@@ -46,7 +47,7 @@ class FoldedNorm(NamedTuple):
         return cls(*fold_norm(weight, bias, mean, variance, eps), numbers, states(numbers), eps)
 
     def is_of(self, numbers: list[Stack], eps: float) -> bool:
-        return eps == self.eps and same(numbers, self.numbers) and states(numbers) == self.states
+        return eps == self.eps and same(numbers, self.numbers) and unchanged(numbers, self.states)
 
 
 class Stages(NamedTuple):

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from robust_moe_kernels.modules.casts import converted
 from robust_moe_kernels.modules.experts import Experts
-from robust_moe_kernels.modules.interception import is_compiled
+from robust_moe_kernels.modules.interception import Snapshot, is_compiled
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
 __all__ = ["shared_launches"]
@@ -56,8 +56,7 @@ def shared_launches(model: nn.Module, casts: bool = True) -> Iterator[None]:
 
 class _Cast(NamedTuple):
     value: Tensor
-    version: int  # of the weight that it was made of
-    address: int  # of its memory
+    made_of: Snapshot  # of the weight
 
 
 class _Shared(TorchFunctionMode):
@@ -125,9 +124,9 @@ class _Shared(TorchFunctionMode):
             with torch.autocast(kind, enabled=False):
                 values = converted(weights, dtype)
             for other, value in zip(weights, values, strict=True):
-                self.casts[id(other), dtype, trained] = _Cast(value, other._version, other.data_ptr())
+                self.casts[id(other), dtype, trained] = _Cast(value, Snapshot(other))
         cast = self.casts[id(weight), dtype, trained]
-        return cast.value if (cast.version, cast.address) == (weight._version, weight.data_ptr()) else weight
+        return cast.value if cast.made_of.is_of(weight) else weight
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:

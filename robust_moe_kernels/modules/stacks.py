@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from robust_moe_kernels.modules.interception import version
+from robust_moe_kernels.modules.interception import Snapshot
 
-__all__ = ["Stack", "filters_memory", "guarded", "lie_together", "overwrite", "same", "stacked", "states"]
+__all__ = ["Stack", "filters_memory", "guarded", "lie_together", "overwrite", "same", "stacked", "states", "unchanged"]
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not what tools put in their place, whose memory is theirs
 
@@ -132,15 +132,17 @@ def same(stacks: list[Stack], others: list[Stack]) -> bool:
     )
 
 
-def states(stacks: list[Stack]) -> list[tuple[int, int]]:
-    """Each tensor's count of in-place changes (tensors made in inference mode have none) and, where the experts' do not
-    lie together, its address, which an assignment to ``.data`` changes without being counted."""
+def states(stacks: list[Stack]) -> list[Snapshot]:
+    """Each tensor as it is now; of those that lie together ``named`` keeps the memory, which :func:`same` compares."""
     with torch._C.DisableTorchFunction():
-        return [
-            (version(tensor), tensor.data_ptr() if stack.named is None and type(tensor) is not FakeTensor else 0)
-            for stack in stacks
-            for tensor in stack.tensors
-        ]
+        return [Snapshot(tensor, stack.named is not None) for stack in stacks for tensor in stack.tensors]
+
+
+def unchanged(stacks: list[Stack], states: list[Snapshot]) -> bool:
+    """Whether the tensors, the :func:`same` as then, are what :func:`states` found."""
+    with torch._C.DisableTorchFunction():
+        found = iter(states)
+        return all(next(found).is_of(tensor) for stack in stacks for tensor in stack.tensors)
 
 
 def stacked(stacks: Sequence[Stack], watched: Sequence[Stack] = ()) -> list[Tensor]:

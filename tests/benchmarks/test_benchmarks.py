@@ -254,7 +254,7 @@ def test_a_busy_machines_numbers_are_not_written(tmp_path: Path):
     quiet = Row({"E": 4}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, Load(1.0, MOST_OTHERS, MOST_SWITCHES))
     assert why_busy(quiet.load) is None
     for load_, words in (
-        (Load(1.0, MOST_OTHERS + 0.01, 0.0), "other processes took 9% of the processors' time"),
+        (Load(1.0, MOST_OTHERS + 0.01, 0.0), "other processes took 9% of its processors' time"),
         (Load(1.0, 0.0, MOST_SWITCHES + 1), "151 involuntary context switches a second"),
     ):
         rows = [quiet, Row({"E": 16}, OURS, 2.0, 1.0, 3.0, 1.0, 5, {}, load_)]
@@ -278,17 +278,17 @@ def test_one_tick_of_a_short_case_is_no_busy_machine(tmp_path: Path):
         save("one in five", rows(*[1.0, 0.0, 0.0, 0.0, 0.0] * 30), CPU, tmp_path)
 
 
-def test_what_others_took_is_all_processors_work_without_our_own(monkeypatch):
+def test_what_others_took_is_the_processors_work_without_our_own(monkeypatch):
     """Seconds of the clock, of all work and of our own; switches."""
     counters = iter([(100.0, 50.0, 20.0, 7.0), (104.0, 57.0, 25.0, 27.0)])
-    monkeypatch.setattr(load, "_counters", lambda: next(counters))
-    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(load, "_counters", lambda _: next(counters))
+    monkeypatch.setattr(load, "_processors", lambda: frozenset({3, 5}))
     assert Watch().load() == Load(seconds=4.0, others=0.25, switches=5.0)
 
 
 def test_the_load_is_that_of_the_timed_rounds(monkeypatch):
     counters = iter([(0.0, 0.0, 0.0, 0.0), (10.0, 10.0, 0.0, 900.0), (11.0, 10.0, 0.0, 902.0)])
-    monkeypatch.setattr(load, "_counters", lambda: next(counters))
+    monkeypatch.setattr(load, "_counters", lambda _: next(counters))
     (row,) = compare({}, {"a": lambda _: None}, Options(CPU, repeats=2), warmup=1)
     assert row.load == Load(1.0, 0.0, 2.0)
 

@@ -151,9 +151,9 @@ class Square(Attack):
 
     def _score(self, passes: Passes, images: Tensor, y: Tensor) -> Tensor:
         """What the search lowers, [N]; ``_floor`` where fooled."""
-        version = images._version
+        version, kept = images._version, images.detach()  # the second keeps the memory that ``images`` has now
         logits = passes.logits(images)
-        if images._version != version:
+        if images._version != version or images.data_ptr() != kept.data_ptr():  # ``images.data = ...`` is not counted
             raise ValueError("model: expected one that leaves its input as it is, got one that changes it in place")
         ahead = margin(logits, y)
         if self.loss_name == "margin":

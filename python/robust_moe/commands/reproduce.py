@@ -16,10 +16,11 @@ from robust_moe.commands.shared import (
     new_app,
     one_line_errors,
 )
+from robust_moe.config import ConfigError
 from robust_moe.console import make_console
 from robust_moe.engine import Reporter
 from robust_moe.outputs import expect_folder
-from robust_moe.reproduce import SCALES, STUDIES, StudyResult, claim_line, judge_again, reproduce
+from robust_moe.reproduce import SCALES, STUDIES, StudyResult, claim_line, judge_again, merge_studies, reproduce
 
 __all__ = ["app"]
 
@@ -37,6 +38,13 @@ def run_study(
         typer.Option(help="Folder with train.parquet and test.parquet, as of CIFAR-10.", show_default=False),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds every model is trained with.")] = 3,
+    first_seed: Annotated[
+        int,
+        typer.Option(
+            help="The first of them: with --seeds 2 --first-seed 3 seeds 3 and 4, to be put together with others "
+            "by --judge."
+        ),
+    ] = 0,
     jobs: Annotated[
         int | None, typer.Option(help="Models at a time; default: one a CPU core, one on a GPU.", show_default=False)
     ] = None,
@@ -50,16 +58,17 @@ def run_study(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Folder of the report; default: report-STUDY, in that of the runs.",
+            help="Folder of the report; default: report-STUDY (-from-SEED), in that of the runs.",
             show_default=False,
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with what is there, or start anew.")] = True,
     judge: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="A study.json: decide its claims anew, without training; summary.md beside it or in --out.",
+            help="A study.json: decide its claims anew, without training; summary.md beside it or in --out. Repeated "
+            "(--judge A.json --judge B.json): put their seeds together first, in --out.",
             show_default=False,
         ),
     ] = None,
@@ -72,9 +81,13 @@ def run_study(
     """
     settings = import_modules(imports, overrides)
     reporter = Reporter(console=make_console())
-    if judge is not None:
-        folder = Path(judge).parent if out is None else expect_folder("out", out)
-        _show(judge_again(judge, study, out), folder / "summary.md", reporter)
+    if judge:
+        if overrides:
+            raise ConfigError(
+                "KEY=VALUE: expected no settings with --judge, which trains nothing (each further file is a further "
+                f"--judge), got {overrides[0]!r}"
+            )
+        _show(*_judge(judge, study, out), reporter)
         return
     done = reproduce(
         study,
@@ -82,6 +95,7 @@ def run_study(
         data_root=data_root,
         overrides=settings,
         seeds=seeds,
+        first_seed=first_seed,
         workers=jobs,
         runs=runs,
         out=out,
@@ -91,6 +105,17 @@ def run_study(
     _show(done, done.path.with_name("summary.md"), reporter)
     if not done.finished:
         raise typer.Exit(STOPPED)
+
+
+def _judge(files: list[str], study: str, out: str | None) -> tuple[StudyResult, Path]:
+    """(what was decided anew, of one file or of several together; its page)."""
+    if len(files) == 1:
+        folder = Path(files[0]).parent if out is None else expect_folder("out", out)
+        return judge_again(files[0], study, out), folder / "summary.md"
+    if out is None:
+        raise ConfigError(f"out: expected a folder for what is put together of {len(files)} studies, got none")
+    done = merge_studies(files, study, out)
+    return done, done.path.with_name("summary.md")
 
 
 def _show(done: StudyResult, page: Path, reporter: Reporter) -> None:

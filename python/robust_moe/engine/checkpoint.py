@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from robust_moe_kernels.modules.experts import by_expert
 __all__ = [
     "FORMAT",
     "CheckpointError",
+    "CheckpointReader",
     "data_of",
     "load_checkpoint",
     "load_model_state",
@@ -97,6 +99,32 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the configuration of format {OLD}, got {error!r}") from error
     return state
+
+
+class CheckpointReader:
+    """Reads a checkpoint, and the same file no second time. One that was written since is another file, as each takes
+    the place of the one before, whole; that is read."""
+
+    def __init__(self) -> None:
+        self._file: tuple[int, ...] | None = None
+        self._state: dict[str, Any] = {}
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """As :func:`load_checkpoint`, which also says what it raises."""
+        file = None
+        with suppress(OSError):  # it is named below
+            found = path.stat()
+            file = found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+        if file is None or file != self._file:
+            self._state = load_checkpoint(path)
+            self._file = file
+        return self._state
+
+    def take(self, path: Path) -> dict[str, Any]:
+        """Likewise, for the last time: nothing of it is kept here."""
+        state = self.read(path)
+        self._file, self._state = None, {}
+        return state
 
 
 def _expect(check: Check, state: Mapping[str, Any], source: str | Path) -> None:

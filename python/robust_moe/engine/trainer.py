@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from robust_moe.config import ConfigError, TrainConfig, save_config
 from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
-from robust_moe.engine.checkpoint import load_checkpoint, save_checkpoint
+from robust_moe.engine.checkpoint import CheckpointReader, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
@@ -112,12 +112,13 @@ class Trainer:
         if not resume or override:  # config.yaml is written over
             expect_outputs("run.out", [(self.folder / "config.yaml", CONFIG)])
         with cpu_threads(self.config.run.threads), ExitStack() as held:
-            self.fabric = make_fabric(self.config, self._began_in() if resume else None)
+            reader = CheckpointReader()
+            self.fabric = make_fabric(self.config, self._began_in(reader) if resume else None)
             if self.fabric.local_rank == 0:
                 with self._in_run_folder():
                     self._lock(held)
             self.processes = held.enter_context(Processes(self.fabric, self.config.run.devices))
-            self._set_up(resume, override)
+            self._set_up(reader if resume else None, override)
             try:
                 with StopRequest(self.fabric) as self.stop, library_algorithms(self.config.run.deterministic):
                     finished = self._run()
@@ -135,24 +136,26 @@ class Trainer:
             self._alone.enter_context(alone_in(self.folder))
             self._locked = True
 
-    def _began_in(self) -> str | None:
+    def _began_in(self, reader: CheckpointReader) -> str | None:
         """The precision of the run that is to be gone on with, which ``run.precision: auto`` keeps; None: there is
-        none, or a precision is asked for by name."""
+        none, or a precision is asked for by name. The folder is not locked yet: which process locks it the fabric says,
+        which is made for a precision."""
         if self.config.run.precision != "auto":
             return None
         with self._in_run_folder():
             source = find_checkpoint(self.folder)
-        return None if source is None else precision_of(load_checkpoint(source), source)
+        return None if source is None else precision_of(reader.read(source), source)
 
-    def _set_up(self, resume: bool, override: bool) -> None:
+    def _set_up(self, reader: CheckpointReader | None, override: bool) -> None:
+        """``reader``: of the checkpoint that is gone on from; None: the run starts anew."""
         config, fabric = self.config, self.fabric
         self.processes.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
         for note in precision_notes(fabric.strategy.precision.precision, fabric.device):
             self.reporter.line(note)
         with self._in_run_folder():
-            source = find_checkpoint(self.folder) if resume else None
-        checkpoint = None if source is None else load_checkpoint(source)
+            source = None if reader is None else find_checkpoint(self.folder)
+        checkpoint = None if reader is None or source is None else reader.take(source)
         self.splits = splits = load_splits(config.data, config.run.seed)
         for note in splits.notes:
             self.reporter.line(note)

@@ -22,7 +22,7 @@ from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
 from robust_moe.settings import plain, read_yaml, replaced
 
-__all__ = ["Job", "expect_overrides", "job_outputs", "make_jobs"]
+__all__ = ["Job", "deciding", "expect_overrides", "job_outputs", "make_jobs", "write_json"]
 
 JOB, MEASURES, LOG = "job.json", "measures.json", "log.txt"
 LOCK = ".lock"  # empty; held by who works in the folder
@@ -207,7 +207,7 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> list[str
         if key == "data.root":
             why = "which --data-root gives"
         elif key in ("run.seed", "run.out"):
-            why = "which differs from run to run (--seeds, --runs)"
+            why = "which differs from run to run (--seeds, --first-seed, --runs)"
         elif key in ("model.moe.balance.weight", "model.dual.alpha"):
             why = "which the claims are about"
         elif f"{key}.".startswith("eval.attack.") and key.removeprefix("eval.attack.") not in MEASURED:
@@ -222,6 +222,11 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> list[str
         if keep := [f"{name} ({kept[key]})" for name, kept in own.items() if key in kept]:
             notes.append(f"{key}: the override is for all other runs; of their own have it {', '.join(keep)}")
     return notes
+
+
+def deciding(settings: Sequence[str]) -> dict[str, Any]:
+    """key=value settings by dotted name, without those that decide no number (:meth:`Job.identity`)."""
+    return {key: value for key, value in _chosen(settings) if key not in {*NEUTRAL, *ELSEWHERE}}
 
 
 def _kept(name: str) -> dict[str, Any]:

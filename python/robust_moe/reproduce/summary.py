@@ -83,6 +83,7 @@ def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -
     ]
     if results.get("judged_again"):
         lines += ["", "The claims were decided anew, by the rule above, from the measurements of the commit named."]
+    lines += _merged(results.get("merged", ()))
     if results["failed"]:
         lines += ["", "Failed: " + "; ".join(f"{job}: {why}" for job, why in results["failed"].items())]
     for name, part in parts.items():
@@ -99,6 +100,18 @@ def summary(results: Mapping[str, Any], figures: Mapping[str, Sequence[Path]]) -
         for figure in figures.get(name, ()):
             lines += ["", f"![{figure.stem}]({figure.name})"]
     return "\n".join(lines) + "\n"
+
+
+def _merged(studies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which seeds came from where, of a study that was put together from several."""
+    if not studies:
+        return []
+    rows = ["", "Put together from:", "", "| study | seeds | hardware | PyTorch | commits |", "|---|---|---|---|---|"]
+    for study in studies:
+        seeds, commits = (", ".join(map(str, study[name])) for name in ("seeds", "commits"))
+        torch = study["versions"].get("torch", "–")
+        rows.append(f"| {study['study']} | {seeds} | {study['hardware']} | {torch} | {commits} |")
+    return rows
 
 
 def claims_table(claims: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -441,15 +441,20 @@ def test_a_tie_is_not_a_success(asking_all):
     assert counting.calls == attack.passes[0]  # nobody left
 
 
-def test_a_model_that_changes_its_input_is_refused():
-    class InPlace(nn.Module):
+@pytest.mark.parametrize("assigned", [False, True], ids=["in place", "in other memory"])
+def test_a_model_that_changes_its_input_is_refused(assigned):
+    class Changing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.sub_(0.5).flatten(1)[:, :3]
+            if assigned:
+                x.data = x.data - 0.5  # PyTorch counts no change
+            else:
+                x.sub_(0.5)
+            return x.flatten(1)[:, :3]
 
     x = torch.rand(3, 1, 4, 4)
     before = x.clone()
     with pytest.raises(ValueError, match="model: expected one that leaves its input as it is"):
-        Square(0.1, 5)(InPlace(), x, (x - 0.5).flatten(1)[:, :3].argmax(1))
+        Square(0.1, 5)(Changing(), x, (x - 0.5).flatten(1)[:, :3].argmax(1))
     assert torch.equal(x, before)
 
 

@@ -20,5 +20,5 @@ def idle(monkeypatch):
     for module, name in ((report, "load_experiment"), (certifying, "load_experiment"), (studying, "run_jobs")):
         monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(Trainer, "fit", work)
-    monkeypatch.setattr(trainer, "load_checkpoint", work)
+    monkeypatch.setattr(trainer.CheckpointReader, "read", work)
     monkeypatch.setattr(trainer, "load_splits", work)

@@ -18,8 +18,9 @@ from output_files import (
 
 from robust_moe import demo
 from robust_moe.config import ConfigError
-from robust_moe.reproduce import study as studying
+from robust_moe.reproduce import STUDIES
 from robust_moe.reproduce.preparation import remove
+from robust_moe.reproduce.results import report_outputs
 
 pytestmark = pytest.mark.usefixtures("idle")
 
@@ -85,7 +86,7 @@ def test_the_demo_keeps_a_strangers_figure(tmp_path):
 
 @pytest.mark.parametrize("name", ["study.json", "summary.md", "rt-er-accuracy.png"])
 def test_a_study_keeps_what_is_not_its_report(tmp_path, name):
-    names = [path.name for path, _ in studying.report_outputs(studying.STUDIES["rt-er"], tmp_path)]
+    names = [path.name for path, _ in report_outputs(STUDIES["rt-er"], tmp_path)]
     name = next(each for each in names if each.endswith(".png")) if name.endswith(".png") else name
     (tmp_path / name).write_text("mine")
     for fresh in ("--resume", "--fresh"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.passes import Passes
 from robust_moe.config import ConfigError, load_config
-from robust_moe.engine import CheckpointError, Reporter, Trainer, fabric, load_checkpoint, save_checkpoint
+from robust_moe.engine import (
+    CheckpointError,
+    Reporter,
+    Trainer,
+    checkpoint,
+    fabric,
+    load_checkpoint,
+    save_checkpoint,
+)
 from robust_moe.engine.experiment import make_model
 from robust_moe.engine.fabric import library_algorithms, resolve_precision
 from robust_moe.engine.updates import Updater
@@ -109,6 +118,52 @@ def test_a_run_keeps_the_precision_it_began_with_on_another_machine(tiny, monkey
         fit(dataclasses.replace(moved, run=dataclasses.replace(moved.run, precision=other)))
     trainer, _ = fit(moved, resume=False)  # anew, it is this machine's
     assert trainer.fabric.strategy.precision.precision == other
+
+
+def reads(monkeypatch) -> list[str]:
+    """Which files checkpoints are read from, as they are."""
+    found: list[str] = []
+
+    def reading(path, **options):
+        found.append(path.name)
+        return load_checkpoint(path, **options)
+
+    monkeypatch.setattr(checkpoint, "load_checkpoint", reading)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["auto", "32-true"])
+def test_the_checkpoint_that_a_run_goes_on_from_is_read_once(tiny, monkeypatch, precision):
+    config = tiny("run.max_steps=1", f"run.precision={precision}")
+    fit(config)
+    found = reads(monkeypatch)
+    fit(config)
+    assert found == ["last.pt"]
+
+
+def test_a_checkpoint_that_another_process_wrote_meanwhile_is_read_again(tiny, monkeypatch):
+    """Another training ends after this one has asked in which precision the run began, and before it has the folder."""
+    later, config = (tiny("run.max_steps=2", "run.checkpoint_steps=1", "run.precision=auto", out=n) for n in "ab")
+    ended = fit(later)[1].folder / "last.pt"
+    content = load_checkpoint(ended)
+    content["config"]["run"]["out"] = config.run.out
+    first = copy.deepcopy(content)
+    first["position"] |= {"step": 1, "batch": 1}
+    folder = Path(config.run.out)
+    save_checkpoint(first, folder / "last.pt")
+    lock = Trainer._lock
+
+    def ends(self, held):
+        save_checkpoint(content, folder / "last.pt")
+        lock(self, held)
+
+    found = reads(monkeypatch)
+    monkeypatch.setattr(Trainer, "_lock", ends)
+    trainer, outcome = fit(config)
+    assert found == ["last.pt", "last.pt"]
+    assert outcome.steps == 2
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, content["model"][name]), name  # not a step further
 
 
 def test_a_run_in_bfloat16_does_not_go_on_where_a_gpu_has_none(tiny, monkeypatch):

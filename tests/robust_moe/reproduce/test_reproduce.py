@@ -23,7 +23,7 @@ from robust_moe.engine import CheckpointError, Reporter, load_checkpoint, read_m
 from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
 from robust_moe.files import lock
-from robust_moe.reproduce import SCALES, STUDIES, StudyError, judge_again, reproduce
+from robust_moe.reproduce import SCALES, STUDIES, StudyError, judge_again, merge_studies, reproduce
 from robust_moe.reproduce.jobs import Job, _kept, expect_overrides, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
 from robust_moe.reproduce.preparation import (
@@ -332,6 +332,21 @@ def test_a_study_of_fewer_runs_shares_them(finished, tmp_path):
     assert list(done.results["parts"]) == ["rt-er"]
 
 
+def test_seeds_that_were_computed_apart_are_the_study_that_they_are_together(finished, tmp_path):
+    folder, _ = finished
+    copy = tmp_path / "copy"  # of seed 1 alone, as on another machine
+    for run in ("mixture-at", "mixture-rt-er"):
+        shutil.copytree(folder / run / "seed-1", copy / run / "seed-1")
+    whole = reproduce("rt-er", overrides=TINY, seeds=2, runs=folder, out=tmp_path / "whole", reporter=quiet())
+    first = reproduce("rt-er", overrides=TINY, seeds=1, runs=folder, out=tmp_path / "first", reporter=quiet())
+    later = reproduce("rt-er", overrides=TINY, seeds=1, first_seed=1, runs=copy, reporter=quiet())
+    assert later.results["seeds"] == [1]
+    assert later.path == copy / "report-rt-er-from-1" / "study.json"
+    merged = merge_studies([later.path, first.path], "rt-er", tmp_path / "merged").results
+    assert (merged["seeds"], merged["runs"]) == ([0, 1], whole.results["runs"])
+    assert merged["parts"] == whole.results["parts"]
+
+
 @pytest.mark.slow  # a process that imports everything
 def test_what_failed_is_said_and_the_rest_reported(finished, tmp_path):
     """A run that is not measured yet has lost its best checkpoint."""
@@ -425,7 +440,7 @@ def test_starting_anew_removes_what_was_made_from_it(tmp_path):
         ("eval.attack=fgsm", "as all is measured by PGD"),
         ("model.mixture.num_experts=2", "which makes the run"),
         ("model.init_from=x.pt", "which makes the run dual-separate what it is"),
-        ("run.seed=7", r"which differs from run to run \(--seeds, --runs\)"),
+        ("run.seed=7", r"which differs from run to run \(--seeds, --first-seed, --runs\)"),
         ("data.root=/data", "which --data-root gives"),
         ("eval.attack.restarts=5", "as all is measured by PGD from one random start"),
         ("eval.attack.name=apgd-ce", "as all is measured by PGD"),
@@ -575,6 +590,8 @@ def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
         (["rt-er", "--data-root", "/nowhere"], "/nowhere/train.parquet"),
         (["rt-er"], "data.root"),
         (["rt-er", "--seeds", "0"], "seeds: expected a count >= 1, got 0"),
+        (["rt-er", "--first-seed", "-1"], "first-seed: expected a whole number in 0..9007199254740989, got -1"),
+        (["rt-er", "--first-seed", f"{2**53}"], "first-seed: expected a whole number in 0..9007199254740989, got 9"),
         (["rt-er", "run.epoch=3"], "unknown key 'run.epoch'; did you mean 'run.epochs'?"),
     ],
 )

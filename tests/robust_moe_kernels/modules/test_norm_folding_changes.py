@@ -78,12 +78,22 @@ def test_hooks_see_what_they_always_saw(where, folded):
     assert len(folded) == CONVOLUTIONS
 
 
+def other_memory(tensor: Tensor, times: int = 1) -> None:
+    """As much as doubled; PyTorch counts no change. Twice, and the second memory may be where the first was."""
+    for _ in range(times):
+        tensor.data = tensor.data * 2 ** (1 / times)
+
+
 CHANGES = {
     "filters": lambda m: m[0].weight.mul_(2),
     "a norm's weight": lambda m: m[1].weight.mul_(2),
     "running statistics": lambda m: m[1].running_mean.add_(1),
     "loaded": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}),
     "replaced": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}, assign=True),
+    "filters in other memory": lambda m: other_memory(m[0].weight),
+    "a norm's weight in other memory": lambda m: other_memory(m[1].weight),
+    "a variance in other memory": lambda m: other_memory(m[1].running_var),
+    "filters in other memory, twice": lambda m: other_memory(m[0].weight, times=2),
     "eps": lambda m: setattr(m[1], "eps", 0.5),
     "training": lambda m: m[1].train(),
 }
