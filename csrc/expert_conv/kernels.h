@@ -95,8 +95,11 @@ const Bf16Kernels* bf16_kernels();
 // Throws std::invalid_argument where the environment's RMK_CPU_ISA, the most that may be used, is none of theirs.
 const Kernels& kernels();
 
+namespace amx_bf16 {
+extern const Bf16Products* const products;  // in place of avx512_bf16's; null: the compiler knew none
+}
 namespace avx512_bf16 {
-extern const Bf16Kernels* const kernels;  // null: see bf16_kernels()
+extern const Bf16Kernels* const kernels;  // likewise
 }
 namespace avx512 {
 extern const Kernels kernels;
