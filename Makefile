@@ -13,7 +13,7 @@ WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-r
 SEED ?= 0
 SECONDS ?= 60
 SOURCES := $(shell find csrc -type f)
-CPP := $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/helpers/amx_emulation tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test sanitize fuzz bench lint clean
 

@@ -123,19 +123,20 @@ class Toolkit:
             raise RuntimeError(f"{self.nvcc} failed on {source.name}:\n{done.stderr}")
 
 
-OPTIONAL = ("kernels_avx512_bf16",)  # files that compile to an empty table without their instruction set
+INSTRUCTION_SETS = {  # by the end of a file's name
+    "_amx_bf16": ["-mamx-tile", "-mamx-bf16", "-mavx512f"],
+    "_avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mfma"],
+    "_avx512": ["-mavx512f", "-mfma"],
+    "_avx2": ["-mavx2", "-mfma"],
+}
+OPTIONAL = ("kernels_amx_bf16", "kernels_avx512_bf16")  # compile to an empty table without their instruction set
 
 
 def instruction_set(source: Path) -> list[str]:
     """Flags of a file whose name ends in an instruction set; which of them runs is decided when it runs."""
     if not RUNS_ON_X86:
         return []
-    sets = {
-        "_avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mfma"],
-        "_avx512": ["-mavx512f", "-mfma"],
-        "_avx2": ["-mavx2", "-mfma"],
-    }
-    for suffix, flags in sets.items():
+    for suffix, flags in INSTRUCTION_SETS.items():
         if source.stem.endswith(suffix):
             return [*flags, "-ffp-contract=fast"]
     return []
@@ -238,7 +239,7 @@ def extension() -> Extension:
     headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".inl", ".cuh"))
     macros: list[tuple[str, str | None]] = [("RMK_X86", "1")] if RUNS_ON_X86 else []
     if not RUNS_ON_X86:
-        sources = [name for name in sources if not name.endswith(("_avx512_bf16.cpp", "_avx512.cpp", "_avx2.cpp"))]
+        sources = [name for name in sources if not Path(name).stem.endswith(tuple(INSTRUCTION_SETS))]
     libraries: list[str] = []
     library_dirs: list[str] = []
     if TOOLKIT is not None:

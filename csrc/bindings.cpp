@@ -200,7 +200,7 @@ void sort_cuda(Address experts, int64_t pairs, int64_t num_experts, int64_t top_
 }
 #endif
 
-// Only the last multiplies bfloat16: expert_conv_*_bf16_cpu need it.
+// Names of those that multiply bfloat16, which expert_conv_*_bf16_cpu need, end in _bf16.
 const char* cpu_isa() { return bf16_kernels() != nullptr ? bf16_kernels()->name : kernels().name; }
 
 template <typename T, void (*kernel)(const Convolution<T>&)>

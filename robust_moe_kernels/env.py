@@ -40,7 +40,8 @@ def versions() -> dict[str, str]:
     extension = "missing"
     if native.why_not_cpu("cpu") is None:
         isa = native.extension().cpu_isa()
-        slow = "" if isa == "avx512_bf16" else " (bfloat16 convolutions are computed as float32, slower than float32)"
+        converted = " (bfloat16 convolutions are computed as float32, slower than float32)"
+        slow = "" if native.multiplies_bfloat16() else converted
         extension = f"{'C++ and CUDA' if native.has_cuda() else 'C++'}, {isa}{slow}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -37,8 +37,8 @@ if _extension is not None:
     _extension.set_team(_team())
 
 __all__ = [
-    "address", "dtype_code", "extension", "has_cuda", "keep_freed_memory", "on_device", "on_gpu", "run", "stream",
-    "threads", "why_not_cpu", "why_not_cuda",
+    "address", "dtype_code", "extension", "has_cuda", "keep_freed_memory", "multiplies_bfloat16", "on_device", "on_gpu",
+    "run", "stream", "threads", "why_not_cpu", "why_not_cuda",
 ]  # fmt: skip
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/common/dtype.h
@@ -54,6 +54,11 @@ def extension() -> ModuleType:
 def has_cuda() -> bool:
     """Whether the extension holds CUDA kernels."""
     return _extension is not None and _extension.cuda_built
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether bfloat16 convolutions on this CPU are made by its own instructions (AMX, AVX512-BF16), not as float32."""
+    return extension().cpu_isa().endswith("_bf16")
 
 
 def why_not_cpu(device_type: str) -> str | None:

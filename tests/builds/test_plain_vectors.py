@@ -60,7 +60,8 @@ def output(folder: Path, *flags: str) -> list[str]:
     (folder / "program.cpp").write_text(PROGRAM, encoding="utf-8")
     # without RMK_X86, kernels() is the baseline's
     command = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}", *flags]
-    sources = [str(folder / "program.cpp"), str(CSRC / "expert_conv" / "kernels_baseline.cpp")]
+    sources = [str(folder / "program.cpp")]
+    sources += [str(CSRC / "expert_conv" / f"kernels_{name}.cpp") for name in ("baseline", "choice")]
     done = subprocess.run(
         [*command, *sources, "-o", str(folder / "program")], capture_output=True, text=True, timeout=800
     )

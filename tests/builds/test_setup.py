@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import runpy
 import sys
 from pathlib import Path
@@ -49,6 +50,29 @@ def test_gcc_and_clang_get_theirs(script, system):
 @pytest.mark.parametrize("system", ["linux", "win32"])
 def test_no_system_lets_nvcc_fuse_a_product_and_a_sum(script, system):
     assert {"-std=c++17", "-O3", "--fmad=false"} <= set(script["flags_of"](system).nvcc)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "chosen"),
+    [("linux", "x86_64", True), ("linux", "aarch64", False), ("darwin", "x86_64", False), ("win32", "AMD64", False)],
+)
+def test_instruction_sets_are_chosen_from_on_x86_linux_alone(monkeypatch, system, machine, chosen):
+    """Elsewhere the files of none are built, nor does the rest ask the processor for any."""
+    pytest.importorskip("pybind11", reason="pybind11, which the extension is built with, is not installed here")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("RMK_BUILD", "none")
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    script = runpy.run_path(str(SETUP))
+    extension = script["extension"]()
+    files = [Path(source).stem for source in extension.sources]
+    special = {name for name in files if name.endswith(tuple(script["INSTRUCTION_SETS"]))}
+    expected = {"kernels_amx_bf16", "kernels_avx512_bf16", "kernels_avx512", "kernels_avx2"} if chosen else set()
+    assert special == expected
+    assert (("RMK_X86", "1") in extension.define_macros) is chosen
+    assert bool(script["instruction_set"](Path("kernels_amx_bf16.cpp"))) is chosen
+    assert not script["instruction_set"](Path("kernels_choice.cpp"))
 
 
 def test_windows_builds_on_request_alone_and_says_so(script, monkeypatch, capsys):

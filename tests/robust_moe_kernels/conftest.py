@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from amx_emulation import emulate_amx
 from cuda_emulation import emulate_cuda
 
 from robust_moe_kernels import native
@@ -23,6 +24,9 @@ DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
 EMULATED_CUDA = os.environ.get("RMK_TEST_EMULATED_CUDA")  # an extension whose CUDA kernels run on the host
 if EMULATED_CUDA:
     emulate_cuda(EMULATED_CUDA)
+EMULATED_AMX = os.environ.get("RMK_TEST_EMULATED_AMX")  # bfloat16 convolutions whose AMX tiles are arrays
+if EMULATED_AMX:
+    emulate_amx(EMULATED_AMX)
 SANITIZED = os.environ.get("RMK_TEST_SANITIZED")  # the folder of the build that `make sanitize` tests
 if SANITIZED and not str(native.extension().__file__).startswith(SANITIZED):
     raise pytest.UsageError(f"expected the extension below {SANITIZED}, got {native.extension().__file__}")

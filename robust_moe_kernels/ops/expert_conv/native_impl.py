@@ -1,8 +1,8 @@
 """The grouped convolution over the compiled extension (CPU; float32, bfloat16, float16): see csrc/expert_conv.
 
-bfloat16 is multiplied by AVX512-BF16 where ``cpu_isa()`` says so. Without, and float16, maps and filters are converted
-to float32, which holds all of their numbers, convolved by either algorithm and the results rounded once: a little
-slower than float32, with a copy of the filters twice their size.
+bfloat16 is multiplied by AMX or AVX512-BF16 where the processor has them. Without, and float16, maps and filters are
+converted to float32, which holds all of their numbers, convolved by either algorithm and the results rounded once: a
+little slower than float32, with a copy of the filters twice their size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def why_not_case(*operands: Tensor) -> str | None:
 def _directly(dtype: torch.dtype, algorithm: str) -> bool:
     """Whether the extension multiplies this dtype by this algorithm, rather than float32 in its place."""
     if dtype == torch.bfloat16:  # by tap skipping alone
-        return algorithm != "winograd" and native.extension().cpu_isa() == "avx512_bf16"
+        return algorithm != "winograd" and native.multiplies_bfloat16()
     return dtype == torch.float32
 
 

@@ -43,7 +43,8 @@ def expert_conv(
         offsets: [E+1] int64, rows ``offsets[e]:offsets[e+1]`` are expert e's; ``offsets[E] == R``.
         stride, padding (zeros), dilation: (vertical, horizontal).
         impl: "auto", "reference", "native" (CPU) or "triton", both for float32, float16 and bfloat16. The CPU computes
-            bfloat16 by its own instructions where it has AVX512-BF16; otherwise, and float16, as float32, rounded.
+            bfloat16 by its own instructions where it has them (AMX, AVX512-BF16); otherwise, and float16, as float32,
+            rounded.
 
     Returns:
         [R, O, H', W'], channels-last. Differentiable in x and weight; an expert without rows has gradient 0.
