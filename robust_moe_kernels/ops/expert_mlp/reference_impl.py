@@ -17,10 +17,14 @@ from torch import Tensor
 
 from robust_moe_kernels.ops.expert_mlp.activation import Activation
 
-__all__ = ["activate", "backward", "forward", "why_not"]
+__all__ = ["backward", "forward", "why_not", "why_not_case"]
 
 
 def why_not(device_type: str) -> str | None:
+    return None
+
+
+def why_not_case(*operands: Tensor) -> str | None:
     return None
 
 
@@ -52,11 +56,11 @@ def _derivative(name: str, z: Tensor) -> Tensor:
     if name == "relu":
         return (z > 0).to(z.dtype)
     s = torch.sigmoid(z)
-    slope = s * (1 - s)
+    slope = s * torch.sigmoid(-z)
     return s + z * slope if name == "silu" else slope
 
 
-def activate(z: Tensor, activation: Activation) -> Tensor:
+def _activate(z: Tensor, activation: Activation) -> Tensor:
     """Activations [R, H] of pre-activations z [R, H1]."""
     if not activation.gated:
         return _function(activation.function, z)
@@ -102,7 +106,7 @@ def forward(
         for expert, _, pairs in _segments(order, offsets):
             taken = _wide(x.index_select(0, pairs // top_k))
             z = F.linear(taken, _wide(weight1[expert]), _row(bias1, expert)).to(x.dtype)
-            a = activate(_wide(z), activation)
+            a = _activate(_wide(z), activation)
             zs.append(z)
             outputs.append(F.linear(a, _wide(weight2[expert]), _row(bias2, expert)))
         computed = sum(z.shape[0] for z in zs)
@@ -124,7 +128,7 @@ def backward(
             g, taken = (_wide(tokens.index_select(0, pairs // top_k)) for tokens in (d_y, x))
             w = weights.view(-1).index_select(0, pairs).unsqueeze(1)
             pre = _wide(z[part])
-            a, u = activate(pre, activation), g @ _wide(weight2[expert])
+            a, u = _activate(pre, activation), g @ _wide(weight2[expert])
             d_z = _activate_backward(w * u, pre, activation)
             offset = _row(bias2, expert)
             d_weights.view(-1)[pairs] = (u * a).sum(1) + (0.0 if offset is None else g @ offset)

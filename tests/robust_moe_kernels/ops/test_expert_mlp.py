@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 from mlp_cases import CASES, Case, Inputs, inputs_of, oracle, route_of, run
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from robust_moe_kernels import native
 from robust_moe_kernels.dispatch import ImplementationUnavailable
 from robust_moe_kernels.ops.expert_mlp import ACTIVATIONS, EXPERT_MLP, expert_mlp
 from robust_moe_kernels.ops.expert_mlp.activation import activation_of
@@ -16,6 +18,7 @@ from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
 OP = "expert_mlp"
 RAW = torch.ops.robust_moe_kernels
+needs_extension = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +29,7 @@ def by_name(name: str) -> Case:
 def computes(target, dtype: torch.dtype) -> bool:
     """Whether the implementation computes this dtype; if not, that it says so by name."""
     module = EXPERT_MLP.module(target.impl)
-    reason = getattr(module, "why_not_case", lambda *_: None)(torch.zeros(1, dtype=dtype))
+    reason = module.why_not_case(torch.zeros(1, dtype=dtype))
     if reason is not None:
         with pytest.raises(ImplementationUnavailable, match=re.escape(reason)):
             EXPERT_MLP.choose(target.impl, torch.zeros(1, dtype=dtype, device=target.device))
@@ -117,6 +120,15 @@ def test_a_token_does_not_depend_on_the_others(target, name, generator, assert_s
         got = run(few, case._replace(tokens=len(chosen)), target.impl)
         for key in ("y", "d_x", "d_weights"):
             assert_same_bits(got[key], whole[key][chosen])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["wide", "glu_silu", "dropped"])
+def test_thread_count_changes_no_bit(name, dtype, generator, same_bits_for_any_threads):
+    case = by_name(name)
+    inputs = inputs_of(case, generator, dtype)
+    same_bits_for_any_threads(lambda: tuple(run(inputs, case, "native").values()))
 
 
 def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
@@ -318,6 +330,32 @@ def test_weights_of_any_floating_dtype(target, generator):
     got, expected = run(half, case, target.impl), run(rounded, case, target.impl)
     assert torch.equal(got["y"], expected["y"])
     assert got["d_weights"].dtype == torch.float16
+
+
+def test_flops_are_those_of_a_dense_mlp_on_every_row(generator):
+    """Of PyTorch's own layers on N*k rows, forward and backward; without the weights' gradients less."""
+    case = by_name("uneven")
+    inputs = inputs_of(case, generator)
+    pairs, (channels, hidden, outputs) = case.tokens * case.top_k, case.widths
+
+    def counted(function) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    def dense() -> None:
+        x = torch.randn(pairs, channels, requires_grad=True)
+        layers = nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, outputs)
+        nn.Sequential(*layers)(x).sum().backward()
+
+    assert counted(lambda: run(inputs, case, "reference")) == counted(dense)
+    assert counted(dense) == 6 * pairs * hidden * (channels + outputs)
+    route = route_of(inputs.indices, case.experts)
+    x = inputs.x.clone().requires_grad_()
+    attack = counted(
+        lambda: expert_mlp(x, *inputs[1:5], route, inputs.weights, case.activation, None, "reference").sum().backward()
+    )
+    assert attack == 4 * pairs * hidden * (channels + outputs)
 
 
 def test_names_of_activations():
