@@ -38,6 +38,9 @@ BENCHMARKS = {
     "scaling": Benchmark(7, "the layer beside the dense block over thread counts, and a model of more; CPU only"),
     "train_step": Benchmark(3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
     "rt_er_step": Benchmark(3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
+    "expert_mlp": Benchmark(
+        5, "a ViT-S's routed MLP beside the dense one, loops and the grouped product; CPU: minutes"
+    ),
     "routing_ops": Benchmark(9, "gate, sort, dispatch and combine: every implementation"),
     "attack_step": Benchmark(9, "one PGD step and its random start: every implementation"),
     "apgd": Benchmark(9, "one Auto-PGD step and its tracking: every implementation"),

@@ -23,6 +23,7 @@
 #include "common/parallel.h"
 #include "expert_conv/expert_conv.h"
 #include "expert_conv/kernels.h"
+#include "expert_conv/panel.h"
 #include "expert_conv/row_tasks.h"
 
 namespace rmk {
@@ -30,8 +31,6 @@ namespace {
 
 constexpr int64_t kPanelBytes = 600 << 10;  // of filters packed at once, all taps of some channels
 constexpr int64_t kBlock = 384;             // pixels summed at once, or a single row's
-
-constexpr int64_t kAhead = 16;  // channels of a panel fetched before they are needed
 
 // Lines (or columns) of the written map that the same taps reach. Such lines read lines of the other map at a common
 // distance for each tap.
@@ -198,39 +197,8 @@ class RowProduct {
     for (int64_t tap : taps_) {
       const BFloat16* from =
           a_.weight + task.expert * a_.stride_e + tap * a_.stride_tap + k0 * stride_k_ + task.column * stride_n_;
-      pack_tap(from, depth, columns, panel);
+      pack_panel(kernels_, from, stride_k_, stride_n_, depth, columns, panel);
       panel += (depth + 1) / 2 * 2 * kMaxPanel;
-    }
-  }
-
-  // Asks for a line of a panel.
-  static void fetch(const BFloat16* line, int64_t columns) {
-#if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(line);
-    __builtin_prefetch(line + columns / 2);
-#endif
-  }
-
-  void pack_tap(const BFloat16* from, int64_t depth, int64_t columns, BFloat16* to) const {
-    if (stride_n_ == 1) {
-      for (int64_t k = 0; k < depth; k += 2, to += 2 * kMaxPanel) {
-        const BFloat16* first = from + k * stride_k_;
-        if (k + kAhead + 1 < depth)
-          fetch(first + kAhead * stride_k_, columns), fetch(first + (kAhead + 1) * stride_k_, columns);
-        kernels_.interleave(first, k + 1 < depth ? first + stride_k_ : nullptr, columns, kMaxPanel, to);
-      }
-      return;
-    }
-    const int64_t even = depth / 2 * 2;
-    if (columns < kMaxPanel || even < depth) {
-      std::fill(to, to + (depth + 1) / 2 * 2 * kMaxPanel, BFloat16{0});
-    }
-    const int64_t done = stride_k_ == 1 ? even : 0;
-    if (done > 0) kernels_.transpose(from, stride_n_, columns, done / 2, to, kMaxPanel);
-    for (int64_t k = done; k < depth; ++k) {
-      for (int64_t n = 0; n < columns; ++n) {
-        to[(k / 2 * kMaxPanel + n) * 2 + k % 2] = from[k * stride_k_ + n * stride_n_];
-      }
     }
   }
 

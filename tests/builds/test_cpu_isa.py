@@ -1,4 +1,4 @@
-"""The convolution's inner loops for the instruction sets that this processor would not choose."""
+"""The inner loops of convolutions and MLPs for the instruction sets that this processor would not choose."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ def python(isa: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("isa", ORDER[:4])
-def test_convolution_with(isa: str) -> None:
+def test_products_with(isa: str) -> None:
     used = python(isa, "-c", "from robust_moe_kernels import native; print(native.extension().cpu_isa())").strip()
     if ORDER.index(native.extension().cpu_isa()) <= ORDER.index(isa):
         pytest.skip(f"this processor does not have {isa}, or it has nothing better: all other tests run with it")
     assert used == isa
     files = [str(OP_TESTS / name) for name in ("test_expert_conv.py", "test_expert_conv_winograd.py")]
-    report = python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *files)
-    assert " passed" in report
-    assert " failed" not in report
+    mlp = str(OP_TESTS / "test_expert_mlp.py")
+    for chosen in (("not triton", *files), ("native and (oracle or token)", mlp)):
+        report = python(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", *chosen)
+        assert " passed" in report
+        assert " failed" not in report
 
 
 def test_a_name_that_is_none() -> None:

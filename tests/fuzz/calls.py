@@ -19,6 +19,7 @@ from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.apgd import apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import pgd_step, random_start, sample_cross_entropy
 from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_wgrad, expert_conv
+from robust_moe_kernels.ops.expert_mlp import ACTIVATIONS, expert_mlp
 from robust_moe_kernels.ops.gate import pool_linear, top_k_gate, top_k_route
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import sort_by_expert
@@ -187,6 +188,32 @@ def convolve(d: Draw) -> Call:
     return Call(conv_dgrad, arguments | sizes, terms, spread=True)
 
 
+def mlp(d: Draw) -> Call:
+    """Now and then the pairs of one more expert are dropped."""
+    kind, activation = d.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16)), d.choice([*ACTIVATIONS])
+    experts, tokens, top_k = d.size(5, 1), d.batch(12), d.size(3, 1)
+    channels, hidden, outputs = (max(d.channels(), 1) for _ in range(3))
+    inner, pairs = ACTIVATIONS[activation].inputs(hidden), tokens * top_k
+    route = d.route(tokens, top_k, experts + d.chance(0.3))
+    route = route._replace(offsets=route.offsets[: experts + 1])
+    draw = partial(d.floats, dtype=kind)
+    operands = {
+        "x": draw(tokens, channels), "weight1": draw(experts, inner, channels),
+        "weight2": draw(experts, outputs, hidden), "bias2": draw(experts, outputs) if d.chance(0.7) else None,
+        "weights": d.floats(tokens, top_k), "activation": activation,
+    }  # fmt: skip
+    # Derivatives are at most 2.3 times those at an argument's size. What lies between two products may have 16 bits.
+    terms = (
+        40.0 * (channels + hidden + outputs + pairs + 16) + 8.0 * torch.finfo(kind).eps / torch.finfo(torch.float32).eps
+    )
+    if d.chance(0.5):
+        more = {"bias1": draw(experts, inner) if d.chance(0.7) else None, "route": route}
+        return Call(expert_mlp, operands | more, terms)
+    more = {"d_y": draw(tokens, outputs), "z": draw(pairs, inner), "needs": [d.chance(0.7) for _ in range(6)]}
+    tables = {"order": route.order, "inverse": route.inverse, "offsets": route.offsets}
+    return Call(RAW.expert_mlp_backward, operands | more | tables, terms)
+
+
 def _batch(d: Draw) -> tuple[int, ...]:
     return (d.batch(9), *(d.size(9) for _ in range(d.random.randint(1, 3))))
 
@@ -326,6 +353,6 @@ def sum_rows(d: Draw) -> Call:
 
 CALLS: tuple[Callable[[Draw], Call], ...] = (
     gate, gate_backward, pool, pool_backward, sort, send, send_weighted, merge, row_dot, convolve, convolve, convolve,
-    step, start, climb, track, cross_entropy, sums, shift, norm_backward, finalise, finalise_backward, head, head,
-    sum_rows,
+    mlp, mlp, step, start, climb, track, cross_entropy, sums, shift, norm_backward, finalise, finalise_backward, head,
+    head, sum_rows,
 )  # fmt: skip
