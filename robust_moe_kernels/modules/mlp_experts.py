@@ -46,7 +46,10 @@ class MLPExperts(Experts):
     def __init__(self, mlps: Iterable[nn.Module], form: MLPForm) -> None:
         super().__init__(mlps)
         self.form = form
-        self.settings = _settings(modules_of(self[0]))
+        layers = modules_of(self[0])
+        self.settings = _settings(layers)
+        first: Any = layers[form.first[0]]
+        self.width: int = first.in_features
 
     @classmethod
     def of(cls, mlp: nn.Module, num_experts: int) -> Self:
@@ -56,8 +59,7 @@ class MLPExperts(Experts):
 
     @property
     def in_channels(self) -> int:
-        first: Any = modules_of(self[0])[self.form.first[0]]
-        return first.in_features
+        return self.width
 
     def draw(self, part: nn.Module) -> None:
         """Initialise one linear layer as the replaced module's library does for its transformers. torchvision, whose
