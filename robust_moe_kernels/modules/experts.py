@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from robust_moe_kernels.ops.routing import Route
 __all__ = [
     "ConvExperts",
     "ExpertBatchNorm2d",
-    "ExpertModule",
     "Experts",
     "by_expert",
     "copies",
@@ -68,40 +67,6 @@ def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
     return (
         dtype in dtypes and all(tensor.dtype in allowed for tensor in (x, *parameters)) and _runs(impl, x.device.type)
     )
-
-
-class ExpertModule(Protocol):
-    """A module that a :class:`~robust_moe_kernels.modules.MoELayer` sends samples to: :class:`Experts`, or whole
-    networks."""
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the maps, or width of the tokens, that the experts take."""
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Their device and dtype are those of the input."""
-
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        """All of x [B, C, H, W] through one expert."""
-
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k]."""
-
-    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's, each through its own -> [R, ...]."""
-
-    def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Outputs [B, n, ...] of n experts each, as ``one`` and ``segments`` return them, mixed with weights [B, n]."""
-
-    def extract(self, expert: int) -> nn.Module:
-        """One expert as an ordinary module, with its own copy of the parameters."""
-
-    def keep(self, experts: Sequence[int]) -> None:
-        """Drop all other experts, in place."""
 
 
 class ExpertBatchNorm2d(nn.BatchNorm2d):

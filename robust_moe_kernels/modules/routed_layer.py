@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.assignment import route_of, sorted_indices
 from robust_moe_kernels.modules.deciding import Decision, decide
-from robust_moe_kernels.modules.experts import ExpertModule, Experts
+from robust_moe_kernels.modules.expert_module import ExpertModule
+from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.gates import GATES, Gate, build_gate
 from robust_moe_kernels.modules.general_path import general_path, mix_plainly, wanted
 from robust_moe_kernels.modules.interception import has_ended
@@ -53,24 +54,26 @@ class _Option(Generic[T]):
 
 
 class MoELayer(nn.Module):
-    """F(x) = sum_i g_i(x) e_i(x) over the k experts the gate chooses for each sample (2509.05086 section 3).
+    """F(x) = sum_i g_i(x) e_i(x) over the k experts the gate chooses for each row (2509.05086 section 3).
 
-    Every sample's whole map goes to its experts. State dict: ``gate.*`` as the gate names it and
-    ``experts.{e}.*``, the replaced module's own names for each expert; nothing else.
+    A row is a sample's whole map here, and a token in :class:`~robust_moe_kernels.modules.FusedMLPMoE`. State dict:
+    ``gate.*`` as the gate names it and ``experts.{e}.*``, the replaced module's own names for each expert; nothing
+    else.
 
     Whole networks are experts too: with a gate on the images and experts whose ``mix`` returns logits, the layer is the
     model.
 
     ``route_options`` (:class:`RouteOptions`) holds what the layer does with its gate's logits; each option is an
-    attribute of the layer too. Beside the arguments these are ``noise``, what kind of score noise there is ("logits",
-    or "released": :func:`~robust_moe_kernels.modules.gates.noisy_choice`, which leaves scores, weights and statistics
-    without noise), ``inference``, the routing rule in eval mode (None: that of training), ``fixed_expert``, the expert
-    that takes every sample with weight 1, gate unused, and ``reroute``, which replaces what the gate, or the rule,
-    decides (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets it).
+    attribute of the layer too. Beside the arguments these are ``noise``, what kind of score noise there is ("logits";
+    "vmoe", whose standard deviation is ``noise_std``/E for every row; or "released":
+    :func:`~robust_moe_kernels.modules.gates.noisy_choice`, which leaves scores, weights and statistics without noise),
+    ``inference``, the routing rule in eval mode (None: that of training), ``fixed_expert``, the expert that takes every
+    row with weight 1, gate unused, and ``reroute``, which replaces what the gate, or the rule, decides
+    (:func:`~robust_moe_kernels.modules.route_control.rerouted` sets it).
 
     Args:
         gate: module, [B, C, H, W] -> logits [B, E].
-        experts: E experts, or any :class:`~robust_moe_kernels.modules.experts.ExpertModule`.
+        experts: E experts, or any :class:`~robust_moe_kernels.modules.expert_module.ExpertModule`.
         top_k: k, 1 <= k <= E.
         renormalize: divide the k kept scores by their sum.
         straight_through: for k = 1, forward weight exactly 1 and the score's gradient.
