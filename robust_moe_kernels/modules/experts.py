@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from robust_moe_kernels.ops.routing import Route
 __all__ = [
     "ConvExperts",
     "ExpertBatchNorm2d",
-    "ExpertModule",
     "Experts",
     "by_expert",
     "copies",
@@ -68,40 +67,6 @@ def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
     return (
         dtype in dtypes and all(tensor.dtype in allowed for tensor in (x, *parameters)) and _runs(impl, x.device.type)
     )
-
-
-class ExpertModule(Protocol):
-    """A module that a :class:`~robust_moe_kernels.modules.MoELayer` sends samples to: :class:`Experts`, or whole
-    networks."""
-
-    @property
-    def in_channels(self) -> int:
-        """Of the maps that the experts take."""
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """At least one; their device and dtype are those of the input."""
-
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        """All of x [B, C, H, W] through one expert."""
-
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k]."""
-
-    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's, each through its own -> [R, ...]."""
-
-    def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Outputs [B, n, ...] of n experts each, as ``one`` and ``segments`` return them, mixed with weights [B, n]."""
-
-    def extract(self, expert: int) -> nn.Module:
-        """One expert as an ordinary module, with its own copy of the parameters."""
-
-    def keep(self, experts: Sequence[int]) -> None:
-        """Drop all other experts, in place."""
 
 
 class ExpertBatchNorm2d(nn.BatchNorm2d):
@@ -153,7 +118,7 @@ class Experts(nn.ModuleList, ABC):
     @property
     @abstractmethod
     def in_channels(self) -> int:
-        """Of the maps that the experts take."""
+        """Channels of the maps, or width of the tokens, that the experts take."""
 
     @abstractmethod
     def read(self, members: list[list[Any]]) -> Any:
@@ -161,7 +126,9 @@ class Experts(nn.ModuleList, ABC):
         ``members``: each expert's modules, itself first, in the order of ``modules()``."""
 
     @abstractmethod
-    def on_engine(self, content: Any, x: Tensor, route: Route, weights: Tensor) -> Tensor | None:
+    def on_engine(
+        self, content: Any, x: Tensor, route: Route, weights: Tensor, computed: int | None = None
+    ) -> Tensor | None:
         """``mix`` on the engine, of what ``read`` returned; None where the engine does not compute such input."""
 
     def cast(self, filters: list[Stack], stacks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -210,26 +177,31 @@ class Experts(nn.ModuleList, ABC):
         return found
 
     def reset(self) -> None:
-        """Initialise every expert's convolutions independently, He normal by fan-out as ResNets are initialised, with
-        zero bias; normalisation keeps its parameters."""
-        for module in (part for parts in zip(*map(modules_of, self), strict=True) for part in parts):
-            if isinstance(module, nn.Conv2d):
-                # Drawn in the engine's order whatever the format: a seed gives the same experts.
-                drawn = filters_memory(module.weight.detach(), 1, innermost=True)[0]
-                nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu")
-                module.weight.data.copy_(drawn)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Initialise every expert independently, as networks of its kind are: see ``draw``."""
+        for part in (part for parts in zip(*map(modules_of, self), strict=True) for part in parts):
+            self.draw(part)
 
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k] -> [B, C', H', W'].
+    def draw(self, part: nn.Module) -> None:
+        """Initialise one module of an expert. A convolution: He normal by fan-out as ResNets are initialised, with zero
+        bias; normalisation keeps its parameters."""
+        if isinstance(part, nn.Conv2d):
+            # Drawn in the engine's order whatever the format: a seed gives the same experts.
+            drawn = filters_memory(part.weight.detach(), 1, innermost=True)[0]
+            nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu")
+            part.weight.data.copy_(drawn)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
+    def mix(self, x: Tensor, route: Route, weights: Tensor, computed: int | None = None) -> Tensor:
+        """Samples [B, ...] through the experts they are routed to, summed with weights [B, k].
+
+        ``computed``: a bound on the pairs that are not behind ``route.offsets[E]``, where the host knows one below all.
         Off the engine this reads the segments' sizes on the host: on a GPU, the host waits for the gate.
         """
         content = self.content()
         if isinstance(content, str):
             self._warn(content)
-        elif content is not None and (out := self.on_engine(content, x, route, weights)) is not None:
+        elif content is not None and (out := self.on_engine(content, x, route, weights, computed)) is not None:
             return out
         out = combine(self.segments(dispatch(x, route), route.counts.tolist()), route, weights)
         return out.contiguous(memory_format=dense_format(x))
@@ -244,20 +216,26 @@ class Experts(nn.ModuleList, ABC):
             )
 
     def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's -> [R, C', H', W'].
+        """Rows [R, ...] sorted by expert, ``counts[e]`` of them expert e's, each through its own. Rows behind these are
+        no expert's, and 0.
 
         With gradients an expert without rows runs on none: its parameters' gradient is 0 then, as the engine's is.
         Frozen ones, as in an attack, have none, and do not run.
         """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        every = learns or rows.shape[0] == 0
-        pairs = zip(self, rows.split(counts), strict=True)
-        return torch.cat([expert(segment) for expert, segment in pairs if every or len(segment)])
+        taken = sum(counts)
+        every = learns or taken == 0
+        pairs = zip(self, rows[:taken].split(counts), strict=True)
+        parts = [expert(segment) for expert, segment in pairs if every or len(segment)]
+        if taken < len(rows):
+            parts.append(parts[0].new_zeros(len(rows) - taken, *parts[0].shape[1:]))
+        return torch.cat(parts)
 
     def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Outputs [B, n, C, H, W] summed with weights [B, n], in float32 at least; dtype of the outputs."""
+        """Outputs [B, n, ...] summed with weights [B, n], in float32 at least; dtype of the outputs."""
         kind = torch.promote_types(outputs.dtype, torch.float32)
-        return (outputs.to(kind) * weights.to(kind)[:, :, None, None, None]).sum(1).to(outputs.dtype)
+        weights = weights.to(kind).reshape(*weights.shape, *[1] * (outputs.dim() - 2))
+        return (outputs.to(kind) * weights).sum(1).to(outputs.dtype)
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """All of x [B, C, H, W] through one expert."""
@@ -357,7 +335,7 @@ class ConvExperts(Experts):
         return (geometry, stacks) if all(stack.alike() for stack in stacks) else None
 
     def on_engine(
-        self, content: tuple[Geometry, list[Stack]], x: Tensor, route: Route, weights: Tensor
+        self, content: tuple[Geometry, list[Stack]], x: Tensor, route: Route, weights: Tensor, computed: Any = None
     ) -> Tensor | None:
         geometry, stacks = content
         if not engine_computes(x, (stack.tensors[0] for stack in stacks)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules.experts import ExpertModule
+from robust_moe_kernels.modules.expert_module import ExpertModule
 from robust_moe_kernels.modules.interception import is_batched, tracing, transforming
 from robust_moe_kernels.modules.route_options import RouteOptions
 from robust_moe_kernels.ops.gate import GATE, GateOutput, expect_finite
@@ -82,7 +82,8 @@ def _best_by_counting(key: Tensor, top_k: int) -> Tensor:
 
 
 def mix_plainly(experts: ExpertModule, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Samples [B, C, H, W] through the experts ``indices`` [B, n] of each, mixed with ``weights`` [B, n]."""
+    """Rows [N, ...] through the experts ``indices`` [N, n] of each, mixed with ``weights`` [N, n]; an index of E stands
+    for no expert."""
     if tracing() or (transforming() and not _training(experts)):
         _expect_evaluation(experts)
         every = torch.stack([experts.one(expert, x) for expert in range(experts.num_experts)], 1)

@@ -30,7 +30,8 @@ def record(logits: Tensor, top_k: int = 1, noise: Tensor | None = None, scale: T
     """The record of a forward with these logits, computed by the gate."""
     noisy = logits if noise is None else logits + scale * noise
     out = top_k_gate(noisy, top_k)
-    return RoutingRecord(logits=noisy, clean_logits=logits, noise_scale=scale, **out._asdict())
+    shape = (len(logits),)
+    return RoutingRecord(logits=noisy, clean_logits=logits, noise_scale=scale, shape=shape, **out._asdict())
 
 
 UNIFORM = torch.zeros(4, 4, dtype=torch.float64)
@@ -42,6 +43,7 @@ TABLE = {  # the table of the module's docstring and of the specification
     "switch": (0.0, 0.0, 3.0),
     "entropy_released": (0.0, -LN4, 0.0),
     "importance": (0.0, 0.0, 3.0),
+    "vmoe": (0.0, 0.0, 1.5),
 }
 
 
