@@ -28,6 +28,7 @@ from .resnet import (
     ResNetSmallConfig,
 )
 from .routers import ROUTERS, Router, RouterConfig
+from .vit import ViTConfig, ViTMicroConfig, ViTSmallConfig, ViTTinyConfig
 
 __all__ = [
     "BALANCE_LOSSES",
@@ -60,6 +61,10 @@ __all__ = [
     "ResNetSmallConfig",
     "Router",
     "RouterConfig",
+    "ViTConfig",
+    "ViTMicroConfig",
+    "ViTSmallConfig",
+    "ViTTinyConfig",
     "build_model",
     "log_mixture",
 ]

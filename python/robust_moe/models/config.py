@@ -40,7 +40,9 @@ class MoEConfig(Config):
         INFERENCE_ROUTINGS["none"](), "how the layers route in evaluation, attacks included; none: as in training"
     )
     init: Literal["fresh", "copy"] = setting(
-        "fresh", "fresh: experts initialised independently; copy: each starts as the replaced block"
+        "fresh",
+        "fresh: experts initialised independently; copy: each starts as the replaced block, with init_from as that of "
+        "the dense model there (upcycling)",
     )
     balance: BalanceConfig = setting(
         BALANCE_LOSSES["entropy"](), "balance loss of all routed layers, of model.mixture and of a dual model too"
@@ -73,6 +75,10 @@ class MixtureConfig(Config):
     straight_through: bool = setting(True, "of hard: forward weight exactly 1, gradient through the score")
     inference: InferenceConfig = setting(
         INFERENCE_ROUTINGS["none"](), "how the mixture routes in evaluation, attacks included; none: as in training"
+    )
+    init: Literal["fresh", "copy"] = setting(
+        "fresh",
+        "fresh: networks initialised independently; copy: all start as one, with init_from as the network there",
     )
     mix: Literal["logits", "probabilities"] = setting(
         "logits", "what is summed; probabilities are softmaxes, and the model returns the logarithm of their sum"
