@@ -4,13 +4,15 @@ from robust_moe_kernels.modules.attack_mode import attack_mode
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
 from robust_moe_kernels.modules.gates import GATES, ConvGapGate, FixedGate, GapFcGate, TwoConvGate
 from robust_moe_kernels.modules.general_path import general_path
+from robust_moe_kernels.modules.mlp_layer import FusedMLPMoE
 from robust_moe_kernels.modules.model import (
     balance_loss,
     check_finite,
     moe_layers,
     replace_blocks,
+    replace_mlps,
 )
-from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
+from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE
 from robust_moe_kernels.modules.pruning import prune_experts
 from robust_moe_kernels.modules.route_control import (
     AllExperts,
@@ -24,12 +26,15 @@ from robust_moe_kernels.modules.route_control import (
     rerouted,
 )
 from robust_moe_kernels.modules.route_options import DrawnReroute, Reroute, RouteOptions
+from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.modules.shared_launches import shared_launches
+from robust_moe_kernels.modules.token_gates import TOKEN_GATES, LinearGate, NoisyTopKGate
 
 __all__ = [
     "BALANCE_LOSSES",
     "GATES",
+    "TOKEN_GATES",
     "AllExperts",
     "ConvGapGate",
     "DrawnReroute",
@@ -38,8 +43,11 @@ __all__ = [
     "FixedRoutes",
     "FusedBlockMoE",
     "FusedConvMoE",
+    "FusedMLPMoE",
     "GapFcGate",
+    "LinearGate",
     "MoELayer",
+    "NoisyTopKGate",
     "RandomRoutes",
     "Reroute",
     "RouteOptions",
@@ -56,6 +64,7 @@ __all__ = [
     "only_expert",
     "prune_experts",
     "replace_blocks",
+    "replace_mlps",
     "rerouted",
     "shared_launches",
 ]

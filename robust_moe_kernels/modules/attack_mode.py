@@ -12,9 +12,9 @@ from torch import nn
 from robust_moe_kernels import native
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.experts import Experts
-from robust_moe_kernels.modules.moe_layer import MoELayer
 from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
+from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.shared_launches import shared_launches
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
 

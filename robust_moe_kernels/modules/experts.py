@@ -210,16 +210,20 @@ class Experts(nn.ModuleList, ABC):
         return found
 
     def reset(self) -> None:
-        """Initialise every expert's convolutions independently, He normal by fan-out as ResNets are initialised, with
-        zero bias; normalisation keeps its parameters."""
-        for module in (part for parts in zip(*map(modules_of, self), strict=True) for part in parts):
-            if isinstance(module, nn.Conv2d):
-                # Drawn in the engine's order whatever the format: a seed gives the same experts.
-                drawn = filters_memory(module.weight.detach(), 1, innermost=True)[0]
-                nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu")
-                module.weight.data.copy_(drawn)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Initialise every expert independently, as networks of its kind are: see ``draw``."""
+        for part in (part for parts in zip(*map(modules_of, self), strict=True) for part in parts):
+            self.draw(part)
+
+    def draw(self, part: nn.Module) -> None:
+        """Initialise one module of an expert. A convolution: He normal by fan-out as ResNets are initialised, with zero
+        bias; normalisation keeps its parameters."""
+        if isinstance(part, nn.Conv2d):
+            # Drawn in the engine's order whatever the format: a seed gives the same experts.
+            drawn = filters_memory(part.weight.detach(), 1, innermost=True)[0]
+            nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu")
+            part.weight.data.copy_(drawn)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
     def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k] -> [B, C', H', W'].
@@ -244,20 +248,26 @@ class Experts(nn.ModuleList, ABC):
             )
 
     def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows [R, C, H, W] sorted by expert, ``counts[e]`` of them expert e's -> [R, C', H', W'].
+        """Rows [R, ...] sorted by expert, ``counts[e]`` of them expert e's, each through its own. Rows behind these are
+        no expert's, and 0.
 
         With gradients an expert without rows runs on none: its parameters' gradient is 0 then, as the engine's is.
         Frozen ones, as in an attack, have none, and do not run.
         """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        every = learns or rows.shape[0] == 0
-        pairs = zip(self, rows.split(counts), strict=True)
-        return torch.cat([expert(segment) for expert, segment in pairs if every or len(segment)])
+        taken = sum(counts)
+        every = learns or taken == 0
+        pairs = zip(self, rows[:taken].split(counts), strict=True)
+        parts = [expert(segment) for expert, segment in pairs if every or len(segment)]
+        if taken < len(rows):
+            parts.append(parts[0].new_zeros(len(rows) - taken, *parts[0].shape[1:]))
+        return torch.cat(parts)
 
     def blend(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Outputs [B, n, C, H, W] summed with weights [B, n], in float32 at least; dtype of the outputs."""
+        """Outputs [B, n, ...] summed with weights [B, n], in float32 at least; dtype of the outputs."""
         kind = torch.promote_types(outputs.dtype, torch.float32)
-        return (outputs.to(kind) * weights.to(kind)[:, :, None, None, None]).sum(1).to(outputs.dtype)
+        weights = weights.to(kind).reshape(*weights.shape, *[1] * (outputs.dim() - 2))
+        return (outputs.to(kind) * weights).sum(1).to(outputs.dtype)
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """All of x [B, C, H, W] through one expert."""

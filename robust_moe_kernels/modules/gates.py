@@ -6,7 +6,7 @@ round to the same number, and a rounding decides the route.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -127,14 +127,16 @@ GATES: dict[str, type[nn.Module]] = {
 }
 
 
-def build_gate(gate: Gate, in_channels: int, num_experts: int) -> nn.Module:
-    """A gate by its name in ``GATES``, the given module (feature map -> logits [B, E]) itself, or one that the given
-    function makes from ``(in_channels, num_experts)``."""
+def build_gate(
+    gate: Gate, in_channels: int, num_experts: int, known: Mapping[str, type[nn.Module]] = GATES
+) -> nn.Module:
+    """A gate by its name in ``known``, the given module (rows -> logits [N, E]) itself, or one that the given function
+    makes from ``(in_channels, num_experts)``."""
     if isinstance(gate, nn.Module):
         return gate
-    if not (callable(gate) or gate in GATES):
-        raise ValueError(f"gate: expected one of {', '.join(GATES)} or a module, got {gate!r}")
-    make = gate if callable(gate) else GATES[gate]
+    if not (callable(gate) or gate in known):
+        raise ValueError(f"gate: expected one of {', '.join(known)} or a module, got {gate!r}")
+    make = gate if callable(gate) else known[gate]
     return make(in_channels, num_experts)
 
 

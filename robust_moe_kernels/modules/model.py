@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
-from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE, MoELayer
+from robust_moe_kernels.modules.mlp_layer import FusedMLPMoE
+from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE
+from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["balance_loss", "check_finite", "moe_layers", "replace_blocks"]
+__all__ = ["balance_loss", "check_finite", "moe_layers", "replace_blocks", "replace_mlps"]
 
 
 def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any) -> nn.Module:
@@ -31,6 +33,35 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
         ValueError: a name that is no submodule (the nearest is offered) or lies inside another one named, or a module
             that cannot be replaced; the model is unchanged then.
     """
+
+    def layer_of(module: nn.Module) -> MoELayer:
+        if isinstance(module, nn.Conv2d):
+            return FusedConvMoE.from_conv(module, **options)
+        return FusedBlockMoE.from_block(module, **options)
+
+    return _replace(model, names, layer_of)
+
+
+def replace_mlps(model: nn.Module, names: str | Iterable[str], **options: Any) -> nn.Module:
+    """Swap MLPs of a transformer, in place, for mixtures of experts, each token to experts of its own.
+
+    Args:
+        model: any module, such as a ViT, DeiT or Swin of timm or torchvision.
+        names: one or more submodule names, such as "blocks.9.mlp" (timm's ViT), "layers.2.blocks.1.mlp" (its Swin),
+            "encoder.layers.encoder_layer_9.mlp" (torchvision's ViT) or "features.5.1.mlp" (its Swin).
+        options: those of :meth:`FusedMLPMoE.from_mlp`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as :func:`replace_blocks`; the model is unchanged then.
+    """
+    return _replace(model, names, lambda module: FusedMLPMoE.from_mlp(module, **options))
+
+
+def _replace(model: nn.Module, names: str | Iterable[str], layer_of: Callable[[nn.Module], MoELayer]) -> nn.Module:
+    """Swap the submodules of these names for what ``layer_of`` makes of each; all of them or none."""
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         inner = next((other for other in names if other.startswith(f"{name}.")), None)
@@ -43,11 +74,7 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"names: expected the name of a submodule, got {name!r}{hint}")
-        module = known[name]
-        if isinstance(module, nn.Conv2d):
-            layers[name] = FusedConvMoE.from_conv(module, **options)
-        else:
-            layers[name] = FusedBlockMoE.from_block(module, **options)
+        layers[name] = layer_of(known[name])
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return model

@@ -12,7 +12,7 @@ from torch import nn
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import dense_format
 from robust_moe_kernels.modules.model import moe_layers
-from robust_moe_kernels.modules.moe_layer import MoELayer
+from robust_moe_kernels.modules.routed_layer import MoELayer
 
 __all__ = ["prune_experts"]
 

@@ -19,6 +19,7 @@ from robust_moe_kernels.modules.experts import (
     expect_plain_conv,
     geometry_of,
 )
+from robust_moe_kernels.modules.probe import drawn_state, modes_kept
 from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, same, stacked, states
@@ -270,31 +271,19 @@ class _AsRead(nn.Module):
 def _probe(block: nn.Module) -> None:
     """Refuse a block that computes something else than its parts suggest.
 
-    Both run on parameters drawn for the purpose, of at least single precision: a last normalisation that starts at zero
-    would hide the whole branch, half precision most differences. Eval mode; nothing of the block changes.
+    Both run on parameters drawn for the purpose, of at least single precision: half precision would hide most
+    differences. Eval mode; nothing of the block changes.
     """
     weight = block.get_parameter("conv1.weight")
     device, kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
     if device.type == "meta":
         return
     generator = torch.Generator("cpu").manual_seed(0)
-
-    def draw(like: Tensor) -> Tensor:
-        if like.dim() < 2:  # a normalisation's parameters and statistics, a bias
-            value = torch.rand(like.shape, generator=generator, device="cpu") + 0.5
-        else:
-            value = torch.randn(like.shape, generator=generator, device="cpu") / like[0].numel() ** 0.5
-        return value.to(device, kind)
-
-    state = {name: draw(value) for name, value in block.state_dict().items() if value.is_floating_point()}
+    state = drawn_state(block, device, kind, generator)
     x = torch.randn(2, weight.shape[1], 8, 8, generator=generator, device="cpu").to(device, kind)
-    modes = [(module, module.training) for module in block.modules()]
-    try:
+    with modes_kept(block):
         wanted = functional_call(block.eval(), state, (x.clone(),))
         got = functional_call(_AsRead(block), {f"block.{name}": value for name, value in state.items()}, (x.clone(),))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     # Same operations in the same order: equal up to the library's choice of algorithm.
     bound = 1e3 * torch.finfo(kind).eps * wanted.abs().max().clamp_min(1.0)
     if wanted.shape != got.shape or not bool(((wanted - got).abs() <= bound).all()):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.model import moe_layers
-from robust_moe_kernels.modules.moe_layer import MoELayer
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions
+from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.attack_step import random_start
 

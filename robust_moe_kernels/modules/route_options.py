@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,8 +14,10 @@ from robust_moe_kernels.modules.routing_record import RoutingRecord
 
 __all__ = ["NOISES", "DrawnReroute", "Reroute", "RouteOptions", "checked_routes", "expect_expert", "kept_in_range"]
 
+CHOICES = ("token", "expert")
 IMPLS = ("auto", "reference")
-NOISES = ("logits", "released")
+NOISES = ("logits", "released", "vmoe")
+PRIORITIES = ("batch", "vanilla")
 
 
 class Reroute(Protocol):
@@ -49,20 +52,29 @@ class RouteOptions:
         ValueError: an option out of range; the layer checks those that depend on its number of experts.
     """
 
-    top_k: int = 2  # experts of a sample
+    top_k: int = 2  # experts of a sample, or of a token
     renormalize: bool = True  # divide the k kept scores by their sum
     straight_through: bool = True  # k = 1: forward weight exactly 1, gradient through the score
     noise_std: float = 0.0  # of the score noise in training, in the units of ``noise``; 0: none
-    noise: str = "logits"  # "logits": added to them, in units of a row's own spread; "released": `noisy_choice`
+    # "logits": added to them, in units of a row's own spread; "vmoe": added to them, in units of 1/E, the same for all
+    # rows (2106.05974); "released": see `noisy_choice`.
+    noise: str = "logits"
     fixed_expert: int | None = None  # takes every sample with weight 1, the gate unused
     reroute: Reroute | None = None  # replaces what the gate decides, for a while
     inference: Reroute | None = None  # replaces what the gate decides in eval mode; a reroute gets its routes
+    capacity: float | None = None  # rows that an expert takes at most, in units of k*N/E; None: all that choose it
+    priority: str = "batch"  # who is served first: "batch", rows with large scores; "vanilla", the first of the batch
+    choice: str = "token"  # "expert": experts choose their rows, capacity*k*N/E each (capacity None: 1)
     impl: str = "auto"  # "reference": in plain PyTorch, differentiable any number of times (``general_path``)
 
     def __post_init__(self) -> None:
         expect(type(self.top_k) is int, "top_k", "an integer", repr(self.top_k))
         expect(self.noise_std >= 0, "noise_std", "a number >= 0", self.noise_std)
         expect(self.noise in NOISES, "noise", f"one of {', '.join(NOISES)}", repr(self.noise))
+        ok = type(self.capacity) in (int, float) and 0 < self.capacity < math.inf if self.capacity is not None else True
+        expect(ok, "capacity", "a finite number > 0, or None", repr(self.capacity))
+        expect(self.priority in PRIORITIES, "priority", f"one of {', '.join(PRIORITIES)}", repr(self.priority))
+        expect(self.choice in CHOICES, "choice", f"one of {', '.join(CHOICES)}", repr(self.choice))
         expect(self.impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}", repr(self.impl))
 
     def expect_fits(self, num_experts: int) -> None:
@@ -70,6 +82,17 @@ class RouteOptions:
         expect(1 <= self.top_k <= num_experts, "top_k", f"1 <= k <= num_experts = {num_experts}", self.top_k)
         if self.fixed_expert is not None:
             expect_expert(self.fixed_expert, num_experts, "fixed_expert")
+
+    @property
+    def limits(self) -> bool:
+        """Whether an expert's buffer is limited, so that what becomes of a row depends on the others."""
+        return self.capacity is not None or self.choice == "expert"
+
+    def buffer(self, rows: int, experts: int) -> int:
+        """Rows that each expert takes at most of so many: capacity*k*N/E to the nearest integer (2106.05974, section
+        2.4), at least 1, at most N. Padding counts as rows: how much of it there is, the host does not know."""
+        wanted = (1.0 if self.capacity is None else self.capacity) * self.top_k * rows / experts
+        return min(max(math.floor(wanted + 0.5), 1), rows)
 
     def weigh(self, kept: Tensor) -> Tensor:
         """Weights of experts with scores ``kept`` [B, n], as the layer would weigh them had its gate chosen them."""

@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,8 +202,9 @@ def _detached(record: RoutingRecord | None) -> RoutingRecord | None:
     """A layer's record without its graph."""
     if record is None:
         return None
-    tensors = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return dataclasses.replace(record, **{n: t.detach() for n, t in tensors.items() if isinstance(t, Tensor)})
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    detached: dict[str, Any] = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(record, **detached)
 
 
 @contextmanager

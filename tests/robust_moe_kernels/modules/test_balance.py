@@ -30,7 +30,8 @@ def record(logits: Tensor, top_k: int = 1, noise: Tensor | None = None, scale: T
     """The record of a forward with these logits, computed by the gate."""
     noisy = logits if noise is None else logits + scale * noise
     out = top_k_gate(noisy, top_k)
-    return RoutingRecord(logits=noisy, clean_logits=logits, noise_scale=scale, **out._asdict())
+    shape = (len(logits),)
+    return RoutingRecord(logits=noisy, clean_logits=logits, noise_scale=scale, shape=shape, **out._asdict())
 
 
 UNIFORM = torch.zeros(4, 4, dtype=torch.float64)

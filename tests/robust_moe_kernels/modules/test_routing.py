@@ -65,7 +65,7 @@ def test_attributes_read_and_replace_the_options():
         ("top_k", 5, "top_k: expected 1 <= k <= num_experts = 4, got 5"),
         ("top_k", 2.0, "top_k: expected an integer, got 2.0"),
         ("noise_std", -1.0, "noise_std: expected a number >= 0, got -1.0"),
-        ("noise", "scores", "noise: expected one of logits, released, got 'scores'"),
+        ("noise", "scores", "noise: expected one of logits, released, vmoe, got 'scores'"),
         ("fixed_expert", 4, "fixed_expert: expected an expert in 0..3, got 4"),
     ],
 )
