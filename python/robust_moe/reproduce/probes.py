@@ -25,7 +25,7 @@ from robust_moe.data import Batch, ImageSet
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation import backdoor_report, error_curve, pruning_curve, routing_shares
 from robust_moe.evaluation.moe_stages import MoEStages, moe_arguments
-from robust_moe.evaluation.routing_measures import expert_use, routes, routing_change
+from robust_moe.evaluation.routing_measures import expert_use, flipped, routes
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
 from robust_moe.settings import replaced
@@ -68,7 +68,7 @@ def attacks(subject: Subject) -> dict[str, Any]:
     crafted on the mixture of all experts (transfer) and steering. ``worst``: under all of them.
 
     An image counts as robust if the model is correct on the clean and on the adversarial image. ``moved``, of a routed
-    model: share of the images for which PGD changes the selected experts of some layer.
+    model: share of the images for which PGD changes the selected experts of some layer, or of some token there.
 
     Raises:
         ConfigError: there is no attack of the name "steering".
@@ -99,7 +99,7 @@ def attacks(subject: Subject) -> dict[str, Any]:
         seen = {name: stages.attack_stage(name) for name in found}
     clean = start["right"]
     robust = {name: clean & each["right"] for name, each in seen.items()}
-    changes = [routing_change(start[f"sets/{name}"], seen["pgd"][f"sets/{name}"]) > 0 for name in layers]
+    changes = [flipped(start[f"sets/{name}"], seen["pgd"][f"sets/{name}"]) for name in layers]
     worst = torch.stack(list(robust.values())).all(0)
     shares = {"sa": clean, **robust, "worst": worst}
     if changes:
