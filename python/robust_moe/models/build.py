@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,12 +11,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from robust_moe.models.config import ModelConfig, NetworkConfig
+from robust_moe.models.config import ModelConfig, MoEConfig, NetworkConfig
 from robust_moe.models.dual import DualModel
 from robust_moe.models.images import ImageSpec
 from robust_moe.models.mixture import ExpertMixture
 from robust_moe.models.normalize import Normalize
-from robust_moe_kernels.modules import moe_layers, replace_blocks
+from robust_moe_kernels.modules import moe_layers, replace_blocks, replace_mlps
 
 __all__ = ["Start", "build_model"]
 
@@ -94,22 +95,45 @@ def _network(
         whole = nn.Sequential(OrderedDict(normalize=Normalize(images.mean, images.std), network=network))
     if start is not None:
         start(whole)
-    moe = config.moe
-    if moe.layers:
-        try:
-            replace_blocks(
-                network,
-                moe.layers,
-                num_experts=moe.num_experts,
-                top_k=moe.top_k,
-                gate=moe.gate.build,
-                renormalize=moe.renormalize,
-                straight_through=moe.straight_through,
-                noise_std=moe.noise_std,
-                init=moe.init,
-            )
-        except ValueError as error:
-            raise ValueError(f"model.moe.layers: {error}") from error
-        for layer in moe_layers(network).values():
-            layer.noise, layer.inference = moe.noise, moe.inference.build()
+    if config.moe.layers:
+        _route(network, config.moe)
     return whole
+
+
+def _route(network: nn.Module, moe: MoEConfig) -> None:
+    """Replace the layers that are named by mixtures of experts, in place."""
+    replace = replace_mlps if moe.gate.tokens else replace_blocks
+    try:
+        replace(
+            network,
+            moe.layers,
+            num_experts=moe.num_experts,
+            top_k=moe.top_k,
+            gate=moe.gate.build,
+            renormalize=moe.renormalize,
+            straight_through=moe.straight_through,
+            noise_std=moe.noise_std,
+            init=moe.init,
+        )
+    except ValueError as error:
+        raise ValueError(f"model.moe.layers: {error}{_other_gate(network, moe)}") from error
+    for layer in moe_layers(network).values():
+        layer.route_options = dataclasses.replace(
+            layer.route_options,
+            noise=moe.noise,
+            inference=moe.inference.build(),
+            capacity=moe.capacity,
+            priority=moe.priority,
+            choice=moe.choice,
+        )
+
+
+def _other_gate(network: nn.Module, moe: MoEConfig) -> str:
+    """What to say of the gate where the layers are for one of the other kind: convolutions have maps, MLPs tokens."""
+    known = dict(network.named_modules())
+    named = [known[name] for name in moe.layers if name in known]
+    maps = any(isinstance(part, nn.Conv2d) for module in named for part in module.modules())
+    if not named or maps != moe.gate.tokens:
+        return ""
+    kinds = ("tokens, and replaces MLPs", "gap_fc") if maps else ("maps, and replaces blocks or convolutions", "linear")
+    return f"; model.moe.gate={moe.gate.name} routes {kinds[0]}: another one, such as {kinds[1]}, replaces these"

@@ -47,7 +47,7 @@ class ViTConfig(ModelConfig):
         at_least=1,
         at_most=2**12,
     )
-    moe: MoEConfig = setting(MoEConfig(gate=GATES["gap_fc"]()), "experts inside the network")
+    moe: MoEConfig = setting(MoEConfig(gate=GATES["linear"]()), "experts inside the network")
 
     def check(self) -> None:
         super().check()
