@@ -84,5 +84,5 @@ class _Load(BalanceLoss.Config):
 
 
 for _name, _function in modules.BALANCE_LOSSES.items():
-    _config = _Load if _name == "load" else BalanceLoss.Config
+    _config = _Load if _name in ("load", "vmoe") else BalanceLoss.Config
     BALANCE_LOSSES.register(_name, fixed(_config, function=_function))(FunctionBalance)

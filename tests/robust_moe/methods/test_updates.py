@@ -4,6 +4,7 @@ passes unseen."""
 
 import pytest
 import torch
+from small_runs import TOKENS
 from torch import nn
 
 from robust_moe.config import ConfigError
@@ -20,14 +21,21 @@ NETWORKS = ("model.moe.layers=[]", "model.mixture.num_experts=3", "model.mixture
 NETWORKS += ("model.mixture.router=linear",)
 SOFT = (*NETWORKS, "model.mixture.routing=soft")
 DUAL = (*NETWORKS, "model.dual.enabled=true")
+TRANSFORMERS = (*TOKENS, *NETWORKS, "model.mixture.routing=soft")
 # (method, model): everything that makes sense together
 CASES = {
     **{f"{name}-blocks": (name, BLOCKS) for name in METHODS if name != "jtdmoe"},
+    **{f"{name}-tokens": (name, TOKENS) for name in METHODS if name != "jtdmoe"},
     **{f"{name}-networks": (name, NETWORKS) for name in ("pgd_at", "trades", "rt_er", "advmoe", "prc", "robust_gate")},
     "rt_er-soft": ("rt_er", SOFT),
     "advmoe-soft": ("advmoe", SOFT),
     "rt_er-released": ("rt_er", (*NETWORKS, "method.form=released")),
+    "rt_er-tokens-released": ("rt_er", (*TOKENS, "method.form=released")),
+    "rt_er-transformers": ("rt_er", TRANSFORMERS),
     "jtdmoe": ("jtdmoe", DUAL),
+    "jtdmoe-tokens": ("jtdmoe", (*TOKENS, "model.dual.enabled=true", "model.dual.experts=true")),
+    "jtdmoe-tokens-released": ("jtdmoe", (*TOKENS, "model.dual.enabled=true", "method.form=released")),
+    "jtdmoe-transformers": ("jtdmoe", (*TRANSFORMERS, "model.dual.enabled=true", "model.dual.experts=true")),
     "jtdmoe-released": ("jtdmoe", (*DUAL, "method.form=released")),
     "jtdmoe-blocks": ("jtdmoe", ("model.dual.enabled=true",)),
     "trades-dual": ("trades", DUAL),
@@ -94,7 +102,18 @@ def test_who_moves_at_each_level(tiny, name, form, levels):
 
 @pytest.mark.parametrize(
     "case",
-    ["rt_er-networks", "rt_er-soft", "rt_er-blocks", "advmoe-networks", "jtdmoe", "prc-blocks", "robust_gate-blocks"],
+    [
+        *(
+            "rt_er-networks",
+            "rt_er-soft",
+            "rt_er-blocks",
+            "advmoe-networks",
+            "jtdmoe",
+            "prc-blocks",
+            "robust_gate-blocks",
+        ),
+        *("pgd_at-tokens", "rt_er-tokens", "advmoe-tokens", "prc-tokens", "robust_gate-tokens", "jtdmoe-transformers"),
+    ],
 )
 def test_the_router_gets_a_gradient(tiny, case):
     name, overrides = CASES[case]
