@@ -66,7 +66,7 @@ def tokens(subject: Subject) -> dict[str, Any]:
     shares = {name: share(mask) for name, mask in {"sa": clean["right"], **robust, "worst": worst}.items()}
     if not layers:
         return {"images": len(worst), **shares}
-    by_layer = {}
+    by_layer: dict[str, dict[str, Any]] = {}
     for name in layers:
         sets = clean[f"sets/{name}"]
         use = expert_use(sets, clean[f"first/{name}"])
