@@ -7,6 +7,7 @@ E = 4 experts, three routings: all scores uniform / one-hot, balanced / one-hot,
     switch            0 / 0 / 3                Fedus et al., 2101.03961
     entropy_released  0 / -ln 4 / 0            what the paper's code computes: also drives single samples to one-hot
     importance        0 / 0 / 3                Shazeer et al., 1701.06538
+    vmoe              0 / 0 / 3/2              Riquelme et al., 2106.05974; and half the load, where noise was drawn
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ __all__ = [
     "load_loss",
     "released_entropy_loss",
     "switch_loss",
+    "vmoe_load_loss",
+    "vmoe_loss",
     "z_loss",
 ]
 
@@ -61,7 +64,9 @@ def importance_loss(mean_scores: Tensor) -> Tensor:
     return _square_variation(mean_scores)
 
 
-def load_loss(clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, top_k: int) -> Tensor:
+def load_loss(
+    clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, top_k: int, padding: Tensor | None = None
+) -> Tensor:
     """CV^2 of the experts' expected load: sum_b P(expert i is in the top k when its own noise is drawn anew).
 
     Args:
@@ -69,6 +74,7 @@ def load_loss(clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, t
         noise_scale: standard deviation [B, 1] of that noise. It is 0 for a row of equal logits: every expert has the
             chance k/E there and no gradient.
         top_k: k < E; for k = E every expert is always chosen and the loss is 0.
+        padding: [B] bool, rows that do not count.
     """
     experts = clean_logits.shape[1]
     if top_k == experts:
@@ -80,7 +86,45 @@ def load_loss(clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, t
     spread = noise_scale > 0
     margin = (clean_logits - threshold) / torch.where(spread, noise_scale, 1.0)
     probability = torch.where(spread, torch.special.ndtr(margin), top_k / experts)
-    return _square_variation(probability.sum(0))
+    return _square_variation(_counted(probability, padding).sum(0))
+
+
+def vmoe_load_loss(
+    clean_logits: Tensor, noisy_logits: Tensor, noise_scale: Tensor, top_k: int, padding: Tensor | None = None
+) -> Tensor:
+    """L_load of V-MoE (Riquelme et al., 2106.05974, appendix A.2): CV^2 of load_i = sum_x p_i(x), where p_i(x) is the
+    chance that expert i, its own noise drawn anew, reaches the k-th largest of the noisy logits there are.
+
+    :func:`load_loss` differs in what a chosen expert must beat: the best of those that were not chosen.
+
+    Args:
+        clean_logits, noisy_logits: [N, E] before and after the score noise.
+        noise_scale: its standard deviation [N, 1], > 0; the paper's is 1/E.
+        top_k: k.
+        padding: [N] bool, rows that do not count.
+    """
+    threshold = noisy_logits.topk(top_k, dim=1).values[:, -1:]
+    probability = torch.special.ndtr((clean_logits - threshold) / noise_scale)
+    return _square_variation(_counted(probability, padding).sum(0))
+
+
+def vmoe_loss(routing: RoutingRecord) -> Tensor:
+    """L_imp/2 + L_load/2, the auxiliary loss of V-MoE (2106.05974, appendix A; the paper's weight on it is 0.01).
+
+    L_imp is the CV^2 of sum_x softmax(W x)_i, without noise. Where no noise was drawn, as in evaluation, there is no
+    load, and L_imp/2 is left, as in the released code.
+    """
+    importance = _square_variation(_counted(routing.clean_logits.softmax(1), routing.padding).sum(0))
+    if routing.noise_scale is None:
+        return 0.5 * importance
+    logits = (routing.clean_logits, routing.logits)
+    load = vmoe_load_loss(*logits, routing.noise_scale, routing.indices.shape[1], routing.padding)
+    return 0.5 * importance + 0.5 * load
+
+
+def _counted(values: Tensor, padding: Tensor | None) -> Tensor:
+    """Values [N, E], 0 in rows that are padding."""
+    return values if padding is None else values.masked_fill(padding[:, None], 0.0)
 
 
 def z_loss(mean_square_lse: Tensor) -> Tensor:
@@ -91,7 +135,8 @@ def z_loss(mean_square_lse: Tensor) -> Tensor:
 def _load(routing: RoutingRecord) -> Tensor:
     if routing.noise_scale is None:
         raise ValueError("kind: the load balance loss needs score noise; expected noise_std > 0 and training mode")
-    return load_loss(routing.clean_logits, routing.logits, routing.noise_scale, routing.indices.shape[1])
+    logits = (routing.clean_logits, routing.logits)
+    return load_loss(*logits, routing.noise_scale, routing.indices.shape[1], routing.padding)
 
 
 BALANCE_LOSSES: dict[str, Callable[[RoutingRecord], Tensor]] = {
@@ -102,4 +147,5 @@ BALANCE_LOSSES: dict[str, Callable[[RoutingRecord], Tensor]] = {
     "importance": lambda r: importance_loss(r.mean_scores),
     "load": _load,
     "z": lambda r: z_loss(r.mean_square_lse),
+    "vmoe": vmoe_loss,
 }

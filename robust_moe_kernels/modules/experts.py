@@ -76,14 +76,14 @@ class ExpertModule(Protocol):
 
     @property
     def in_channels(self) -> int:
-        """Of the maps that the experts take."""
+        """Channels of the maps, or width of the tokens, that the experts take."""
 
     @property
     def num_experts(self) -> int:
         """E."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """At least one; their device and dtype are those of the input."""
+        """Their device and dtype are those of the input."""
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """All of x [B, C, H, W] through one expert."""
@@ -153,7 +153,7 @@ class Experts(nn.ModuleList, ABC):
     @property
     @abstractmethod
     def in_channels(self) -> int:
-        """Of the maps that the experts take."""
+        """Channels of the maps, or width of the tokens, that the experts take."""
 
     @abstractmethod
     def read(self, members: list[list[Any]]) -> Any:
@@ -161,7 +161,9 @@ class Experts(nn.ModuleList, ABC):
         ``members``: each expert's modules, itself first, in the order of ``modules()``."""
 
     @abstractmethod
-    def on_engine(self, content: Any, x: Tensor, route: Route, weights: Tensor) -> Tensor | None:
+    def on_engine(
+        self, content: Any, x: Tensor, route: Route, weights: Tensor, computed: int | None = None
+    ) -> Tensor | None:
         """``mix`` on the engine, of what ``read`` returned; None where the engine does not compute such input."""
 
     def cast(self, filters: list[Stack], stacks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -225,15 +227,16 @@ class Experts(nn.ModuleList, ABC):
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
-    def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
-        """Samples [B, C, H, W] through the experts they are routed to, summed with weights [B, k] -> [B, C', H', W'].
+    def mix(self, x: Tensor, route: Route, weights: Tensor, computed: int | None = None) -> Tensor:
+        """Samples [B, ...] through the experts they are routed to, summed with weights [B, k].
 
+        ``computed``: a bound on the pairs that are not behind ``route.offsets[E]``, where the host knows one below all.
         Off the engine this reads the segments' sizes on the host: on a GPU, the host waits for the gate.
         """
         content = self.content()
         if isinstance(content, str):
             self._warn(content)
-        elif content is not None and (out := self.on_engine(content, x, route, weights)) is not None:
+        elif content is not None and (out := self.on_engine(content, x, route, weights, computed)) is not None:
             return out
         out = combine(self.segments(dispatch(x, route), route.counts.tolist()), route, weights)
         return out.contiguous(memory_format=dense_format(x))
@@ -367,7 +370,7 @@ class ConvExperts(Experts):
         return (geometry, stacks) if all(stack.alike() for stack in stacks) else None
 
     def on_engine(
-        self, content: tuple[Geometry, list[Stack]], x: Tensor, route: Route, weights: Tensor
+        self, content: tuple[Geometry, list[Stack]], x: Tensor, route: Route, weights: Tensor, computed: Any = None
     ) -> Tensor | None:
         geometry, stacks = content
         if not engine_computes(x, (stack.tensors[0] for stack in stacks)):

@@ -5,27 +5,22 @@ Neither names nor classes say it, so each form that the layers' sizes allow is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from robust_moe_kernels.modules.probe import drawn_state, modes_kept
 from robust_moe_kernels.modules.walk import modules_of
+from robust_moe_kernels.ops.expert_mlp import EXPERT_MLP
+from robust_moe_kernels.ops.expert_mlp.activation import ACTIVATIONS, activation_of
 
 __all__ = ["MLPForm", "form_of", "is_plain_linear"]
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
-_UNGATED = ("gelu", "gelu_tanh", "relu", "silu")
+_UNGATED = [name for name, activation in ACTIVATIONS.items() if not activation.gated]
+_GATED = [name for name, activation in ACTIVATIONS.items() if activation.gated]
 _PROBE = (2, 8)  # samples and tokens
 
 
@@ -40,14 +35,14 @@ class MLPForm(NamedTuple):
 
     def apply(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
         """What an MLP of this form computes, ``layers`` being its modules, without dropout."""
-        z = torch.cat([layers[i](x) for i in self.first], -1)
-        function = _FUNCTIONS[self.activation.removeprefix("glu_")]
-        if not self.activation.startswith("glu_"):
-            return layers[self.last](function(z))
-        gate, value = z.chunk(2, -1)
-        if self.swapped:
-            gate, value = value, gate
-        return layers[self.last](function(gate) * value)
+        z = self.ordered([torch.cat([layers[i](x) for i in self.first], -1)], -1)
+        activate = EXPERT_MLP.module("reference").activate
+        return layers[self.last](activate(z.flatten(0, -2), activation_of(self.activation)).unflatten(0, x.shape[:-1]))
+
+    def ordered(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Outputs of the first layers along ``dim``, or what makes them, as one tensor, the activated half first."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+        return torch.cat(whole.chunk(2, dim)[::-1], dim) if self.swapped else whole
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -108,19 +103,18 @@ def _parts(mlp: nn.Module) -> str:
 def _candidates(layers: Sequence[nn.Module], linear: Sequence[int]) -> Iterator[MLPForm]:
     """The forms that layers of these sizes can have, the likely order of the layers first."""
     sizes = {i: _sizes(layers[i]) for i in linear}
-    gated = [f"glu_{name}" for name in _FUNCTIONS]
     if len(linear) == 3:
         for last in reversed(linear):
             a, b = (i for i in linear if i != last)
             if sizes[a] == sizes[b] and sizes[a][1] == sizes[last][0]:
-                yield from (MLPForm(pair, last, name) for pair in ((a, b), (b, a)) for name in gated)
+                yield from (MLPForm(pair, last, name) for pair in ((a, b), (b, a)) for name in _GATED)
         return
     for first, last in ((linear[0], linear[1]), (linear[1], linear[0])):
         hidden, inner = sizes[first][1], sizes[last][0]
         if hidden == inner:
             yield from (MLPForm((first,), last, name) for name in _UNGATED)
         elif hidden == 2 * inner:
-            yield from (MLPForm((first,), last, name, swapped) for name in gated for swapped in (False, True))
+            yield from (MLPForm((first,), last, name, swapped) for name in _GATED for swapped in (False, True))
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

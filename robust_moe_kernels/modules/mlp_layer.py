@@ -15,6 +15,7 @@ from robust_moe_kernels.modules.mlp_experts import MLPExperts
 from robust_moe_kernels.modules.routed_layer import MoELayer, expect_count
 from robust_moe_kernels.modules.token_gates import TOKEN_GATES, NoisyTopKGate
 from robust_moe_kernels.modules.walk import modules_of
+from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["FusedMLPMoE"]
 
@@ -106,6 +107,11 @@ class FusedMLPMoE(MoELayer):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         return self._forward(x, padding_mask)
+
+    def _mix(self, rows: Tensor, route: Route, weights: Tensor, computed: int | None) -> Tensor:
+        if isinstance(self.experts, MLPExperts):
+            return self.experts.mix(rows, route, weights, computed)
+        return super()._mix(rows, route, weights, computed)
 
     def _rows(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
         channels = self.experts.in_channels

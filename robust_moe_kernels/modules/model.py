@@ -100,8 +100,8 @@ def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor]
 
     Args:
         model: after a forward.
-        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load or z; or a function
-            of one layer's record.
+        kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load, z or vmoe; or a
+            function of one layer's record.
 
     Returns:
         A scalar on the graph of that forward; 0 for a model without such layers.

@@ -25,6 +25,8 @@ _SETTINGS = {  # attributes that a reading depends on
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("eps", "momentum", "track_running_stats"),
     nn.AvgPool2d: POOLING,
+    nn.GELU: ("approximate",),
+    nn.Module: ("gate_last",),  # of timm's GluMlp
 }
 
 
@@ -54,7 +56,7 @@ class Reading(Generic[T]):
             self._parts.append((module, type(module), *tables, len(module._modules)))
             self._modules += [(module._modules, name, child) for name, child in module._modules.items()]
             for kind, names in _SETTINGS.items():
-                if isinstance(module, kind):
+                if isinstance(module, kind) and names[0] in module.__dict__:
                     self._settings.append((module.__dict__, names, [module.__dict__[name] for name in names]))
             for table in tables:
                 for name, tensor in table.items():

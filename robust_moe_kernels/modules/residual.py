@@ -136,7 +136,9 @@ class ResidualExperts(Experts):
         trained = [*filters, *(stack for layer in numbers for stack in layer[:2])]
         return Stages(pools, geometries, norms, filters, numbers, trained)
 
-    def on_engine(self, content: Stages, x: Tensor, route: Route, weights: Tensor) -> Tensor | None:
+    def on_engine(
+        self, content: Stages, x: Tensor, route: Route, weights: Tensor, computed: Any = None
+    ) -> Tensor | None:
         modes = content.modes()
         if modes is None or x.shape[0] == 0 or not engine_computes(x, (s.tensors[0] for s in content.trained)):
             return None

@@ -19,6 +19,7 @@ from robust_moe_kernels.modules.general_path import general_path, mix_plainly, w
 from robust_moe_kernels.modules.interception import has_ended
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.modules.walk import modules_of
 from robust_moe_kernels.ops.routing import Route
 
 __all__ = ["MoELayer", "expect_count"]
@@ -172,6 +173,15 @@ class MoELayer(nn.Module):
             expect(False, "capacity", f"None, with choice 'token', for {kind}: a dropped map would have no output", got)
         self._route_options = options
 
+    @property
+    def batch_independent(self) -> bool:
+        """Whether a row's output depends on that row alone: no buffer is limited, and in the present modes neither
+        score noise nor dropout is drawn for the batch nor a norm takes its statistics from it. By the native engine of
+        the CPU the output is then the same bit for bit whatever the batch."""
+        options = self._route_options
+        drawn = self.training and options.noise_std > 0
+        return not (options.limits or drawn or any(map(_mixes_rows, modules_of(self))))
+
     def expert(self, index: int) -> nn.Module:
         """Expert ``index`` as an ordinary module of the replaced type, with its own copy of the parameters."""
         expect_expert(index, self.num_experts, "index")
@@ -229,7 +239,9 @@ class MoELayer(nn.Module):
         )
 
     def _expect_kind(self, x: Tensor) -> None:
-        weight = next(self.experts.parameters())
+        weight = next(self.experts.parameters(), None)
+        if weight is None:  # quantised experts keep their numbers elsewhere
+            return
         expect(x.device == weight.device, "x", f"a tensor on {weight.device} (the device of the experts)", x.device)
         if not torch.is_autocast_enabled(x.device.type):
             expect_dtype(x, "x", (weight.dtype,))
@@ -259,6 +271,13 @@ class MoELayer(nn.Module):
         built.train(training)
         layer.training = experts.training = training  # each expert's parts keep the modes that they had
         return layer
+
+
+def _mixes_rows(module: nn.Module) -> bool:
+    """Whether a module's output for a row depends on the others, or on its place among them."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.training or module.running_mean is None
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
 def expect_count(num_experts: int) -> None:

@@ -59,7 +59,7 @@ class RoutingRecord:
     def with_padding(self, padding: Tensor) -> Self:
         """The gate's record with rows ``padding`` [N] left out of the statistics."""
         routed = ~padding
-        share = (routed / routed.sum().clamp_min(1)).to(self.scores.dtype)  # [N] of each row in a mean
+        share = routed.to(self.scores.dtype) / routed.sum().clamp_min(1)  # [N] of each row in a mean
         experts = torch.arange(self.scores.shape[1], device=padding.device)
         first = (self.indices[:, :1] == experts).to(share.dtype)
         entropy = -torch.special.xlogy(self.scores, self.scores).sum(1)

@@ -4,29 +4,10 @@ from __future__ import annotations
 
 import timm
 import torch
-import torchvision
 from pytest import mark
-from timm.layers.mlp import GluMlp, Mlp, SwiGLU
-from torch import nn
+from token_layers import BOUND, MLPS, WIDTH
 
 from robust_moe_kernels import FusedMLPMoE, replace_mlps
-
-WIDTH, HIDDEN = 12, 20
-
-# Double precision: sums of at most 20 products, some 20 of them behind each other.
-BOUND = 1e4 * torch.finfo(torch.float64).eps
-
-MLPS = {
-    "timm": (lambda: Mlp(WIDTH, HIDDEN), "gelu"),
-    "timm, no bias": (lambda: Mlp(WIDTH, HIDDEN, bias=False), "gelu"),
-    "timm, other width out": (lambda: Mlp(WIDTH, HIDDEN, 7, act_layer=nn.ReLU), "relu"),
-    "timm, tanh": (lambda: Mlp(WIDTH, HIDDEN, act_layer=lambda: nn.GELU(approximate="tanh")), "gelu_tanh"),
-    "timm gated": (lambda: GluMlp(WIDTH, HIDDEN), "glu_sigmoid"),
-    "timm gated, gate first": (lambda: GluMlp(WIDTH, HIDDEN, act_layer=nn.SiLU, gate_last=False), "glu_silu"),
-    "timm SwiGLU": (lambda: SwiGLU(WIDTH, HIDDEN), "glu_silu"),
-    "torchvision": (lambda: torchvision.ops.MLP(WIDTH, [HIDDEN, WIDTH], activation_layer=nn.GELU), "gelu"),
-    "torchvision ViT": (lambda: torchvision.models.vision_transformer.MLPBlock(WIDTH, HIDDEN, 0.0), "gelu"),
-}
 
 
 @mark.parametrize("name", MLPS)
