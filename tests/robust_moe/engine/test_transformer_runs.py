@@ -17,7 +17,7 @@ from robust_moe_kernels.modules import moe_layers
 LAYER = "network.blocks.1.mlp"
 ADAM = ("optim.name=adam", "optim.lr=0.003", "optim.weight_decay=0")
 # V-MoE's router, its noise among what a resumed run has to draw again; experts that drop tokens
-VMOE = ("model.moe.noise=vmoe", "model.moe.noise_std=1", "model.moe.renormalize=false", "model.moe.balance=load")
+VMOE = ("model.moe.noise=vmoe", "model.moe.noise_std=1", "model.moe.renormalize=false", "model.moe.balance=vmoe")
 DATA = {"name": "x", "class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.5], "std": [0.3]}
 
 
