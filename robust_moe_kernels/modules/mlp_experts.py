@@ -115,9 +115,9 @@ class MLPExperts(Experts):
         # a list of its own: during an attack the one that is returned is kept for the next forward
         found = list(self.cast(content.stacks, stacked(content.stacks, content.stacks), dtype))
         count = len(self.form.first)
-        bias2 = found.pop() if content.biased_last else None
         weight1, weight2 = self.form.ordered(found[:count], 1), found[count]
-        bias1 = self.form.ordered(found[count + 1 :], 1) if content.biased_first else None
+        bias1 = self.form.ordered(found[count + 1 : 2 * count + 1], 1) if content.biased_first else None
+        bias2 = found[-1] if content.biased_last else None
         x = guarded(x.to(dtype), content.stacks)
         return expert_mlp(x, weight1, bias1, weight2, bias2, route, weights, self.form.activation, computed)
 
