@@ -21,7 +21,7 @@ class ModelCost:
 
     multiply_adds: int  # of a forward: convolutions and linear layers; a routed layer runs some of its experts
     parameters: int  # all of the model's
-    active_parameters: int  # all but those of the experts that do not run
+    active_parameters: int  # all but those of the experts that do not run for the image, or for any of its tokens
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
     as if it were multiplied. Of experts that differ in size, ``active_parameters`` takes the mean.
 
     Args:
-        model: [1, C, H, W] in [0, 1] -> logits, on the CPU: a GPU's fused gate is not counted.
+        model: [1, C, H, W] in [0, 1] -> logits, on the CPU.
         image: [1, C, H, W].
 
     Raises:
@@ -51,6 +51,8 @@ def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
     idle = 0
     for layer in moe_layers(model).values():
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-        active = len(layer.last_routing().indices.unique())  # a routing rule, or imposed routes, need not keep to top_k
+        record = layer.last_routing()  # a routing rule, or imposed routes, need not keep to top_k
+        computed = record.indices if record.dropped is None else record.indices[~record.dropped]
+        active = len(computed.unique())
         idle += experts * (layer.num_experts - active) // layer.num_experts
     return ModelCost(counter.get_total_flops() // 2, parameters, parameters - idle)

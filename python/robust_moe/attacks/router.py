@@ -108,7 +108,8 @@ class RouterPGD(RouterAttack):
         targeted: drive each layer's gate to every other expert in turn, the nearest in its ranking first, and then the
             layers jointly (:func:`~robust_moe.attacks.route_search.worst_route`), by the lead of that expert over the
             k-th best of the others; tokens all at once, each to the expert of that rank among its own others, by the
-            mean of their leads, counted up to ``CUSHION``. Each image keeps what is misclassified, else the highest loss.
+            mean of their leads, counted up to ``CUSHION``. Each image keeps what is misclassified, else the highest
+            loss.
         routes: experts of each layer that ``targeted`` tries, >= 1; None, and of a layer with fewer others: all.
         others: see :class:`RouterAttack`.
     """

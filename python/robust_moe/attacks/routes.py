@@ -162,14 +162,14 @@ def _aimed_at(layer: MoELayer) -> Tensor:
 
 
 def fewest_chosen(layer: MoELayer, training: bool) -> int:
-    """Experts that the layer gives a row weight to, at least: k; 1 with a rule of evaluation; 0 where experts choose."""
+    """Experts that a row gets, at least: k; 1 with a rule of evaluation; 0 where experts choose."""
     if eval_rule(layer, training) is not None:
         return 1
     return 0 if layer.choice == "expert" else layer.top_k
 
 
 def most_chosen(layer: MoELayer, training: bool) -> int:
-    """Experts that the layer gives a row weight to, at most: k; with a rule of evaluation its ``top``, E where that is
+    """Experts that a row gets, at most: k; with a rule of evaluation its ``top``, E where that is
     no integer, and where experts choose."""
     rule, count = eval_rule(layer, training), layer.num_experts
     if rule is None:

@@ -53,10 +53,10 @@ class Steering(PGD):
     lead of ``CUSHION``, and the classification loss where that is so. The second half raises the classification loss
     where the image is sent to the expert, and ``route_weight`` times what is missing of that lead, so that an image
     that was lost to another expert is driven back. All iterates are judged. Layers take turns, and are then joined
-    greedily (:func:`~robust_moe.attacks.route_search.worst_route`). For k > 1 the expert is to be among the selected; the
-    weight that it has there is something that the loss has a gradient to. Where a routing rule of evaluation replaces
-    the gate's choice (:mod:`robust_moe.models.inference`), an expert counts as selected where the rule gives it weight,
-    or might have drawn it.
+    greedily (:func:`~robust_moe.attacks.route_search.worst_route`). For k > 1 the expert is to be among the selected;
+    the weight that it has there is something that the loss has a gradient to. Where a routing rule of evaluation
+    replaces the gate's choice (:mod:`robust_moe.models.inference`), an expert counts as selected where the rule gives
+    it weight, or might have drawn it.
 
     Of a layer that routes tokens all tokens of an image are driven at once, each to the expert of one rank in its own
     ranking: to the first choices, the second ones, and so on. The lead is the mean over the tokens, each counted up to

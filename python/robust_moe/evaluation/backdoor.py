@@ -46,8 +46,8 @@ def backdoor_report(
       ``routing_change``, mean 1 − IoU of the selected experts between the two, and ``route_flips``, share whose
       selected set changed, of a layer that routes tokens that of any token, and ``token_flips``, share of tokens;
       ``asr_by_first``, ``asr`` of the images with the trigger whose first choice, or that of most tokens, is each
-      expert, null where there is none; ``single_experts``: ``accuracy``, ``asr`` and ``target_rate`` where one expert takes
-      every image of that layer.
+      expert, null where there is none; ``single_experts``: ``accuracy``, ``asr`` and ``target_rate`` where one expert
+      takes every image of that layer.
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits, dense or with MoE layers in which the gates decide; left as found.

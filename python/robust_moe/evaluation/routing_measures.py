@@ -118,8 +118,8 @@ def flipped(first: Tensor, second: Tensor) -> Tensor:
 
 
 def top_k_margin(logits: Tensor, top_k: int) -> Tensor | None:
-    """The k-th highest gate logit less the next one, float64 [N], >= 0, from logits [N, E]; of those of n images' tokens,
-    [n, T, E], N = n T. ``None`` for k = E, where none follows."""
+    """The k-th highest gate logit less the next one, float64 [N], >= 0, from logits [N, E], or of n images' tokens
+    [n, T, E] with N = n T. ``None`` for k = E, where none follows."""
     if top_k == logits.shape[-1]:
         return None
     top = logits.flatten(0, -2).double().topk(top_k + 1, dim=1).values

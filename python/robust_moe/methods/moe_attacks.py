@@ -140,8 +140,8 @@ def gate_logits(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def gate_divergence(logits: tuple[Tensor, ...], clean: tuple[Tensor, ...], images: int) -> Tensor:
-    """Sum over the layers of KL(softmax(clean) ‖ softmax(logits)), the mean over an image's tokens where they are routed,
-    [B] for B = ``images``; ``clean`` is a constant."""
+    """Sum over the layers of KL(softmax(clean) ‖ softmax(logits)), of tokens the mean over those of an image, [B];
+    ``clean`` is a constant, ``images`` is B."""
     rows = [kl_divergence(one, other.detach()) for one, other in zip(logits, clean, strict=True)]
     layers = [mean_of_tokens(of_images(each, images)) for each in rows]
     return sum(layers[1:], layers[0])

@@ -300,5 +300,5 @@ class Odd(TokenModel):
 def test_rows_that_are_not_shared_out_evenly_are_refused(name):
     torch.manual_seed(0)
     model, x = Odd(token_layer(6)).double().eval(), images(2)
-    with pytest.raises(ValueError, match="model: expected routed layers with as many rows .* 2 images, got 17 rows"):
+    with pytest.raises(ValueError, match=r"model: expected routed layers with as many rows .* 2 images, got 17 rows"):
         ATTACKS[name](EPS, 3)(model, x, torch.zeros(2, dtype=torch.int64))

@@ -1,10 +1,10 @@
-"""Methods that know routes, on a model that routes tokens: their losses written out image by image and token by token."""
+"""Methods that know routes, on a model that routes tokens: their losses written out by image and by token."""
 
 import copy
 
 import pytest
 import torch
-from method_losses import BETA, COMMON, MIXTURE, WEIGHED, assert_same_update, ascend, ce, kl, update
+from method_losses import BETA, COMMON, MIXTURE, WEIGHED, ascend, assert_same_update, ce, kl, update
 from token_models import CLASSES, images, token_model
 
 from robust_moe.data import Batch
