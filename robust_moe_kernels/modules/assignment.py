@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robust_moe_kernels.modules.route_options import RouteOptions
 from robust_moe_kernels.modules.routing_record import RoutingRecord
-from robust_moe_kernels.ops.routing import ROUTING, Route, sort_by_expert
+from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
 __all__ = ["chosen_by_experts", "route_of", "sorted_indices", "within_capacity"]
 
@@ -35,9 +35,11 @@ def within_capacity(options: RouteOptions, record: RoutingRecord) -> RoutingReco
         served = best.sort(descending=True, stable=True).indices  # [N] rows, the most important first
         pairs = indices.index_select(0, served)
     pairs = pairs.t().reshape(-1)  # slot after slot
-    _, _, inverse, offsets, _ = ROUTING.module("reference").sort_by_expert(pairs, experts + 1, 1)
-    place = inverse - offsets.index_select(0, pairs)  # in the buffer
-    full = (place >= options.buffer(rows, experts)).view(indices.shape[1], rows).t()
+    found, order = pairs.sort(stable=True)
+    begins = torch.searchsorted(found, torch.arange(experts + 1, device=found.device))
+    places = torch.arange(len(found), device=found.device) - begins.index_select(0, found)  # in the buffers
+    full = places >= options.buffer(rows, experts)
+    full = torch.empty_like(full).index_copy(0, order, full).view(indices.shape[1], rows).t()
     if options.priority == "batch":
         full = torch.empty_like(full).index_copy(0, served, full)
     return record.dropping(full)

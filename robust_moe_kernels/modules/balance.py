@@ -114,9 +114,9 @@ def vmoe_loss(routing: RoutingRecord) -> Tensor:
     L_imp is the CV^2 of sum_x softmax(W x)_i, without noise. Where no noise was drawn, as in evaluation, there is no
     load, and L_imp/2 is left, as in the released code.
     """
-    importance = _square_variation(_counted(routing.clean_logits.softmax(1), routing.padding).sum(0))
     if routing.noise_scale is None:
-        return 0.5 * importance
+        return 0.5 * importance_loss(routing.mean_scores)
+    importance = _square_variation(_counted(routing.clean_logits.softmax(1), routing.padding).sum(0))
     logits = (routing.clean_logits, routing.logits)
     load = vmoe_load_loss(*logits, routing.noise_scale, routing.indices.shape[1], routing.padding)
     return 0.5 * importance + 0.5 * load

@@ -76,14 +76,14 @@ class ExpertModule(Protocol):
 
     @property
     def in_channels(self) -> int:
-        """Of the maps that the experts take."""
+        """Channels of the maps, or width of the tokens, that the experts take."""
 
     @property
     def num_experts(self) -> int:
         """E."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """At least one; their device and dtype are those of the input."""
+        """Their device and dtype are those of the input."""
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """All of x [B, C, H, W] through one expert."""
@@ -153,7 +153,7 @@ class Experts(nn.ModuleList, ABC):
     @property
     @abstractmethod
     def in_channels(self) -> int:
-        """Of the maps that the experts take."""
+        """Channels of the maps, or width of the tokens, that the experts take."""
 
     @abstractmethod
     def read(self, members: list[list[Any]]) -> Any:

@@ -46,7 +46,10 @@ class MLPExperts(Experts):
     def __init__(self, mlps: Iterable[nn.Module], form: MLPForm) -> None:
         super().__init__(mlps)
         self.form = form
-        self.settings = _settings(modules_of(self[0]))
+        layers = modules_of(self[0])
+        self.settings = _settings(layers)
+        first: Any = layers[form.first[0]]
+        self.width: int = first.in_features
 
     @classmethod
     def of(cls, mlp: nn.Module, num_experts: int) -> Self:
@@ -56,8 +59,7 @@ class MLPExperts(Experts):
 
     @property
     def in_channels(self) -> int:
-        first: Any = modules_of(self[0])[self.form.first[0]]
-        return first.in_features
+        return self.width
 
     def draw(self, part: nn.Module) -> None:
         """Initialise one linear layer as the replaced module's library does for its transformers. torchvision, whose
@@ -110,11 +112,12 @@ class MLPExperts(Experts):
         allowed = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
         if any(tensor.dtype not in allowed for tensor in (x, *(stack.tensors[0] for stack in content.stacks))):
             return None
-        found = self.cast(content.stacks, stacked(content.stacks, content.stacks), dtype)
+        # a list of its own: during an attack the one that is returned is kept for the next forward
+        found = list(self.cast(content.stacks, stacked(content.stacks, content.stacks), dtype))
         count = len(self.form.first)
-        bias2 = found.pop() if content.biased_last else None
         weight1, weight2 = self.form.ordered(found[:count], 1), found[count]
-        bias1 = self.form.ordered(found[count + 1 :], 1) if content.biased_first else None
+        bias1 = self.form.ordered(found[count + 1 : 2 * count + 1], 1) if content.biased_first else None
+        bias2 = found[-1] if content.biased_last else None
         x = guarded(x.to(dtype), content.stacks)
         return expert_mlp(x, weight1, bias1, weight2, bias2, route, weights, self.form.activation, computed)
 

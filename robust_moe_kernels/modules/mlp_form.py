@@ -5,7 +5,7 @@ Neither names nor classes say it, so each form that the layers' sizes allow is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,29 +71,33 @@ def form_of(mlp: nn.Module) -> MLPForm:
     cpu = torch.device("cpu")
     generator = torch.Generator(cpu).manual_seed(0)
     state = drawn_state(mlp, cpu, torch.float64, generator)
-    first: nn.Linear = layers[linear[0]]  # type: ignore[assignment]
-    x = torch.randn(*_PROBE, first.in_features, generator=generator, dtype=torch.float64, device=cpu)
+    forms = list(_candidates(layers, linear))
+    other, failure = "computes something else", ""
     with torch.no_grad(), modes_kept(mlp), torch.random.fork_rng(devices=[]):
-        try:
-            wanted = functional_call(mlp.eval(), state, (x.clone(),))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            shape = [*_PROBE, first.in_features]
-            raise ValueError(f"mlp: expected a module of one input [..., C], got {kind}: {shape}: {error}") from error
-        for form in _candidates(layers, linear):
-            got = functional_call(_AsRead(mlp, form), {f"mlp.{name}": value for name, value in state.items()}, (x,))
-            if _equal(got, wanted):
-                break
-        else:
-            raise ValueError(
-                f"mlp: expected linear(act(linear(x))) with act one of {', '.join(_UNGATED)}, or a gated one; on a"
-                f" random input {kind} ({_parts(mlp)}) computes something else"
-            )
-        mlp.train()
-        for layer in layers:
-            if isinstance(layer, nn.modules.dropout._DropoutNd):
-                layer.eval()
-        trained = functional_call(mlp, state, (x.clone(),))
-    return form._replace(same_in_training=_equal(trained, wanted))
+        for width in dict.fromkeys(_sizes(layers[form.first[0]])[0] for form in forms):
+            x = torch.randn(*_PROBE, width, generator=generator, dtype=torch.float64, device=cpu)
+            try:
+                wanted = functional_call(mlp.eval(), state, (x.clone(),))
+            except Exception as error:  # whatever a module of another kind makes of this input
+                failure = failure or f"fails: {error}"
+                continue
+            failure = other
+            for form in forms:
+                if _sizes(layers[form.first[0]])[0] == width and _equal(_applied(form, mlp, state, x), wanted):
+                    for layer in modules_of(mlp.train()):
+                        if isinstance(layer, nn.modules.dropout._DropoutNd):
+                            layer.eval()
+                    trained = functional_call(mlp, state, (x.clone(),))
+                    return form._replace(same_in_training=_equal(trained, wanted))
+    raise ValueError(
+        "mlp: expected linear(act(linear(x))) of one input [..., C], act one of"
+        f" {', '.join(_UNGATED)} or a gated one; on a random input {kind} ({_parts(mlp)}) {failure or other}"
+    )
+
+
+def _applied(form: MLPForm, mlp: nn.Module, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """What an MLP of that form would compute with that state."""
+    return functional_call(_AsRead(mlp, form), {f"mlp.{name}": value for name, value in state.items()}, (x,))
 
 
 def _parts(mlp: nn.Module) -> str:

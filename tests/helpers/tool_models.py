@@ -1,13 +1,15 @@
-"""A dense network and its routed twin, which computes the same function, and one way to train them."""
+"""A dense network of two blocks and an MLP, and its routed twin, which computes the same function, and one way to train
+them."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from robust_moe_kernels import replace_blocks
+from robust_moe_kernels import replace_blocks, replace_mlps
 
 EXPERTS = 3
 
@@ -16,7 +18,8 @@ def dense() -> nn.Sequential:
     torch.manual_seed(0)
     skip = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), BasicBlock(8, 12, 2, skip)]
-    model = nn.Sequential(*layers, BasicBlock(12, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+    layers += [BasicBlock(12, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Mlp(12, 20)]
+    model = nn.Sequential(*layers, nn.Linear(12, 5))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -26,7 +29,8 @@ def dense() -> nn.Sequential:
 
 
 def routed(**options) -> nn.Sequential:
-    return replace_blocks(dense(), ["3", "4"], num_experts=EXPERTS, top_k=2, **options)
+    model = replace_blocks(dense(), ["3", "4"], num_experts=EXPERTS, top_k=2, **options)
+    return replace_mlps(model, "7", num_experts=EXPERTS, top_k=2, **options)
 
 
 def images(count: int = 6) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from .balance import BALANCE_LOSSES, BalanceConfig, BalanceLoss
 from .build import build_model
 from .config import MODELS, DualConfig, MixtureConfig, ModelConfig, MoEConfig, NetworkConfig
 from .dual import DualModel
-from .gates import GATES, GateConfig, TokenGateConfig
+from .gates import GATES, GateConfig, LinearGateConfig, TokenGateConfig
 from .images import ImageSpec
 from .inference import INFERENCE_ROUTINGS, InferenceConfig, MarginSoft, RandomTop
 from .mixing import log_mixture
@@ -46,6 +46,7 @@ __all__ = [
     "GateConfig",
     "ImageSpec",
     "InferenceConfig",
+    "LinearGateConfig",
     "MarginSoft",
     "MixtureConfig",
     "MoEConfig",

@@ -76,8 +76,9 @@ class MoEConfig(Config):
                     f"{name}: expected {free or 'null'} for gate={self.gate.name}, which routes maps, as a dropped one "
                     f"would have no output, got {getattr(self, name)}"
                 )
-        if self.noise == "released" and self.balance.needs_noise:
-            raise ConfigError(f"noise: expected logits for balance={self.balance.name}, got {self.noise!r}")
+        if self.layers and self.balance.needs_noise and self.noise not in self.balance.noises:
+            kinds = " or ".join(self.balance.noises)
+            raise ConfigError(f"noise: expected {kinds} for balance={self.balance.name}, got {self.noise!r}")
         self.inference.expect_fits(self.num_experts)
 
 
@@ -206,6 +207,11 @@ class ModelConfig(NetworkConfig):
         if not (self.moe.balance.needs_noise and self.moe.balance.build()):
             return
         for key, section in self.routed():
+            if isinstance(section, MixtureConfig) and "logits" not in self.moe.balance.noises:
+                raise ConfigError(
+                    f"moe.balance.name: expected another loss for {key}, whose score noise is in units of a row's "
+                    f"spread, got {self.moe.balance.name!r}"
+                )
             if section.noise_std == 0:
                 raise ConfigError(
                     f"{key}.noise_std: expected > 0 for model.moe.balance={self.moe.balance.name}, which is about the "

@@ -10,7 +10,7 @@ from torch import nn
 from robust_moe.settings import Config, Table, fixed, setting
 from robust_moe_kernels import modules
 
-__all__ = ["GATES", "GateConfig", "TokenGateConfig"]
+__all__ = ["GATES", "GateConfig", "LinearGateConfig", "TokenGateConfig"]
 
 GATES = Table("gate")
 
@@ -40,6 +40,12 @@ class TokenGateConfig(GateConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearGateConfig(TokenGateConfig):
+    """One linear layer. The router of V-MoE is this one with the layer's ``noise=vmoe``, ``noise_std=1``,
+    ``renormalize=false`` and ``straight_through=false``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoConvConfig(GateConfig):
     """Two convolutions, then a global average pool."""
 
@@ -48,5 +54,4 @@ class TwoConvConfig(GateConfig):
 
 for _name, _gate in modules.GATES.items():
     GATES.register(_name, TwoConvConfig if _name == "two_conv" else fixed(GateConfig))(_gate)
-# The router of V-MoE is this one with model.moe.noise=vmoe noise_std=1 renormalize=false straight_through=false.
-GATES.register("linear", fixed(TokenGateConfig))(modules.LinearGate)
+GATES.register("linear", LinearGateConfig)(modules.LinearGate)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from robust_moe.models.config import MODELS, ModelConfig, MoEConfig
-from robust_moe.models.gates import GATES
+from robust_moe.models.gates import LinearGateConfig
 from robust_moe.models.images import ImageSpec
 from robust_moe.settings import ConfigError, setting
 
@@ -47,7 +47,7 @@ class ViTConfig(ModelConfig):
         at_least=1,
         at_most=2**12,
     )
-    moe: MoEConfig = setting(MoEConfig(gate=GATES["linear"]()), "experts inside the network")
+    moe: MoEConfig = setting(MoEConfig(gate=LinearGateConfig()), "experts inside the network")
 
     def check(self) -> None:
         super().check()

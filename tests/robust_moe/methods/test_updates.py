@@ -225,8 +225,21 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         (["model.moe.noise=released"], r"model.moe.noise_std: expected > 0 for noise=released, got 0.0"),
         (
             ["model.moe.noise=released", "model.moe.noise_std=0.1", "model.moe.balance=load"],
-            "model.moe.noise: expected logits for balance=load, got 'released'",
+            "model.moe.noise: expected logits or vmoe for balance=load, got 'released'",
         ),
+        (
+            [*TOKENS, "model.moe.noise_std=1", "model.moe.balance=vmoe"],
+            "model.moe.noise: expected vmoe for balance=vmoe, got 'logits'",
+        ),
+        (
+            [*SOFT, "model.mixture.noise_std=1", "model.moe.balance=vmoe"],
+            r"model.moe.balance.name: expected another loss for mixture, whose score noise is in units of a row's spr",
+        ),
+        ([*TOKENS, "model.moe.noise=vmoe"], r"model.moe.noise_std: expected > 0 for noise=vmoe, got 0.0"),
+        (["model.moe.capacity=1.5"], "model.moe.capacity: expected null for gate=gap_fc, which routes maps.*got 1.5"),
+        (["model.moe.choice=expert"], "model.moe.choice: expected token for gate=gap_fc, .*got expert"),
+        ([*TOKENS, "model.moe.capacity=0"], r"model.moe.capacity: expected a number in \(0, 1024\], got 0.0"),
+        ([*TOKENS, "model.moe.top_k=5"], r"model.moe.top_k: expected 1 <= k <= 4, got 5"),
         (
             ["method.train_mode=eval", "method.attack_mode=train"],
             "method.attack_mode: expected eval with train_mode=eval.*got 'train'",

@@ -11,8 +11,9 @@ import torchvision
 from torch import nn
 
 from robust_moe.config import load_config
-from robust_moe.models import MODELS, ViTMicroConfig, ViTTinyConfig, build_model
-from robust_moe.settings import ConfigError
+from robust_moe.models import MODELS, LinearGateConfig, ViTMicroConfig, ViTTinyConfig, build_model
+from robust_moe.settings import ConfigError, replaced
+from robust_moe_kernels.modules import FusedMLPMoE, moe_layers
 
 SMALL = {"width": 8, "depth": 2, "heads": 2}
 
@@ -108,6 +109,49 @@ def test_images_that_patches_do_not_fill_are_refused(settings: dict, size: int, 
     words = rf"image_size: expected a multiple of {patch} pixels, the side of a patch \(model\.patch_size\), got {size}"
     with pytest.raises(ValueError, match=words):
         build_model(ViTMicroConfig(**SMALL, **settings), 10, 3, size)
+
+
+def test_its_experts_are_routed_token_by_token_unless_another_gate_is_chosen():
+    chosen = load_config(None, ["model=vit_micro", "model.moe.layers=[blocks.1.mlp]", "model.moe.num_experts=3"]).model
+    assert chosen.moe.gate == LinearGateConfig()
+    model = build_model(replaced(chosen, "width", 12), 10, 1, 8).eval()
+    (layer,) = moe_layers(model).values()
+    model(torch.rand(2, 1, 8, 8))
+    assert isinstance(layer, FusedMLPMoE) and layer.routing.shape == (2, 5)  # four patches and the class token
+    assert not torch.equal(layer.expert(0).fc1.weight, layer.expert(1).fc1.weight)  # init: fresh
+    assert load_config(None, ["model=resnet_small"]).model.moe.gate.name == "gap_fc"
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "gate", "words"),
+    [
+        (
+            "vit_micro",
+            "blocks.1.mlp",
+            "gap_fc",
+            r"^model\.moe\.layers: block: expected .*, got Mlp .*; model\.moe\.gate=gap_fc routes maps, and replaces "
+            r"blocks or convolutions: another one, such as linear, replaces these$",
+        ),
+        (
+            "resnet_small",
+            "layer1.0",
+            "linear",
+            r"^model\.moe\.layers: mlp: expected .*, got BasicBlock .*; model\.moe\.gate=linear routes tokens, and "
+            r"replaces MLPs: another one, such as gap_fc, replaces these$",
+        ),
+        (
+            "vit_micro",
+            "blocks.1.attn",
+            "linear",
+            r"^model\.moe\.layers: mlp: expected .* random input Attention .* else$",
+        ),
+        ("vit_micro", "blocks.9.mlp", "linear", r"submodule, got 'blocks\.9\.mlp'; did you mean 'blocks\.\d\.mlp'\?$"),
+    ],
+)
+def test_layers_that_the_gate_is_not_for_are_named(model: str, layer: str, gate: str, words: str):
+    settings = [f"model={model}", f"model.moe.layers=[{layer}]", f"model.moe.gate={gate}"]
+    with pytest.raises(ValueError, match=words):
+        build_model(load_config(None, settings).model, 10, 1, 8)
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError])  # timm beside a foreign torchvision raises the second

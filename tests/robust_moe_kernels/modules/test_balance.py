@@ -43,6 +43,7 @@ TABLE = {  # the table of the module's docstring and of the specification
     "switch": (0.0, 0.0, 3.0),
     "entropy_released": (0.0, -LN4, 0.0),
     "importance": (0.0, 0.0, 3.0),
+    "vmoe": (0.0, 0.0, 1.5),
 }
 
 

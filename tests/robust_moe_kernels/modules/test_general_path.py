@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from robust_moe.models.mixture import ExpertMixture
-from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, balance_loss, replace_blocks
+from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, FusedMLPMoE, balance_loss, replace_blocks
 from robust_moe_kernels.modules import MoELayer, SoftGradient, SwapTop, general_path, rerouted
 
 
@@ -32,6 +33,7 @@ LAYERS = {
     "bottleneck": lambda **o: FusedBlockMoE.from_block(Bottleneck(8, 2), 4, init="fresh", **o),
     "convolution": lambda **o: FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), 4, init="fresh", **o),
     "networks": networks,
+    "mlp": lambda **o: FusedMLPMoE.from_mlp(Mlp(6, 10), 4, init="fresh", **o),  # the images' lines are its tokens
 }
 ROUTES = {
     "k=2": {"top_k": 2},
@@ -89,9 +91,10 @@ def test_equals_the_layer(name: str, routes: str, training: bool):
     assert_same(found, step(moe, images()))
 
 
+@pytest.mark.parametrize("name", ["basic", "mlp"])
 @pytest.mark.parametrize("reroute", [SwapTop(), SoftGradient()], ids=repr)
-def test_imposed_routes_are_taken(reroute):
-    moe = layer("basic", top_k=1).eval()
+def test_imposed_routes_are_taken(reroute, name: str):
+    moe = layer(name, top_k=1).eval()
     with rerouted(moe, reroute):
         wanted = step(moe, images())
         with general_path():
@@ -163,8 +166,9 @@ def test_second_derivatives_of_the_fused_layer(name: str, routes: str, training:
         assert error < 1e-3, key  # a ReLU within rounding of zero may open in one and not in the other
 
 
-def test_third_derivatives():
-    moe = layer("convolution", top_k=2).eval()
+@pytest.mark.parametrize("name", ["convolution", "mlp"])
+def test_third_derivatives(name: str):
+    moe = layer(name, top_k=2).eval()
 
     def third(moe: MoELayer) -> Tensor:
         x = images(2).requires_grad_()
@@ -196,14 +200,14 @@ def test_numbers_changed_between_forward_and_backward_are_noticed():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", ["basic", "convolution"])
+@pytest.mark.parametrize("name", ["basic", "convolution", "mlp"])
 @pytest.mark.parametrize("expert", [0, 2])
 def test_filters_changed_in_place_are_noticed_frozen_or_not(name: str, frozen: bool, expert: int):
     moe = layer(name).float().eval().requires_grad_(not frozen)
     x = images().float().requires_grad_()
     out = moe(x).sum()
     with torch.no_grad():
-        next(p for p in moe.experts[expert].parameters() if p.dim() == 4).mul_(2)
+        next(p for p in moe.experts[expert].parameters() if p.dim() >= 2).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out, x)
 
@@ -263,10 +267,11 @@ def test_a_trace_in_training_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:torch.func transforms")
+@pytest.mark.parametrize("name", ["convolution", "mlp"])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_mapped_forward_leaves_no_record(gradients: bool):
+def test_a_mapped_forward_leaves_no_record(gradients: bool, name: str):
     """Its tensors end with the mapping; inside of it the record can be read, by a balance loss for one."""
-    moe = layer("convolution").eval()
+    moe = layer(name).eval()
     moe(images())
 
     def loss(image: Tensor) -> Tensor:

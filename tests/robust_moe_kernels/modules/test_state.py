@@ -9,10 +9,11 @@ import pickle
 import torch
 import torchvision.models.resnet as torchvision_resnet
 from pytest import fixture, mark, raises
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, balance_loss
+from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, FusedMLPMoE, balance_loss
 from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.modules.experts import by_expert
 
@@ -43,7 +44,13 @@ def conv(**options) -> FusedConvMoE:
     return FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), 3, init="fresh", **options)
 
 
-LAYERS = {"basic": basic, "bottleneck": bottleneck, "conv": conv}
+def mlp(**options) -> FusedMLPMoE:
+    """Of tokens as wide as the images, whose lines are tokens then."""
+    return FusedMLPMoE.from_mlp(Mlp(6, 10), 3, init="fresh", **options)
+
+
+LAYERS = {"basic": basic, "bottleneck": bottleneck, "conv": conv, "mlp": mlp}
+OF_MAPS = ["basic", "bottleneck", "conv"]
 
 
 def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
@@ -69,9 +76,11 @@ BOTTLENECK = {
     "downsample.0.weight": (12, 8, 1, 1),
     **norm_shapes("downsample.1", 12),
 }
-EXPERTS = {"basic": BASIC, "bottleneck": BOTTLENECK, "conv": {"weight": (6, 8, 3, 3), "bias": (6,)}}
+MLP = {"fc1.weight": (10, 6), "fc1.bias": (10,), "fc2.weight": (6, 10), "fc2.bias": (6,)}
+EXPERTS = {"basic": BASIC, "bottleneck": BOTTLENECK, "conv": {"weight": (6, 8, 3, 3), "bias": (6,)}, "mlp": MLP}
+GATES = {name: {"gate.fc.weight": (3, 6)} if name == "mlp" else GAP_FC for name in EXPERTS}
 # The stable part of the interface: checkpoints hold these names and shapes.
-SHAPES = {name: {**GAP_FC, **of_three(shapes)} for name, shapes in EXPERTS.items()}
+SHAPES = {name: {**GATES[name], **of_three(shapes)} for name, shapes in EXPERTS.items()}
 
 
 def images(batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -271,11 +280,16 @@ def blocks() -> dict[str, nn.Module]:
     return {
         "basic": torchvision_resnet.BasicBlock(8, 8),
         "bottleneck": torchvision_resnet.Bottleneck(8, 3, 2, downsample(8, 12)),
+        "mlp": Mlp(6, 10),
     }
 
 
+def routed(module: nn.Module) -> MoELayer:
+    return FusedMLPMoE.from_mlp(module, 3) if isinstance(module, Mlp) else FusedBlockMoE.from_block(module, 3)
+
+
 @mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@mark.parametrize("name", ["basic", "bottleneck"])
+@mark.parametrize("name", ["basic", "bottleneck", "mlp"])
 def test_conversion_loses_no_more_than_the_block_does(name: str, dtype: torch.dtype):
     """Experts that are copies: whatever the route, the layer computes the block, up to the weighted sum.
 
@@ -283,7 +297,7 @@ def test_conversion_loses_no_more_than_the_block_does(name: str, dtype: torch.dt
     the rows' own and half an eps; 2 eps leaves the weights' rounding in.
     """
     block = blocks()[name].to(dtype).eval()
-    moe = FusedBlockMoE.from_block(blocks()[name], 3).to(dtype).eval()
+    moe = routed(blocks()[name]).to(dtype).eval()
     x = images(dtype=dtype)
     truth = copy.deepcopy(block).double()(x.double())
     out = moe(x)
@@ -294,18 +308,18 @@ def test_conversion_loses_no_more_than_the_block_does(name: str, dtype: torch.dt
 
 
 @mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
-def test_a_converted_layer_trains(convert):
-    moe = convert(basic())
-    dtype = moe.experts[0].conv1.weight.dtype
+@mark.parametrize("name", ["basic", "mlp"])
+def test_a_converted_layer_trains(name: str, convert):
+    moe = convert(LAYERS[name]())
+    dtype = next(moe.experts.parameters()).dtype
     moe(images(dtype=dtype)).float().square().mean().backward()
     for name, parameter in moe.named_parameters():
         assert parameter.grad.dtype == dtype, name
         assert parameter.grad.isfinite().all(), name
-    assert moe.experts[0].bn1.num_batches_tracked.dtype == torch.int64
+    assert all(buffer.dtype == torch.int64 for n, buffer in moe.named_buffers() if n.endswith("num_batches_tracked"))
 
 
-@mark.parametrize("gate", ["gap_fc", "conv_gap"])
-@mark.parametrize("name", LAYERS)
+@mark.parametrize(("name", "gate"), [*((n, g) for n in OF_MAPS for g in ("gap_fc", "conv_gap")), ("mlp", "linear")])
 def test_autocast_computes_experts_in_bfloat16_and_the_gate_in_single_precision(name: str, gate: str):
     """Same routes, so out = sum_j w_j e_j with weights that add up to 1: the layer is off by at most what its experts
     are off by. Twice that, measured on the whole batch: on their own segment convolutions may sum in another order,
@@ -329,9 +343,10 @@ def test_autocast_computes_experts_in_bfloat16_and_the_gate_in_single_precision(
     assert (out.float() - wanted).abs().max().item() <= 2 * max(errors) + rounding + 1e-5
 
 
-def test_training_under_autocast_gives_single_precision_gradients():
+@mark.parametrize("name", ["basic", "mlp"])
+def test_training_under_autocast_gives_single_precision_gradients(name: str):
     torch.manual_seed(0)
-    moe = basic()
+    moe = LAYERS[name]()
     with torch.autocast("cpu", torch.bfloat16):
         loss = moe(images(8)).square().mean() + balance_loss(moe)
     loss.backward()
@@ -369,7 +384,7 @@ def test_inputs_of_any_layout_give_the_same_values():
         )
 
 
-@mark.parametrize("name", LAYERS)
+@mark.parametrize("name", OF_MAPS)
 def test_channels_last_comes_out_where_it_goes_in(name: str):
     moe = trained(name).double().eval()
     x = images(dtype=torch.float64)
@@ -378,7 +393,7 @@ def test_channels_last_comes_out_where_it_goes_in(name: str):
     torch.testing.assert_close(out, moe(x), **CLOSE)
 
 
-@mark.parametrize("name", LAYERS)
+@mark.parametrize("name", OF_MAPS)
 def test_a_model_converts_to_channels_last_and_back(name: str):
     """Converted filters have their output channels innermost, the engine's own order; as built they are contiguous, as
     what flattens or saves parameters needs them. An extracted expert is an ordinary contiguous block."""

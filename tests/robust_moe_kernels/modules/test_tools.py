@@ -121,7 +121,7 @@ TOOLS = {
     "`share_memory`": Tool(WORKS, sharing_memory),
     "`torch.set_default_device`": Tool(WORKS, another_default_device),
     "FSDP2, `fully_shard`": Tool(WORKS, sharding),
-    "dynamic quantisation": Tool(WORKS, quantising),
+    "dynamic quantisation": Tool(ONE_BY_ONE, quantising),
     "`create_feature_extractor`": Tool(WORKS, extracting_features),
     "`fx.symbolic_trace`": Tool(WORKS, symbolic_tracing),
     "`torch.compile`": Tool(WORKS, compiling),
