@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,13 @@ DEEPER = 2  # blocks that the last stage may have more
 def multiply_adds(config: TrainConfig, device: str = "cpu") -> int:
     """Of one image, in a forward of ``config.model``; ten classes, three channels, and 32 pixels unless the data say
     otherwise. ``device="meta"``, for dense networks: nothing is computed."""
-    size = config.data.image_size or 32
+    return _counted(replace(config.model, init_from=None), config.data.image_size or 32, device)
+
+
+@functools.lru_cache
+def _counted(model: ModelConfig, size: int, device: str) -> int:
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        return model_cost(build_model(config.model, 10, 3, size), torch.zeros(1, 3, size, size)).multiply_adds
+        return model_cost(build_model(model, 10, 3, size), torch.zeros(1, 3, size, size)).multiply_adds
 
 
 def equal_compute(dense: TrainConfig, routed: TrainConfig) -> TrainConfig:

@@ -17,12 +17,12 @@ DENSE_PROBES, PROBES = (
     ("tokens", "redundancy", "disagreement", "radii", "slopes", "cost"),
 )
 # Upcycled at the compute of training from scratch: half of the epochs for the dense network, and half for its experts;
-# of adversarial training, three times as dear, eight of ten. Costs are estimates.
+# of adversarial training, three times as dear, eight of ten. Costs are estimates from a few timed steps and images.
 START, UPCYCLED = "dense-vit-start", {"standard": 0.5, "at": 0.8}
-SECONDS = {"standard": (190, 430, 370), "at": (370, 720, 640)}  # dense, from scratch, upcycled
+SECONDS = {"standard": (150, 365, 300), "at": (335, 650, 570)}  # dense, from scratch, upcycled
 
 VIT_RUNS: dict[str, Run] = {
-    START: Run("ViT to start from", ("method.name=standard",), 70, probes=("cost",), share=0.5, family="transformer"),
+    START: Run("ViT to start from", ("method.name=standard",), 40, probes=("cost",), share=0.5, family="transformer"),
     **{
         f"{name}-{how}": run
         for how, (words, method) in METHODS.items()

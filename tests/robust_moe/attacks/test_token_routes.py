@@ -16,7 +16,7 @@ from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.passes import Passes, Tally
 from robust_moe.attacks.router import router_margin
 from robust_moe.attacks.routes import CUSHION, CleanGates, Goal, leads, route_lead
-from robust_moe.models import NetworkExperts
+from robust_moe.models import DualModel, NetworkExperts
 from robust_moe_kernels.modules import (
     FixedRoutes,
     FusedConvMoE,
@@ -285,6 +285,17 @@ def test_a_replay_has_the_routes_of_its_own_tokens(name):
     for part in torch.arange(12).split(3):
         assert torch.equal(made(model, x[part], y[part], part), plain(model, x[part], y[part], part))
     assert recorder.replays >= 3
+
+
+@pytest.mark.parametrize("name", ["ra_e", "ra_r, targeted", "joint", "steering"])
+def test_both_members_of_a_dual_model_are_attacked(name):
+    model = DualModel(token_model(layers=1), token_model(layers=2), 0.5).double().eval()
+    x, y = labelled(model, 4)
+    index = torch.arange(len(x))
+    whole = ATTACKS[name](EPS, 3)(model, x, y, index)
+    assert not torch.equal(whole, x)
+    alone = ATTACKS[name](EPS, 3)(model, x[1:2], y[1:2], index[1:2])
+    torch.testing.assert_close(alone, whole[1:2], rtol=0, atol=1e-9)
 
 
 class Odd(TokenModel):
