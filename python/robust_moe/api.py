@@ -115,7 +115,7 @@ def evaluate(
         norm: ``"Linf"`` or ``"L2"``.
         preset: a key of :data:`robust_moe.evaluation.PRESETS`: ``"quick"``: ``attack`` alone; ``"standard"`` or
             ``"rand"``: and AutoAttack; ``"full"``: beside the standard one PGD on the margin loss, and attacks on
-            routes; ``"moe"``: a curve over 20 radii, and attacks on experts and router.
+            routes; ``"moe"``: a curve over 20 radii, and attacks on experts and router; ``"vmoe"``: V-MoE's curve.
         attack: its settings, e.g. ``PGD.Config(steps=50, restarts=5)``, or its name; its ball is ``eps`` and ``norm``.
             None: PGD-20 with steps of 2.5 eps / 20.
         seed: of all attacks; the random start of an image depends on it and on the image's position.

@@ -112,7 +112,8 @@ class MLPExperts(Experts):
         allowed = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
         if any(tensor.dtype not in allowed for tensor in (x, *(stack.tensors[0] for stack in content.stacks))):
             return None
-        found = self.cast(content.stacks, stacked(content.stacks, content.stacks), dtype)
+        # a list of its own: during an attack the one that is returned is kept for the next forward
+        found = list(self.cast(content.stacks, stacked(content.stacks, content.stacks), dtype))
         count = len(self.form.first)
         weight1, weight2 = self.form.ordered(found[:count], 1), found[count]
         bias1 = self.form.ordered(found[count + 1 : 2 * count + 1], 1) if content.biased_first else None

@@ -81,8 +81,9 @@ def only_expert(layer: MoELayer, expert: int) -> Iterator[None]:
 class FixedRoutes:
     """The same samples go to the same experts, whatever the gate says now.
 
-    indices: int64 [B, n], the experts of each sample of the batch; on a CPU one out of range is refused.
-    weights: [B, n], their factors, constants; ``None``: the gate's present scores of these experts, weighted by the
+    indices: int64 [N, n], the experts of each sample of the batch, or of each of its tokens; on a CPU one out of range
+        is refused.
+    weights: [N, n], their factors, constants; ``None``: the gate's present scores of these experts, weighted by the
         layer's rule, with their gradient.
 
     Raises:
@@ -153,11 +154,12 @@ class SwapTop:
 
 @dataclass(frozen=True, eq=False)
 class RandomRoutes:
-    """k different experts at random for each sample, all orders equally likely, with the weights of the places.
+    """k different experts at random for each sample, all orders equally likely, with the weights of the places; where
+    tokens are routed, for each token of a sample.
 
-    A pure function of (seed, sample index, stream) and E, so of neither the batch nor the device.
+    A pure function of (seed, sample index, stream), T and E, so of neither the batch nor the device.
 
-    sample_index: int64 [B], the samples' positions in their data set.
+    sample_index: int64 [B], the samples' positions in their data set; the layer has B rows, or B T of tokens.
     seed: any 64-bit integer.
     stream: number of an independent draw, such as the layer's position in its model.
     """
@@ -167,8 +169,12 @@ class RandomRoutes:
     stream: int = 0
 
     def __call__(self, options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
-        middle = record.scores.new_full(record.scores.shape, 0.5, dtype=torch.float32)
-        draws = random_start(middle, 0.5, self.seed, self.sample_index, self.stream)  # U[0, 1)
+        rows, experts = record.scores.shape
+        samples = len(self.sample_index)
+        ok = rows % samples == 0 if samples else rows == 0
+        expect(ok, "sample_index", f"a number of samples that divides the {rows} rows", samples)
+        middle = record.scores.new_full((samples, rows // max(samples, 1), experts), 0.5, dtype=torch.float32)
+        draws = random_start(middle, 0.5, self.seed, self.sample_index, self.stream).flatten(0, 1)  # U[0, 1)
         return draws.sort(dim=1, stable=True).indices[:, : record.indices.shape[1]], record.weights
 
 

@@ -31,6 +31,15 @@ TINY = (
     "run.precision=32-true",  # auto depends on the processor
     "run.threads=1",  # the order of sums, and so the last bits, depend on it
 )
+# On top of that: a vision transformer of two blocks, four patches an image, the second MLP routed token by token
+TOKENS = (
+    "model.name=vit_micro",
+    "model.width=8",
+    "model.heads=2",
+    "model.depth=2",
+    "model.moe.layers=[blocks.1.mlp]",
+    "model.moe.gate=linear",
+)
 NEVER_EQUAL = ("seconds", "val_seconds")
 
 

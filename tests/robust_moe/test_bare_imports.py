@@ -23,6 +23,7 @@ ABSENT = (
     "scipy",
     "sklearn",
     "tensorboard",
+    "timm",
     "torchvision",
     "typer",
     "yaml",

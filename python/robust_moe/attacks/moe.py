@@ -81,7 +81,8 @@ class ExpertPGD(MoEAttack):
 
     Args:
         freeze_weights: the gate's weights are held too, so that no gradient reaches a gate and only the experts are
-            attacked; ``False``: the experts are held, their weights follow the gate. Of a routing rule of evaluation
+            attacked; ``False``: the experts are held, their weights follow the gate; not where an expert's room is
+            limited, and tokens that it has none for keep the weight 0. Of a routing rule of evaluation
             that draws its experts the mean weights over the draws are held.
         others: see :class:`MoEAttack`.
     """
@@ -99,6 +100,9 @@ class ExpertPGD(MoEAttack):
             if not self.freeze_weights:
                 expected = "True where a routing rule of evaluation weighs the experts"
                 expect(rule is None, "freeze_weights", expected, f"False with {rule!r} in layer {name!r}")
+                full = layer.last_routing().dropped is not None  # held experts would take what they had no room for
+                expected = "True where experts have no room for some tokens"
+                expect(not full, "freeze_weights", expected, f"False with a capacity in layer {name!r}")
                 extras.append(route.indices)
             elif isinstance(rule, DrawnReroute):
                 mean = rule.mean_weights(layer.route_options, layer.last_routing())

@@ -86,7 +86,7 @@ class Passes:
     loss: Callable[..., Tensor]  # (logits, y, *extras) to the loss of each sample, [B], that the attack raises
     wins: Callable[[Tensor, Tensor], Tensor]  # (logits, y) to whether the attack has won, bool [B]
     tally: Tally
-    extras: tuple[Tensor, ...] = ()  # of the batch, [B, ...] each
+    extras: tuple[Tensor, ...] = ()  # of the batch, [B, ...] each, or of its tokens [N, ...]
     draws: int = 1  # over which a gradient is averaged
     mode: str = "eval"  # of the model
     largest_label: int = -1

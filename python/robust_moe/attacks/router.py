@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robust_moe.attacks.base import Found, expect_length
 from robust_moe.attacks.moe import MoEAttack
 from robust_moe.attacks.passes import Passes
+from robust_moe.attacks.route_search import worst_route
 from robust_moe.attacks.routes import (
     CUSHION,
     CleanGates,
@@ -27,8 +28,8 @@ from robust_moe.attacks.routes import (
     routed_layers,
     routes_tried,
     soft_gates,
-    worst_route,
 )
+from robust_moe.tokens import capped_mean
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, rerouted
 
@@ -36,7 +37,7 @@ __all__ = ["JointPGD", "RouterAttack", "RouterPGD", "router_margin"]
 
 
 def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Tensor:
-    """How far a gate is from giving up one more of the experts it had selected, [B].
+    """How far a gate is from giving up one more of the experts it had selected, [N].
 
     Pair the selected experts, weakest first, with the others, strongest first: as many selected experts have fallen
     behind as there are pairs in which the other is ahead. The margin is the lead of the other in the first pair that is
@@ -45,9 +46,9 @@ def router_margin(logits: Tensor, selected: Tensor, cushion: float = 0.0) -> Ten
     expert as the class. Where all are selected no expert can leave: 0, without a gradient.
 
     Args:
-        logits: [B, E], any floating dtype; computed in fp32 at least.
-        selected: the experts selected on the clean images, int64 [B, k], or bool [B, E] where their number differs
-            between images.
+        logits: [N, E], any floating dtype; computed in fp32 at least.
+        selected: the experts selected on the clean images, int64 [N, k], or bool [N, E] where their number differs
+            between rows.
         cushion: >= 0, in units of the logits.
     """
     h = full(logits)
@@ -68,7 +69,9 @@ class RouterAttack(MoEAttack):
 
     The router's loss is the sum over the layers of :func:`router_margin`, each layer's in units of the spread (the
     standard deviation over the experts) of its logits at the clean image, so that a layer with large logits does not
-    outweigh the others, and with a cushion of ``CUSHION`` such units. Where a routing rule of evaluation replaces the
+    outweigh the others, and with a cushion of ``CUSHION`` such units. Of a layer that routes tokens it is the mean over
+    an image's tokens, each in units of its own spread and counted up to ``CUSHION``: a token that has lost all that it
+    can lose adds nothing more. Where a routing rule of evaluation replaces the
     gate's choice, the selected experts are those that it gives weight to, or might have drawn; where it does so to all,
     the gate's first alone. Layers with k = E and no such rule, or a fixed expert, cannot be rerouted and add nothing.
 
@@ -89,7 +92,7 @@ class RouterAttack(MoEAttack):
 
     def routed(self, passes: Passes) -> Passes:
         gates = _Gates(self, routed_layers(passes.model, passes.mode == "train"))
-        return replace(passes, loss=gates.loss, extras=gates.clean())
+        return replace(passes, loss=gates.loss, extras=gates.clean(len(passes.y)))
 
     def climb(self, passes: Passes, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
         with rerouted(passes.model, soft_gates(passes.model) if self.soft_gradient else {}):
@@ -103,8 +106,10 @@ class RouterPGD(RouterAttack):
 
     Args:
         targeted: drive each layer's gate to every other expert in turn, the nearest in its ranking first, and then the
-            layers jointly (:func:`~robust_moe.attacks.routes.worst_route`), by the lead of that expert over the k-th
-            best of the others; each image keeps what is misclassified, else the highest loss.
+            layers jointly (:func:`~robust_moe.attacks.route_search.worst_route`), by the lead of that expert over the
+            k-th best of the others; tokens all at once, each to the expert of that rank among its own others, by the
+            mean of their leads, counted up to ``CUSHION``. Each image keeps what is misclassified, else the highest
+            loss.
         routes: experts of each layer that ``targeted`` tries, >= 1; None, and of a layer with fewer others: all.
         others: see :class:`RouterAttack`.
     """
@@ -148,17 +153,18 @@ class RouterPGD(RouterAttack):
         layers = self._targets(passes)
         if not layers:
             return super().run(passes, x0, sample_index, seed)
-        gates = CleanGates.of(layers)  # the last forward was that of the clean images, in prepare
-        candidates = [experts[:, : self.routes] for experts in gates.others()]
-        nothing = passes.y.new_zeros(len(x0), dtype=torch.bool), gates.spread.new_full((len(x0),), -torch.inf)
+        gates = CleanGates.of(layers, len(x0))  # the last forward was that of the clean images, in prepare
+        candidates = [experts[:, :, : self.routes] for experts in gates.others()]
+        nothing = passes.y.new_zeros(len(x0), dtype=torch.bool), gates.spread[0].new_full((len(x0),), -torch.inf)
         found = Found(x0, *nothing)
 
         def climb(passes: Passes, x: Tensor, x0: Tensor, goal: Goal) -> Found:
-            (x, *_) = self.climb(replace(passes, loss=lead, extras=tuple(goal)), x, x0)
+            (x, *_) = self.climb(replace(passes, loss=lead, extras=goal.extras()), x, x0)
             return Found(x, *passes.score(x))
 
         def lead(logits: Tensor, y: Tensor, *goal: Tensor) -> Tensor:
-            return leads(layers, Goal(*goal)).sum(1)
+            each = [capped_mean(lead, CUSHION) for lead in leads(layers, Goal.of_extras(*goal))]
+            return torch.stack(each, 1).sum(1)
 
         return worst_route(self, passes, x0, sample_index, seed, gates, candidates, climb, found).images
 
@@ -201,13 +207,11 @@ class _Gates:
     def __init__(self, attack: RouterAttack, layers: list[MoELayer]) -> None:
         self.attack, self.layers = attack, layers
 
-    def clean(self) -> tuple[Tensor, ...]:
-        """For each layer the experts selected, bool [B, E], and the spread of its logits, float64 [B, 1], at the clean
-        images."""
-        if not self.layers:
-            return ()
-        gates = CleanGates.of(self.layers)
-        return tuple(tensor for pair in zip(gates.chosen, gates.spread.split(1, 1), strict=True) for tensor in pair)
+    def clean(self, images: int) -> tuple[Tensor, ...]:
+        """For each layer the experts selected, bool [B, T, E], and the spread of its logits, float64 [B, T], at the
+        clean images, B = ``images`` of them."""
+        gates = CleanGates.of(self.layers, images)
+        return tuple(tensor for pair in zip(gates.chosen, gates.spread, strict=True) for tensor in pair)
 
     def loss(self, logits: Tensor, y: Tensor, *clean: Tensor) -> Tensor:
         # zero, but on the graph of the input: where no layer can be rerouted the gradient is zero and not missing.
@@ -215,5 +219,6 @@ class _Gates:
         router = (0 * logits.clamp(-1, 1)).sum(1)
         for layer, selected, spread in zip(self.layers, clean[::2], clean[1::2], strict=True):
             h = full(layer.last_routing().logits)
-            router = router + router_margin(h / spread.to(h.dtype), selected, CUSHION)
+            rows = router_margin(h / spread.flatten()[:, None].to(h.dtype), selected.flatten(0, 1), CUSHION)
+            router = router + capped_mean(rows.view_as(spread), CUSHION)
         return self.attack.objective(logits, y, router)

@@ -1,21 +1,25 @@
-"""What attacks read of a model's gates, and the search over the experts that a gate can be driven to."""
+"""What attacks read of a model's gates: which experts are chosen, and how far another one is from it.
+
+A layer's rows are images, or their tokens (:mod:`robust_moe.tokens`): what is kept of B clean images has the shape
+[B, T, ...], T being 1 for a layer that routes images.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from numbers import Integral
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from robust_moe.attacks.apgd import merge
-from robust_moe.attacks.base import Found, expect_number
+from robust_moe.attacks.base import expect_number
 from robust_moe.attacks.passes import Passes
+from robust_moe.tokens import of_images
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import DrawnReroute, MoELayer, Reroute, SoftGradient, moe_layers
+from robust_moe_kernels.modules.assignment import chosen_by_experts
 
 __all__ = [
     "CUSHION",
@@ -32,7 +36,6 @@ __all__ = [
     "routed_layers",
     "routes_tried",
     "soft_gates",
-    "worst_route",
 ]
 
 CUSHION = 0.25  # lead, in spreads of the gate's logits, from which a route counts as changed: a step may undo some
@@ -42,47 +45,49 @@ class CleanGates(NamedTuple):
     """What the gates of L layers say of B clean images."""
 
     layers: list[MoELayer]
-    chosen: list[Tensor]  # of each layer bool [B, E], see chosen_experts; where that is all, the gate's first alone
-    ranked: list[Tensor]  # of each layer int64 [B, E], all experts, the chosen ones first, each kind from the best on
-    spread: Tensor  # float64 [B, L], > 0: standard deviation, over the experts, of each layer's logits
+    chosen: list[Tensor]  # of each layer bool [B, T, E], see chosen_experts; where that is all, the gate's first alone
+    ranked: list[Tensor]  # of each layer int64 [B, T, E], all experts, the chosen first, each kind from the best on
+    spread: list[Tensor]  # of each layer float64 [B, T], > 0: standard deviation of a row's logits over the experts
 
     @classmethod
-    def of(cls, layers: list[MoELayer]) -> CleanGates:
-        """From the records of the forward just made."""
-        logits = [layer.last_routing().logits.detach() for layer in layers]
-        chosen, ranked = [], []
-        for layer, h in zip(layers, logits, strict=True):
-            order, found = _ranking(h), _aimed_at(layer)
-            chosen.append(found)
-            ranked.append(order.gather(1, found.gather(1, order).sort(dim=1, descending=True, stable=True).indices))
-        spread = torch.stack([h.double().std(dim=1, correction=0) for h in logits], 1)
-        return cls(layers, chosen, ranked, spread.clamp_min(torch.finfo(torch.float32).eps))
+    def of(cls, layers: list[MoELayer], images: int) -> Self:
+        """From the records of the forward just made, of B = ``images`` images."""
+        gates = cls(layers, [], [], [])
+        for layer in layers:
+            h = layer.last_routing().logits.detach()
+            order, chosen = _ranking(h), _aimed_at(layer)
+            ranked = order.gather(1, chosen.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
+            spread = h.double().std(dim=1, correction=0).clamp_min(torch.finfo(torch.float32).eps)
+            gates.chosen.append(of_images(chosen, images))
+            gates.ranked.append(of_images(ranked, images))
+            gates.spread.append(of_images(spread, images))
+        return gates
 
     def others(self) -> list[Tensor]:
-        """Of each layer int64 [B, m], the experts that are not chosen, from the best on. Where a rule of evaluation
-        chooses more of them for some images than the fewest it may, chosen ones fill their rows."""
+        """Of each layer int64 [B, T, m], the experts that are not chosen, from the best on. Where a rule of evaluation
+        chooses more of them for some rows than the fewest it may, chosen ones fill their places."""
         found = []
         for layer, chosen, ranked in zip(self.layers, self.chosen, self.ranked, strict=True):
-            order = ranked.gather(1, chosen.gather(1, ranked).sort(dim=1, stable=True).indices)
-            found.append(order[:, : layer.num_experts - fewest_chosen(layer, layer.training)])
+            order = ranked.gather(2, chosen.gather(2, ranked).sort(dim=2, stable=True).indices)
+            found.append(order[:, :, : layer.num_experts - fewest_chosen(layer, layer.training)])
         return found
 
 
 class Goal(NamedTuple):
-    """Where each of B images is to be sent: the ``extras`` of a climb."""
+    """Where each of B images is to be sent by each of L layers."""
 
-    experts: Tensor  # int64 [B, L], an expert of each layer; -1: any
-    spread: Tensor  # float64 [B, L], see CleanGates
+    experts: tuple[Tensor, ...]  # of each layer int64 [B, T], an expert for each token; -1: any
+    spread: tuple[Tensor, ...]  # of each layer float64 [B, T], see CleanGates
 
+    def extras(self) -> tuple[Tensor, ...]:
+        """The ``extras`` of a climb's passes."""
+        return (*self.experts, *self.spread)
 
-class Climber(Protocol):
-    """What the search needs of an attack."""
-
-    restarts: int
-
-    def start(self, x0: Tensor, sample_index: Tensor | None, seed: int, restart: int) -> Tensor:
-        """First iterate."""
-        ...
+    @classmethod
+    def of_extras(cls, *extras: Tensor) -> Self:
+        """What :meth:`extras` was made of."""
+        layers = len(extras) // 2
+        return cls(extras[:layers], extras[layers:])
 
 
 def expect_routes(routes: int | None) -> None:
@@ -131,11 +136,17 @@ def eval_rule(layer: MoELayer, training: bool) -> Reroute | None:
 
 
 def chosen_experts(layer: MoELayer) -> Tensor:
-    """Experts that the layer gives weight to in the forward just made, bool [B, E]: the gate's first k, also where a
-    caller's routes replace them; with a rule of evaluation those that it gives weight to, and of a rule that draws
-    those that it might have drawn (:meth:`~robust_moe_kernels.modules.DrawnReroute.mean_weights`)."""
+    """Experts that the layer gives weight to in the forward just made, bool [N, E]: the gate's first k, also where a
+    caller's routes replace them, and where a token finds no place at an expert; where experts choose, those that
+    take the row; with a rule of evaluation those that it
+    gives weight to, and of a rule that draws those that it might have drawn
+    (:meth:`~robust_moe_kernels.modules.DrawnReroute.mean_weights`)."""
     record, rule = layer.last_routing(), eval_rule(layer, layer.training)
     none = torch.zeros_like(record.scores)
+    if rule is None and layer.choice == "expert":
+        record = chosen_by_experts(layer.route_options, record)
+        assert record.dropped is not None
+        return none.scatter(1, record.indices, (~record.dropped).to(none.dtype)) > 0
     if rule is None:
         return none.scatter(1, _ranking(record.logits)[:, : layer.top_k], 1) > 0
     if isinstance(rule, DrawnReroute):
@@ -152,16 +163,20 @@ def _aimed_at(layer: MoELayer) -> Tensor:
 
 
 def fewest_chosen(layer: MoELayer, training: bool) -> int:
-    """Experts that the layer gives weight to, at least: k; 1 with a rule of evaluation."""
-    return layer.top_k if eval_rule(layer, training) is None else 1
+    """Experts that a row gets, at least: k; 1 with a rule of evaluation; 0 where experts choose."""
+    if eval_rule(layer, training) is not None:
+        return 1
+    return 0 if layer.choice == "expert" else layer.top_k
 
 
 def most_chosen(layer: MoELayer, training: bool) -> int:
-    """Experts that the layer gives weight to, at most: k; with a rule of evaluation its ``top``, E where that is no
-    integer."""
+    """Experts that a row gets, at most: k; with a rule of evaluation its ``top``, E where that is
+    no integer, and where experts choose."""
     rule, count = eval_rule(layer, training), layer.num_experts
+    if rule is None:
+        return count if layer.choice == "expert" else layer.top_k
     top = getattr(rule, "top", count)
-    return layer.top_k if rule is None else min(top, count) if type(top) is int else count
+    return min(top, count) if type(top) is int else count
 
 
 def routed_layers(model: nn.Module, training: bool) -> list[MoELayer]:
@@ -189,21 +204,21 @@ def full(logits: Tensor) -> Tensor:
 
 
 def _ranking(logits: Tensor) -> Tensor:
-    """All experts of each image [B, E], best first, ties to the lowest index as in the gate."""
+    """All experts of each row [N, E], best first, ties to the lowest index as in the gate."""
     return logits.detach().sort(dim=1, descending=True, stable=True).indices
 
 
 def route_lead(logits: Tensor, expert: Tensor, chosen: Tensor) -> Tensor:
-    """How far an expert is inside the choice, [B]: the distance of its logit from the nearest expert's that is not
+    """How far an expert is inside the choice, [N]: the distance of its logit from the nearest expert's that is not
     chosen; where it is not chosen itself, minus that from the nearest expert's that is.
 
     For the first k of a gate this is its lead over the k-th best of the others. Where all experts are chosen it is
     ``CUSHION``, without a gradient.
 
     Args:
-        logits: [B, E], any floating dtype; computed in fp32 at least.
-        expert: int64 [B].
-        chosen: bool [B, E], the experts that the layer gives weight to.
+        logits: [N, E], any floating dtype; computed in fp32 at least.
+        expert: int64 [N].
+        chosen: bool [N, E], the experts that the layer gives weight to.
     """
     h, place = full(logits), expert[:, None]
     inside = chosen.gather(1, place)
@@ -214,99 +229,12 @@ def route_lead(logits: Tensor, expert: Tensor, chosen: Tensor) -> Tensor:
     return torch.where((chosen == inside).all(1, keepdim=True), CUSHION, lead)[:, 0]
 
 
-def leads(layers: Sequence[MoELayer], goal: Goal) -> Tensor:
-    """:func:`route_lead` of each layer's goal in the forward just made, in units of the clean spread, [B, L]; exactly
-    ``CUSHION``, without a gradient, where any expert will do."""
-    columns = []
-    for layer, expert, spread in zip(layers, goal.experts.unbind(1), goal.spread.unbind(1), strict=True):
-        h = full(layer.last_routing().logits)
-        lead = route_lead(h / spread[:, None].to(h.dtype), expert.clamp_min(0), _aimed_at(layer))
-        columns.append(torch.where(expert < 0, CUSHION, lead))
-    return torch.stack(columns, 1)
-
-
-def worst_route(
-    attack: Climber,
-    passes: Passes,
-    x0: Tensor,
-    sample_index: Tensor | None,
-    seed: int,
-    gates: CleanGates,
-    candidates: Sequence[Tensor],
-    climb: Callable[[Passes, Tensor, Tensor, Goal], Found],
-    found: Found,
-) -> Found:
-    """The worst of ``found`` and of a climb to each candidate, from each of the attack's starts.
-
-    Each layer's candidates are tried in turn, the other layers left to their gates. Then they are joined greedily: each
-    image keeps the first layer's candidate that did most harm while the second layer's are tried, and so on. Of the
-    climbs that fool an image the first counts. Where ``passes.reads``, fooled images take no part in further climbs,
-    and several climbs of those left run as one batch that fits in ``passes.room``; what is found does not depend on it,
-    but for rounding.
-
-    Args:
-        candidates: for each layer int64 [B, m], the experts to try.
-        climb: from starts, clean images and goals to what was found; its passes have the batch's labels.
-        found: images, success and classification loss so far; not written to.
-    """
-    search = _Search(passes, x0, gates, candidates, climb, Found(*(tensor.clone() for tensor in found)))
-    for restart in range(attack.restarts):
-        search.climb_all(attack.start(x0, sample_index, seed, restart))
-    return search.found
-
-
-@dataclass(eq=False)
-class _Search:
-    """The arguments of :func:`worst_route` and what was found so far, which it writes to."""
-
-    passes: Passes
-    x0: Tensor
-    gates: CleanGates
-    candidates: Sequence[Tensor]
-    climb: Callable[[Passes, Tensor, Tensor, Goal], Found]
-    found: Found
-
-    def climb_all(self, start: Tensor) -> None:
-        """To every candidate of every layer, and to the most harmful ones joined."""
-        layers = range(len(self.candidates))
-        none = torch.full_like(self.gates.ranked[0][:, :1], -1).expand(-1, len(layers))  # [B, L]
-        alone = none.clone()
-        self._try(start, [(layer, rank) for layer in layers for rank in range(self._width(layer))], none, alone)
-        held = none.clone()
-        held[:, 0] = alone[:, 0]
-        for layer in layers[1:]:
-            self._try(start, [(layer, rank) for rank in range(self._width(layer))], held.clone(), held)
-
-    def _width(self, layer: int) -> int:
-        return self.candidates[layer].shape[1]
-
-    def _try(self, start: Tensor, trials: list[tuple[int, int]], held: Tensor, worst: Tensor) -> None:
-        """Climb to the candidate of each (layer, rank) while the other layers are held; write the most harmful into
-        that layer's column of ``worst`` [B, L]."""
-        passes, y = self.passes, self.passes.y
-        left = torch.arange(len(y), device=y.device)
-        harm = torch.full_like(worst, -torch.inf, dtype=torch.float64)
-        while trials:
-            if passes.reads:
-                left = (~self.found.fooled).nonzero()[:, 0]
-                if not len(left):
-                    return
-            together = trials[: max(passes.room // max(len(left), 1), 1)]
-            trials = trials[len(together) :]
-            goals = []
-            for layer, rank in together:
-                experts = held[left]
-                experts[:, layer] = self.candidates[layer][left, rank]
-                goals.append(experts)
-            times = len(together)
-            goal = Goal(torch.cat(goals), self.gates.spread[left].repeat(times, 1))
-            starts, clean = (torch.cat([images[left]] * times) for images in (start, self.x0))
-            every = self.climb(replace(passes, y=y[left].repeat(times)), starts, clean, goal)
-            parts = zip(*(tensor.split(len(left)) for tensor in every), strict=True)
-            for (layer, rank), part in zip(together, map(Found._make, parts), strict=True):
-                old = Found(*(tensor[left] for tensor in self.found))
-                for whole, new in zip(self.found, merge(old, part), strict=True):
-                    whole[left] = new
-                more = part.loss.double() > harm[left, layer]
-                harm[left, layer] = torch.where(more, part.loss.double(), harm[left, layer])
-                worst[left, layer] = torch.where(more, self.candidates[layer][left, rank], worst[left, layer])
+def leads(layers: Sequence[MoELayer], goal: Goal) -> list[Tensor]:
+    """:func:`route_lead` of each layer's goal in the forward just made, in units of the clean spread, [B, T] each;
+    exactly ``CUSHION``, without a gradient, where any expert will do."""
+    found = []
+    for layer, expert, spread in zip(layers, goal.experts, goal.spread, strict=True):
+        h, aim = full(layer.last_routing().logits), expert.flatten()
+        lead = route_lead(h / spread.flatten()[:, None].to(h.dtype), aim.clamp_min(0), _aimed_at(layer))
+        found.append(torch.where(aim < 0, CUSHION, lead).view_as(expert))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Integral
@@ -16,6 +16,7 @@ from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, Found, expect_len
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.pgd import PGD
+from robust_moe.attacks.route_search import worst_route
 from robust_moe.attacks.routes import (
     CUSHION,
     CleanGates,
@@ -26,11 +27,11 @@ from robust_moe.attacks.routes import (
     routed_layers,
     routes_tried,
     soft_gates,
-    worst_route,
 )
 from robust_moe.attacks.steps import StepAttack, keep_worse
 from robust_moe.attacks.table import ATTACKS
 from robust_moe.settings import setting
+from robust_moe.tokens import mean_of_tokens, most_tokens
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, rerouted
 from robust_moe_kernels.ops.attack_step import pgd_step
@@ -52,10 +53,14 @@ class Steering(PGD):
     lead of ``CUSHION``, and the classification loss where that is so. The second half raises the classification loss
     where the image is sent to the expert, and ``route_weight`` times what is missing of that lead, so that an image
     that was lost to another expert is driven back. All iterates are judged. Layers take turns, and are then joined
-    greedily (:func:`~robust_moe.attacks.routes.worst_route`). For k > 1 the expert is to be among the selected; the
-    weight that it has there is something that the loss has a gradient to. Where a routing rule of evaluation replaces
-    the gate's choice (:mod:`robust_moe.models.inference`), an expert counts as selected where the rule gives it weight,
-    or might have drawn it.
+    greedily (:func:`~robust_moe.attacks.route_search.worst_route`). For k > 1 the expert is to be among the selected;
+    the weight that it has there is something that the loss has a gradient to. Where a routing rule of evaluation
+    replaces the gate's choice (:mod:`robust_moe.models.inference`), an expert counts as selected where the rule gives
+    it weight, or might have drawn it.
+
+    Of a layer that routes tokens all tokens of an image are driven at once, each to the expert of one rank in its own
+    ranking: to the first choices, the second ones, and so on. The lead is the mean over the tokens, each counted up to
+    ``CUSHION``, and the image is where it is driven to if more than half of its tokens are.
 
     PGD comes first, with the same settings and starts, and its images are replaced by worse ones only: this attack is
     never weaker. Where no gate has a choice (a dense model, k = E without such a rule, a fixed expert, routes that the
@@ -66,7 +71,7 @@ class Steering(PGD):
         steps: gradient steps of each climb, >= 0.
         routes: experts of each layer to steer to, >= 1: the first in the ranking of its gate at the clean image, the
             selected ones first of all; None, and of a layer with fewer experts: all.
-        experts: numbers of the experts to steer to, instead of the first ``routes``.
+        experts: numbers of the experts to steer to, tokens all to the same, instead of the first ``routes``.
         route_weight: λ >= 0, of the lead that is missing.
         soft_gradient: let the loss see a hard choice as the soft mixture in the backward pass
             (:class:`~robust_moe_kernels.modules.SoftGradient`); runs all E experts.
@@ -192,12 +197,11 @@ class Steering(PGD):
         images = super().run(passes, x0, sample_index, seed)
         found = Found(images, *passes.score(images))
         record_clean(passes, x0)
-        gates = CleanGates.of(layers)
-        if self.experts is None:
-            candidates = [ranked[:, : self.routes] for ranked in gates.ranked]
-        else:
-            chosen = passes.y.new_tensor(self.experts).expand(len(x0), -1)
-            candidates = [chosen] * len(layers)
+        gates = CleanGates.of(layers, len(x0))
+        candidates = [ranked[:, :, : self.routes] for ranked in gates.ranked]
+        if self.experts is not None:
+            chosen = passes.y.new_tensor(self.experts)
+            candidates = [chosen.expand(*ranked.shape[:2], -1) for ranked in gates.ranked]
         with rerouted(passes.model, soft_gates(passes.model) if self.soft_gradient else {}):
             climb = _Climb(self, layers)
             return worst_route(self, passes, x0, sample_index, seed, gates, candidates, climb, found)
@@ -211,7 +215,7 @@ class _Climb:
 
     def __call__(self, passes: Passes, x: Tensor, x0: Tensor, goal: Goal) -> Found:
         attack, worst = self.attack, None
-        drive, through = (replace(passes, loss=loss, extras=tuple(goal)) for loss in (self._drive, self._through))
+        drive, through = (replace(passes, loss=loss, extras=goal.extras()) for loss in (self._drive, self._through))
         for done in range(attack.steps):
             seen = (drive if done < attack.steps // 2 else through).examine(x)
             loss = attack.loss(seen.logits, passes.y)
@@ -222,12 +226,16 @@ class _Climb:
         return keep_worse(worst, Found(x, *passes.score(x)))
 
     def _drive(self, logits: Tensor, y: Tensor, *goal: Tensor) -> Tensor:
-        lead = leads(self.layers, Goal(*goal)).clamp_max(CUSHION)
-        there = (lead >= CUSHION).all(1)
-        return torch.where(there, self.attack.loss(logits, y), lead.sum(1))
+        lead, there = self._leads(goal, lambda lead: lead >= CUSHION)
+        return torch.where(there, self.attack.loss(logits, y), lead)
 
     def _through(self, logits: Tensor, y: Tensor, *goal: Tensor) -> Tensor:
-        lead = leads(self.layers, Goal(*goal)).clamp_max(CUSHION)
-        there = (lead > 0).all(1)
-        loss = torch.where(there, self.attack.loss(logits, y), 0.0)
-        return loss + self.attack.route_weight * lead.sum(1)
+        lead, there = self._leads(goal, lambda lead: lead > 0)
+        return torch.where(there, self.attack.loss(logits, y), 0.0) + self.attack.route_weight * lead
+
+    def _leads(self, goal: tuple[Tensor, ...], is_there: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(sum over the layers of the lead, at most ``CUSHION`` each; whether each of them sends the image there), [B]
+        each; ``is_there``: of a token, from its lead."""
+        each = [lead.clamp_max(CUSHION) for lead in leads(self.layers, Goal.of_extras(*goal))]
+        there = torch.stack([most_tokens(is_there(lead)) for lead in each], 1).all(1)
+        return torch.stack([mean_of_tokens(lead) for lead in each], 1).sum(1), there

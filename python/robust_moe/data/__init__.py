@@ -22,6 +22,7 @@ from robust_moe.data.poison import PoisonConfig, poisoned, triggered
 from robust_moe.data.seeding import generator
 from robust_moe.data.splits import stratified_split
 from robust_moe.data.statistics import CHANNEL_STATISTICS, channel_statistics
+from robust_moe.data.tiny_imagenet import TinyImageNet
 
 __all__ = [
     "CHANNEL_STATISTICS",
@@ -45,6 +46,7 @@ __all__ = [
     "Parquet",
     "PoisonConfig",
     "Splits",
+    "TinyImageNet",
     "apply_augmentation",
     "channel_statistics",
     "data_differences",

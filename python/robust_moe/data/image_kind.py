@@ -22,5 +22,6 @@ IMAGE_KINDS: dict[str, ImageKind] = {
     "cifar10": ImageKind(10, 3, 32),
     "cifar100": ImageKind(100, 3, 32),
     "fashion_mnist": ImageKind(10, 1, 28),
+    "tiny_imagenet": ImageKind(200, 3, 64),
 }
 """By name; the images may come from any source, such as a Parquet folder of the same set."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from robust_moe.data import (
 from robust_moe.data.image_set import expect_room
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
 from robust_moe.methods import Method
-from robust_moe.models import DualModel, build_model
+from robust_moe.models import NetworkConfig, build_model
 
 __all__ = [
     "EVALUATION",
@@ -53,6 +53,8 @@ EVALUATION = (
     "run.imports",
 )
 
+_HALVES = {"": "robust", "dual.standard.": "standard"}  # place of a half's settings below model -> part of a DualModel
+
 
 def describe_data(images: ImageSet) -> dict[str, Any]:
     """What a model has to know about its images, as plain types; kept in every checkpoint."""
@@ -73,8 +75,10 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     Args:
         config: the whole run's; ``model`` and ``data.expects`` are used.
         data: see :func:`describe_data`.
-        warm_start: then take weights from the checkpoints that ``init_from`` names. False where a checkpoint of the
-            model itself follows: those files need not exist any more.
+        warm_start: then take weights from the checkpoints that ``init_from`` names: of the same architecture, or of a
+            dense one, whose blocks the experts start as (``moe.init=copy``), or which they start as themselves
+            (``mixture.init=copy``). False where a checkpoint of the model itself follows: those files need not exist
+            any more.
 
     Raises:
         ConfigError: an unknown name, layers that cannot be mixtures of experts, or data that the configuration is not
@@ -83,21 +87,24 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     """
     _refuse_other_data(config.data, data)
     size = {"num_classes": len(data["class_names"]), "channels": data["channels"], "image_size": data["image_size"]}
+    halves = dict(config.model.halves()) if warm_start else {}
+    dual = config.model.dual.enabled
+    found = {key: _saved(key, half, dual, size) for key, half in halves.items() if half.init_from is not None}
+
+    def start(key: str, network: nn.Module) -> None:
+        if key in found and found[key].dense:
+            found[key].load(network)
+
     try:
         build = partial(build_model, config.model, **size, mean=data["mean"], std=data["std"])
         if type(config.model).__module__.startswith("robust_moe."):  # others may not bear to be built twice
             _expect_room_for(build)
-        model = build()
+        model = build(start=start)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if not warm_start:
-        return model
-    if isinstance(model, DualModel):
-        _start_from(model.robust, "robust", config.model.init_from, "model.init_from", size)
-        source = config.model.standard().init_from
-        _start_from(model.standard, "standard", source, "model.dual.standard.init_from", size)
-    else:
-        _start_from(model, None, config.model.init_from, "model.init_from", size)
+    for key, saved in found.items():
+        if not saved.dense:
+            saved.load(model.get_submodule(_HALVES[key]) if dual else model)
     return model
 
 
@@ -120,23 +127,44 @@ def make_method(config: TrainConfig) -> Method:
     return config.method.build(config.model, config.run.devices)
 
 
-def _start_from(model: nn.Module, half: str | None, source: str | None, key: str, size: Mapping[str, int]) -> None:
-    """Load the weights of the checkpoint or run folder ``source``, the moving average where the run kept one; for a
-    ``half`` of a dual model, either that half of another dual model or a whole model."""
-    if source is None:
-        return
-    path = checkpoint_file(source)
+class _Saved(NamedTuple):
+    """Weights that a model, or a half of a dual one, starts from."""
+
+    key: str  # the setting that names the file
+    path: Path
+    state: dict[str, torch.Tensor]
+    dense: bool  # of the network without the experts that the model has
+
+    def load(self, model: nn.Module) -> None:
+        """Into a model of the same architecture. Raises CheckpointError for another one."""
+        try:
+            load_model_state(model, self.state, self.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.key}: {error}") from error
+
+
+def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int]) -> _Saved:
+    """The weights in the checkpoint or run folder ``half.init_from``, the moving average where the run kept one; for a
+    half of a ``dual`` model, those of that half of another dual model or of a whole model."""
+    key, path = f"model.{place}init_from", checkpoint_file(str(half.init_from))
     checkpoint = load_checkpoint(path)
     classes = len(data_of(checkpoint, path)["class_names"])
     if classes != size["num_classes"]:
         raise ConfigError(f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}")
     state = measured_weights(checkpoint)
-    if half is not None and any(name.startswith(f"{half}.") for name in state):
-        state = {name.removeprefix(f"{half}."): value for name, value in state.items() if name.startswith(f"{half}.")}
-    try:
-        load_model_state(model, state, path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}") from error
+    prefix = f"{_HALVES[place]}."
+    if dual and any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    experts, init, section = [f".{layer}.experts." for layer in half.moe.layers], half.moe.init, "moe"
+    if half.mixture.num_experts > 0:
+        experts, init, section = [".experts.networks."], half.mixture.init, "mixture"
+    dense = bool(experts) and not any(part in f".{name}" for name in state for part in experts)
+    if dense and init == "fresh":
+        raise ConfigError(
+            f"{key}: expected a model with experts, got a dense one in {path}; model.{place}{section}.init=copy starts "
+            "every expert as its block or network"
+        )
+    return _Saved(key, path, state, dense)
 
 
 def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:

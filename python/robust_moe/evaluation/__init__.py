@@ -25,6 +25,7 @@ from robust_moe.evaluation.stages import identity, plan
 from robust_moe.evaluation.store import Journal, ResumeError
 from robust_moe.evaluation.suite import run_suite, with_stages
 from robust_moe.evaluation.tables import attack_table, results_table
+from robust_moe.evaluation.vmoe import vmoe_curve
 
 __all__ = [
     "PRESETS",
@@ -64,6 +65,7 @@ __all__ = [
     "run_moe",
     "run_suite",
     "samples_file",
+    "vmoe_curve",
     "wilson_interval",
     "with_stages",
     "write_report",

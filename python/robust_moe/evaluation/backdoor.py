@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from robust_moe.data import Batch, PoisonConfig, triggered
 from robust_moe.evaluation.moe_stages import title
 from robust_moe.evaluation.results import wilson_interval
-from robust_moe.evaluation.routing_measures import expert_use, routes, routing_change
+from robust_moe.evaluation.routing_measures import change_numbers, expert_use, routes
 from robust_moe.evaluation.staged import StagedEvaluation, Task, share
 from robust_moe.settings import plain
+from robust_moe.tokens import main_expert
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, attack_mode, last_routes, moe_layers, only_expert, rerouted
 
@@ -43,9 +44,10 @@ def backdoor_report(
       with the trigger, high where the route alone does. Null for a dense model.
     - ``layers``, by name: ``selected`` and ``first``, shares of each expert on clean and on triggered images;
       ``routing_change``, mean 1 − IoU of the selected experts between the two, and ``route_flips``, share whose
-      selected set changed; ``asr_by_first``, ``asr`` of the images with the trigger whose first choice is each expert,
-      null where there is none; ``single_experts``: ``accuracy``, ``asr`` and ``target_rate`` where one expert takes
-      every image of that layer.
+      selected set changed, of a layer that routes tokens that of any token, and ``token_flips``, share of tokens;
+      ``asr_by_first``, ``asr`` of the images with the trigger whose first choice, or that of most tokens, is each
+      expert, null where there is none; ``single_experts``: ``accuracy``, ``asr`` and ``target_rate`` where one expert
+      takes every image of that layer.
 
     Args:
         model: maps [B, C, H, W] in [0, 1] to logits, dense or with MoE layers in which the gates decide; left as found.
@@ -155,16 +157,16 @@ class _Backdoor:
         sets = {which: found[f"{which}/sets/{name}"][self.others] for which in ("clean", "triggered")}
         first = {which: found[f"{which}/first/{name}"][self.others] for which in ("clean", "triggered")}
         uses = {which: expert_use(sets[which], first[which]) for which in sets}
-        change = routing_change(sets["clean"], sets["triggered"])
         hit = found["triggered"][self.others] == self.poison.target
-        by_first = [hit[first["triggered"] == expert] for expert in range(layer.num_experts)]
+        chosen = first["triggered"]
+        chosen = chosen if chosen.dim() == 1 else main_expert(chosen, layer.num_experts)
+        by_first = [hit[chosen == expert] for expert in range(layer.num_experts)]
         return {
             "experts": layer.num_experts,
             "top_k": layer.top_k,
             "selected": {which: use.selected for which, use in uses.items()},
             "first": {which: use.first for which, use in uses.items()},
-            "routing_change": change.mean().item(),
-            "route_flips": share(change > 0),
+            **change_numbers(sets["clean"], sets["triggered"]),
             "asr_by_first": [share(hits) if len(hits) else None for hits in by_first],
             "single_experts": [self._single(name, layer, expert) for expert in range(layer.num_experts)],
         }

@@ -71,6 +71,9 @@ def run_moe(
     k = 1 the first two are one function, but the attack climbs it by the gradient of another expert's score);
     ``clean_route_on_adversarial``: the ``ra`` images on their clean routes, nothing attacked anew; the reverse,
     ``adversarial_route_on_clean``, has no attack. ``expert_by_class``: one row per class, zeros where it has no images.
+    A layer that routes tokens has ``tokens``, how many an image has. There ``routing_change`` is the mean over tokens
+    too, an image's route flips if that of any token does, ``token_flips`` is the share of tokens; ``selected``,
+    ``first``, ``expert_by_class`` and ``margin`` are of tokens; protocols impose the routes of all tokens.
 
     Args:
         model: with MoE layers in which the gates decide; left exactly as found, routing records included.

@@ -16,12 +16,14 @@ from robust_moe.evaluation.outcome import MOE, Stage, StageResult
 from robust_moe.evaluation.results import wilson_interval
 from robust_moe.evaluation.routing_measures import (
     by_class,
+    by_sample,
+    change_numbers,
     disagreement,
     distance,
     expert_use,
     gradient_share,
+    layer_inputs,
     quantiles,
-    routing_change,
     top_k_margin,
 )
 from robust_moe.evaluation.staged import StagedEvaluation, share
@@ -106,20 +108,13 @@ class MoENumbers(MoEStages):
         logits = self.run.logits(images)
         found = {**self.found(logits, labels), "logits": logits}
         for name, layer in self.layers.items():
-            found[f"gate/{name}"] = layer.last_routing().clean_logits.double()  # exact for every dtype
+            record = layer.last_routing()
+            found[f"gate/{name}"] = by_sample(record.clean_logits.double(), record)  # exact for every dtype
         return found
 
     def look_clean(self, batch: Batch) -> dict[str, Tensor]:
-        inputs: dict[str, Tensor] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0].detach()}))
-            for name, layer in self.layers.items()
-        ]
-        try:
+        with layer_inputs(self.layers) as inputs:
             found = self.look(batch.images, batch.labels)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, layer in self.layers.items():
             found[f"disagreement/{name}"] = disagreement(layer, inputs[name], layer.last_routing())
         for name in self.layers:
@@ -144,11 +139,10 @@ class MoENumbers(MoEStages):
         return found
 
     def _slopes(self, batch: Batch, clean: dict[str, Tensor], images: Tensor, found: dict[str, Tensor]) -> None:
-        """Add to what was found at ``images`` how fast logits and gate logits moved towards it."""
+        """Put, into what was found at ``images``, how fast logits and gate logits moved towards it in their place."""
         reach = distance(images, batch.images, self.settings.norm)
         for key, slope in (("logits", "slope"), *((f"gate/{name}", f"slope/{name}") for name in self.layers)):
-            found[slope] = torch.where(reach > 0, distance(found[key], clean[key], "L2") / reach, 0.0)
-        del found["logits"]
+            found[slope] = torch.where(reach > 0, distance(found.pop(key), clean[key], "L2") / reach, 0.0)
 
     def _random_points(self, batch: Batch) -> dict[str, Tensor]:
         """The steepest of several random points, by each slope."""
@@ -174,19 +168,15 @@ class MoENumbers(MoEStages):
         self, number: int, name: str, found: dict[str, dict[str, Tensor]], random: dict[str, Tensor]
     ) -> dict[str, Any]:
         layer, clean, ra = self.layers[name], self.clean, found["ra"]
-        changes = {
-            attack: routing_change(clean[f"sets/{name}"], seen[f"sets/{name}"]) for attack, seen in found.items()
-        }
-        by_attack = {
-            attack: {"routing_change": change.mean().item(), "route_flips": share(change > 0)}
-            for attack, change in changes.items()
-        }
+        sets = clean[f"sets/{name}"]
+        by_attack = {attack: change_numbers(sets, seen[f"sets/{name}"]) for attack, seen in found.items()}
         margin = top_k_margin(clean[f"gate/{name}"], layer.top_k)
         seen_by = {"clean": clean, "adversarial": ra}
         uses = {which: expert_use(seen[f"sets/{name}"], seen[f"first/{name}"]) for which, seen in seen_by.items()}
         return {
             "experts": layer.num_experts,
             "top_k": layer.top_k,
+            **({"tokens": sets.shape[1]} if sets.dim() == 3 else {}),
             "selected": {which: use.selected for which, use in uses.items()},
             "first": {which: use.first for which, use in uses.items()},
             "collapsed": uses["clean"].collapsed,

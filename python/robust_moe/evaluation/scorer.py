@@ -29,14 +29,14 @@ COLLAPSE_SHARE = 0.8  # routing has collapsed when one expert is the first choic
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Where one MoE layer sent N images."""
+    """Where one MoE layer sent N images, or their tokens."""
 
-    selected: list[float]  # share of the images sent to each expert; sums to top_k
-    first: list[float]  # share of the images whose highest-weighted expert it is; sums to 1
+    selected: list[float]  # share sent to each expert; sums to top_k, or less where experts have no room for tokens
+    first: list[float]  # share whose highest-weighted expert it is; sums to 1, or less
 
     @property
     def collapsed(self) -> bool:
-        """More than 80 % of the images have one and the same first choice (never so for a single expert)."""
+        """More than 80 % have one and the same first choice (never so for a single expert)."""
         return len(self.first) > 1 and max(self.first) > COLLAPSE_SHARE
 
 

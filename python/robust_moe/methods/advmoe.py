@@ -71,7 +71,7 @@ class AdversarialRouters(RoutedMethod):
     def _divergence(self, model: nn.Module, clean: Tensor, images: Tensor) -> Tensor:
         """What the attack raises, [B]."""
         logits, routes = model(clean), gate_logits(model)
-        return kl_divergence(model(images), logits) + gate_divergence(gate_logits(model), routes)
+        return kl_divergence(model(images), logits) + gate_divergence(gate_logits(model), routes, len(images))
 
     def _loss(self, model: nn.Module, forward: Forward, batch: Batch, images: Tensor, level: str) -> Scored:
         clean = forward(batch.images)
@@ -82,5 +82,5 @@ class AdversarialRouters(RoutedMethod):
         loss = task + self.beta * robust
         if level == "experts":
             return loss, pair_logs(task, robust, self.beta, clean, adversarial, batch.labels)
-        route = gate_divergence(gate_logits(model), routes).mean()
+        route = gate_divergence(gate_logits(model), routes, len(images)).mean()
         return self.balanced(model, loss + self.beta * route, {"route_loss": route.detach()})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robust_moe.attacks import PGD, Counts, attack_mode
 from robust_moe.attacks.losses import cross_entropy, kl_divergence
 from robust_moe.attacks.passes import Passes
+from robust_moe.tokens import mean_of_tokens, of_images
 from robust_moe_kernels.modules import MoELayer, RouteOptions, moe_layers, rerouted
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
@@ -33,9 +34,9 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class OneExpert:
-    """A reroute: each sample to one given expert with weight 1, as if the layer were that expert.
+    """A reroute: each row to one given expert with weight 1, as if the layer were that expert.
 
-    index: int64 [B]; a forward of n * B samples takes it n times over.
+    index: int64 [N], of images or of their tokens; a forward of n times as many rows takes it n times over.
     """
 
     index: Tensor
@@ -51,8 +52,8 @@ def held(indices: Mapping[str, Tensor]) -> dict[str, OneExpert]:
 
 
 def second_experts(model: nn.Module) -> dict[str, Tensor]:
-    """Each layer's second-ranked expert of each sample in the last forward, int64 [B], by the gate's logits without
-    noise."""
+    """Each layer's second-ranked expert of each row, an image or a token, in the last forward, int64 [N], by the gate's
+    logits without noise."""
     ranked = {
         name: layer.last_routing().clean_logits.detach().sort(dim=1, descending=True, stable=True).indices
         for name, layer in moe_layers(model).items()
@@ -134,13 +135,15 @@ def _paired(passes: Passes) -> Passes:
 
 
 def gate_logits(model: nn.Module) -> tuple[Tensor, ...]:
-    """Each layer's gate logits [B, E] of the last forward, on its graph."""
+    """Each layer's gate logits [N, E] of the last forward, on its graph."""
     return tuple(layer.last_routing().logits for layer in moe_layers(model).values())
 
 
-def gate_divergence(logits: tuple[Tensor, ...], clean: tuple[Tensor, ...]) -> Tensor:
-    """Sum over the layers of KL(softmax(clean) ‖ softmax(logits)), [B]; ``clean`` is a constant."""
-    layers = [kl_divergence(one, other.detach()) for one, other in zip(logits, clean, strict=True)]
+def gate_divergence(logits: tuple[Tensor, ...], clean: tuple[Tensor, ...], images: int) -> Tensor:
+    """Sum over the layers of KL(softmax(clean) ‖ softmax(logits)), of tokens the mean over those of an image, [B];
+    ``clean`` is a constant, ``images`` is B."""
+    rows = [kl_divergence(one, other.detach()) for one, other in zip(logits, clean, strict=True)]
+    layers = [mean_of_tokens(of_images(each, images)) for each in rows]
     return sum(layers[1:], layers[0])
 
 
@@ -177,5 +180,5 @@ class _Gates:
 
     def objective(self, logits: Tensor, y: Tensor, clean: Tensor, *gates: Tensor) -> Tensor:
         now = tuple(layer.last_routing().logits for layer in self.layers)
-        route = gate_divergence(now, gates)
+        route = gate_divergence(now, gates, len(y))
         return kl_divergence(logits, clean) + route if self.predictions else route

@@ -45,7 +45,8 @@ def pairwise_consistency(clean: Tensor, attacked: Tensor) -> Tensor:
     balances too. Uniform scores have 1 − 2/E + 11/E², one expert for all E − 1.
 
     Args:
-        clean, attacked: logits [B, E] of one gate, E >= 2; computed in fp32 at least, inside autocast too.
+        clean, attacked: logits [N, E] of one gate, E >= 2, of images or of their tokens; computed in fp32 at least,
+            inside autocast too.
     """
     one, other = full(clean).softmax(1), full(attacked).softmax(1)
     experts = one.shape[1]
@@ -61,7 +62,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "symmetric": _symmetric,
     "pairwise": pairwise_consistency,
 }
-"""Scalars from a gate's logits [B, E] on the clean and on the attacked images."""
+"""Scalars from a gate's logits [N, E], of images or tokens, on the clean and on the attacked images."""
 
 
 @METHODS.register("prc")
@@ -70,13 +71,14 @@ class RouterConsistency(RoutedMethod):
 
     x' raises the cross-entropy. ``method.adversary``: x'' is x' (``ce``), or a second image, which raises
     Σ KL(r(x) ‖ r(x'')) (``router``).
-    ``method.consistency``, a mean over the batch: ``kl``: KL(r(x) ‖ r(x'')); ``symmetric``: the mean of that and
-    KL(r(x'') ‖ r(x)); ``pairwise``: :func:`pairwise_consistency`, the authors' own.
+    ``method.consistency``, a mean over the batch, of a layer that routes tokens over all of them: ``kl``: KL(r(x) ‖
+    r(x'')); ``symmetric``: the mean of that and KL(r(x'') ‖ r(x)); ``pairwise``: :func:`pairwise_consistency`, the
+    authors' own.
 
-    The method is ours. The authors train V-MoE on images as they are, with the pairwise loss between the patches of two
-    augmented views, the factor 0.005 (``method.beta``) and no other balance loss; this has a whole image for a patch
-    and an attacked one for the second view. As in their code, gradients reach both sides, and through the gates' input
-    the layers before.
+    The method is ours. The authors train V-MoE on clean images, with the pairwise loss between the patches of two
+    augmented views, the factor 0.005 (``method.beta``) and no other balance loss; this has an attacked image for the
+    second view, and where images are routed a whole one for a patch. As in their code, gradients reach both sides, and
+    through the gates' input the layers before.
 
     The balance loss is that of the adversarial images. The forward of clean images, and of x'' of ``router``, ends with
     the last gate: batch norms behind it see x' alone, those before it both.
@@ -127,7 +129,7 @@ class RouterConsistency(RoutedMethod):
 
             def climbed(x: Tensor) -> Tensor:
                 now, clean = (tuple(gate.logits for gate in run_gates(model, at).values()) for at in (x, batch.images))
-                return gate_divergence(now, clean)
+                return gate_divergence(now, clean, len(batch.images))
 
             gain = self.probed_climb(model, batch, seed, self.router, others, climbed)
             logs |= {f"router_{name}": value for name, value in gain.items()}

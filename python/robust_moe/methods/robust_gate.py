@@ -20,6 +20,7 @@ from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
 from robust_moe.settings import setting
+from robust_moe.tokens import for_rows
 from robust_moe_kernels.modules import moe_layers, only_expert
 
 __all__ = ["RobustGate"]
@@ -28,7 +29,7 @@ __all__ = ["RobustGate"]
 class _Lesson(NamedTuple):
     """What one gate learns from a batch."""
 
-    inputs: Tensor  # [B, C, H, W] that it reads on the attacked images
+    inputs: Tensor  # that it reads on the attacked images, [B, C, H, W] or tokens [N, C]
     losses: Tensor  # [B, E], each expert's attacked loss
 
 
@@ -41,7 +42,8 @@ class RobustGate(RoutedMethod):
     1. Everything but the gates: CE(F(x'), y), x' raising it.
     2. The gates alone: Σ KL(softmax(−ℓ / T) ‖ r(x')) over the routed layers, and the balance loss. r are a gate's
        scores before noise and ℓ_e the cross-entropy where every image goes to expert e of that layer with weight 1, as
-       if the layer were that expert; other layers route as they are. The target is a constant.
+       if the layer were that expert; other layers route as they are. The target is a constant, the same for all tokens
+       of an image where tokens are routed.
 
     ``method.attacked``: ``shared``: all experts on x'. It is the adversary of the expert that the gate chose, so
     another one often looks better than it would if it were attacked itself. ``own``: expert e on an image that is
@@ -128,6 +130,7 @@ class RobustGate(RoutedMethod):
             inputs, losses = lessons[name]
             layer.routing, _ = layer.decide(inputs)
             logits = layer.routing.clean_logits
+            losses = for_rows(losses, len(logits))
             terms.append(kl_divergence(logits, -losses / self.temperature).mean())
             first, best = logits.argmax(1, keepdim=True), losses.argmin(1, keepdim=True)
             hits.append((first == best).float().mean())
@@ -135,7 +138,9 @@ class RobustGate(RoutedMethod):
         route = torch.stack(terms).sum()
         logs = {
             "route_loss": route.detach(),
-            "gate_hits": torch.stack(hits).mean(),  # share of images whose first expert has the lowest attacked loss
+            "gate_hits": torch.stack(
+                hits
+            ).mean(),  # share of images, or tokens, whose first expert has the lowest attacked loss
             "gate_regret": torch.stack(regrets).mean(),  # by how much its loss is above the lowest, nats
         }
         return self.balanced(model, route, logs)

@@ -52,8 +52,8 @@ def experts_and_gates(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 class GatePass(NamedTuple):
     """What one gate read and answered."""
 
-    inputs: Tensor  # [B, C, H, W]: the maps that come to the layer; of a mixture of networks, the images
-    logits: Tensor  # [B, E], before any noise
+    inputs: Tensor  # [B, C, H, W], the maps that come to the layer; of a mixture of networks the images; tokens [N, C]
+    logits: Tensor  # [N, E], before any noise
 
 
 class _Enough(Exception):

@@ -12,7 +12,7 @@ from .balance import BALANCE_LOSSES, BalanceConfig, BalanceLoss
 from .build import build_model
 from .config import MODELS, DualConfig, MixtureConfig, ModelConfig, MoEConfig, NetworkConfig
 from .dual import DualModel
-from .gates import GATES, GateConfig
+from .gates import GATES, GateConfig, LinearGateConfig, TokenGateConfig
 from .images import ImageSpec
 from .inference import INFERENCE_ROUTINGS, InferenceConfig, MarginSoft, RandomTop
 from .mixing import log_mixture
@@ -28,6 +28,7 @@ from .resnet import (
     ResNetSmallConfig,
 )
 from .routers import ROUTERS, Router, RouterConfig
+from .vit import ViTConfig, ViTMicroConfig, ViTSmallConfig, ViTTinyConfig
 
 __all__ = [
     "BALANCE_LOSSES",
@@ -45,6 +46,7 @@ __all__ = [
     "GateConfig",
     "ImageSpec",
     "InferenceConfig",
+    "LinearGateConfig",
     "MarginSoft",
     "MixtureConfig",
     "MoEConfig",
@@ -60,6 +62,11 @@ __all__ = [
     "ResNetSmallConfig",
     "Router",
     "RouterConfig",
+    "TokenGateConfig",
+    "ViTConfig",
+    "ViTMicroConfig",
+    "ViTSmallConfig",
+    "ViTTinyConfig",
     "build_model",
     "log_mixture",
 ]

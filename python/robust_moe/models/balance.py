@@ -31,6 +31,7 @@ class BalanceConfig(Config):
 
     table: ClassVar[Table] = BALANCE_LOSSES
     needs_noise: ClassVar[bool] = False  # whether it is about the score noise, which must then be > 0
+    noises: ClassVar[tuple[str, ...]] = ("logits", "vmoe")  # kinds of that noise (model.moe.noise) that it can be about
 
     def build(self) -> WeightedBalance | None:
         """The term of the training loss; None: there is none."""
@@ -83,6 +84,12 @@ class _Load(BalanceLoss.Config):
     needs_noise: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class _VMoE(_Load):
+    noises: ClassVar[tuple[str, ...]] = ("vmoe",)  # the others leave a row of equal logits without any
+
+
+_NOISY = {"load": _Load, "vmoe": _VMoE}
 for _name, _function in modules.BALANCE_LOSSES.items():
-    _config = _Load if _name == "load" else BalanceLoss.Config
-    BALANCE_LOSSES.register(_name, fixed(_config, function=_function))(FunctionBalance)
+    _config = fixed(_NOISY.get(_name, BalanceLoss.Config), function=_function)
+    BALANCE_LOSSES.register(_name, _config)(FunctionBalance)

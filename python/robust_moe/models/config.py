@@ -22,25 +22,44 @@ MODELS = Table("model")
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(Config):
-    """Which blocks or convolutions become a mixture of experts, and how it routes (docs: FusedBlockMoE)."""
+    """Which blocks, convolutions or MLPs become a mixture of experts, and how it routes (docs: FusedBlockMoE,
+    FusedMLPMoE).
 
-    layers: tuple[str, ...] = setting((), "module names, e.g. [layer4.1]; empty: a dense model")
+    A gate of tokens routes each token of an MLP by itself; every other gate routes the whole maps of a sample.
+    """
+
+    layers: tuple[str, ...] = setting((), "module names, e.g. [layer4.1] or [blocks.9.mlp]; empty: a dense model")
     num_experts: int = setting(4, "E, experts of a layer", at_least=1, at_most=1024)
-    top_k: int = setting(2, "k, experts a sample is sent to", at_least=1)
+    top_k: int = setting(2, "k, experts a sample, or a token, is sent to", at_least=1)
     gate: GateConfig = setting(GATES["gap_fc"](), "what scores the experts")
     renormalize: bool = setting(True, "divide the kept scores by their sum (k >= 2)")
     straight_through: bool = setting(True, "k = 1: forward weight exactly 1, gradient through the score")
     noise_std: float = setting(0.0, "standard deviation of the score noise, in the units of noise; 0: off", at_least=0)
-    noise: Literal["logits", "released"] = setting(
+    noise: Literal["logits", "released", "vmoe"] = setting(
         "logits",
-        "what gets the noise: logits, in units of a row's spread; released: scores, in units of a batch's, and only to "
-        "choose the experts",
+        "what gets the noise: logits, in units of a row's spread; vmoe: logits, in units of 1/E; released: scores, in "
+        "units of a batch's, and only to choose the experts",
+    )
+    capacity: float | None = setting(
+        None,
+        "of tokens, how many an expert takes at most, in units of k N / E of the N in a batch; the others pass it by; "
+        "null: all that choose it",
+        above=0,
+        at_most=1024,
+    )
+    priority: Literal["batch", "vanilla"] = setting(
+        "batch", "which tokens an expert of that capacity takes: batch, those of the largest scores; vanilla, the first"
+    )
+    choice: Literal["token", "expert"] = setting(
+        "token", "who chooses: each token its k experts, or each expert its capacity (null: 1) of tokens"
     )
     inference: InferenceConfig = setting(
         INFERENCE_ROUTINGS["none"](), "how the layers route in evaluation, attacks included; none: as in training"
     )
     init: Literal["fresh", "copy"] = setting(
-        "fresh", "fresh: experts initialised independently; copy: each starts as the replaced block"
+        "fresh",
+        "fresh: experts initialised independently; copy: each starts as the replaced block, with init_from as that of "
+        "the dense model there (upcycling)",
     )
     balance: BalanceConfig = setting(
         BALANCE_LOSSES["entropy"](), "balance loss of all routed layers, of model.mixture and of a dual model too"
@@ -49,10 +68,17 @@ class MoEConfig(Config):
     def check(self) -> None:
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k: expected 1 <= k <= {self.num_experts}, got {self.top_k}")
-        if self.noise == "released" and self.noise_std == 0:
-            raise ConfigError(f"noise_std: expected > 0 for noise=released, got {self.noise_std}")
-        if self.noise == "released" and self.balance.needs_noise:
-            raise ConfigError(f"noise: expected logits for balance={self.balance.name}, got {self.noise!r}")
+        if self.noise != "logits" and self.noise_std == 0:
+            raise ConfigError(f"noise_std: expected > 0 for noise={self.noise}, got {self.noise_std}")
+        for name, free in (("capacity", None), ("choice", "token")):
+            if getattr(self, name) != free and not self.gate.tokens:
+                raise ConfigError(
+                    f"{name}: expected {free or 'null'} for gate={self.gate.name}, which routes maps, as a dropped one "
+                    f"would have no output, got {getattr(self, name)}"
+                )
+        if self.layers and self.balance.needs_noise and self.noise not in self.balance.noises:
+            kinds = " or ".join(self.balance.noises)
+            raise ConfigError(f"noise: expected {kinds} for balance={self.balance.name}, got {self.noise!r}")
         self.inference.expect_fits(self.num_experts)
 
 
@@ -73,6 +99,10 @@ class MixtureConfig(Config):
     straight_through: bool = setting(True, "of hard: forward weight exactly 1, gradient through the score")
     inference: InferenceConfig = setting(
         INFERENCE_ROUTINGS["none"](), "how the mixture routes in evaluation, attacks included; none: as in training"
+    )
+    init: Literal["fresh", "copy"] = setting(
+        "fresh",
+        "fresh: networks initialised independently; copy: all start as one, with init_from as the network there",
     )
     mix: Literal["logits", "probabilities"] = setting(
         "logits", "what is summed; probabilities are softmaxes, and the model returns the logarithm of their sum"
@@ -177,6 +207,11 @@ class ModelConfig(NetworkConfig):
         if not (self.moe.balance.needs_noise and self.moe.balance.build()):
             return
         for key, section in self.routed():
+            if isinstance(section, MixtureConfig) and "logits" not in self.moe.balance.noises:
+                raise ConfigError(
+                    f"moe.balance.name: expected another loss for {key}, whose score noise is in units of a row's "
+                    f"spread, got {self.moe.balance.name!r}"
+                )
             if section.noise_std == 0:
                 raise ConfigError(
                     f"{key}.noise_std: expected > 0 for model.moe.balance={self.moe.balance.name}, which is about the "

@@ -10,7 +10,7 @@ from torch import nn
 from robust_moe.settings import Config, Table, fixed, setting
 from robust_moe_kernels import modules
 
-__all__ = ["GATES", "GateConfig"]
+__all__ = ["GATES", "GateConfig", "LinearGateConfig", "TokenGateConfig"]
 
 GATES = Table("gate")
 
@@ -24,10 +24,25 @@ class GateConfig(Config):
     """
 
     table: ClassVar[Table] = GATES
+    tokens: ClassVar[bool] = False  # whether it reads tokens; their layers are MLPs, not blocks and convolutions
 
     def build(self, in_channels: int, num_experts: int) -> nn.Module:
         """The gate of one layer; weights from PyTorch's global generator."""
         return type(self).owner(in_channels, num_experts, **self.own_arguments(GateConfig))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGateConfig(GateConfig):
+    """Settings of a gate of tokens, each of which it routes by itself: its module maps float [N, in_channels] to logits
+    [N, num_experts]."""
+
+    tokens: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearGateConfig(TokenGateConfig):
+    """One linear layer. The router of V-MoE is this one with the layer's ``noise=vmoe``, ``noise_std=1``,
+    ``renormalize=false`` and ``straight_through=false``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +54,4 @@ class TwoConvConfig(GateConfig):
 
 for _name, _gate in modules.GATES.items():
     GATES.register(_name, TwoConvConfig if _name == "two_conv" else fixed(GateConfig))(_gate)
+GATES.register("linear", LinearGateConfig)(modules.LinearGate)

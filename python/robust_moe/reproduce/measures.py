@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robust_moe.attacks import PGD
 from robust_moe.data import Batch, ImageSet
 from robust_moe.evaluation.moe_stages import MoEStages
-from robust_moe.evaluation.routing_measures import expert_use, routing_change
+from robust_moe.evaluation.routing_measures import change_numbers, expert_use
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.methods.moe_attacks import clean_second_experts, held
 from robust_moe.models import DualModel
@@ -104,15 +104,15 @@ def _routed(run: StagedEvaluation, layers: dict[str, MoELayer], attack: PGD.Conf
     clean = stages.clean_stage()
     found = {each: stages.attack_stage(each) for each in stages.attacks}
     robust = {each: clean["right"] & seen["right"] for each, seen in found.items()}
-    changes = {each: routing_change(clean[f"sets/{name}"], seen[f"sets/{name}"]) for each, seen in found.items()}
+    changes = {each: change_numbers(clean[f"sets/{name}"], seen[f"sets/{name}"]) for each, seen in found.items()}
     singles = [stages.single_stage(name, expert) for expert in range(layer.num_experts)]
     use = expert_use(clean[f"sets/{name}"], clean[f"first/{name}"])
     return {
         "sa": share(clean["right"]),
         **{each: share(mask) for each, mask in robust.items()},
         "union": share(torch.stack(list(robust.values())).all(0)),
-        "flips": {each: share(change > 0) for each, change in changes.items()},
-        "change": {each: change.mean().item() for each, change in changes.items()},
+        "flips": {each: change["route_flips"] for each, change in changes.items()},
+        "change": {each: change["routing_change"] for each, change in changes.items()},
         "first": use.first,
         "selected": use.selected,
         "collapsed": use.collapsed,

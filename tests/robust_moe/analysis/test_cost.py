@@ -18,7 +18,9 @@ from robust_moe.models import (
     RandomTop,
     build_model,
 )
-from robust_moe_kernels import FusedConvMoE
+from robust_moe_kernels import FusedConvMoE, FusedMLPMoE
+from robust_moe_kernels.ops.expert_mlp import expert_mlp
+from robust_moe_kernels.ops.routing import sort_by_expert
 
 
 def counted(make) -> int:
@@ -128,3 +130,69 @@ def test_a_routing_rule_for_evaluation_decides_how_many_experts_cost(rule, runni
     found = model_cost(nn.Sequential(layer, nn.Flatten()), torch.rand(1, 3, 6, 6))
     assert found.multiply_adds == running * 9 * 3 * 5 * 6**2 + 3 * 4  # and the gate
     assert found.parameters - found.active_parameters == (4 - running) * (9 * 3 * 5 + 5)
+
+
+def routed_tokens(**options) -> nn.Sequential:
+    """Eight maps as tokens of 6 channels, an MLP of 10 hidden ones as four experts, k = 2."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
+    layer = FusedMLPMoE.from_mlp(mlp, num_experts=4, top_k=2, init="fresh", **options)
+    return nn.Sequential(nn.Flatten(2), nn.Linear(81, 6), layer, nn.Flatten(), nn.Linear(48, 7)).eval()
+
+
+MAPS = torch.linspace(0, 1, 8 * 81).view(1, 8, 9, 9)
+ENDS = 8 * 81 * 6 + 48 * 7
+GATE = 8 * 6 * 4
+PAIR = 2 * 6 * 10  # multiply-adds of an expert for a token
+
+
+def test_a_routed_mlp_costs_k_experts_for_every_token():
+    model = routed_tokens()
+    found = model_cost(model, MAPS)
+    assert found.multiply_adds == ENDS + GATE + 8 * 2 * PAIR
+    used = len(model[2].routing.indices.unique())
+    assert found.parameters - found.active_parameters == (4 - used) * (PAIR + 10 + 6)
+    model[2].fixed_expert = 2
+    assert model_cost(model, MAPS).multiply_adds == ENDS + 8 * PAIR
+
+
+@pytest.mark.parametrize("rows", [16, 5])
+def test_the_products_of_a_routed_mlp_are_of_the_rows_it_has_room_for(rows: int):
+    torch.manual_seed(0)
+    operands = {
+        "x": torch.rand(8, 6),
+        "one": torch.rand(4, 10, 6),
+        "two": torch.rand(4, 6, 10),
+        "weights": torch.rand(8, 2),
+    }
+    route = sort_by_expert(torch.randint(4, (8, 2)), 4)
+    route = route._replace(offsets=route.offsets.clamp_max(rows))  # pairs behind the last expert are dropped
+
+    def backward(*wanted: str) -> int:
+        x, one, two, weights = (tensor.clone().requires_grad_(name in wanted) for name, tensor in operands.items())
+        y = expert_mlp(x, one, None, two, None, route, weights, "gelu", rows=rows).sum()
+        return counted(y.backward)
+
+    x, one, two, weights = operands.values()
+    assert counted(lambda: expert_mlp(x, one, None, two, None, route, weights, "gelu", rows=rows)) == 2 * rows * PAIR
+    assert backward("x", "weights") == backward("x") == 2 * rows * PAIR  # through both matrices, as an attack asks
+    assert backward("weights") == backward("two") == rows * PAIR
+    assert backward("one") == backward("one", "weights") == 2 * rows * PAIR
+    assert backward("x", "one", "two", "weights") == 4 * rows * PAIR
+
+
+def test_an_attacks_backward_through_a_routed_mlp_has_no_weight_gradients():
+    model = routed_tokens().requires_grad_(False)
+    x = MAPS.clone().requires_grad_()
+    found = counted(lambda: model(x).sum().backward())
+    assert found == 2 * (2 * model_cost(model, MAPS).multiply_adds - GATE)  # the backward of the gate is not counted
+
+
+def test_attention_counts_alike_on_a_cpu_and_without_numbers():
+    config = MODELS["vit_micro"](width=24, depth=1, heads=2, patch_size=4)
+    tokens, width = (8 // 4) ** 2 + 1, 24
+    own = 3 * 4**2 * width * (tokens - 1) + 12 * width**2 * tokens + 2 * tokens**2 * width + width * 7
+    found = model_cost(build_model(config, 7, 3, 8), torch.rand(1, 3, 8, 8)).multiply_adds
+    assert found == own
+    with torch.device("meta"):
+        assert model_cost(build_model(config, 7, 3, 8), torch.zeros(1, 3, 8, 8)).multiply_adds == own

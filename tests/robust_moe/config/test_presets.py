@@ -14,7 +14,7 @@ from robust_moe.data import DATASETS, IMAGE_KINDS
 from robust_moe.engine import Reporter, Trainer, passes_of_run
 from robust_moe.engine.experiment import make_model
 from robust_moe.models import DualModel, ExpertMixture
-from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, MoELayer, moe_layers
+from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, FusedMLPMoE, MoELayer, moe_layers
 
 SMALL = [name for name in preset_names() if f"{name}-small" in preset_names()]
 
@@ -41,7 +41,7 @@ def test_every_name_in_a_preset_exists(name: str):
     for layer in moe_layers(model).values():
         assert layer.straight_through or layer.renormalize is False or layer.top_k > 1  # the gate learns
     images = "digits" if name.startswith("digits") else config.data.expects
-    assert images in name
+    assert images.replace("_", "-") in name
     assert config.run.out == f"runs/{name}"
 
 
@@ -76,6 +76,26 @@ def _rt_er(config: TrainConfig, model: nn.Module) -> None:
     assert (config.run.epochs, config.run.batch_size) == (130, 512)
     assert (config.optim.schedule.lr_min, config.optim.lr) == (5e-5, 1e-4)
     assert (config.eval.attack.steps, config.method.attack.steps, config.method.beta) == (50, 10, 6)
+
+
+def _rt_er_tiny(config: TrainConfig, model: nn.Module) -> None:
+    assert isinstance(model, ExpertMixture) and (model.num_experts, model.top_k) == (4, 4)
+    assert millions(model.experts) == pytest.approx(4 * 21.47, abs=0.05)  # ViT-S with a head of 200 classes
+    assert (config.run.epochs, config.run.batch_size, config.optim.lr) == (10, 512, 1e-4)
+    assert {config.eval.attack.eps, config.method.attack.eps} == {Fraction(2, 255)}
+    assert (config.eval.attack.steps, config.method.attack.steps, config.method.beta) == (50, 10, 6)
+
+
+def _vmoe(config: TrainConfig, model: nn.Module) -> None:
+    """V-MoE's "Last 3" of twelve blocks: of every second block, the last three."""
+    layers = moe_layers(model)
+    assert list(layers) == [f"network.blocks.{number}.mlp" for number in list(range(1, 12, 2))[-3:]]
+    for layer in layers.values():
+        assert isinstance(layer, FusedMLPMoE) and (layer.num_experts, layer.top_k) == (8, 2)
+        assert (layer.noise, layer.noise_std, layer.renormalize, layer.straight_through) == ("vmoe", 1.0, False, False)
+        assert not layer.route_options.limits
+    mlp = millions(layer.expert(0))
+    assert millions(model) == pytest.approx(5.36 + 3 * 7 * mlp, abs=0.05)
 
 
 def _jtdmoe(config: TrainConfig, model: nn.Module) -> None:
@@ -127,6 +147,9 @@ PUBLISHED: dict[str, Callable[[TrainConfig, nn.Module], None]] = {
     "rt-er-cifar10": _rt_er,
     "jtdmoe-cifar10": _jtdmoe,
     "advmoe-cifar10": _advmoe,
+    "rt-er-tiny-imagenet": _rt_er_tiny,
+    "jtdmoe-tiny-imagenet": _jtdmoe,
+    "vmoe-cifar10-vit-tiny": _vmoe,
 }
 
 

@@ -204,6 +204,7 @@ def test_a_data_set_has_its_own_settings_only():
         "fashion_mnist",
         "image_folder",
         "parquet",
+        "tiny_imagenet",
     ):  # one error, where files are wanted
         with pytest.raises(DataError, match=r"^data.root: expected the folder of .*, got null$"):
             load(name)

@@ -4,6 +4,7 @@ passes unseen."""
 
 import pytest
 import torch
+from small_runs import TOKENS
 from torch import nn
 
 from robust_moe.config import ConfigError
@@ -20,14 +21,21 @@ NETWORKS = ("model.moe.layers=[]", "model.mixture.num_experts=3", "model.mixture
 NETWORKS += ("model.mixture.router=linear",)
 SOFT = (*NETWORKS, "model.mixture.routing=soft")
 DUAL = (*NETWORKS, "model.dual.enabled=true")
+TRANSFORMERS = (*TOKENS, *NETWORKS, "model.mixture.routing=soft")
 # (method, model): everything that makes sense together
 CASES = {
     **{f"{name}-blocks": (name, BLOCKS) for name in METHODS if name != "jtdmoe"},
+    **{f"{name}-tokens": (name, TOKENS) for name in METHODS if name != "jtdmoe"},
     **{f"{name}-networks": (name, NETWORKS) for name in ("pgd_at", "trades", "rt_er", "advmoe", "prc", "robust_gate")},
     "rt_er-soft": ("rt_er", SOFT),
     "advmoe-soft": ("advmoe", SOFT),
     "rt_er-released": ("rt_er", (*NETWORKS, "method.form=released")),
+    "rt_er-tokens-released": ("rt_er", (*TOKENS, "method.form=released")),
+    "rt_er-transformers": ("rt_er", TRANSFORMERS),
     "jtdmoe": ("jtdmoe", DUAL),
+    "jtdmoe-tokens": ("jtdmoe", (*TOKENS, "model.dual.enabled=true", "model.dual.experts=true")),
+    "jtdmoe-tokens-released": ("jtdmoe", (*TOKENS, "model.dual.enabled=true", "method.form=released")),
+    "jtdmoe-transformers": ("jtdmoe", (*TRANSFORMERS, "model.dual.enabled=true", "model.dual.experts=true")),
     "jtdmoe-released": ("jtdmoe", (*DUAL, "method.form=released")),
     "jtdmoe-blocks": ("jtdmoe", ("model.dual.enabled=true",)),
     "trades-dual": ("trades", DUAL),
@@ -94,7 +102,18 @@ def test_who_moves_at_each_level(tiny, name, form, levels):
 
 @pytest.mark.parametrize(
     "case",
-    ["rt_er-networks", "rt_er-soft", "rt_er-blocks", "advmoe-networks", "jtdmoe", "prc-blocks", "robust_gate-blocks"],
+    [
+        *(
+            "rt_er-networks",
+            "rt_er-soft",
+            "rt_er-blocks",
+            "advmoe-networks",
+            "jtdmoe",
+            "prc-blocks",
+            "robust_gate-blocks",
+        ),
+        *("pgd_at-tokens", "rt_er-tokens", "advmoe-tokens", "prc-tokens", "robust_gate-tokens", "jtdmoe-transformers"),
+    ],
 )
 def test_the_router_gets_a_gradient(tiny, case):
     name, overrides = CASES[case]
@@ -206,8 +225,21 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         (["model.moe.noise=released"], r"model.moe.noise_std: expected > 0 for noise=released, got 0.0"),
         (
             ["model.moe.noise=released", "model.moe.noise_std=0.1", "model.moe.balance=load"],
-            "model.moe.noise: expected logits for balance=load, got 'released'",
+            "model.moe.noise: expected logits or vmoe for balance=load, got 'released'",
         ),
+        (
+            [*TOKENS, "model.moe.noise_std=1", "model.moe.balance=vmoe"],
+            "model.moe.noise: expected vmoe for balance=vmoe, got 'logits'",
+        ),
+        (
+            [*SOFT, "model.mixture.noise_std=1", "model.moe.balance=vmoe"],
+            r"model.moe.balance.name: expected another loss for mixture, whose score noise is in units of a row's spr",
+        ),
+        ([*TOKENS, "model.moe.noise=vmoe"], r"model.moe.noise_std: expected > 0 for noise=vmoe, got 0.0"),
+        (["model.moe.capacity=1.5"], "model.moe.capacity: expected null for gate=gap_fc, which routes maps.*got 1.5"),
+        (["model.moe.choice=expert"], "model.moe.choice: expected token for gate=gap_fc, .*got expert"),
+        ([*TOKENS, "model.moe.capacity=0"], r"model.moe.capacity: expected a number in \(0, 1024\], got 0.0"),
+        ([*TOKENS, "model.moe.top_k=5"], r"model.moe.top_k: expected 1 <= k <= 4, got 5"),
         (
             ["method.train_mode=eval", "method.attack_mode=train"],
             "method.attack_mode: expected eval with train_mode=eval.*got 'train'",

@@ -27,10 +27,11 @@ from robust_moe.models import (
     Normalize,
     Router,
     RouterConfig,
+    TokenGateConfig,
     build_model,
 )
 from robust_moe.settings import Config, ConfigError, Table, plain, setting
-from robust_moe_kernels.modules import RoutingRecord, moe_layers
+from robust_moe_kernels.modules import FusedMLPMoE, RoutingRecord, moe_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +108,27 @@ class PowerLoss(BalanceLoss):
         return routing.mean_scores.pow(self.power).sum()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScaledConfig(TokenGateConfig):
+    scale: float = setting(1.0, "of the tokens", above=0)
+
+
+class ScaledGate(nn.Module):
+    """Of tokens, [N, C] to [N, E]."""
+
+    def __init__(self, in_channels: int, num_experts: int, scale: float) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(in_channels, num_experts), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.scale * x)
+
+
 OUTSIDE: list[tuple[Table, str, object, type[Config] | None]] = [
     (MODELS, "outside", outside, OutsideConfig),
     (MODELS, "patches", Patches, None),
     (GATES, "max", MaxGate, None),
+    (GATES, "scaled", ScaledGate, ScaledConfig),
     (ROUTERS, "hidden", hidden, HiddenConfig),
     (BALANCE_LOSSES, "power", PowerLoss, None),
 ]
@@ -190,6 +208,16 @@ def test_a_gate_has_settings_of_its_own():
     assert [layer.gate.fc.in_features for layer in layers] == [8, 16]  # one gate per layer, made for its maps
     with pytest.raises(ConfigError, match=r"^model.moe.gate.temperature: expected a number > 0, got 0"):
         load("model.moe.gate={name: max, temperature: 0}")
+
+
+def test_a_gate_of_tokens_routes_mlps():
+    chosen = "model={name: vit_micro, width: 8, depth: 2, heads: 2, moe: {layers: [blocks.1.mlp]}}"
+    gate = "model.moe.gate={name: scaled, scale: 3}"
+    (layer,) = moe_layers(build_model(load(chosen, gate).model, **IMAGES)).values()
+    assert isinstance(layer, FusedMLPMoE) and isinstance(layer.gate, ScaledGate)
+    assert (layer.gate.scale, layer.gate.fc.in_features) == (3, 8)
+    with pytest.raises(ConfigError, match=r"^model.moe.gate.scale: expected a number > 0, got 0"):
+        load(chosen, "model.moe.gate={name: scaled, scale: 0}")
 
 
 def test_a_router_has_settings_of_its_own():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_runs import TOKENS
 
 from robust_moe.engine.experiment import make_model
 from robust_moe.optim import OPTIMIZERS, SGD, regrouped
@@ -34,6 +35,18 @@ def test_norms_biases_gates_and_routers_do_not_decay(tiny, shape):
         assert (name in free) == (id(parameter) in gates or not filters), name
     (everything,) = SGD.Config().build(model).param_groups
     assert [id(p) for p in everything["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_of_a_transformer_class_token_and_positions_do_not_decay_either(tiny):
+    model = routed(tiny, *TOKENS)
+    decayed, rest = SGD.Config(weight_decay_on="weights").build(model).param_groups
+    weights = ("patch_embed.proj", "attn.qkv", "attn.proj", "fc1", "fc2", "network.head")
+    expected = {f"{name}.weight" for name, _ in model.named_modules() if name.endswith(weights)}
+    assert "network.blocks.1.mlp.experts.2.fc1.weight" in expected
+    assert names(model, decayed["params"]) == expected
+    assert {"network.cls_token", "network.pos_embed", "network.blocks.1.mlp.gate.fc.weight"} <= names(
+        model, rest["params"]
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -556,14 +556,20 @@ def test_a_network_that_the_images_are_too_small_for_is_refused(tmp_path):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
-    jobs = {job.run: job for job in make_jobs(list(RUNS), SCALES[scale], [3], tmp_path, ["data.root=/data"])}
-    base = flatten(jobs["mixture-at"].config)
+    families = SCALES[scale].families
+    names = [name for name, run in RUNS.items() if run.family in families]
+    jobs = {job.run: job for job in make_jobs(names, SCALES[scale], [3], tmp_path, ["data.root=/data"])}
     for name, job in jobs.items():
+        like = "mixture-at" if RUNS[name].family == "network" else "vit-moe-at"
+        base = flatten(jobs[like].config)
         # a setting that one of the two methods does not have comes and goes with the method's name
         differ = {key for key, value in flatten(job.config).items() if value != base.get(key, value)}
-        named = {setting.split("=")[0] for run in (name, "mixture-at") for setting in RUNS[run].settings}
+        both = [setting for run in (name, like) for setting in (*RUNS[run].settings, *families[RUNS[run].family])]
+        named = {setting.split("=")[0] for setting in both}
         if RUNS[name].equal:
-            named |= {"model.width", "model.blocks"}
+            named |= {"model.width", "model.blocks", "model.mlp_ratio"}
+        if RUNS[name].share != 1:
+            named.add("run.epochs")
         if (
             job.config.model.dual.enabled and RUNS[name].parts
         ):  # the standard half, which is the robust one but for its weights

@@ -37,16 +37,18 @@ SHARES = {
 }
 MEASURES = {
     "experts": "experts",
-    "top_k": "experts that an image is sent to",
+    "top_k": "experts that an image, or a token, is sent to",
+    "tokens": "tokens of an image",
     "collapsed": "routing collapsed (one expert first for more than 80 %)",
     "routing_change": "routing change under RA (mean 1 − IoU of the experts selected)",
-    "route_flips": "images whose route flips under RA",
+    "route_flips": "images whose route flips under RA, of tokens any route",
+    "token_flips": "tokens whose route flips under RA",
     "margin": "top-k margin of the gate's logits",
     "disagreement": "disagreement of the experts",
     "gradient_share": "share of the routing in the loss's gradient",
     "lipschitz": "local Lipschitz estimate (from below)",
 }
-IN_PERCENT = (MEASURES["route_flips"], MEASURES["gradient_share"])
+IN_PERCENT = (MEASURES["route_flips"], MEASURES["token_flips"], MEASURES["gradient_share"])
 PROTOCOLS = {
     "drop_top": "without the first choice",
     "swap": "first and next choice swapped",
@@ -163,12 +165,15 @@ def _measures(moe: Mapping[str, Any]) -> Iterator[Block]:
     columns = ("measure", "of", "mean", *(f"{100 * level:g} %" for level in QUANTILES), "largest")
     spreads.sort(key=lambda row: row[0].text)
     yield Table("Mean and quantiles over the images", columns, spreads)
+    flips = {"route_flips": "route flips"}
+    if any("tokens" in measures for measures in layers.values()):
+        flips["token_flips"] = "token flips"
     rows = [
-        [Cell(layer), Cell(SHARES[attack][0]), plain(change["routing_change"]), percent(change["route_flips"])]
+        [Cell(layer), Cell(SHARES[attack][0]), plain(change["routing_change"]), *map(percent, map(change.get, flips))]
         for layer, measures in layers.items()
         for attack, change in measures["by_attack"].items()
     ]
-    columns = ("layer", "attack", "routing change", "route flips")
+    columns = ("layer", "attack", "routing change", *flips.values())
     yield Folded("Routes under every attack", [Table("How far each attack changes the routes", columns, rows)])
 
 

@@ -178,17 +178,24 @@ def curve_section(results: Mapping[str, Any]) -> Section | Missing:
         return Missing("Robust accuracy against the radius ε.", command(results, "moe"))
     attack = ", ".join(f"{'.'.join(path)} {value}" for path, value in flat(curve["attack"]))
     scale, unit = figures.radius_unit(results)
-    rows = [
-        [Cell(f"{scale * eps:.4g}{unit}"), percent(share)]
-        for eps, share in zip(curve["eps"], curve["robust"], strict=True)
-    ]
+    columns, rows = ["ε", "robust"], [[Cell(f"{scale * eps:.4g}{unit}")] for eps in curve["eps"]]
+    numbers = [(percent, curve["robust"])]
+    if "changed" in curve:  # of the preset vmoe
+        columns += ["error", "changed predictions", "loss"]
+        numbers += [(percent, curve["error"]), (percent, curve["changed"]), (plain, curve["loss"])]
+        for layer, measures in curve["layers"].items():
+            columns.append(f"routing change, {layer}")
+            numbers.append((plain, measures["routing_change"]))
+    for form, values in numbers:
+        for row, value in zip(rows, values, strict=True):
+            row.append(form(value))
     label = "Robust accuracy against the radius, falling from " + " to ".join(
         percent(share).text for share in (curve["robust"][0], curve["robust"][-1])
     )
     caption = f"Robust accuracy against the radius; attack of the curve: {attack}. The dotted line is the report's ε."
     blocks: list[Block] = [
         Figure(figures.inline_svg(figures.curve(results), "curve", label), caption),
-        Folded("The numbers", [Table("Robust accuracy for every radius", ("ε", "robust"), rows)]),
+        Folded("The numbers", [Table("Robust accuracy for every radius", columns, rows)]),
     ]
     return Section("curve", "Robust accuracy against the radius", blocks)
 
