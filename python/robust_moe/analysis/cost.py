@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +22,17 @@ class ModelCost:
     """Cost of one image. A multiply-add is one multiplication and the addition of its product; papers that count the
     two apart ("FLOPs") report twice as many."""
 
-    multiply_adds: int  # of a forward: convolutions and linear layers; a routed layer runs some of its experts
+    multiply_adds: int  # of a forward: convolutions, linear layers, attention; a routed layer runs some of its experts
     parameters: int  # all of the model's
     active_parameters: int  # all but those of the experts that do not run for the image, or for any of its tokens
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """As PyTorch counts it on a GPU and in the meta device; its counter leaves out the CPU's own operation."""
+    return 2 * math.prod(query[:-2]) * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 @torch.no_grad()
@@ -42,7 +53,7 @@ def model_cost(model: nn.Module, image: Tensor) -> ModelCost:
     expect(image.dim() == 4 and len(image) == 1, "image", "one image [1, C, H, W]", list(image.shape))
     modes = {module: module.training for module in model.modules()}
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             model.eval()(image)
     finally:
         for module, training in modes.items():

@@ -52,15 +52,16 @@ class CleanGates(NamedTuple):
     @classmethod
     def of(cls, layers: list[MoELayer], images: int) -> Self:
         """From the records of the forward just made, of B = ``images`` images."""
-        chosen, ranked, spread = [], [], []
+        gates = cls(layers, [], [], [])
         for layer in layers:
             h = layer.last_routing().logits.detach()
-            order, found = _ranking(h), _aimed_at(layer)
-            best = order.gather(1, found.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-            width = h.double().std(dim=1, correction=0).clamp_min(torch.finfo(torch.float32).eps)
-            for kept, rows in ((chosen, found), (ranked, best), (spread, width)):
-                kept.append(of_images(rows, images))
-        return cls(layers, chosen, ranked, spread)
+            order, chosen = _ranking(h), _aimed_at(layer)
+            ranked = order.gather(1, chosen.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
+            spread = h.double().std(dim=1, correction=0).clamp_min(torch.finfo(torch.float32).eps)
+            gates.chosen.append(of_images(chosen, images))
+            gates.ranked.append(of_images(ranked, images))
+            gates.spread.append(of_images(spread, images))
+        return gates
 
     def others(self) -> list[Tensor]:
         """Of each layer int64 [B, T, m], the experts that are not chosen, from the best on. Where a rule of evaluation

@@ -22,6 +22,7 @@ from robust_moe.evaluation.routing_measures import (
     distance,
     expert_use,
     gradient_share,
+    layer_inputs,
     quantiles,
     top_k_margin,
 )
@@ -112,16 +113,8 @@ class MoENumbers(MoEStages):
         return found
 
     def look_clean(self, batch: Batch) -> dict[str, Tensor]:
-        inputs: dict[str, Tensor] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0].detach()}))
-            for name, layer in self.layers.items()
-        ]
-        try:
+        with layer_inputs(self.layers) as inputs:
             found = self.look(batch.images, batch.labels)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, layer in self.layers.items():
             found[f"disagreement/{name}"] = disagreement(layer, inputs[name], layer.last_routing())
         for name in self.layers:

@@ -5,7 +5,8 @@ Of a layer that routes images the values of n images are [n, ...]; of one that r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ __all__ = [
     "expert_use",
     "flipped",
     "gradient_share",
+    "layer_inputs",
     "quantiles",
     "routes",
     "routing_change",
@@ -65,6 +67,21 @@ def routes(layers: Mapping[str, MoELayer]) -> dict[str, Tensor]:
         found[f"first/{name}"] = by_sample(first, record)
         found[f"sets/{name}"] = by_sample(expert_sets(indices, experts), record)
     return found
+
+
+@contextmanager
+def layer_inputs(layers: Mapping[str, MoELayer]) -> Iterator[dict[str, Tensor]]:
+    """What comes to each layer, by its name, in the last forward made inside; detached."""
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0].detach()}))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def by_sample(rows: Tensor, record: RoutingRecord) -> Tensor:

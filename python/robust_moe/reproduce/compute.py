@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -26,12 +28,15 @@ def multiply_adds(config: TrainConfig, device: str = "cpu") -> int:
 
 
 def equal_compute(dense: TrainConfig, routed: TrainConfig) -> TrainConfig:
-    """``dense`` with the width, and the blocks of the last stage, whose compute is nearest to that of ``routed``.
+    """``dense`` with the width, and the blocks of the last stage, whose compute is nearest to that of ``routed``; of a
+    transformer with the hidden channels of its MLPs.
 
     Raises:
-        ConfigError: none is within :data:`TOLERANCE`, or the model has no ``width`` and ``blocks``.
+        ConfigError: none is within :data:`TOLERANCE`, or the model has no ``width`` and ``blocks``, nor ``mlp_ratio``.
     """
     model, target = dense.model, multiply_adds(routed)
+    if hasattr(model, "mlp_ratio"):
+        return _near(_wider_mlps(dense, target), target)
     if not (hasattr(model, "width") and hasattr(model, "blocks")):
         raise ConfigError(f"model.name: expected a network with width and blocks to match a compute, got {model.name}")
     found: dict[int, TrainConfig] = {}
@@ -47,6 +52,11 @@ def equal_compute(dense: TrainConfig, routed: TrainConfig) -> TrainConfig:
             width += 1
         if width == model.width:  # with as many blocks, already too much
             break
+    return _near(found, target)
+
+
+def _near(found: dict[int, TrainConfig], target: int) -> TrainConfig:
+    """The nearest of configurations by their distance from ``target``."""
     gap = min(found)
     if gap > TOLERANCE * target:
         raise ConfigError(
@@ -54,6 +64,23 @@ def equal_compute(dense: TrainConfig, routed: TrainConfig) -> TrainConfig:
             f"that is {gap / target:.1%} away at best"
         )
     return found[gap]
+
+
+def _wider_mlps(dense: TrainConfig, target: int) -> dict[int, TrainConfig]:
+    """By its distance from ``target``, the transformer with the hidden channels that come next to it: the compute grows
+    by the same for each."""
+    model: Any = dense.model
+    hidden = int(model.width * model.mlp_ratio)
+
+    def of(channels: int) -> TrainConfig:
+        ratio = channels / model.width
+        while int(model.width * ratio) < channels:  # the division was rounded down
+            ratio = math.nextafter(ratio, math.inf)
+        return replace(dense, model=replace(model, mlp_ratio=ratio))
+
+    before, after = (multiply_adds(of(channels), "meta") for channels in (hidden, hidden + 1))
+    chosen = of(max(hidden + round((target - before) / (after - before)), 1))
+    return {abs(multiply_adds(chosen, "meta") - target): chosen}
 
 
 def _resized(model: ModelConfig, width: int, blocks: tuple[int, ...]) -> ModelConfig:

@@ -18,12 +18,11 @@ from robust_moe.reproduce.checks import (
 from robust_moe.reproduce.claims import Check, Claim, Measures, Part
 from robust_moe.reproduce.compute import COSTED_EXPERTS
 from robust_moe.reproduce.half_precision import HALF_PRECISION
-from robust_moe.reproduce.quantities import DUAL_MODEL, OURS, ROBUST_EXPERTS, gains, of
+from robust_moe.reproduce.quantities import DENSE_OR_MOE, DUAL_MODEL, OURS, ROBUST_EXPERTS, gains, of
 from robust_moe.reproduce.robust_routing import ROBUST_ROUTING
 
 __all__ = ["COVERAGE", "EXPERIMENTS"]
 
-DENSE_OR_MOE = "Puigcerver et al., arXiv:2210.10253"
 ADVMOE = "Zhang et al., ICCV 2023, arXiv:2308.10110"
 MASKED = ("at-frozen", "at-linear", "at-soft")
 AGAIN = ("again-at", "again-rt-er", "again-separate", "again-joint")

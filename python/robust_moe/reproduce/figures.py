@@ -24,7 +24,9 @@ from robust_moe.evaluation.plots import (
     tidy,
 )
 from robust_moe.reproduce import runs
+from robust_moe.reproduce.radius_figure import error_over_radius
 from robust_moe.reproduce.studies import PARTS
+from robust_moe.reproduce.vit_moe import VIT_MOE
 
 __all__ = ["FIGURES", "draw_part"]
 
@@ -37,6 +39,19 @@ ATTACKS = (
     ("attacks_worst", "worst of all", "#2f855a"),
 )
 BUDGET = (("curve_mean", "robust, mean over radii", ROBUST), ("slopes_model", "slope L ε", CLEAN))
+TOKENS = (
+    ("tokens_pgd", "PGD", CLEAN),
+    ("tokens_ra_e", "RA-E", "#b7791f"),
+    ("tokens_ra_r", "RA-R", "#2f855a"),
+    ("tokens_worst", "worst of all", ROBUST),
+)
+CHOICES = (
+    ("redundancy_own", "gates", CLEAN),
+    ("redundancy_swap", "swapped", "#b7791f"),
+    ("redundancy_random", "random", "#2f855a"),
+    ("redundancy_robust", "gates, attacked", ROBUST),
+    ("redundancy_clean_route", "clean routes, attacked", NEUTRAL),
+)
 ACCURACIES = (("sa", "SA", CLEAN), ("ra", "RA", ROBUST), ("ra_e", "RA-E", "#b7791f"), ("ra_r", "RA-R", "#2f855a"))
 
 
@@ -57,9 +72,8 @@ def draw_part(part: str, records: Mapping[str, Mapping[str, Any]], folder: Path)
             continue
         there = {run: records[run] for run in needs}
         figure = draw({run: {seed: each["measures"] for seed, each in seeds.items()} for run, seeds in there.items()})
-        figure.suptitle(
-            f"{figure.get_suptitle()}\n{_note(there, name, attacked=draw not in (_utilisation, _costs))}", **TITLE
-        )
+        attacked = draw not in (_utilisation, _costs, error_over_radius)
+        figure.suptitle(f"{figure.get_suptitle()}\n{_note(there, name, attacked)}", **TITLE)
         save_figure(figure, path, "reproduce")
         drawn.append(path)
     return drawn
@@ -274,6 +288,17 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
                 (("clean", "clean accuracy"), ("robust", "robust accuracy"), ("asr", "attack success of the trigger")),
             ),
         )
+    },
+    **{
+        name: {
+            "tokens": (
+                PARTS[name].runs,
+                _accuracies("Robust under attacks on the model, its experts, its routes", TOKENS),
+            ),
+            "redundancy": (_routed(name), _accuracies("Who chooses the experts of a token", CHOICES)),
+            "radii": (PARTS[name].runs, error_over_radius),
+        }
+        for name in VIT_MOE
     },
     "cost": {"experts": (PARTS["cost"].runs, _costs)},
 }

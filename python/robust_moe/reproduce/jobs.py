@@ -242,7 +242,9 @@ def _chosen(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _of_run(name: str, scale: Scale) -> TrainConfig:
     """A run's configuration before overrides: where its method is another than the scale's settings are for, those
     that both methods have stay."""
-    return config_from_dict(plain(load_config(None, list(scale.settings))), list(RUNS[name].settings), where="scale")
+    run = RUNS[name]
+    settings = [*scale.families[run.family], *run.settings]
+    return config_from_dict(plain(load_config(None, list(scale.settings))), settings, where="scale")
 
 
 def _has(config: TrainConfig, override: str) -> bool:
@@ -266,7 +268,13 @@ def make_jobs(
     """
     jobs: dict[tuple[str, int], Job] = {}
 
-    own = {name: _of_run(name, scale) for name in RUNS}
+    own = {name: _of_run(name, scale) for name, run in RUNS.items() if run.family in scale.families}
+    for name in names:
+        if name not in own:
+            raise ConfigError(
+                f"scale: expected one with settings of the family {RUNS[name].family!r}, which the run {name} is of, "
+                f"got one for {', '.join(map(repr, scale.families))}"
+            )
     heeded = {item for item in overrides if any(_has(config, item) for config in own.values())}
 
     @functools.cache
@@ -275,6 +283,8 @@ def make_jobs(
         mine = [item for item in overrides if _has(own[name], item) or item not in heeded]
         kept = [f"{key}={value}" for key, value in _kept(name).items()]
         config = config_from_dict(plain(own[name]), [*mine, *kept, *parts], where=name)
+        if RUNS[name].share != 1:
+            config = replaced(config, "run.epochs", max(round(RUNS[name].share * config.run.epochs), 1))
         return config if RUNS[name].equal is None else equal_compute(config, common(RUNS[name].equal))
 
     def add(name: str, seed: int) -> Job:

@@ -9,25 +9,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robust_moe.analysis import class_margins, estimate_lipschitz, model_cost
-from robust_moe.attacks import ATTACKS, PGD, Attack, AutoAttack, JointPGD, TransferPGD
+from robust_moe.attacks import ATTACKS, Attack, AutoAttack, JointPGD, TransferPGD
 from robust_moe.certifiers import Noise, make_certifier
-from robust_moe.config import TrainConfig
-from robust_moe.data import Batch, ImageSet
+from robust_moe.data import Batch
 from robust_moe.engine.experiment import make_model
 from robust_moe.evaluation import backdoor_report, error_curve, pruning_curve, routing_shares
 from robust_moe.evaluation.moe_stages import MoEStages, moe_arguments
 from robust_moe.evaluation.routing_measures import expert_use, flipped, routes
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
+from robust_moe.reproduce.subject import Subject
+from robust_moe.reproduce.token_probes import disagreement_and_loss, radii, redundancy, tokens
 from robust_moe.settings import replaced
 from robust_moe_kernels.modules import attack_mode, moe_layers, only_expert, prune_experts
 
@@ -39,28 +39,6 @@ CURVE = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2
 SLOPE_STEPS = 5  # of the ascent on the gradient's norm
 NOISE = 2.0  # sigma of randomised smoothing, in units of the attack's radius
 SAMPLES = 500  # noisy copies of an image
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, and how it is looked at. The model is left as found."""
-
-    model: nn.Module  # images [B, C, H, W] in [0, 1] -> logits; in evaluation mode, on its device
-    images: ImageSet  # the whole test set
-    attack: PGD.Config
-    config: TrainConfig  # of the run
-    data: dict[str, Any]  # of :func:`robust_moe.engine.experiment.describe_data`
-    seed: int
-    count: int  # images, the first of every class in their shares
-    batch_size: int
-
-    def run(self, name: str) -> StagedEvaluation:
-        """The loop over the images."""
-        index = self.images.head_index(self.count)
-        chosen = self.images.subset(index)
-        return StagedEvaluation(
-            *(self.model, chosen.images, chosen.labels, index), name=name, batch_size=self.batch_size, seed=self.seed
-        )
 
 
 def attacks(subject: Subject) -> dict[str, Any]:
@@ -295,4 +273,8 @@ PROBES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "cost": cost,
     "costs": costs,
     "backdoor": backdoor,
+    "tokens": tokens,
+    "redundancy": redundancy,
+    "disagreement": disagreement_and_loss,
+    "radii": radii,
 }

@@ -9,6 +9,7 @@ from robust_moe.reproduce.claims import Check, Claim, Measures
 
 DUAL_MODEL = "Zhang et al., ICML 2025"
 ROBUST_EXPERTS = "Robust Experts, arXiv:2509.05086"
+DENSE_OR_MOE = "Puigcerver et al., arXiv:2210.10253"
 OURS = "our reading"
 ALPHA = 0.7  # at which the two dual models are compared, and at which JTDMoE trains
 

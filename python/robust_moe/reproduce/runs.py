@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from robust_moe.reproduce.compute import COSTED_EXPERTS
+from robust_moe.reproduce.run import Run
+from robust_moe.reproduce.vit_runs import VIT_RUNS
 
 __all__ = ["RUNS", "Run"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model, trained once a seed."""
-
-    title: str  # in tables and figures
-    settings: tuple[str, ...]  # key=value, on top of the scale's
-    cost: float  # seconds at scale cpu, one thread, measured once: orders the queue and weighs the time left
-    parts: dict[str, str] = field(default_factory=dict)  # setting -> run; it names the checkpoint of the same seed
-    trained: bool = True  # False: nothing but its parts put together
-    basic: bool = True  # False: only the probes, not accuracy and routing (robust_moe.reproduce.measures)
-    equal: str | None = None  # a run whose compute this dense network is to have (robust_moe.reproduce.compute)
-    probes: tuple[str, ...] = ()  # keys of robust_moe.reproduce.probes.PROBES
 
 
 # Four whole networks, each image to the best one: with a hard choice RA-E and RA-R are different things. The router
@@ -239,5 +225,6 @@ RUNS: dict[str, Run] = {
         for kind in BACKDOORED
         for data, share in (("poisoned", 0.1), ("clean", 0.0))
     },
+    **VIT_RUNS,
     "block-costs": Run("BlockMoE, not trained", (*BLOCK, "model.moe.top_k=1"), 5, {}, False, False, None, ("costs",)),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["SCALES", "Scale"]
 
@@ -16,6 +17,15 @@ class Scale:
     sweep_images: int  # those that dual models are measured on: an attack a point of the sweep over alpha
     probe_images: int  # those that the dearer questions of robust_moe.reproduce.probes are asked of
     why: str
+    # by family of networks (Run.family): settings of its runs, on top of the others; "network": all but transformers
+    families: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _transformers(settings: tuple[str, ...], routed: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
+    """The families of a scale: a transformer, dense or with the MLPs of the blocks ``routed`` as experts."""
+    mlps = ",".join(f"blocks.{block}.mlp" for block in routed)
+    experts = ("model.moe.gate=linear", f"model.moe.layers=[{mlps}]")
+    return {"network": (), "transformer": settings, "routed transformer": (*settings, *experts)}
 
 
 # One schedule for all methods of a scale, so that a difference is the method's: published recipes differ in optimiser,
@@ -59,6 +69,26 @@ LARGE = (  # ResNet-18 on all images at 32 pixels, PGD-10 to train
     "run.batch_size=512",
     "run.accelerator=cuda",
 )
+# Half of the MLPs, every second one, is V-MoE's "every 2"; in the large network those of the second half, "last n".
+# ViT-S learns with Adam; at 16 pixels the micro transformer has 16 tokens and the class token.
+SMALL_TRANSFORMERS = _transformers(
+    (
+        "model.name=vit_micro",
+        "model.width=96",
+        "model.depth=4",
+        "model.heads=3",
+        "model.patch_size=4",
+        "optim.lr=0.001",
+    ),
+    (1, 3),
+)
+LARGE_TRANSFORMERS = _transformers(
+    (
+        *("model.name=vit_small", "model.width=384", "model.depth=12", "model.heads=6"),
+        *("optim.name=adamw", "optim.lr=0.0005", "optim.weight_decay=0.05"),
+    ),
+    (7, 9, 11),
+)
 SCALES: dict[str, Scale] = {
     "cpu": Scale(
         settings=(
@@ -74,6 +104,7 @@ SCALES: dict[str, Scale] = {
         images=1000,
         sweep_images=500,
         probe_images=300,
+        families=SMALL_TRANSFORMERS,
         why=(
             "Sized for an hour on two cores: 7,000 training images at 16 pixels, a ResNet of 8 channels, PGD-3 to "
             "train for 10 epochs in batches of 128, PGD-20 to measure. The radius is 4/255, half the published "
@@ -96,6 +127,7 @@ SCALES: dict[str, Scale] = {
         images=1000,
         sweep_images=500,
         probe_images=300,
+        families=SMALL_TRANSFORMERS,
         why=(
             "The networks of scale cpu with room to differ: 45,000 training images at 16 pixels for 20 epochs, and the "
             "published radius, 8/255. About thirteen times the training of scale cpu. No numbers of this scale have "
@@ -113,6 +145,7 @@ SCALES: dict[str, Scale] = {
         images=500,
         sweep_images=500,
         probe_images=500,
+        families=LARGE_TRANSFORMERS,
         why=(
             "ResNet-18 at 32 pixels and the published radius in minutes: 12 epochs in bf16 on one GPU, PGD-10 to train "
             "and PGD-20 to measure, on 500 images. The study experiment-f with one seed is estimated at ten minutes "
@@ -129,12 +162,47 @@ SCALES: dict[str, Scale] = {
         images=10_000,
         sweep_images=10_000,
         probe_images=1000,
+        families=LARGE_TRANSFORMERS,
         why=(
             "The size of Zhang et al. (ICML 2025) for all parts: ResNet-18 experts, all images at 32 pixels, PGD-10 "
             "training for 130 epochs in batches of 512 and PGD-50 to measure. SGD with a cosine schedule stands in for "
             "the paper's Adam with a cyclic one, as single networks are trained so too. Robust Experts trained its "
             "blocks for 200 epochs with PGD-7 in batches of 640, on CIFAR-100. Written for one GPU; no numbers of this "
             "scale have been measured."
+        ),
+    ),
+    "imagenet": Scale(
+        settings=(
+            "data.name=image_folder",
+            "data.image_size=224",
+            "data.validation_fraction=0.01",
+            "data.augment.flip=true",
+            "data.augment.crop_padding=28",
+            "method.attack.eps=4/255",
+            "method.attack.steps=3",
+            "method.attack.alpha=null",
+            "optim.schedule=cosine",
+            "optim.warmup_epochs=5",
+            "eval.attack.eps=4/255",
+            "eval.attack.steps=20",
+            "eval.attack.alpha=1/255",
+            "eval.limit=1000",
+            "eval.batch_size=250",
+            "eval.every=10",
+            "run.epochs=100",
+            "run.batch_size=512",
+            "run.precision=bf16-mixed",
+            "run.accelerator=cuda",
+        ),
+        images=5000,
+        sweep_images=1000,
+        probe_images=1000,
+        families={name: found for name, found in LARGE_TRANSFORMERS.items() if name != "network"},
+        why=(
+            "ImageNet (ILSVRC2012) as folders of classes, ViT-S/16 at 224 pixels, for the runs of transformers alone. "
+            "The radius is the 4/255 that RobustBench has for ImageNet; PGD-3 to train. V-MoE's networks were trained "
+            "on JFT-300M first, which nobody else has. Written down, and dry-run; no numbers of this scale have been "
+            "measured."
         ),
     ),
 }

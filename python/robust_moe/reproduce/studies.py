@@ -42,6 +42,7 @@ from robust_moe.reproduce.quantities import (
     top_share,
     weakest,
 )
+from robust_moe.reproduce.vit_moe import VIT_MOE
 
 __all__ = ["CORE", "PARTS", "STUDIES"]
 
@@ -288,10 +289,11 @@ CORE: dict[str, Part] = {
         ),
     ),
 }
-PARTS: dict[str, Part] = {**CORE, **COVERAGE, **BACKDOORS}
+PARTS: dict[str, Part] = {**CORE, **COVERAGE, **BACKDOORS, **VIT_MOE}
 STUDIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in PARTS},
     **EXPERIMENTS,
+    "vit-moe": tuple(VIT_MOE),
     "core": tuple(CORE),
     "all": tuple(PARTS),
 }

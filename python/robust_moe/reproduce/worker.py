@@ -28,8 +28,9 @@ from robust_moe.provenance import provenance
 from robust_moe.reproduce.jobs import MEASURED, Job
 from robust_moe.reproduce.measures import measure
 from robust_moe.reproduce.preparation import alone_in
-from robust_moe.reproduce.probes import PROBES, Subject
+from robust_moe.reproduce.probes import PROBES
 from robust_moe.reproduce.runs import RUNS
+from robust_moe.reproduce.subject import Subject
 
 __all__ = ["STOPPED", "work"]
 

@@ -186,3 +186,13 @@ def test_an_attacks_backward_through_a_routed_mlp_has_no_weight_gradients():
     x = MAPS.clone().requires_grad_()
     found = counted(lambda: model(x).sum().backward())
     assert found == 2 * (2 * model_cost(model, MAPS).multiply_adds - GATE)  # the backward of the gate is not counted
+
+
+def test_attention_counts_alike_on_a_cpu_and_without_numbers():
+    config = MODELS["vit_micro"](width=24, depth=1, heads=2, patch_size=4)
+    tokens, width = (8 // 4) ** 2 + 1, 24
+    own = 3 * 4**2 * width * (tokens - 1) + 12 * width**2 * tokens + 2 * tokens**2 * width + width * 7
+    found = model_cost(build_model(config, 7, 3, 8), torch.rand(1, 3, 8, 8)).multiply_adds
+    assert found == own
+    with torch.device("meta"):
+        assert model_cost(build_model(config, 7, 3, 8), torch.zeros(1, 3, 8, 8)).multiply_adds == own

@@ -12,7 +12,7 @@ from robust_moe.analysis.graph import Relu
 from robust_moe.analysis.routed import Mix, Weights, relaxed_mix, weight_bounds
 from robust_moe.attacks.losses import margin
 from robust_moe.models import BasicBlock, DualModel, Normalize
-from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, GapFcGate
+from robust_moe_kernels.modules import FusedBlockMoE, FusedConvMoE, FusedMLPMoE, GapFcGate
 from robust_moe_kernels.ops.gate import top_k_gate
 
 CLASSES, COUNT = 3, 6
@@ -223,6 +223,14 @@ def test_what_is_refused():
     layer.gate = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).double()
     with pytest.raises(ValueError, match=r"model\.3\.gate: expected logits \[B, 4\], one an expert, got \[B, 3\]"):
         lower(model, SHAPE)
+
+
+def test_layers_that_route_tokens_are_refused_by_name():
+    """Their rows are no images, whatever their number is."""
+    mlp = nn.Sequential(nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    model = nn.Sequential(nn.Flatten(), FusedMLPMoE.from_mlp(mlp, num_experts=4)).double().eval()
+    with pytest.raises(ValueError, match=r"model\.1: expected a layer among .*got FusedMLPMoE"):
+        certify_mixture(model, images(), torch.zeros(COUNT, dtype=torch.int64))
 
 
 def test_the_nodes_of_a_routed_layer():

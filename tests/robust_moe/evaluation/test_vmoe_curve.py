@@ -110,7 +110,11 @@ def test_the_preset(tmp_path, monkeypatch):
     monkeypatch.setattr("robust_moe.evaluation.vmoe.curve_radii", lambda: (Fraction(1, 255), Fraction(2, 255)))
     model = token_model(layers=1).float()
     x, y = labelled(token_model(layers=1))
-    facts = {"model": {"name": "tokens"}, "data": {"name": "noise", "split": "test"}, "settings": {"checkpoint": "best.pt"}}
+    facts = {
+        "model": {"name": "tokens"},
+        "data": {"name": "noise", "split": "test"},
+        "settings": {"checkpoint": "best.pt"},
+    }
     run = PresetEvaluation(
         *(model, x.float(), y, INDEX), attack=PGD.Config(eps="2/255", steps=1), preset="vmoe", facts=facts
     )

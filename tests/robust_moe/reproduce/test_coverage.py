@@ -215,8 +215,9 @@ def test_use_and_certificates(subject):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_of_every_scale_can_be_built(scale, tmp_path):
-    jobs = make_jobs(list(RUNS), SCALES[scale], [0], tmp_path, ["data.root=/data"])
-    assert {job.run for job in jobs} == set(RUNS)
+    names = [name for name, run in RUNS.items() if run.family in SCALES[scale].families]
+    jobs = make_jobs(names, SCALES[scale], [0], tmp_path, ["data.root=/data"])
+    assert {job.run for job in jobs} == set(names)
     for job in jobs:
         make_method(job.config)
         with torch.device("meta"):
@@ -224,8 +225,8 @@ def test_every_run_of_every_scale_can_be_built(scale, tmp_path):
         layers = moe_layers(model)
         assert bool(layers) == (not job.run.startswith("dense"))
         assert set(RUNS[job.run].probes) <= set(PROBES)
-    frozen = next(job.config for job in jobs if job.run == "at-frozen").model.mixture
-    assert (frozen.router.name, frozen.router.frozen, frozen.straight_through) == ("linear", True, False)
+    for frozen in (job.config.model.mixture for job in jobs if job.run == "at-frozen"):
+        assert (frozen.router.name, frozen.router.frozen, frozen.straight_through) == ("linear", True, False)
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])  # the two networks
