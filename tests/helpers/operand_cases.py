@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robust_moe_kernels import ops
 from robust_moe_kernels.layout import Geometry
-from robust_moe_kernels.ops import apgd, attack_step, expert_block, expert_conv, gate, permute, routing
+from robust_moe_kernels.ops import apgd, attack_step, expert_block, expert_conv, expert_mlp, gate, permute, routing
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
 B, K, E, C, H, W, O = 3, 2, 4, 5, 7, 8, 6  # samples, experts of each, experts, channels, pixels, outputs
@@ -45,7 +45,7 @@ def registered() -> set[str]:
 
 def public() -> set[str]:
     """Names of the public functions of the packages under ``ops`` that take tensors."""
-    packages = (apgd, attack_step, expert_block, expert_conv, gate, permute, routing)
+    packages = (apgd, attack_step, expert_block, expert_conv, expert_mlp, gate, permute, routing)
     if {package.__name__.rsplit(".", 1)[-1] for package in packages} != set(ops.OPS):
         raise RuntimeError("packages: expected those of OPS")
     functions = {name: getattr(package, name) for package in packages for name in package.__all__}
@@ -84,6 +84,11 @@ def _combine(y: Any, order: Any, inverse: Any, top_k: Any, weights: Any, impl: s
     return _sent(permute.combine, y, order, inverse, top_k, weights, impl=impl)
 
 
+def _expert_mlp(order: Any, inverse: Any, offsets: Any, impl: str, **operands: Any) -> Any:
+    route = _route()._replace(order=order, inverse=inverse, offsets=offsets)
+    return expert_mlp.expert_mlp(**operands, route=route, impl=impl)
+
+
 def _geometric(call: Callable[..., Any], *, geometry: list[int], **arguments: Any) -> Any:
     return call(**arguments, geometry=Geometry.of_numbers(geometry))
 
@@ -115,6 +120,11 @@ def raw_cases() -> dict[str, Case]:
         "d_weights": _numbers(B, K), "d_mean_scores": _numbers(E), "d_mean_entropy": torch.tensor(0.5),
         "d_mean_square_lse": torch.tensor(0.25), "mode": 1,
     }  # fmt: skip
+    layers = {"weight1": _numbers(E, 2 * H, C), "bias1": _numbers(E, 2 * H), "weight2": _numbers(E, O, H),
+              "bias2": _numbers(E, O)}  # fmt: skip
+    mlp = {"x": _numbers(B, C), **layers, "weights": weights, **route}
+    mlp_back = {"d_y": _numbers(B, O), "z": _numbers(R, 2 * H) - 0.5, **{k: v for k, v in mlp.items() if k != "bias1"}}
+    gated = {"activation": ("gelu", "silu ", "")}
     norms = {"norm": ("linf", "", "L3")}
     flag = torch.tensor(False)
     kept = {name: torch.zeros(B, C, H, W) for name in ("x_best", "grad_best", "x_fooled")}
@@ -142,6 +152,10 @@ def raw_cases() -> dict[str, Case]:
         "expert_conv_wgrad": Case(RAW.expert_conv_wgrad, {"x": _maps(B), "d_out": _maps(R, O), "offsets": r.offsets,
                                   "sample": r.sample, "weight": filters, "geometry": UNIT}, whole,
                                   ("offsets", "sample")),
+        "expert_mlp_forward": Case(RAW.expert_mlp_forward, mlp | {"rows": R, "activation": "glu_gelu"},
+                                   gated | {"rows": (-1, R - 1, R + 1)}, routed),
+        "expert_mlp_backward": Case(RAW.expert_mlp_backward, mlp_back | {"activation": "glu_silu", "needs": [True] * 6},
+                                    gated | {"needs": ([True] * 5, [], [False] * 7)}, routed),
         "column_sums": Case(RAW.column_sums, {"value": _maps(R), "other": _maps(R) + 1, "offsets": r.offsets, **scale,
                             "shares": 3}, {"shares": (0, -1, 2**40)}, ("offsets",)),
         "norm_finalise": Case(RAW.norm_finalise, {**shares, **norm, "tracked": torch.arange(E), "eps": 1e-5,
@@ -207,6 +221,7 @@ def public_cases() -> dict[str, Case]:
                             "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
                             {"stride": ((0, 1), 1, (2.0, 1)), "padding": ((-1, 0),), "dilation": ((9, 9), (1,))},
                             ("offsets",)),
+        "expert_mlp": Case(_expert_mlp, *raw["expert_mlp_forward"][1:]),
         "sort_by_expert": Case(routing.sort_by_expert, *raw["sort_by_expert"][1:]),
         "dispatch": Case(_dispatch, {"x": _numbers(B, C, H), **route}, ks, ("order", "inverse")),
         "combine": Case(_combine, {"y": _numbers(R, C, H), **route, "weights": _numbers(B, K)}, ks,

@@ -25,8 +25,8 @@ def why_not_case(*operands: Tensor) -> str | None:
 
 
 def _spread(table: Tensor, expert: Tensor) -> Tensor:
-    """[E, C] -> [R, C, 1, 1], each row its expert's."""
-    return table.index_select(0, expert)[:, :, None, None]
+    """[E, C] -> [R, C, 1, 1], each row its expert's; of 16 bits as float32, so that no product with it is rounded."""
+    return table.to(torch.promote_types(table.dtype, torch.float32)).index_select(0, expert)[:, :, None, None]
 
 
 def _open(z: Tensor, scale: Tensor | None, shift: Tensor | None, expert: Tensor) -> Tensor | float:

@@ -20,7 +20,8 @@ class Route(NamedTuple):
     """Where each (sample, slot) pair goes. Pair p = b*k + j is sample b's j-th expert; R = B*k; all int64.
 
     ``sort_by_expert`` and ``top_k_route`` make them. One made by hand is checked by every operation that it is given
-    to: on the CPU whole, on a GPU without its numbers, where an index out of range gives NaN.
+    to: on the CPU whole, on a GPU without its numbers, where an index out of range gives NaN. Rows behind offsets[E]
+    are of no expert; ``expert_mlp`` takes such a route, as a capacity makes it, and leaves them out.
     """
 
     order: Tensor  # [R] pair at each sorted row
