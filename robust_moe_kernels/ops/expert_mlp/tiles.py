@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from robust_moe_kernels.ops.expert_conv.tiles import Gpu, Tile
+from robust_moe_kernels.ops.expert_conv.tiles import SHARED, Gpu, Tile
 
 __all__ = ["CHOICES", "ELEMENT", "Choice", "choose", "compiles"]
 
@@ -23,8 +23,10 @@ class Choice(NamedTuple):
     registers: int | None = None  # the most a thread may have, so that two or three programs share a multiprocessor
     depth: int = 0  # the least channels summed over that it is for
 
-    def options(self) -> dict[str, int]:
-        return self.tile.options() | ({} if self.registers is None else {"maxnreg": self.registers})
+    def options(self, described: bool) -> dict[str, int]:
+        """``described``: with matrices by descriptor; addresses take what the limit would leave to the sums."""
+        limited = self.registers is not None and described
+        return self.tile.options() | ({"maxnreg": self.registers} if limited else {})
 
 
 # By kernel and kind of operand (of expert_conv's tiles), largest first; the last one serves where no other does.
@@ -68,8 +70,8 @@ ELEMENT = {"half": 2, "tf32": 4, "ieee": 4, "narrow": 4}
 
 
 def compiles(kernel: str, choice: Choice, kind: str, capability: int) -> bool:
-    """Whether a choice compiles for GPUs of a compute capability without spilling a register, as was seen."""
-    return True
+    """Whether GPUs of a compute capability are given a choice: it fits their shared memory."""
+    return choice.tile.shared(ELEMENT[kind]) <= SHARED[capability]
 
 
 def choose(kernel: str, kind: str, rows: int, columns: int, depth: int, gpu: Gpu) -> Choice:
@@ -88,7 +90,7 @@ def choose(kernel: str, kind: str, rows: int, columns: int, depth: int, gpu: Gpu
     fitting = [
         choice
         for choice in CHOICES[kernel][kind]
-        if choice.tile.shared(ELEMENT[kind]) <= gpu.shared and compiles(kernel, choice, kind, gpu.capability)
+        if choice.tile.shared(ELEMENT[kind]) <= gpu.shared
     ]
     if not fitting:
         raise ValueError(f"tile: expected a GPU with more shared memory for one, got {gpu.shared} bytes")

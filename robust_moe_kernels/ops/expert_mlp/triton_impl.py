@@ -127,10 +127,14 @@ class _Product(NamedTuple):
         tile = choice.tile
         width = tile.n // halves
         flags = {"EVEN_K": depth % tile.k == 0, "EVEN_N": columns % width == 0, "PRECISION": precision(data.dtype)}
-        flags |= {**tile.blocks(), "BLOCK_N": width, **choice.options()}
+        flags |= {**tile.blocks(), "BLOCK_N": width}
         if kernel.startswith("hidden"):
             flags["PIECES"] = min(choice.pieces, width // 16)
         return cls(choice, gpu, flags, -(-columns // width))
+
+    def flags_for(self, described: bool) -> dict[str, Any]:
+        """The flags and options of a launch, with the experts' matrices by descriptor or not."""
+        return {"DESCRIPTOR": described, **self.flags, **self.choice.options(described)}
 
     def lines(self, weight: Tensor, inner: bool, *others: Tensor) -> Any:
         """The experts' matrices [E, *, *] for the kernel: a descriptor of their lines where there can be one."""
@@ -163,7 +167,7 @@ def _rows(
     rows_kernel[(tiles * product.across,)](
         source, lines, route.offsets if bias is None else bias, route.offsets, target, route.experts, route.rows, tiles,
         weight.shape[2] if inner else weight.shape[1], columns, INNER=inner, BIASED=bias is not None,
-        DESCRIPTOR=described, **route.slots, **product.flags,
+        **product.flags_for(described), **route.slots,
     )  # fmt: skip
     return target
 
@@ -193,7 +197,7 @@ def forward(
         hidden_kernel[(tiles * product.across,)](
             x, lines, offsets if bias1 is None else bias1, order, offsets, z, a, route.experts, route.pairs, rows,
             tiles, route.top_k, x.shape[1], hidden, FUNCTION=activation.function, GATED=activation.gated,
-            BIASED=bias1 is not None, DESCRIPTOR=lines is not weight1, **route.slots, **product.flags,
+            BIASED=bias1 is not None, **product.flags_for(lines is not weight1), **route.slots,
         )  # fmt: skip
         return _combine(_rows(a, weight2, bias2, route, True, outputs), weights, route, x.shape[0]), z
 
@@ -225,7 +229,7 @@ def _hidden_backward(
         d_y, lines, z, weights, route.order, route.offsets, *(unused if t is None else t for t in (d_z, a, sums, inner)),
         route.experts, route.pairs, route.rows, tiles, route.top_k, outputs, hidden, FUNCTION=activation.function,
         GATED=activation.gated, D_Z=d_z is not None, D_BIAS=sums is not None, D_WEIGHT=a is not None,
-        D_INNER=inner is not None, DESCRIPTOR=lines is not weight2, **route.slots, **product.flags,
+        D_INNER=inner is not None, **product.flags_for(lines is not weight2), **route.slots,
     )  # fmt: skip
     return _Hidden(d_z, a, sums, inner, height)
 
@@ -249,7 +253,7 @@ def _matrix(left: Tensor, right: Tensor, route: _Route, gather_left: bool) -> Te
     matrix_kernel[(programs * splits,)](
         left, right, block, route.order, route.offsets, parts, splits, route.experts, route.pairs, route.rows, height,
         width, TOP_K=route.top_k, GATHER_LEFT=gather_left, DESCRIPTOR=described, EVEN_M=height % tile.m == 0,
-        EVEN_N=width % tile.n == 0, PRECISION=precision(left.dtype), **tile.blocks(), **tiles_of.options(),
+        EVEN_N=width % tile.n == 0, PRECISION=precision(left.dtype), **tile.blocks(), **tiles_of.options(described),
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(left.dtype)
 
