@@ -1,4 +1,4 @@
-// The Python module; with bindings_block.cpp and what they share all that knows Python.
+// The Python module; with bindings_block.cpp, bindings_mlp.cpp and what they share all that knows Python.
 #include "bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -280,6 +280,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("expert_conv_dgrad_bf16_cpu", &expert_conv<BFloat16, expert_conv_dgrad_bf16_cpu>, NoGil());
   m.def("expert_conv_wgrad_bf16_cpu", &expert_conv<BFloat16, expert_conv_wgrad_bf16_cpu>, NoGil());
   bind_expert_block(m);
+  bind_expert_mlp(m);
 #ifdef RMK_CUDA
   m.def("pgd_step_cuda", on_cuda(pgd_step_cuda, step_args), NoGil());
   m.def("random_start_cuda", on_cuda(random_start_cuda, start_args), NoGil());

@@ -33,5 +33,6 @@ auto on_cuda(void (*kernel)(const Args&, Address), Args (*make)(P...)) {
 }
 
 void bind_expert_block(pybind11::module_& m);
+void bind_expert_mlp(pybind11::module_& m);
 
 }  // namespace rmk

@@ -102,7 +102,7 @@ class RowProduct {
     const int64_t deep = kPanelBytes / (2 * kMaxPanel * std::max<int64_t>(1, static_cast<int64_t>(taps_.size())));
     chunk_ = std::min((depth_ + 1) / 2 * 2, std::max<int64_t>(32, deep / 2 * 2));
     const int64_t rows_at_once = std::max<int64_t>(1, kBlock / (height_ * width_));
-    rows_ = rows_at_once < kTileRows ? rows_at_once : rows_at_once / kTileRows * kTileRows;
+    rows_ = rows_at_once < kernels_.tile_rows ? rows_at_once : rows_at_once / kernels_.tile_rows * kernels_.tile_rows;
     lines_ = std::min(height_, std::max<int64_t>(1, kBlock / width_));
   }
 
@@ -111,6 +111,7 @@ class RowProduct {
     parallel_tasks(static_cast<int64_t>(tasks.size()), a_.threads, [&](auto next) {
       const Buffer panel = buffer(static_cast<int64_t>(taps_.size()) * chunk_ * kMaxPanel / 2);
       const Buffer sums = buffer(rows_ * lines_ * width_ * kMaxPanel);
+      const ProductsOfThread products(kernels_);
       for (int64_t task = next(); task >= 0; task = next()) {
         compute(tasks[static_cast<size_t>(task)], reinterpret_cast<BFloat16*>(panel.get()), sums.get());
       }
@@ -225,7 +226,7 @@ class RowProduct {
       std::fill(to, to + (depth + 1) / 2 * 2 * kMaxPanel, BFloat16{0});
     }
     const int64_t done = stride_k_ == 1 ? even : 0;
-    if (done > 0) kernels_.transpose(from, stride_n_, columns, done / 2, to);
+    if (done > 0) kernels_.transpose(from, stride_n_, columns, done / 2, to, kMaxPanel);
     for (int64_t k = done; k < depth; ++k) {
       for (int64_t n = 0; n < columns; ++n) {
         to[(k / 2 * kMaxPanel + n) * 2 + k % 2] = from[k * stride_k_ + n * stride_n_];
@@ -235,7 +236,7 @@ class RowProduct {
 
   void multiply(const Cell& cell, const Block& block, const BFloat16* panel, int64_t k0, int64_t depth,
                 float* sums) const {
-    const BFloat16* from[kTileRows];
+    const BFloat16* from[kMaxTileRows];
     std::vector<int64_t> a_shift, b_shift;  // of each tap: see Bf16Kernels::rows
     for (size_t i = 0; i < cell.down->taps.size(); ++i) {
       for (size_t j = 0; j < cell.across->taps.size(); ++j) {
@@ -254,7 +255,7 @@ class RowProduct {
     for_pixels(cell, block, [&](int64_t r, const Member& y, const Member& x) {
       const int64_t map = forward_ && a_.sample != nullptr ? a_.sample[r] : r;
       from[count] = read_ + ((map * read_height_ + y.second) * read_width_ + x.second) * depth_ + k0;
-      if (++count == kTileRows) product();
+      if (++count == kernels_.tile_rows) product();
     });
     if (count > 0) product();
   }

@@ -6,7 +6,7 @@
 // 67 with 4 experts and 87 with 16, whose 75 MB of gradients are written in that time (float: 102 and 107), and 105
 // (float: 111). Packed pixel by pixel instead of line by line, the last took 116: an expert's rows lie far apart.
 #include <algorithm>
-#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/buffer.h"
@@ -18,7 +18,8 @@
 namespace rmk {
 namespace {
 
-constexpr int64_t kSteps = 1024;  // pairs summed at once for all input channels: 256 KB of the second-level cache
+constexpr int64_t kSteps = 1024;     // pairs summed at once for all input channels: 256 KB of the second-level cache
+constexpr int64_t kBlockPairs = 16;  // pairs of rows packed at once: of one channel a cache line
 
 class WeightProduct {
  public:
@@ -26,30 +27,32 @@ class WeightProduct {
       : a_(args), kernels_(*bf16_kernels()), taps_(reachable_taps(args)), tap_of_(a_.kernel_h * a_.kernel_w) {
     in_pixels_ = a_.height * a_.width;
     out_pixels_ = a_.out_height * a_.out_width;
-    in_tiles_ = (a_.in_channels + kTileRows - 1) / kTileRows;
+    in_tiles_ = (a_.in_channels + kernels_.tile_rows - 1) / kernels_.tile_rows;
     out_panels_ = (a_.out_channels + kMaxPanel - 1) / kMaxPanel;
     for (const Tap& tap : taps_) tap_of_[static_cast<size_t>(tap.number)] = &tap;
     first_pair_.push_back(0);
+    first_left_.push_back(0);
     for (int64_t e = 0; e < a_.experts; ++e) {
       first_pair_.push_back(first_pair_.back() + (a_.offsets[e + 1] - a_.offsets[e] + 1) / 2);
+      first_left_.push_back(first_left_.back() + a_.in_channels * left_stride(e));
     }
   }
 
   void run() {
-    const int64_t pairs = first_pair_.back();  // of rows; a pair of elements takes the room of a float
-    left_ = buffer(pairs * in_pixels_ * in_tiles_ * kTileRows);
-    right_ = buffer(pairs * out_pixels_ * out_panels_ * kMaxPanel);
+    left_ = buffer(first_left_.back());  // a pair of elements takes the room of a float
+    right_ = buffer(first_pair_.back() * out_pixels_ * out_panels_ * kMaxPanel);
     const int64_t lines = a_.height + a_.out_height;
     parallel_tasks(a_.experts * lines, a_.threads, [&](auto next) {
-      const Buffer line = buffer(in_tiles_ * kTileRows);
+      const Buffer block = buffer(kBlockPairs * a_.in_channels);
       for (int64_t task = next(); task >= 0; task = next()) {
         const int64_t e = task / lines, y = task % lines;
-        y < a_.height ? pack_left(e, y, as_pairs(line)) : pack_right(e, y - a_.height);
+        y < a_.height ? pack_left(e, y, as_pairs(block)) : pack_right(e, y - a_.height);
       }
     });
     const int64_t taps = static_cast<int64_t>(tap_of_.size());
     parallel_tasks(a_.experts * taps * out_panels_, a_.threads, [&](auto next) {
-      const Buffer sums = buffer(in_tiles_ * kTileRows * kMaxPanel);
+      const Buffer sums = buffer(in_tiles_ * kernels_.tile_rows * kMaxPanel);
+      const ProductsOfThread products(kernels_);
       for (int64_t task = next(); task >= 0; task = next()) {
         compute(task / (taps * out_panels_), task / out_panels_ % taps, task % out_panels_, sums.get());
       }
@@ -63,10 +66,16 @@ class WeightProduct {
     return first_pair_[static_cast<size_t>(e) + 1] - first_pair_[static_cast<size_t>(e)];
   }
 
-  // [tile][pixel][pair of the expert's rows][kTileRows][2]
-  BFloat16* left(int64_t e, int64_t tile, int64_t pixel) const {
-    const int64_t before = first_pair_[static_cast<size_t>(e)] * in_pixels_ * in_tiles_;
-    return as_pairs(left_) + (before + (tile * in_pixels_ + pixel) * pairs(e)) * kTileRows * 2;
+  // Pairs from one channel's to the next one's: an odd number of cache lines, or channels of the same pixel would fall
+  // into few of the cache's sets.
+  int64_t left_stride(int64_t e) const {
+    return ((in_pixels_ * pairs(e) + kBlockPairs - 1) / kBlockPairs | 1) * kBlockPairs;
+  }
+
+  // [channel][pixel][pair of the expert's rows][2]
+  BFloat16* left(int64_t e, int64_t channel, int64_t pixel) const {
+    const int64_t first = first_left_[static_cast<size_t>(e)] + channel * left_stride(e);
+    return as_pairs(left_) + (first + pixel * pairs(e)) * 2;
   }
 
   // [panel][pixel][pair of the expert's rows][panel columns][2]
@@ -75,40 +84,46 @@ class WeightProduct {
     return as_pairs(right_) + (before + (panel * out_pixels_ + pixel) * pairs(e)) * kMaxPanel * 2;
   }
 
-  // Calls f(pair, pixel, the first row, the second or -1) for the expert's rows and the pixels of a line.
-  template <typename F>
-  void for_pairs(int64_t e, int64_t y, int64_t width, F&& f) const {
-    const int64_t end = a_.offsets[e + 1];
-    for (int64_t i = 0, row = a_.offsets[e]; row < end; ++i, row += 2) {
-      for (int64_t x = 0; x < width; ++x) f(i, y * width + x, row, row + 1 < end ? row + 1 : -1);
-    }
+  // The expert's rows of a pair, the second -1 where there is none.
+  std::pair<int64_t, int64_t> rows_of(int64_t e, int64_t pair) const {
+    const int64_t row = a_.offsets[e] + 2 * pair;
+    return {row, row + 1 < a_.offsets[e + 1] ? row + 1 : -1};
   }
 
-  void pack_left(int64_t e, int64_t y, BFloat16* line) const {
+  // A line of the maps, some pairs of rows at once, by way of block: [pair][channel][2].
+  void pack_left(int64_t e, int64_t y, BFloat16* block) const {
     const auto channels = [&](int64_t row, int64_t pixel) -> const BFloat16* {
       if (row < 0) return nullptr;
       return a_.input + ((a_.sample != nullptr ? a_.sample[row] : row) * in_pixels_ + pixel) * a_.in_channels;
     };
-    for_pairs(e, y, a_.width, [&](int64_t i, int64_t pixel, int64_t first, int64_t second) {
-      kernels_.interleave(channels(first, pixel), channels(second, pixel), a_.in_channels, in_tiles_ * kTileRows, line);
-      for (int64_t tile = 0; tile < in_tiles_; ++tile) {
-        constexpr int64_t kWidth = 2 * kTileRows;
-        std::memcpy(left(e, tile, pixel) + i * kWidth, line + tile * kWidth, kWidth * sizeof(BFloat16));
+    for (int64_t i0 = 0; i0 < pairs(e); i0 += kBlockPairs) {
+      const int64_t count = std::min(kBlockPairs, pairs(e) - i0);
+      for (int64_t pixel = y * a_.width; pixel < (y + 1) * a_.width; ++pixel) {
+        for (int64_t i = 0; i < count; ++i) {
+          const auto [first, second] = rows_of(e, i0 + i);
+          kernels_.interleave(channels(first, pixel), channels(second, pixel), a_.in_channels, a_.in_channels,
+                              block + i * a_.in_channels * 2);
+        }
+        kernels_.transpose(block, 2 * a_.in_channels, count, a_.in_channels, left(e, 0, pixel) + i0 * 2,
+                           left_stride(e));
       }
-    });
+    }
   }
 
   void pack_right(int64_t e, int64_t y) const {
-    for_pairs(e, y, a_.out_width, [&](int64_t i, int64_t pixel, int64_t first, int64_t second) {
-      for (int64_t panel = 0; panel < out_panels_; ++panel) {
-        const int64_t column = panel * kMaxPanel;
-        const auto channels = [&](int64_t row) -> const BFloat16* {
-          return row < 0 ? nullptr : a_.output + (row * out_pixels_ + pixel) * a_.out_channels + column;
-        };
-        kernels_.interleave(channels(first), channels(second), std::min<int64_t>(kMaxPanel, a_.out_channels - column),
-                            kMaxPanel, right(e, panel, pixel) + i * kMaxPanel * 2);
+    for (int64_t i = 0; i < pairs(e); ++i) {
+      const auto [first, second] = rows_of(e, i);
+      for (int64_t pixel = y * a_.out_width; pixel < (y + 1) * a_.out_width; ++pixel) {
+        for (int64_t panel = 0; panel < out_panels_; ++panel) {
+          const int64_t column = panel * kMaxPanel;
+          const auto channels = [&](int64_t row) -> const BFloat16* {
+            return row < 0 ? nullptr : a_.output + (row * out_pixels_ + pixel) * a_.out_channels + column;
+          };
+          kernels_.interleave(channels(first), channels(second), std::min<int64_t>(kMaxPanel, a_.out_channels - column),
+                              kMaxPanel, right(e, panel, pixel) + i * kMaxPanel * 2);
+        }
       }
-    });
+    }
   }
 
   // The pixels that a tap reaches, as runs of `length` pixels that lie side by side in both maps: in_pixel and
@@ -138,7 +153,7 @@ class WeightProduct {
     const Target target{a_.d_weight + e * a_.stride_e + number * a_.stride_tap + panel * kMaxPanel * a_.stride_o,
                         std::min<int64_t>(kMaxPanel, a_.out_channels - panel * kMaxPanel)};
     if (tap == nullptr || pairs(e) == 0) {
-      std::fill(sums, sums + kTileRows * kMaxPanel, 0.0f);
+      std::fill(sums, sums + kernels_.tile_rows * kMaxPanel, 0.0f);
       for (int64_t tile = 0; tile < in_tiles_; ++tile) write(target, tile, sums);
       return;
     }
@@ -147,7 +162,7 @@ class WeightProduct {
     const int64_t at_once = std::max<int64_t>(1, kSteps / steps);  // runs; of one that is too long, parts
     std::vector<int64_t> a_shift, b_shift;
     for (int64_t run = 0; run < count; ++run) {
-      a_shift.push_back(runs.in_pixel[static_cast<size_t>(run)] * pairs(e) * kTileRows * 2);
+      a_shift.push_back(runs.in_pixel[static_cast<size_t>(run)] * pairs(e) * 2);
       b_shift.push_back(runs.out_pixel[static_cast<size_t>(run)] * pairs(e) * kMaxPanel * 2);
     }
     for (int64_t run = 0; run < count; run += at_once) {
@@ -156,10 +171,12 @@ class WeightProduct {
         const int64_t depth = std::min(kSteps, steps - step);
         const bool first = run == 0 && step == 0, last = run + taken == count && step + depth == steps;
         for (int64_t tile = 0; tile < in_tiles_; ++tile) {
-          float* place = sums + tile * kTileRows * kMaxPanel;
+          float* place = sums + tile * kernels_.tile_rows * kMaxPanel;
+          const BFloat16* from[kMaxTileRows];
+          for (int m = 0; m < height(tile); ++m) from[m] = left(e, tile * kernels_.tile_rows + m, 0) + step * 2;
           if (last) fetch(target, tile);
-          kernels_.packed(height(tile), left(e, tile, 0) + step * kTileRows * 2, a_shift.data() + run,
-                          right(e, panel, 0) + step * kMaxPanel * 2, b_shift.data() + run, taken, depth, place, !first);
+          kernels_.rows(height(tile), from, a_shift.data() + run, right(e, panel, 0) + step * kMaxPanel * 2,
+                        b_shift.data() + run, taken, 2 * depth, place, !first);
           if (last) write(target, tile, place);
         }
       }
@@ -173,7 +190,7 @@ class WeightProduct {
   };
 
   int height(int64_t tile) const {
-    return static_cast<int>(std::min<int64_t>(kTileRows, a_.in_channels - tile * kTileRows));
+    return static_cast<int>(std::min<int64_t>(kernels_.tile_rows, a_.in_channels - tile * kernels_.tile_rows));
   }
 
   // Asks for the lines that a tile will be written to.
@@ -181,7 +198,7 @@ class WeightProduct {
 #if defined(__GNUC__) || defined(__clang__)
     if (a_.stride_o != 1) return;
     for (int m = 0; m < height(tile); ++m) {
-      const BFloat16* place = target.first + (tile * kTileRows + m) * a_.stride_i;
+      const BFloat16* place = target.first + (tile * kernels_.tile_rows + m) * a_.stride_i;
       __builtin_prefetch(place, 1);
       __builtin_prefetch(place + target.columns / 2, 1);
     }
@@ -191,7 +208,7 @@ class WeightProduct {
   void write(const Target& target, int64_t tile, const float* sums) const {
     BFloat16 line[kMaxPanel];
     for (int m = 0; m < height(tile); ++m) {
-      BFloat16* place = target.first + (tile * kTileRows + m) * a_.stride_i;
+      BFloat16* place = target.first + (tile * kernels_.tile_rows + m) * a_.stride_i;
       kernels_.round(sums + m * kMaxPanel, target.columns, a_.stride_o == 1 ? place : line);
       if (a_.stride_o == 1) continue;
       for (int64_t n = 0; n < target.columns; ++n) place[n * a_.stride_o] = line[n];
@@ -203,6 +220,7 @@ class WeightProduct {
   const std::vector<Tap> taps_;
   std::vector<const Tap*> tap_of_;   // by number; null: reaches nothing
   std::vector<int64_t> first_pair_;  // of each expert
+  std::vector<int64_t> first_left_;  // likewise, in pairs
   int64_t in_pixels_, out_pixels_, in_tiles_, out_panels_;
   Buffer left_, right_;
 };

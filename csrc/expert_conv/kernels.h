@@ -8,7 +8,8 @@
 
 namespace rmk {
 
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6;      // of floats
+constexpr int kMaxTileRows = 32;  // of bfloat16
 constexpr int kMaxPanel = 64;
 constexpr int kMaxLanes = 16;
 
@@ -51,24 +52,41 @@ struct Kernels {
 
 // Products of bfloat16 by the processor's own instructions, sums in float. An operand's elements lie in pairs along
 // what is summed over: a panel is packed [pairs][kMaxPanel][2], zero beyond the matrix.
-struct Bf16Kernels {
+struct Bf16Products {
   const char* name;
+  int tile_rows;  // that `rows` multiplies at once, up to kMaxTileRows
 
-  // Over segments s and k < depth, of a line of a and a panel of b each:
+  // Over segments s and k < depth, of a line of a and a panel of b each, for m < count <= tile_rows:
   // c[m*kMaxPanel + 0:kMaxPanel] (+)= sum_s sum_k a[m][a_shift[s] + k] * (b + b_shift[s])[k/2][0:kMaxPanel][k%2].
   void (*rows)(int count, const BFloat16* const* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
                int64_t segments, int64_t depth, float* c, bool accumulate);
-  // Over segments s and k < pairs, of a line of tiles and a panel each:
-  // c[m*kMaxPanel + 0:kMaxPanel] (+)= sum_s sum_k sum_i (a + a_shift[s])[k][m][i] * (b +
-  // b_shift[s])[k][0:kMaxPanel][i], where a's tiles have kTileRows pairs, of which `count` are used.
-  void (*packed)(int count, const BFloat16* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
-                 int64_t segments, int64_t pairs, float* c, bool accumulate);
+
+  // What a thread calls before its first and after its last product: see ProductsOfThread.
+  void (*begin)();
+  void (*end)();
+};
+
+struct Bf16Kernels : Bf16Products {
   // to[n] = (first[n], second[n]) for n < count, then zeros up to n = width; a null second is a line of zeros.
   void (*interleave)(const BFloat16* first, const BFloat16* second, int64_t count, int64_t width, BFloat16* to);
-  // to[k*kMaxPanel + n] = the pair (from[n*stride + 2k], from[n*stride + 2k + 1]) for n < lines, k < pairs.
-  void (*transpose)(const BFloat16* from, int64_t stride, int64_t lines, int64_t pairs, BFloat16* to);
+  // to[k*to_stride + n] = the pair (from[n*stride + 2k], from[n*stride + 2k + 1]) for n < lines, k < pairs; to_stride
+  // in pairs.
+  void (*transpose)(const BFloat16* from, int64_t stride, int64_t lines, int64_t pairs, BFloat16* to,
+                    int64_t to_stride);
   // to[n] = from[n], rounded to nearest, ties to even.
   void (*round)(const float* from, int64_t count, BFloat16* to);
+};
+
+// While it lives its thread may call `rows`.
+class ProductsOfThread {
+ public:
+  explicit ProductsOfThread(const Bf16Products& products) : products_(products) { products_.begin(); }
+  ~ProductsOfThread() { products_.end(); }
+  ProductsOfThread(const ProductsOfThread&) = delete;
+  ProductsOfThread& operator=(const ProductsOfThread&) = delete;
+
+ private:
+  const Bf16Products& products_;
 };
 
 // Null where the processor has no such instructions, the compiler knew none, or RMK_CPU_ISA allows none.

@@ -81,48 +81,22 @@ void rows_tile(const BFloat16* const* a, const int64_t* a_shift, const BFloat16*
   finish<M>(sum, c);
 }
 
-template <int M>
-void packed_tile(const BFloat16* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift, int64_t segments,
-                 int64_t pairs, float* c, bool accumulate) {
-  __m512 sum[M][kVectors];
-  start<M>(c, accumulate, sum);
-  for (int64_t s = 0; s < segments; ++s) {
-    const BFloat16 *tile = a + a_shift[s], *right = b + b_shift[s];
-    for (int64_t k = 0; k < pairs; ++k, tile += 2 * kTileRows, right += 2 * kPanel) {
-      __m512bh left[M];
-      for (int m = 0; m < M; ++m) left[m] = pair_of(tile + 2 * m);
-      multiply_step<M>(left, right, sum);
-    }
-  }
-  finish<M>(sum, c);
-}
-
-template <typename F>
-inline void with_count(int count, F&& f) {
-  switch (count) {
-    case 1:
-      return f(std::integral_constant<int, 1>());
-    case 2:
-      return f(std::integral_constant<int, 2>());
-    case 3:
-      return f(std::integral_constant<int, 3>());
-    case 4:
-      return f(std::integral_constant<int, 4>());
-    case 5:
-      return f(std::integral_constant<int, 5>());
-    default:
-      return f(std::integral_constant<int, kTileRows>());
-  }
-}
-
 void rows(int count, const BFloat16* const* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
           int64_t segments, int64_t depth, float* c, bool accumulate) {
-  with_count(count, [=](auto m) { rows_tile<m()>(a, a_shift, b, b_shift, segments, depth, c, accumulate); });
-}
-
-void packed(int count, const BFloat16* a, const int64_t* a_shift, const BFloat16* b, const int64_t* b_shift,
-            int64_t segments, int64_t pairs, float* c, bool accumulate) {
-  with_count(count, [=](auto m) { packed_tile<m()>(a, a_shift, b, b_shift, segments, pairs, c, accumulate); });
+  switch (count) {
+    case 1:
+      return rows_tile<1>(a, a_shift, b, b_shift, segments, depth, c, accumulate);
+    case 2:
+      return rows_tile<2>(a, a_shift, b, b_shift, segments, depth, c, accumulate);
+    case 3:
+      return rows_tile<3>(a, a_shift, b, b_shift, segments, depth, c, accumulate);
+    case 4:
+      return rows_tile<4>(a, a_shift, b, b_shift, segments, depth, c, accumulate);
+    case 5:
+      return rows_tile<5>(a, a_shift, b, b_shift, segments, depth, c, accumulate);
+    default:
+      return rows_tile<kTileRows>(a, a_shift, b, b_shift, segments, depth, c, accumulate);
+  }
 }
 
 constexpr int kHalves = 2 * kLanes;  // elements in a register
@@ -147,7 +121,7 @@ void interleave(const BFloat16* first, const BFloat16* second, int64_t count, in
   }
 }
 
-void transpose(const BFloat16* from, int64_t stride, int64_t lines, int64_t pairs, BFloat16* to) {
+void transpose(const BFloat16* from, int64_t stride, int64_t lines, int64_t pairs, BFloat16* to, int64_t to_stride) {
   constexpr int64_t kAhead = 4 * kHalves;  // elements of each line fetched before they are needed
   for (int64_t k0 = 0; k0 < pairs; k0 += kLanes) {
     const __mmask16 read = first_bits(pairs - k0, kLanes);
@@ -161,7 +135,7 @@ void transpose(const BFloat16* from, int64_t stride, int64_t lines, int64_t pair
       }
       transpose_block(block);
       for (int64_t k = 0; k < kLanes && k0 + k < pairs; ++k) {
-        _mm512_mask_storeu_epi32(to + 2 * ((k0 + k) * kPanel + n0), written, (__m512i)block[k]);
+        _mm512_mask_storeu_epi32(to + 2 * ((k0 + k) * to_stride + n0), written, (__m512i)block[k]);
       }
     }
   }
@@ -179,7 +153,9 @@ void round(const float* from, int64_t count, BFloat16* to) {
   }
 }
 
-constexpr Bf16Kernels kTable{"avx512_bf16", rows, packed, interleave, transpose, round};
+void nothing() {}  // vector registers need no preparation
+
+constexpr Bf16Kernels kTable{{"avx512_bf16", kTileRows, rows, nothing, nothing}, interleave, transpose, round};
 
 }  // namespace
 

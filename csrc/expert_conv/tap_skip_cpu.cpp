@@ -8,6 +8,7 @@
 #include "common/parallel.h"
 #include "expert_conv/algorithms.h"
 #include "expert_conv/kernels.h"
+#include "expert_conv/panel.h"
 #include "expert_conv/row_tasks.h"
 #include "expert_conv/taps.h"
 
@@ -15,24 +16,6 @@ namespace rmk {
 namespace {
 
 constexpr int64_t kDepth = 512;  // of a packed panel: 512 x 64 floats are 128 KB of second-level cache
-
-// out[k][0:panel] = matrix(k0 + k, n0 + n), zero beyond `columns`; element (k, n) at k*stride_k + n*stride_n.
-void pack_panel(const Kernels& kernels, const float* matrix, int64_t stride_k, int64_t stride_n, int64_t depth,
-                int columns, float* out) {
-  const int panel = kernels.panel;
-  if (stride_n == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      std::memcpy(out + k * panel, matrix + k * stride_k, sizeof(float) * static_cast<size_t>(columns));
-      std::fill(out + k * panel + columns, out + (k + 1) * panel, 0.0f);
-    }
-    return;
-  }
-  if (columns < panel) std::memset(out, 0, sizeof(float) * static_cast<size_t>(depth * panel));
-  if (stride_k == 1) return kernels.transpose(matrix, stride_n, columns, depth, out, panel);
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int n = 0; n < columns; ++n) out[k * panel + n] = matrix[k * stride_k + n * stride_n];
-  }
-}
 
 // Forward and input gradient are one loop: for every tap, rows of one map times a matrix are added to rows of the
 // other.

@@ -1,4 +1,4 @@
-"""Cases of the routed MLP, and its oracle: a loop over tokens' experts of ``nn.Linear``, in float64, by autograd."""
+"""Cases of the routed MLP, and its oracle: a loop over experts of ``nn.Linear``, by autograd in float64."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def run(inputs: Inputs, case: Case, impl: str, rows: int | None = None) -> dict[
 
 
 def oracle(inputs: Inputs, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The same by experts of ``nn.Linear``, one pair after the other, the layers computing in ``dtype``."""
+    """The same by a loop over experts of ``nn.Linear`` and slots, the layers computing in ``dtype``."""
     *floats, indices, d_y = (None if t is None else t.detach().cpu() for t in inputs)
     wide = torch.promote_types(dtype, torch.float32)
     x, weight1, bias1, weight2, bias2, weights = (None if t is None else t.to(dtype) for t in floats)
@@ -133,23 +133,19 @@ def oracle(inputs: Inputs, case: Case, dtype: torch.dtype = torch.float64) -> di
         experts.append(layers)
     x.requires_grad_()
     weights.requires_grad_()
-    activation, lines = ACTIVATIONS[case.activation], []
-    for n in range(case.tokens):
-        total = torch.zeros(case.widths[2], dtype=wide)
+    activation = ACTIVATIONS[case.activation]
+    y = torch.zeros(case.tokens, case.widths[2], dtype=wide)
+    for e, (first, second) in enumerate(experts):
         for j in range(case.top_k):
-            if indices[n, j] == case.experts:
-                continue
-            first, second = experts[int(indices[n, j])]
-            z = first(x[n])
+            sent = (indices[:, j] == e).nonzero()[:, 0]
+            z = first(x[sent])
             if activation.gated:
-                a = FUNCTIONS[activation.function](z[: case.widths[1]]) * z[case.widths[1] :]
+                a = FUNCTIONS[activation.function](z[:, : case.widths[1]]) * z[:, case.widths[1] :]
             else:
                 a = FUNCTIONS[activation.function](z)
-            total = total + weights[n, j] * second(a)
-        lines.append(total.to(dtype))
-    y = torch.stack(lines) if lines else torch.zeros(0, case.widths[2], dtype=dtype)
-    if y.requires_grad:
-        y.backward(d_y.to(dtype))
+            y = y.index_add(0, sent, weights[sent, j : j + 1] * second(a))
+    y = y.to(dtype)
+    y.backward(d_y.to(dtype))
     parameters = [[getattr(layers[i], name) for layers in experts] for i in (0, 1) for name in ("weight", "bias")]
     leaves = [x, *parameters, weights]
     found = {"y": y.detach()}

@@ -50,6 +50,7 @@ CASES = (
 IN_PARTS = (
     Case("large filter", (1,), (1, 1), (12, 12), (11, 11), ONE, (5, 5), ONE, None, "other taps reach every pixel"),
     Case("deep", (2, 1), (45, 3), (6, 6), (11, 11), ONE, (5, 5), ONE, 2, "121 taps: a panel holds 38 channels"),
+    Case("many_rows", (69, 1), (19, 3), (2, 3), (3, 3), ONE, ONE, ONE, None, "pairs of rows in three blocks"),
     Case("large_map", (5, 0, 1), (3, 2), (20, 25), (3, 3), ONE, ONE, ONE, None, "more pixels than a block; long runs"),
 )  # fmt: skip
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,6 +9,7 @@ import torch
 from mlp_cases import CASES, Case, Inputs, inputs_of, oracle, route_of, run
 from torch import Tensor
 
+from robust_moe_kernels import native
 from robust_moe_kernels.dispatch import ImplementationUnavailable
 from robust_moe_kernels.ops.expert_mlp import ACTIVATIONS, EXPERT_MLP, expert_mlp
 from robust_moe_kernels.ops.expert_mlp.activation import activation_of
@@ -16,6 +17,7 @@ from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
 OP = "expert_mlp"
 RAW = torch.ops.robust_moe_kernels
+needs_extension = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -117,6 +119,15 @@ def test_a_token_does_not_depend_on_the_others(target, name, generator, assert_s
         got = run(few, case._replace(tokens=len(chosen)), target.impl)
         for key in ("y", "d_x", "d_weights"):
             assert_same_bits(got[key], whole[key][chosen])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["wide", "glu_silu", "dropped"])
+def test_thread_count_changes_no_bit(name, dtype, generator, same_bits_for_any_threads):
+    case = by_name(name)
+    inputs = inputs_of(case, generator, dtype)
+    same_bits_for_any_threads(lambda: tuple(run(inputs, case, "native").values()))
 
 
 def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
