@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from robust_moe_kernels.ops.expert_conv.tiles import SHARED, Gpu, Tile
+from robust_moe_kernels.ops.expert_conv.tiles import SHARED, SHARED_ELSEWHERE, Gpu, Tile
 
 __all__ = ["CHOICES", "ELEMENT", "Choice", "choose", "compiles"]
 
@@ -20,13 +20,13 @@ class Choice(NamedTuple):
 
     tile: Tile
     pieces: int = 1  # parts of the columns that an epilogue takes one after the other: fewer registers
-    registers: int | None = None  # the most a thread may have, so that two or three programs share a multiprocessor
+    registers: int = 255  # the most a thread may have by descriptor, so that three programs share a multiprocessor
     depth: int = 0  # the least channels summed over that it is for
 
     def options(self, described: bool) -> dict[str, int]:
-        """``described``: with matrices by descriptor; addresses take what the limit would leave to the sums."""
-        limited = self.registers is not None and described
-        return self.tile.options() | ({"maxnreg": self.registers} if limited else {})
+        """``described``: with matrices by descriptor, without which addresses take registers from the sums. Left to
+        itself, the assembler spills some to fit more programs on a multiprocessor (sm_100)."""
+        return self.tile.options() | {"maxnreg": self.registers if described else 255}
 
 
 # By kernel and kind of operand (of expert_conv's tiles), largest first; the last one serves where no other does.
@@ -34,19 +34,19 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "hidden": {
         "half": (
             Choice(Tile(128, 256, 64, 8, 4), 8, depth=768),
-            Choice(Tile(128, 128, 64, 8, 3), 4, 128),
-            Choice(Tile(64, 128, 64, 4, 3), 4, 168),
+            Choice(Tile(128, 128, 64, 8, 3), 4),
+            Choice(Tile(64, 128, 64, 4, 3), 4),
             Choice(Tile(64, 64, 64, 4, 4), 2),
         ),
         "tf32": (Choice(Tile(128, 128, 32, 8, 3), 4), Choice(Tile(64, 64, 32, 4, 4), 2)),
         "ieee": (Choice(Tile(64, 64, 16, 8, 3)),),
-        "narrow": (Choice(Tile(64, 64, 32, 4, 2)),),
+        "narrow": (Choice(Tile(64, 64, 32, 4, 2), 4),),
     },
     "rows": {
         "half": (
             Choice(Tile(128, 256, 64, 8, 4)),
-            Choice(Tile(128, 128, 64, 8, 3), 1, 128),
-            Choice(Tile(64, 128, 64, 4, 3), 1, 168),
+            Choice(Tile(128, 128, 64, 8, 3)),
+            Choice(Tile(64, 128, 64, 4, 3)),
             Choice(Tile(64, 64, 64, 4, 4)),
         ),
         "tf32": (Choice(Tile(128, 128, 32, 8, 3)), Choice(Tile(64, 64, 32, 4, 4))),
@@ -54,13 +54,17 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "narrow": (Choice(Tile(64, 64, 32, 4, 2)),),
     },
     "hidden_backward": {
-        "half": (Choice(Tile(64, 128, 64, 4, 3), 4, 168), Choice(Tile(64, 64, 64, 4, 4), 2)),
-        "tf32": (Choice(Tile(64, 64, 32, 4, 4), 2),),
-        "ieee": (Choice(Tile(64, 64, 16, 8, 3)),),
-        "narrow": (Choice(Tile(64, 64, 32, 4, 2)),),
+        "half": (
+            Choice(Tile(64, 128, 64, 4, 3), 8, 168),
+            Choice(Tile(64, 128, 64, 4, 3), 8),
+            Choice(Tile(64, 64, 64, 4, 4), 4),
+        ),
+        "tf32": (Choice(Tile(64, 64, 32, 4, 4), 4),),
+        "ieee": (Choice(Tile(64, 64, 16, 8, 3), 4),),
+        "narrow": (Choice(Tile(64, 64, 32, 4, 2), 4),),
     },
     "matrix": {
-        "half": (Choice(Tile(128, 128, 64, 8, 3), 1, 128), Choice(Tile(64, 64, 64, 4, 4))),
+        "half": (Choice(Tile(128, 128, 64, 8, 3)), Choice(Tile(64, 64, 64, 4, 4))),
         "tf32": (Choice(Tile(128, 128, 32, 8, 4)), Choice(Tile(64, 64, 32, 4, 4))),
         "ieee": (Choice(Tile(64, 64, 16, 8, 3)),),
         "narrow": (Choice(Tile(64, 64, 16, 4, 2)),),
@@ -70,8 +74,11 @@ ELEMENT = {"half": 2, "tf32": 4, "ieee": 4, "narrow": 4}
 
 
 def compiles(kernel: str, choice: Choice, kind: str, capability: int) -> bool:
-    """Whether GPUs of a compute capability are given a choice: it fits their shared memory."""
-    return choice.tile.shared(ELEMENT[kind]) <= SHARED[capability]
+    """Whether GPUs of a compute capability are given a choice: it fits their shared memory, and what limits registers
+    was seen not to spill, which on sm_100 it does by 4 to 8 bytes."""
+    if choice.registers < 255 and capability != 90:
+        return False
+    return choice.tile.shared(ELEMENT[kind]) <= SHARED.get(capability, SHARED_ELSEWHERE)
 
 
 def choose(kernel: str, kind: str, rows: int, columns: int, depth: int, gpu: Gpu) -> Choice:
@@ -90,7 +97,7 @@ def choose(kernel: str, kind: str, rows: int, columns: int, depth: int, gpu: Gpu
     fitting = [
         choice
         for choice in CHOICES[kernel][kind]
-        if choice.tile.shared(ELEMENT[kind]) <= gpu.shared
+        if choice.tile.shared(ELEMENT[kind]) <= gpu.shared and compiles(kernel, choice, kind, gpu.capability)
     ]
     if not fitting:
         raise ValueError(f"tile: expected a GPU with more shared memory for one, got {gpu.shared} bytes")

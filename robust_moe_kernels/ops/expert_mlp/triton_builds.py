@@ -11,7 +11,8 @@ from robust_moe_kernels.ops.expert_conv.tiles import CAPABILITIES
 from robust_moe_kernels.ops.expert_mlp.activation import FUNCTIONS
 from robust_moe_kernels.ops.expert_mlp.tiles import CHOICES, Choice, compiles
 from robust_moe_kernels.ops.expert_mlp.triton_gradients import matrix_kernel
-from robust_moe_kernels.ops.expert_mlp.triton_kernels import hidden_backward_kernel, hidden_kernel, rows_kernel
+from robust_moe_kernels.ops.expert_mlp.triton_hidden import hidden_backward_kernel, hidden_kernel
+from robust_moe_kernels.ops.expert_mlp.triton_rows import rows_kernel
 from robust_moe_kernels.ops.expert_mlp.triton_sums import (
     SUMS,
     SUMS_OPTIONS,

@@ -28,14 +28,15 @@ import triton
 from torch import Tensor
 
 from robust_moe_kernels import triton_support
-from robust_moe_kernels.checks import expect
 from robust_moe_kernels.ops.expert_conv.tiles import Gpu
-from robust_moe_kernels.ops.expert_conv.triton_plan import TensorDescriptor, gpu_of, power_of_two
+from robust_moe_kernels.ops.expert_conv.triton_plan import TensorDescriptor, gpu_of
 from robust_moe_kernels.ops.expert_mlp.activation import Activation
-from robust_moe_kernels.ops.expert_mlp.tiles import Choice, choose
+from robust_moe_kernels.ops.expert_mlp.tiles import choose
 from robust_moe_kernels.ops.expert_mlp.triton_builds import builds
 from robust_moe_kernels.ops.expert_mlp.triton_gradients import matrix_kernel
-from robust_moe_kernels.ops.expert_mlp.triton_kernels import hidden_backward_kernel, hidden_kernel, rows_kernel
+from robust_moe_kernels.ops.expert_mlp.triton_hidden import hidden_backward_kernel, hidden_kernel
+from robust_moe_kernels.ops.expert_mlp.triton_launch import Product, Sorted, describable, kind_of, precision
+from robust_moe_kernels.ops.expert_mlp.triton_rows import rows_kernel
 from robust_moe_kernels.ops.expert_mlp.triton_sums import (
     SUMS,
     SUMS_OPTIONS,
@@ -64,102 +65,12 @@ def why_not_case(*operands: Tensor) -> str | None:
     return None
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch's own matrix products are told to (``torch.backends.cuda.matmul``)."""
-    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"
-
-
-def _kind(dtype: torch.dtype, *widths: int) -> str:
-    """The kind of operands, as ``tiles`` has it."""
-    if precision(dtype) == "ieee":
-        return "ieee"
-    if any(width % 16 for width in widths):
-        return "narrow"
-    return "tf32" if dtype == torch.float32 else "half"
-
-
-class _Route(NamedTuple):
-    """The tables of a route, and what the kernels are told of its sizes."""
-
-    order: Tensor
-    inverse: Tensor
-    offsets: Tensor
-    rows: int
-    top_k: int
-
-    @classmethod
-    def of(cls, order: Tensor, inverse: Tensor, offsets: Tensor, rows: int, top_k: int) -> _Route:
-        expect(order.numel() < 2**31, "order", "fewer than 2^31 pairs", order.numel())
-        return cls(order, inverse, offsets, rows, top_k)
-
-    @property
-    def experts(self) -> int:
-        return self.offsets.numel() - 1
-
-    @property
-    def pairs(self) -> int:
-        return self.order.numel()
-
-    @property
-    def slots(self) -> dict[str, int]:
-        """The length of a program's vector of experts, one more than there are for the rows behind them."""
-        return {"EXPERTS": power_of_two(self.experts + 1, 16)}
-
-    def tiles(self, height: int, more: int = 0) -> int:
-        """Upper bound of the tiles: every expert, and ``more`` segments, has at most one partial tile."""
-        return self.rows // height + min(self.experts + more, self.rows)
-
-
-class _Product(NamedTuple):
-    """A grouped product's kernel, tile and flags."""
-
-    choice: Choice
-    gpu: Gpu
-    flags: dict[str, Any]
-    across: int  # tiles of columns
-
-    @classmethod
-    def of(cls, kernel: str, data: Tensor, rows: int, columns: int, depth: int, gated: bool = False) -> _Product:
-        """``columns``: of the target, of a gated layer one half."""
-        kind, gpu, halves = _kind(data.dtype, columns, depth), gpu_of(data.device), 1 + gated
-        choice = choose(kernel, kind, rows, columns * halves, depth, gpu)
-        tile = choice.tile
-        width = tile.n // halves
-        flags = {"EVEN_K": depth % tile.k == 0, "EVEN_N": columns % width == 0, "PRECISION": precision(data.dtype)}
-        flags |= {**tile.blocks(), "BLOCK_N": width}
-        if kernel.startswith("hidden"):
-            flags["PIECES"] = min(choice.pieces, width // 16)
-        return cls(choice, gpu, flags, -(-columns // width))
-
-    def flags_for(self, described: bool) -> dict[str, Any]:
-        """The flags and options of a launch, with the experts' matrices by descriptor or not."""
-        return {"DESCRIPTOR": described, **self.flags, **self.choice.options(described)}
-
-    def lines(self, weight: Tensor, inner: bool, *others: Tensor) -> Any:
-        """The experts' matrices [E, *, *] for the kernel: a descriptor of their lines where there can be one."""
-        lines = weight.view(-1, weight.shape[-1])
-        whole = inner or self.flags["EVEN_K"]  # else a block would reach into the next expert's matrix
-        if whole and all(_describable(data, self.gpu) for data in (lines, *others)):
-            tile = [self.flags["BLOCK_N"], self.flags["BLOCK_K"]]
-            return TensorDescriptor.from_tensor(lines, tile if inner else tile[::-1])
-        return weight
-
-
-def _describable(lines: Tensor, gpu: Gpu) -> bool:
-    """Whether a matrix can have a descriptor: its lines begin at multiples of 16 bytes, their numbers have 32 bits.
-    Memory that PyTorch allocates begins at such a multiple."""
-    size = lines.element_size()
-    lined = lines.shape[1] * size % 16 == 0 and lines.storage_offset() * size % 16 == 0
-    return gpu.descriptors and gpu.capability >= 90 and lined and 0 < lines.shape[0] < 2**31
-
-
 def _rows(
-    source: Tensor, weight: Tensor, bias: Tensor | None, route: _Route, inner: bool, columns: int
+    source: Tensor, weight: Tensor, bias: Tensor | None, route: Sorted, inner: bool, columns: int
 ) -> Tensor:  # fmt: skip
     """Rows [rows, columns], each its expert's matrix times its source; those behind all experts are not written."""
     target = source.new_empty(route.rows, columns)
-    product = _Product.of("rows", source, route.rows, columns, source.shape[1])
+    product = Product.of("rows", source, route.rows, columns, source.shape[1])
     lines, tiles = product.lines(weight, inner, source), route.tiles(product.choice.tile.m)
     described = lines is not weight
     if described:
@@ -172,7 +83,7 @@ def _rows(
     return target
 
 
-def _combine(rows: Tensor, weights: Tensor | None, route: _Route, tokens: int) -> Tensor:
+def _combine(rows: Tensor, weights: Tensor | None, route: Sorted, tokens: int) -> Tensor:
     out = rows.new_empty(tokens, rows.shape[1])
     grid = triton.cdiv(tokens, SUMS["BLOCK_P"]), triton.cdiv(rows.shape[1], SUMS["BLOCK_C"])
     combine_kernel[grid](
@@ -189,9 +100,9 @@ def forward(
     z, (outputs, hidden) = x.new_empty(rows, weight1.shape[1]), weight2.shape[1:]
     if z.numel() == 0:
         return x.new_zeros(x.shape[0], outputs), z
-    route = _Route.of(order, inverse, offsets, rows, weights.shape[1])
+    route = Sorted.of(order, inverse, offsets, rows, weights.shape[1])
     a = x.new_empty(rows, hidden)
-    product = _Product.of("hidden", x, rows, hidden, x.shape[1], activation.gated)
+    product = Product.of("hidden", x, rows, hidden, x.shape[1], activation.gated)
     lines, tiles = product.lines(weight1, True), route.tiles(product.choice.tile.m, 1)
     with on_device(x):
         hidden_kernel[(tiles * product.across,)](
@@ -213,11 +124,11 @@ class _Hidden(NamedTuple):
 
 
 def _hidden_backward(
-    d_y: Tensor, z: Tensor, weight2: Tensor, weights: Tensor, route: _Route, activation: Activation,
+    d_y: Tensor, z: Tensor, weight2: Tensor, weights: Tensor, route: Sorted, activation: Activation,
     needs: tuple[bool, ...],
 ) -> _Hidden:  # fmt: skip
     outputs, hidden = weight2.shape[1:]
-    product = _Product.of("hidden_backward", d_y, route.rows, hidden, outputs, False)
+    product = Product.of("hidden_backward", d_y, route.rows, hidden, outputs, activation.gated)
     height = product.choice.tile.m
     lines, tiles = product.lines(weight2, False), route.tiles(height)
     d_z = torch.empty_like(z) if any(needs[:3]) else None
@@ -226,7 +137,8 @@ def _hidden_backward(
     inner = z.new_empty(product.across, route.rows, dtype=torch.float32) if needs[5] else None
     unused = route.offsets
     hidden_backward_kernel[(tiles * product.across,)](
-        d_y, lines, z, weights, route.order, route.offsets, *(unused if t is None else t for t in (d_z, a, sums, inner)),
+        d_y, lines, z, weights, route.order, route.offsets,
+        *(unused if tensor is None else tensor for tensor in (d_z, a, sums, inner)),
         route.experts, route.pairs, route.rows, tiles, route.top_k, outputs, hidden, FUNCTION=activation.function,
         GATED=activation.gated, D_Z=d_z is not None, D_BIAS=sums is not None, D_WEIGHT=a is not None,
         D_INNER=inner is not None, **product.flags_for(lines is not weight2), **route.slots,
@@ -234,10 +146,10 @@ def _hidden_backward(
     return _Hidden(d_z, a, sums, inner, height)
 
 
-def _matrix(left: Tensor, right: Tensor, route: _Route, gather_left: bool) -> Tensor:
+def _matrix(left: Tensor, right: Tensor, route: Sorted, gather_left: bool) -> Tensor:
     """[E, height, width] of each expert's left^T right, one of the two gathered from the tokens."""
     height, width = left.shape[1], right.shape[1]
-    kind, gpu = _kind(left.dtype, height, width), gpu_of(left.device)
+    kind, gpu = kind_of(left.dtype, height, width), gpu_of(left.device)
     tiles_of = choose("matrix", kind, height, width, 0, Gpu(gpu.capability, gpu.shared, 1, gpu.descriptors))
     tile = tiles_of.tile
     across = triton.cdiv(height, tile.m) * triton.cdiv(width, tile.n)
@@ -247,7 +159,7 @@ def _matrix(left: Tensor, right: Tensor, route: _Route, gather_left: bool) -> Te
     kind_of_parts = left.dtype if splits == 1 else torch.float32
     parts = left.new_empty((splits, route.experts, height, width), dtype=kind_of_parts)
     block: Any = right if gather_left else left
-    described = kind in ("half", "tf32") and _describable(block, gpu)
+    described = kind in ("half", "tf32") and describable(block, gpu)
     if described:
         block = TensorDescriptor.from_tensor(block, [tile.k, tile.n if gather_left else tile.m])
     matrix_kernel[(programs * splits,)](
@@ -258,7 +170,7 @@ def _matrix(left: Tensor, right: Tensor, route: _Route, gather_left: bool) -> Te
     return parts[0] if splits == 1 else parts.sum(0).to(left.dtype)
 
 
-def _tile_sums(sums: Tensor, like: Tensor, route: _Route, height: int) -> Tensor:
+def _tile_sums(sums: Tensor, like: Tensor, route: Sorted, height: int) -> Tensor:
     """[E, width]: each expert's tiles' sums, in the dtype of ``like``."""
     out = like.new_empty(route.experts, sums.shape[1])
     tile_sums_kernel[route.experts, triton.cdiv(sums.shape[1], SUMS["BLOCK_C"])](
@@ -268,7 +180,7 @@ def _tile_sums(sums: Tensor, like: Tensor, route: _Route, height: int) -> Tensor
     return out
 
 
-def _bias2(d_y: Tensor, weights: Tensor, route: _Route) -> Tensor:
+def _bias2(d_y: Tensor, weights: Tensor, route: Sorted) -> Tensor:
     """[E, O]: each expert's sum over its rows of weight * d_y."""
     sums = d_y.new_empty(route.tiles(TILE_ROWS), d_y.shape[1], dtype=torch.float32)
     weighted_sums_kernel[sums.shape[0], triton.cdiv(d_y.shape[1], SUMS["BLOCK_C"])](
@@ -279,7 +191,7 @@ def _bias2(d_y: Tensor, weights: Tensor, route: _Route) -> Tensor:
 
 
 def _weights(
-    inner: Tensor, d_y: Tensor, bias2: Tensor | None, weights: Tensor, route: _Route
+    inner: Tensor, d_y: Tensor, bias2: Tensor | None, weights: Tensor, route: Sorted
 ) -> Tensor:  # fmt: skip
     d_weights = torch.empty_like(weights)
     inner_kernel[(triton.cdiv(route.pairs, SUMS["BLOCK_P"]),)](
@@ -300,7 +212,7 @@ def backward(
         likes = (x, x, x, x, x, weights)
         made = zip(likes, shapes, needs, strict=True)
         return tuple(like.new_zeros(shape) if wanted else None for like, shape, wanted in made)
-    route = _Route.of(order, inverse, offsets, z.shape[0], weights.shape[1])
+    route = Sorted.of(order, inverse, offsets, z.shape[0], weights.shape[1])
     with on_device(x):
         if any(needs[:4]) or needs[5]:
             hidden = _hidden_backward(d_y, z, weight2, weights, route, activation, needs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robust_moe_kernels.ops.expert_mlp.triton_kernels import count_tiles, locate, sample_of, segments
+from robust_moe_kernels.ops.expert_mlp.triton_rows import count_tiles, locate, sample_of, segments
 
 __all__ = [
     "SUMS", "SUMS_OPTIONS", "TILE_ROWS", "combine_kernel", "inner_kernel", "tile_sums_kernel", "weighted_sums_kernel",
