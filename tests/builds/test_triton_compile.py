@@ -54,11 +54,17 @@ def test_compiles_without_spilling(op, capability, compilations):
 WANTED = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma", "mma.sync"}}
 
 
+WITHOUT_PRODUCTS = (
+    "plan_kernel", "combine_kernel", "inner_kernel", "tile_sums_kernel", "weighted_sums_kernel",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
-def test_convolutions_use_tensor_cores(capability, compilations):
+@pytest.mark.parametrize("op", ["expert_conv", "expert_mlp"])
+def test_products_use_tensor_cores(op, capability, compilations):
     """Every product in float16, bfloat16 and tf32, by the generation's own instruction; float32 ("ieee") has none."""
-    builds = compilations("expert_conv", capability)
-    products = [build for build in builds if not build["build"].startswith("plan_kernel")]
+    builds = compilations(op, capability)
+    products = [build for build in builds if not build["build"].startswith(WITHOUT_PRODUCTS)]
     assert len(products) > 20
     for build in products:
         kinds = set(build["mma"])
