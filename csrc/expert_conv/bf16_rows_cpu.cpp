@@ -9,11 +9,12 @@
 //
 // Expected of one core of a Zen 4: products at twice float's rate (kernels_avx512_bf16.cpp), so at the least 100/2
 // units where float's Winograd takes 64: 0.78 of its products' time, 59 ms for 256 rows of 512 channels, 4x4 pixels.
-// Measured, milliseconds of forward / input gradient: 62 / 62 with 4 experts and 69 / 68 with 16 (float: 93 / 92 and
+// Measured, milliseconds of forward / input gradient: 62 / 62 with 4 experts and 69 / 67 with 16 (float: 93 / 92 and
 // 104 / 104), where
 //   - filters were not fetched while the ones before were packed         63 / 62   72 / 70
 //   - panels of 300, 150, 75 KB (part of the channels), not 600    69, 67, 77   73, 74, 84   (forward)
-// and 96 instead of 384 pixels at once: 80 instead of 77 at 256 channels, 8x8 pixels.
+// and 96 instead of 384 pixels at once: 80 instead of 77 at 256 channels, 8x8 pixels. 512 take what 384 do, here and
+// there, and are 32 rows of 4x4 pixels: full tiles of kernels_amx_bf16.cpp.
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -30,7 +31,7 @@ namespace rmk {
 namespace {
 
 constexpr int64_t kPanelBytes = 600 << 10;  // of filters packed at once, all taps of some channels
-constexpr int64_t kBlock = 384;             // pixels summed at once, or a single row's
+constexpr int64_t kBlock = 512;             // pixels summed at once, or a single row's
 
 // Lines (or columns) of the written map that the same taps reach. Such lines read lines of the other map at a common
 // distance for each tap.

@@ -3,8 +3,10 @@
 // once.
 //
 // One core of a Zen 4, milliseconds, 256 rows; 59 expected at 512 channels and 4x4 pixels, 81 at 64 and 32x32: measured
-// 67 with 4 experts and 87 with 16, whose 75 MB of gradients are written in that time (float: 102 and 107), and 105
-// (float: 111). Packed pixel by pixel instead of line by line, the last took 116: an expert's rows lie far apart.
+// 65 with 4 experts and 73 with 16, whose 75 MB of gradients are written in that time (float: 102 and 107), and 105
+// (float: 111). Gradients written through the caches took 68 and 88, whether their lines were fetched before or not,
+// and a copy to float right behind gains as much. Packed pixel by pixel instead of line by line, the last took 116: an
+// expert's rows lie far apart.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -56,6 +58,7 @@ class WeightProduct {
       for (int64_t task = next(); task >= 0; task = next()) {
         compute(task / (taps * out_panels_), task / out_panels_ % taps, task % out_panels_, sums.get());
       }
+      kernels_.settle();
     });
   }
 
@@ -174,7 +177,6 @@ class WeightProduct {
           float* place = sums + tile * kernels_.tile_rows * kMaxPanel;
           const BFloat16* from[kMaxTileRows];
           for (int m = 0; m < height(tile); ++m) from[m] = left(e, tile * kernels_.tile_rows + m, 0) + step * 2;
-          if (last) fetch(target, tile);
           kernels_.rows(height(tile), from, a_shift.data() + run, right(e, panel, 0) + step * kMaxPanel * 2,
                         b_shift.data() + run, taken, 2 * depth, place, !first);
           if (last) write(target, tile, place);
@@ -193,23 +195,19 @@ class WeightProduct {
     return static_cast<int>(std::min<int64_t>(kernels_.tile_rows, a_.in_channels - tile * kernels_.tile_rows));
   }
 
-  // Asks for the lines that a tile will be written to.
-  void fetch(const Target& target, int64_t tile) const {
-#if defined(__GNUC__) || defined(__clang__)
-    if (a_.stride_o != 1) return;
-    for (int m = 0; m < height(tile); ++m) {
-      const BFloat16* place = target.first + (tile * kernels_.tile_rows + m) * a_.stride_i;
-      __builtin_prefetch(place, 1);
-      __builtin_prefetch(place + target.columns / 2, 1);
-    }
-#endif
+  // Whether a tile's rows are written as whole cache lines.
+  bool in_whole_lines(const Target& target) const {
+    constexpr int64_t kLine = 64 / sizeof(BFloat16);
+    return a_.stride_o == 1 && a_.stride_i % kLine == 0 && target.columns % kLine == 0 &&
+           reinterpret_cast<uintptr_t>(target.first) % 64 == 0;
   }
 
   void write(const Target& target, int64_t tile, const float* sums) const {
     BFloat16 line[kMaxPanel];
+    const auto round = in_whole_lines(target) ? kernels_.stream : kernels_.round;
     for (int m = 0; m < height(tile); ++m) {
       BFloat16* place = target.first + (tile * kernels_.tile_rows + m) * a_.stride_i;
-      kernels_.round(sums + m * kMaxPanel, target.columns, a_.stride_o == 1 ? place : line);
+      round(sums + m * kMaxPanel, target.columns, a_.stride_o == 1 ? place : line);
       if (a_.stride_o == 1) continue;
       for (int64_t n = 0; n < target.columns; ++n) place[n * a_.stride_o] = line[n];
     }

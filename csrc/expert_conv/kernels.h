@@ -75,6 +75,9 @@ struct Bf16Kernels : Bf16Products {
                     int64_t to_stride);
   // to[n] = from[n], rounded to nearest, ties to even.
   void (*round)(const float* from, int64_t count, BFloat16* to);
+  // The same past the caches, of whole cache lines; for other threads to read after `settle`.
+  void (*stream)(const float* from, int64_t count, BFloat16* to);
+  void (*settle)();
 };
 
 // While it lives its thread may call `rows`.

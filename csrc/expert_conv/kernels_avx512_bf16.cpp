@@ -153,9 +153,19 @@ void round(const float* from, int64_t count, BFloat16* to) {
   }
 }
 
+void stream(const float* from, int64_t count, BFloat16* to) {
+  for (int64_t n = 0; n < count; n += kHalves) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + n + kLanes), _mm512_loadu_ps(from + n));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + n), (__m512i)rounded);
+  }
+}
+
+void settle() { _mm_sfence(); }
+
 void nothing() {}  // vector registers need no preparation
 
-constexpr Bf16Kernels kTable{{"avx512_bf16", kTileRows, rows, nothing, nothing}, interleave, transpose, round};
+constexpr Bf16Kernels kTable{
+    {"avx512_bf16", kTileRows, rows, nothing, nothing}, interleave, transpose, round, stream, settle};
 
 }  // namespace
 

@@ -60,7 +60,7 @@ static const Bf16Products kProducts{"amx_bf16", 32, nullptr, nullptr, nullptr};
 const Bf16Products* const products = KNOWN ? &kProducts : nullptr;
 }
 namespace avx512_bf16 {
-static const Bf16Kernels kTable{{"avx512_bf16", 6, nullptr, nullptr, nullptr}, nullptr, nullptr, nullptr};
+static const Bf16Kernels kTable{{"avx512_bf16", 6, nullptr, nullptr, nullptr}};
 const Bf16Kernels* const kernels = &kTable;
 }
 namespace avx512 {

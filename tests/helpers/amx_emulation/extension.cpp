@@ -29,10 +29,12 @@ void round(const float* from, int64_t count, BFloat16* to) {
   for (int64_t n = 0; n < count; ++n) store(to + n, from[n]);
 }
 
+void settle() {}
+
 }  // namespace
 
 const Bf16Kernels* bf16_kernels() {
-  static const Bf16Kernels table{*amx_bf16::products, interleave, transpose, round};
+  static const Bf16Kernels table{*amx_bf16::products, interleave, transpose, round, round, settle};
   return &table;
 }
 

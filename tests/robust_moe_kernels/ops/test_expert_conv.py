@@ -51,14 +51,15 @@ IN_PARTS = (
     Case("large filter", (1,), (1, 1), (12, 12), (11, 11), ONE, (5, 5), ONE, None, "other taps reach every pixel"),
     Case("deep", (2, 1), (45, 3), (6, 6), (11, 11), ONE, (5, 5), ONE, 2, "121 taps: a panel holds 38 channels"),
     Case("many_rows", (69, 1), (19, 3), (2, 3), (3, 3), ONE, ONE, ONE, None, "pairs of rows in three blocks"),
-    Case("large_map", (5, 0, 1), (3, 2), (20, 25), (3, 3), ONE, ONE, ONE, None, "more pixels than a block; long runs"),
+    Case("whole_lines", (3, 2), (7, 96), (2, 2), (3, 3), ONE, ONE, ONE, None, "gradients written past the caches"),
+    Case("large_map", (5, 0, 1), (3, 2), (20, 27), (3, 3), ONE, ONE, ONE, None, "more pixels than a block; long runs"),
 )  # fmt: skip
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_extension = pytest.mark.skipif(native.why_not_cpu("cpu") is not None, reason="needs the compiled extension")
 
 
 def by_name(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in (*CASES, *IN_PARTS) if case.name == name)
 
 
 def run(inputs: Inputs, case: Case, impl: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,9 +233,9 @@ def test_two_runs_give_the_same_bits(target, generator, assert_same_bits):
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_thread_count_changes_no_bit(dtype, generator, same_bits_for_any_threads):
-    case = by_name("wide")
-    inputs = inputs_of(case, generator, dtype)
-    same_bits_for_any_threads(lambda: run(inputs, case, "native"))
+    for case in (by_name("wide"), by_name("whole_lines")):
+        inputs = inputs_of(case, generator, dtype)
+        same_bits_for_any_threads(lambda: run(inputs, case, "native"))  # noqa: B023  # called at once
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
