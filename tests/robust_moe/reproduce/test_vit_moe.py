@@ -4,6 +4,7 @@ definitions, and a dry run of all of it on a few digits."""
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -49,9 +50,10 @@ def quiet():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Every run of the study, trained and measured on a few images; V-MoE's attack with two steps."""
+    """Every run of the study, trained and measured on a few images; V-MoE's attack with two steps at three radii."""
     patch = pytest.MonkeyPatch()
     patch.setattr(token_probes, "VMOE_STEPS", 2)
+    patch.setattr("robust_moe.evaluation.vmoe.curve_radii", lambda: tuple(Fraction(n, 255) for n in (1, 10, 20)))
     folder = tmp_path_factory.mktemp("study")
     jobs = make_jobs(NAMES, SCALES["cpu"], [0], folder, TINY, "digest")
     for job in sorted(jobs, key=lambda job: bool(job.parts)):
@@ -93,7 +95,7 @@ def test_every_claim_and_check_is_measured(study, tmp_path):
         assert len(draw_part(name, records, tmp_path)) == len(FIGURES[name])
     dense, routed = (found[f"{name}-at"] for name in ("dense-vit", "vit-moe"))
     assert set(routed) - set(dense) > {"redundancy_own", "disagreement_above", "tokens_moved"}
-    assert len(routed["radii_curve"]["error"]) == 20
+    assert len(routed["radii_curve"]["error"]) == 3
     assert set(routed["tokens_layers"]) == {"network.blocks.1.mlp", "network.blocks.3.mlp"}
 
 
