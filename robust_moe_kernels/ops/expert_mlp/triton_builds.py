@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def product_build(
 
 def _build(
     kernel: Any, dtype: torch.dtype, constants: dict[str, Any], options: dict[str, Any], aligned: bool = True,
-    unused: set[str] = frozenset(), refused: tuple[int, ...] = (),
+    unused: Collection[str] = (), refused: tuple[int, ...] = (),
 ) -> Build:  # fmt: skip
     """``unused``: the arguments in whose place the offsets are handed over."""
     signature, divisible = {}, []
@@ -134,7 +134,7 @@ def builds() -> Iterator[Build]:
                 for choice in choices["tf32"]:
                     yield product_build(kernel, choice, float32, described=described, **flags)
             largest, only, narrow = choices["half"][0], choices["ieee"][0], choices["narrow"][0]
-            masked = {"described": False, "whole": False}
+            masked: dict[str, Any] = {"described": False, "whole": False}
             yield product_build(kernel, largest, bfloat16, **masked, **flags)
             yield product_build(kernel, only, float32, "ieee", aligned=False, **masked, **flags)
             for dtype in (bfloat16, float32):

@@ -24,7 +24,7 @@ def _halves(sums):
 
 @triton.jit
 def _hidden_piece(
-    sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, some, column, columns,
+    sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, column, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes z and a of BLOCK_N columns."""
@@ -35,7 +35,7 @@ def _hidden_piece(
         kept = kept & (n < columns)[None, :]
     place = row.to(tl.int64)[:, None] * width + n[None, :]
     if BIASED:
-        mask = (n < columns) & some
+        mask = n < columns
         bias = bias_ptr + expert * width + n
         sums += tl.load(bias, mask=mask, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -52,14 +52,14 @@ def _hidden_piece(
 
 @triton.jit
 def _store_hidden(
-    sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, some, column, columns,
+    sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, column, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, EVEN_N: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``_hidden_piece`` of every piece of a tile."""
     if PIECES == 1:
         _hidden_piece(
-            sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, some, column, columns,
+            sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, column, columns,
             FUNCTION, GATED, BIASED, EVEN_N, BLOCK_N,
         )  # fmt: skip
     else:
@@ -68,11 +68,11 @@ def _store_hidden(
         low, high = _halves(sums)
         low_gates, high_gates = _halves(gates)
         _store_hidden(
-            low, low_gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, some, column, columns,
+            low, low_gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, column, columns,
             FUNCTION, GATED, BIASED, EVEN_N, rest, half,
         )  # fmt: skip
         _store_hidden(
-            high, high_gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, some, column + half, columns,
+            high, high_gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, column + half, columns,
             FUNCTION, GATED, BIASED, EVEN_N, rest, half,
         )  # fmt: skip
 
@@ -103,19 +103,27 @@ def hidden_kernel(
         column = column.to(tl.int64) * BLOCK_N
         expert, first, stop = locate(tile, offsets_ptr, experts, rows, True, EXPERTS, BLOCK_M)
         row = first.to(tl.int32) + tl.arange(0, BLOCK_M)
-        sample, _, there = sample_of(tl.load(order_ptr + tl.minimum(row, pairs - 1)), pairs, top_k)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        sums = tl.where(there[:, None], sums, float("nan"))
-        gates = sums
-        some = expert < experts
-        sums, gates = multiply(
-            sums, gates, x_ptr, sample, weight_ptr, expert, column, tl.where(some, depth, 0), columns,
-            True, GATED, False, DESCRIPTOR, EVEN_K, EVEN_N, PRECISION, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        _store_hidden(
-            sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, some, column, columns,
-            FUNCTION, GATED, BIASED, EVEN_N, PIECES, BLOCK_N,
-        )  # fmt: skip
+        if expert < experts:
+            sample, _, there = sample_of(tl.load(order_ptr + tl.minimum(row, pairs - 1)), pairs, top_k)
+            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            sums = tl.where(there[:, None], sums, float("nan"))
+            gates = sums
+            sums, gates = multiply(
+                sums, gates, x_ptr, sample, weight_ptr, expert, column, depth, columns,
+                True, GATED, False, DESCRIPTOR, EVEN_K, EVEN_N, PRECISION, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            _store_hidden(
+                sums, gates, z_ptr, a_ptr, bias_ptr, row, stop, expert, column, columns,
+                FUNCTION, GATED, BIASED, EVEN_N, PIECES, BLOCK_N,
+            )  # fmt: skip
+        else:
+            n = column + tl.arange(0, BLOCK_N)
+            place = z_ptr + row.to(tl.int64)[:, None] * (columns * (1 + GATED)) + n[None, :]
+            mask = (row < stop)[:, None] & (n < columns)[None, :]
+            nothing = tl.zeros((BLOCK_M, BLOCK_N), z_ptr.dtype.element_ty)
+            tl.store(place, nothing, mask=mask)
+            if GATED:
+                tl.store(place + columns, nothing, mask=mask)
 
 
 @triton.jit

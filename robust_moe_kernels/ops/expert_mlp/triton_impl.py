@@ -8,7 +8,7 @@ not ask for is not computed. Only z is kept for it.
 
 Why so, by instructions of an inner loop, a warp and iteration (sm_90, bfloat16, compiled; nothing here was timed):
 
-- Kernels of their own, not the convolution's on 1x1 maps: ``rows_kernel`` has 79 to 92, ``hidden_kernel`` 93, the
+- Kernels of their own, not the convolution's on 1x1 maps: ``rows_kernel`` has 79 to 92, ``hidden_kernel`` 96, the
   convolution's product 138 and, with gathered rows, no descriptor for what is not gathered; ``matrix_kernel`` 172 to
   179, the convolution's filter gradient 235. Its launch for a plan goes too: tiles of one tap have equal work.
 - One program a tile, not programs that stay: between tiles these keep 30 to 80 registers, with which epilogues spill,

@@ -17,7 +17,7 @@ __all__ = ["Product", "Sorted", "describable", "kind_of", "precision"]
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own matrix products are told to (``torch.backends.cuda.matmul``)."""
-    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
@@ -102,4 +102,4 @@ def describable(lines: Tensor, gpu: Gpu) -> bool:
     Memory that PyTorch allocates begins at such a multiple."""
     size = lines.element_size()
     lined = lines.shape[1] * size % 16 == 0 and lines.storage_offset() * size % 16 == 0
-    return gpu.descriptors and gpu.capability >= 90 and lined and 0 < lines.shape[0] < 2**31
+    return bool(gpu.descriptors and gpu.capability >= 90 and lined and 0 < lines.shape[0] < 2**31)

@@ -18,6 +18,8 @@ from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_block import EXPERT_BLOCK
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV
+from robust_moe_kernels.ops.expert_mlp import EXPERT_MLP
+from robust_moe_kernels.ops.expert_mlp.activation import activation_of
 from robust_moe_kernels.ops.gate import GATE
 from robust_moe_kernels.ops.permute import PERMUTE
 from robust_moe_kernels.ops.routing import sort_by_expert
@@ -159,3 +161,37 @@ def test_a_convolution_of_no_rows(offsets, channels):
     assert ops.forward(x, weight, index, None, [], UNIT).shape == x.shape
     assert ops.dgrad(x, weight, index, [], 4, 3, UNIT).shape == x.shape
     assert ops.wgrad(x, x, index, None, weight, UNIT).isfinite().all()
+
+
+def test_mlp_of_an_order_that_names_no_pair(far):
+    """The row's expert outputs are NaN, and so are the token's that it belongs to and the weights' gradients."""
+    ops = module_of(EXPERT_MLP, "triton")
+    generator = torch.Generator().manual_seed(1)
+    x, d_y, weight1, weight2 = (
+        torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((B, C), (B, C), (E, 8, C), (E, C, 8))
+    )
+    weights, gelu = torch.rand(B, K, generator=generator).to(DEVICE), activation_of("gelu")
+    place, inverse, offsets = 2, ROUTE.inverse.to(DEVICE), ROUTE.offsets.to(DEVICE)
+    order, lost = wrong(ROUTE.order, place, far), int(ROUTE.order[place])
+    y, z = ops.forward(x, weight1, None, weight2, None, weights, order, inverse, offsets, R, gelu)
+    assert broken(z) == [row == place for row in range(R)]
+    assert broken(y) == [token == lost // K for token in range(B)]
+    tables = (weights, order, inverse, offsets)
+    z = z.nan_to_num()
+    d_x, d_weight1, _, d_weight2, _, d_weights = ops.backward(
+        d_y, x, z, weight1, weight2, None, *tables, gelu, (True, True, False, True, False, True)
+    )
+    assert broken(d_x) == [token == lost // K for token in range(B)]
+    assert d_weights.view(-1).isnan().tolist() == [pair == lost for pair in range(R)]
+    expert = int((ROUTE.offsets <= place).sum()) - 1
+    for gradient in (d_weight1, d_weight2):
+        assert broken(gradient) == [e == expert for e in range(E)]
+
+
+def test_mlp_of_an_inverse_that_names_no_row(far):
+    ops = module_of(EXPERT_MLP, "triton")
+    x, weight1, weight2 = torch.ones(B, C, device=DEVICE), torch.ones(E, 8, C), torch.ones(E, C, 8)
+    tables = (torch.ones(B, K, device=DEVICE), ROUTE.order.to(DEVICE), wrong(ROUTE.inverse, 3, far))
+    relu, offsets = activation_of("relu"), ROUTE.offsets.to(DEVICE)
+    y, _ = ops.forward(x, weight1.to(DEVICE), None, weight2.to(DEVICE), None, *tables, offsets, R, relu)
+    assert broken(y) == [token == 3 // K for token in range(B)]
