@@ -6,7 +6,7 @@
 // the products alone at the rate of expert_conv's kernels, measured 213 with 8 experts and 173 with 32; a dense MLP on
 // as many rows by PyTorch 236 and 225, one library product for each expert and layer 187 and 202. Panels 512 or 768
 // deep instead of 1536, 256 or 384 rows at once instead of 512, and half or double the scratch memory made no
-// difference beyond the runs' spread of 10 %.
+// difference beyond the runs' spread, up to a third. Where the rest of the time goes has not been found.
 #include <algorithm>
 #include <vector>
 
