@@ -2,6 +2,9 @@
 // gradient u of the activations from that of y, that of z in the same lines, and from both, while they are in the
 // second-level cache, its columns of the weights' gradients. Then the rows' gradient of x by panels of channels. At the
 // end each token's rows are summed.
+//
+// Forward and backward of forward_cpu.cpp's case, milliseconds: 390 expected of the products alone, measured 639 with 8
+// experts and 586 with 32; dense 794 and 611, one library product for each expert and layer 609 and 616.
 #include <algorithm>
 #include <vector>
 

@@ -1,6 +1,12 @@
 // The routed MLP's forward pass, a group of experts after the other: pre-activations z by panels of hidden units,
 // whose activations stay in scratch memory, then the second layer by panels of outputs; at the end each token's rows
 // are summed.
+//
+// Two cores of a Zen 4, float, 6304 tokens of 384 channels and 1536 hidden units, top 2, milliseconds: 130 expected of
+// the products alone at the rate of expert_conv's kernels, measured 213 with 8 experts and 173 with 32; a dense MLP on
+// as many rows by PyTorch 236 and 225, one library product for each expert and layer 187 and 202. Panels 512 or 768
+// deep instead of 1536, 256 or 384 rows at once instead of 512, and half or double the scratch memory made no
+// difference beyond the runs' spread, up to a third. Where the rest of the time goes has not been found.
 #include <algorithm>
 #include <vector>
 

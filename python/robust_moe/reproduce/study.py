@@ -106,6 +106,7 @@ def reproduce(
         reporter.line(note)
     workers = workers or default_workers(jobs[0])
     described: dict[str, Any] = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
+    described["families"] = {name: list(settings) for name, settings in size.families.items()}
     asked: dict[str, Any] = {
         "study": study,
         "scale": described,

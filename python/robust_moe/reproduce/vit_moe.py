@@ -8,8 +8,9 @@ adversarial training; experts from scratch, and upcycled from a dense network (K
 arXiv:2212.05055) at no more training compute.
 
 What is expected of a claim stands beside it, written before any of these runs was measured. Known were the training
-logs of single dense transformers of the scale's size (30 % after three epochs of standard training), and of BlockMoE at
-equal compute that it was 0.3 points above a dense network.
+logs of single dense transformers of the scale's size (30 % after three epochs of standard training; after ten of AT
+34 % clean and 26 % robust, of 140 validation images), and of BlockMoE at equal compute that it was 0.3 points above a
+dense network.
 """
 
 from __future__ import annotations
