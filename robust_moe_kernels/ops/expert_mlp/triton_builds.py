@@ -154,8 +154,7 @@ def builds() -> Iterator[Build]:
             yield _only(partial, _HOPPER)
         yield _only(product_build(kernel, largest, float16, **flags), _HOPPER)
         if kernel == "hidden_backward":
-            for choice in choices["half"]:
-                yield _only(product_build(kernel, choice, bfloat16, **flags | _ATTACK | {"GATED": False}), _HOPPER)
+            yield _only(product_build(kernel, largest, bfloat16, **flags | _ATTACK | {"GATED": False}), _HOPPER)
             for function in FUNCTIONS[1:]:
                 yield _only(product_build(kernel, largest, bfloat16, **flags | {"FUNCTION": function}), _HOPPER)
     for dtype in (bfloat16, float16, float32):
