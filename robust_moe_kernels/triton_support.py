@@ -56,7 +56,7 @@ class Build:
     constants: dict[str, Any]  # constexpr argument -> value
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16 at launch: wider loads, other registers
-    not_for: tuple[int, ...] = ()  # compute capabilities that are never given it, of those it would be compiled for
+    not_for: tuple[int, ...] = ()  # compute capabilities that are never given it, or for which another stands
 
     def attributes(self) -> dict[tuple[int], list[list[Any]]]:
         """What the compiler is told about ``divisible``, as Triton's launcher would."""

@@ -1,8 +1,9 @@
-"""The configurations of the routed MLP's kernels that are launched, for the compile test."""
+"""The configurations of the routed MLP's kernels that the compile test compiles."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def _build(
 
 
 def _products(kernel: str) -> Iterator[dict[str, Any]]:
-    """The flags of a kernel's launches that differ in what registers they take."""
+    """The flags of a kernel's launches that differ in what registers they take: without a gate and with one, all
+    gradients (what is not computed in an attack costs no more than what is)."""
     if kernel == "hidden":
         yield from ({"FUNCTION": "gelu", "GATED": gated, "BIASED": True} for gated in (False, True))
     elif kernel == "rows":
@@ -109,46 +111,62 @@ def _products(kernel: str) -> Iterator[dict[str, Any]]:
     elif kernel == "matrix":
         yield from ({"GATHER_LEFT": left} for left in (True, False))
     else:
-        for gated in (False, True):
-            for training in (True, False):
-                flags = dict.fromkeys(("D_BIAS", "D_WEIGHT"), training)
-                yield {"FUNCTION": "gelu", "GATED": gated, "D_Z": True, **flags, "D_INNER": True}
+        wanted = dict.fromkeys(("D_Z", "D_BIAS", "D_WEIGHT", "D_INNER"), True)
+        yield from ({"FUNCTION": "gelu", "GATED": gated, **wanted} for gated in (False, True))
+
+
+_ATTACK = {"D_BIAS": False, "D_WEIGHT": False}
+_AMPERE, _HOPPER = (80,), (90,)
+
+
+def _only(build: Build, capabilities: Collection[int]) -> Build:
+    refused = {capability for capability in CAPABILITIES if capability not in capabilities}
+    return replace(build, not_for=tuple(sorted(refused.union(build.not_for))))
 
 
 def builds() -> Iterator[Build]:
-    """Every configuration that is launched, for the compile test.
+    """Configurations for the compile test: each tile that can be chosen, as each generation is given it.
 
-    All tiles in bfloat16 and tf32, with GELU, as they are launched since Hopper (by descriptor, registers limited) and
-    before. float16 differs from bfloat16 in the name of the product's instruction, and masks and other functions take
-    few registers: the largest tile stands for all. What is not computed in an attack costs no more than what is.
+    For all generations: every tile in bfloat16, without a gate and with one, and in float32, matrices by descriptor
+    since Hopper; blocks are whole, but masked for "ieee". For Hopper alone also what differs little from these: float32
+    with a gate; float16, another name of the product's instruction; masks and an attack's fewer results; narrow widths;
+    and functions other than GELU, which has most instructions, by the kernel that computes their derivatives too.
     """
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     for kernel, choices in CHOICES.items():
-        for flags in _products(kernel):
-            for described in (True, False):
-                for choice in choices["half"]:
-                    yield product_build(kernel, choice, bfloat16, described=described, **flags)
-            if kernel == "hidden_backward" and not flags["D_WEIGHT"]:
-                continue
-            for described in (True, False):
-                for choice in choices["tf32"]:
-                    yield product_build(kernel, choice, float32, described=described, **flags)
-            largest, only, narrow = choices["half"][0], choices["ieee"][0], choices["narrow"][0]
-            masked: dict[str, Any] = {"described": False, "whole": False}
-            yield product_build(kernel, largest, bfloat16, **masked, **flags)
-            yield product_build(kernel, only, float32, "ieee", aligned=False, **masked, **flags)
-            for dtype in (bfloat16, float32):
-                yield product_build(kernel, narrow, dtype, aligned=False, **masked, **flags)
-        yield product_build(kernel, choices["half"][0], float16, **flags)
-        if kernel.startswith("hidden"):
+        largest, only, narrow = choices["half"][0], choices["ieee"][0], choices["narrow"][0]
+        for number, flags in enumerate(_products(kernel)):
+            single = _HOPPER if number else CAPABILITIES
+            for choice in choices["half"]:
+                yield product_build(kernel, choice, bfloat16, **flags)
+                yield _only(product_build(kernel, choice, bfloat16, described=False, **flags), _AMPERE)
+            for choice in choices["tf32"]:
+                yield _only(product_build(kernel, choice, float32, **flags), single)
+                if not number:
+                    yield _only(product_build(kernel, choice, float32, described=False, **flags), _AMPERE)
+            masked: dict[str, Any] = {"aligned": False, "whole": False, **flags}
+            yield _only(product_build(kernel, only, float32, "ieee", described=False, **masked), single)
+            for dtype in (float32,) if number else (float32, bfloat16):
+                yield _only(product_build(kernel, narrow, dtype, described=False, **masked), _HOPPER)
+            # A block of partial depth is described only where it cannot reach into the next expert's matrix.
+            described = kernel in ("hidden", "matrix") or flags.get("INNER", False)
+            partial = product_build(kernel, largest, bfloat16, described=described, **masked | {"aligned": True})
+            yield _only(partial, _HOPPER)
+        yield _only(product_build(kernel, largest, float16, **flags), _HOPPER)
+        if kernel == "hidden_backward":
+            yield _only(product_build(kernel, largest, bfloat16, **flags | _ATTACK | {"GATED": False}), _HOPPER)
             for function in FUNCTIONS[1:]:
-                yield product_build(kernel, choices["half"][0], bfloat16, **flags | {"FUNCTION": function})
+                yield _only(product_build(kernel, largest, bfloat16, **flags | {"FUNCTION": function}), _HOPPER)
     for dtype in (bfloat16, float16, float32):
-        blocks, slots, rows = SUMS, {"EXPERTS": 16}, {"BLOCK_M": TILE_ROWS}
-        for flag in (False, True):
-            unused = set() if flag else {"weights_ptr", "bias_ptr"}
-            yield _build(combine_kernel, dtype, {"WEIGHTED": flag, **blocks}, SUMS_OPTIONS, True, unused)
-            yield _build(inner_kernel, dtype, {"BIASED": flag, **slots, **blocks}, SUMS_OPTIONS, True, unused)
-        yield _build(weighted_sums_kernel, dtype, {**slots, **rows, **blocks}, SUMS_OPTIONS)
-        tiles = {"BLOCK_T": SUMS["BLOCK_P"], "BLOCK_C": SUMS["BLOCK_C"]}
-        yield _build(tile_sums_kernel, dtype, {**slots, **rows, **tiles}, SUMS_OPTIONS)
+        yield from (_only(build, CAPABILITIES if dtype == bfloat16 else _HOPPER) for build in _sums(dtype))
+
+
+def _sums(dtype: torch.dtype) -> Iterator[Build]:
+    blocks, slots, rows = SUMS, {"EXPERTS": 16}, {"BLOCK_M": TILE_ROWS}
+    for flag in (False, True):
+        unused = set() if flag else {"weights_ptr", "bias_ptr"}
+        yield _build(combine_kernel, dtype, {"WEIGHTED": flag, **blocks}, SUMS_OPTIONS, True, unused)
+        yield _build(inner_kernel, dtype, {"BIASED": flag, **slots, **blocks}, SUMS_OPTIONS, True, unused)
+    yield _build(weighted_sums_kernel, dtype, {**slots, **rows, **blocks}, SUMS_OPTIONS)
+    tiles = {"BLOCK_T": SUMS["BLOCK_P"], "BLOCK_C": SUMS["BLOCK_C"]}
+    yield _build(tile_sums_kernel, dtype, {**slots, **rows, **tiles}, SUMS_OPTIONS)
