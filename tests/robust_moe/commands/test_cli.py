@@ -354,7 +354,7 @@ def test_eval_writes_what_the_contract_says(config, tmp_path):
     assert results["curve"]["eps"] == pytest.approx([level / 200 for level in range(1, 21)])  # up to eps itself
     other = run("eval", tmp_path / "run", "--preset", "all")
     assert other.exit_code == 2
-    assert "preset: expected one of quick, standard, rand, full, moe, got 'all'" in other.stderr
+    assert "preset: expected one of quick, standard, rand, full, moe, vmoe, got 'all'" in other.stderr
 
 
 def test_presets_refuse_what_they_cannot_run(config, tmp_path):
