@@ -55,8 +55,9 @@ def released_entropy_loss(mean_scores: Tensor, mean_entropy: Tensor) -> Tensor:
 
 
 def _square_variation(values: Tensor) -> Tensor:
-    """CV^2: population variance over squared mean."""
-    return values.var(correction=0) / values.mean().square()
+    """CV^2: population variance over squared mean; 0 where nothing was counted, as of a batch that is all padding."""
+    mean = values.mean()
+    return values.var(correction=0) / torch.where(mean == 0, 1.0, mean).square()
 
 
 def importance_loss(mean_scores: Tensor) -> Tensor:

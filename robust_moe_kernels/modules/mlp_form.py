@@ -22,6 +22,7 @@ __all__ = ["MLPForm", "form_of", "is_plain_linear"]
 _UNGATED = [name for name, activation in ACTIVATIONS.items() if not activation.gated]
 _GATED = [name for name, activation in ACTIVATIONS.items() if activation.gated]
 _PROBE = (2, 8)  # samples and tokens
+_SCALES = (1.0, 1e4)  # of the numbers in them: activations that are cut off, as ReLU6, differ at large ones
 
 
 class MLPForm(NamedTuple):
@@ -77,18 +78,21 @@ def form_of(mlp: nn.Module) -> MLPForm:
         for width in dict.fromkeys(_sizes(layers[form.first[0]])[0] for form in forms):
             x = torch.randn(*_PROBE, width, generator=generator, dtype=torch.float64, device=cpu)
             try:
-                wanted = functional_call(mlp.eval(), state, (x.clone(),))
+                wanted = [functional_call(mlp.eval(), state, (scale * x,)) for scale in _SCALES]
             except Exception as error:  # whatever a module of another kind makes of this input
                 failure = failure or f"fails: {error}"
                 continue
             failure = other
             for form in forms:
-                if _sizes(layers[form.first[0]])[0] == width and _equal(_applied(form, mlp, state, x), wanted):
+                if _sizes(layers[form.first[0]])[0] != width:
+                    continue
+                found = (_applied(form, mlp, state, scale * x) for scale in _SCALES)
+                if all(map(_equal, found, wanted)):
                     for layer in modules_of(mlp.train()):
                         if isinstance(layer, nn.modules.dropout._DropoutNd):
                             layer.eval()
                     trained = functional_call(mlp, state, (x.clone(),))
-                    return form._replace(same_in_training=_equal(trained, wanted))
+                    return form._replace(same_in_training=_equal(trained, wanted[0]))
     raise ValueError(
         "mlp: expected linear(act(linear(x))) of one input [..., C], act one of"
         f" {', '.join(_UNGATED)} or a gated one; on a random input {kind} ({_parts(mlp)}) {failure or other}"

@@ -205,7 +205,8 @@ class MoELayer(nn.Module):
             self._routing = record = RoutingRecord.fixed(rows, fixed, self.num_experts, shape)
             out = self.experts.one(fixed, rows)
             if padding is not None:
-                self._routing = record.with_padding(padding).dropping(padding[:, None])
+                routed = record.with_padding(padding).dropping(padding[:, None])
+                self._routing = replace(routed, mean_square_lse=record.mean_square_lse)  # of no logits
                 out = out.masked_fill(padding[:, None], 0.0)
         elif wanted(self._route_options.impl):
             with general_path():

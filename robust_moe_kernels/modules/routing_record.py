@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.checks import expect
+from robust_moe_kernels.ops.gate import GATE
 
 __all__ = ["RoutingRecord"]
 
@@ -62,7 +63,7 @@ class RoutingRecord:
         share = routed.to(self.scores.dtype) / routed.sum().clamp_min(1)  # [N] of each row in a mean
         experts = torch.arange(self.scores.shape[1], device=padding.device)
         first = (self.indices[:, :1] == experts).to(share.dtype)
-        entropy = -torch.special.xlogy(self.scores, self.scores).sum(1)
+        entropy = GATE.module("reference").entropies(self.scores)
         lse = self.logits.to(share.dtype).logsumexp(1)
         return replace(
             self,

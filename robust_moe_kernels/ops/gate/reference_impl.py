@@ -40,6 +40,12 @@ def ranking(logits: Tensor) -> Tensor:
     return torch.where(values.isnan(), -torch.inf, values)
 
 
+def entropies(scores: Tensor) -> Tensor:
+    """Each row's entropy. Where a score has underflowed to 0 the gradient is finite, which that of s log(s) is not, and
+    the softmax behind the scores multiplies it by 0."""
+    return -(scores * scores.clamp_min(torch.finfo(scores.dtype).tiny).log()).sum(-1)
+
+
 def outputs_of(logits: Tensor, indices: Tensor, mode: int) -> tuple[Tensor, ...]:
     """The gate's outputs for the experts ``indices`` [B, k]."""
     experts = logits.shape[1]
@@ -55,7 +61,7 @@ def outputs_of(logits: Tensor, indices: Tensor, mode: int) -> tuple[Tensor, ...]
         weights = torch.ones_like(kept)
     first = indices[:, :1] == torch.arange(experts, device=indices.device)
     lse = values.logsumexp(-1)
-    entropy = -torch.special.xlogy(scores, scores).sum(-1)
+    entropy = entropies(scores)
     return (
         scores,
         indices,

@@ -8,8 +8,8 @@ from token_layers import BOUND, EXPERTS, WIDTH, tokens
 from token_layers import token_layer as layer
 from torch import Tensor
 
-from robust_moe_kernels import FusedMLPMoE
-from robust_moe_kernels.modules import FixedRoutes, RouteOptions, SwapTop, last_routes, rerouted
+from robust_moe_kernels import FusedMLPMoE, balance_loss
+from robust_moe_kernels.modules import BALANCE_LOSSES, FixedRoutes, RouteOptions, SwapTop, last_routes, rerouted
 
 CASES = {  # k, capacity
     "ample": (2, 2.0 * EXPERTS),
@@ -194,7 +194,11 @@ def test_padding_with_a_fixed_expert_and_with_imposed_routes():
     out = moe(x, padding)
     assert not out[padding].any()
     torch.testing.assert_close(out[~padding], moe.experts[2](x[~padding]), rtol=BOUND, atol=BOUND)
-    assert moe.routing.dropped[:, 0].equal(padding)
+    record = moe.routing
+    assert record.dropped[:, 0].equal(padding)
+    moe(x[~padding])
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(record, name), getattr(moe.routing, name), rtol=BOUND, atol=BOUND)
     moe.fixed_expert = None
     with rerouted(moe, SwapTop()):
         out = moe(x, padding)
@@ -226,3 +230,28 @@ def test_nothing_but_padding():
     out.sum().backward()
     assert not x.grad.any()
     assert moe.routing.mean_scores.isfinite().all()
+
+
+@mark.parametrize("kind", BALANCE_LOSSES)
+def test_balance_losses_of_nothing_but_padding_are_finite(kind: str):
+    moe = layer().train()
+    moe.noise, moe.noise_std = "vmoe", 1.0
+    moe(tokens(5), torch.ones(5, dtype=torch.bool))
+    loss = balance_loss(moe, kind)
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(moe.gate.parameters())))
+
+
+@mark.parametrize(("impl", "masked"), [("auto", True), ("reference", True), ("reference", False)])
+def test_the_entropy_s_gradient_is_finite_where_a_score_underflows(impl: str, masked: bool):
+    moe, x = layer(impl=impl), tokens(6)
+    with torch.no_grad():
+        moe.gate.fc.weight *= 1e4
+    moe(x, torch.zeros(6, dtype=torch.bool) if masked else None)
+    assert (moe.routing.scores == 0).any()
+    (gradient,) = torch.autograd.grad(balance_loss(moe, "entropy_released"), moe.gate.fc.weight)
+    fused = layer()
+    fused.load_state_dict(moe.state_dict())
+    fused(x)
+    (wanted,) = torch.autograd.grad(balance_loss(fused, "entropy_released"), fused.gate.fc.weight)
+    torch.testing.assert_close(gradient, wanted, rtol=BOUND, atol=BOUND)

@@ -64,6 +64,7 @@ OTHERS = {
     "1x1 convolutions": (lambda: Mlp(4, 8, use_conv=True), "Mlp with 0 such layers (fc1: Conv2d, act: GELU"),
     "convolutions": (lambda: ConvMlp(4, 8), "ConvMlp with 0 such layers"),
     "another activation": (lambda: Mlp(4, 8, act_layer=nn.Hardswish), "Mlp (fc1: Linear, act: Hardswish,"),
+    "one that is cut off": (lambda: Mlp(4, 8, act_layer=nn.ReLU6), "Mlp (fc1: Linear, act: ReLU6,"),
     "none": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), "Sequential (0: Linear, 1: Linear) computes"),
     "a norm inside": (lambda: Mlp(4, 8, norm_layer=nn.LayerNorm), "norm: LayerNorm"),
     "response norm": (lambda: GlobalResponseNormMlp(4, 8), "GlobalResponseNormMlp"),
