@@ -180,7 +180,8 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
     by a driver that counts, and nothing that is done on a CPU only."""
     from triton.runtime.jit import KernelInterface
 
-    from robust_moe_kernels.ops.expert_conv import triton_impl
+    from robust_moe_kernels.ops.expert_conv import triton_impl as conv
+    from robust_moe_kernels.ops.expert_mlp import triton_impl as mlp
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
         def count(*args: Any, **kwargs: Any) -> None:
@@ -199,7 +200,8 @@ def _triton_everywhere(counted: Counted) -> Iterator[None]:
         )
         for op in OPS.values():
             enter(mock.patch.dict(op._order, cpu=("triton", "reference")))
-        enter(mock.patch.object(triton_impl, "why_not_case", _any_half_or_single))
+        for products in (conv, mlp):
+            enter(mock.patch.object(products, "why_not_case", _any_half_or_single))
         enter(mock.patch.object(folded_conv, "fuses", lambda *_: "kernel"))
         for module in (
             norm_folding,

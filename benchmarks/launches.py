@@ -1,4 +1,4 @@
-"""Kernel launches of a routed layer and of a whole training step, counted; see ``launch_counter`` for how.
+"""Kernel launches of routed layers and of a whole training step, counted; see ``launch_counter`` for how.
 
 ``python -m benchmarks launches`` needs no GPU; with ``--device cuda`` the same cases run there under a profiler.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.launch_counter import Counted, Launches, Profiled
 from benchmarks.layer_case import Case
@@ -23,20 +23,29 @@ from robust_moe.data import Batch
 from robust_moe.methods import PGDAdversarialTraining, Standard
 from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe.provenance import provenance
+from robust_moe_kernels.modules import FusedMLPMoE
 
 __all__ = ["CASES", "count", "main"]
 
 Autocast = Callable[[], AbstractContextManager]
+_TOKENS, _CHANNELS = 197, 384  # of a ViT-S on images of 224x224
 
 
 def _maps(launches: Launches | Profiled, *shape: int) -> Tensor:
     return launches.tensor(*shape).to(memory_format=torch.channels_last)
 
 
-def layer_in_attack(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+def _mlp_layer(device: torch.device, experts: int, top_k: int) -> FusedMLPMoE:
+    """The routed MLP of a ViT-S. Made on the CPU in any case, as what an MLP computes is found out by numbers."""
+    with torch.device("cpu"):
+        mlp = nn.Sequential(nn.Linear(_CHANNELS, 4 * _CHANNELS), nn.GELU(), nn.Linear(4 * _CHANNELS, _CHANNELS))
+        return FusedMLPMoE.from_mlp(mlp, experts, top_k).to(device)
+
+
+def _attacked(
+    name: str, launches: Launches | Profiled, layer: nn.Module, x: Tensor, autocast: Autocast
+) -> dict[str, Counted]:
     """The second pass of an attack: what is done once an attack is done."""
-    layer = launches.module(case.layer)
-    x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
     with autocast(), attack_mode(layer):
         for _ in range(2):
             launches.take()
@@ -44,13 +53,14 @@ def layer_in_attack(launches: Launches | Profiled, case: Case, autocast: Autocas
             forward, gradient = launches.take(), torch.ones_like(y)
             launches.take()
             torch.autograd.grad(y, x, gradient)
-    return {"layer in an attack, forward": forward, "layer in an attack, forward + dx": forward + launches.take()}
+    return {f"{name} in an attack, forward": forward, f"{name} in an attack, forward + dx": forward + launches.take()}
 
 
-def layer_in_training(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+def _trained(
+    name: str, launches: Launches | Profiled, layer: nn.Module, x: Tensor, autocast: Autocast
+) -> dict[str, Counted]:
     """Training mode, all gradients; without an optimiser and a balance loss."""
-    layer = launches.module(case.layer).train()
-    x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
+    layer.train()
     for _ in range(2):  # libraries set themselves up in the first
         launches.take()
         with autocast():
@@ -58,7 +68,26 @@ def layer_in_training(launches: Launches | Profiled, case: Case, autocast: Autoc
         forward, gradient = launches.take(), torch.ones_like(y)
         launches.take()
         torch.autograd.grad(y, [x, *layer.parameters()], gradient)
-    return {"layer in training, forward": forward, "layer in training, forward + backward": forward + launches.take()}
+    both = forward + launches.take()
+    return {f"{name} in training, forward": forward, f"{name} in training, forward + backward": both}
+
+
+def layer_in_attack(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+    x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
+    return _attacked("layer", launches, launches.module(case.layer), x, autocast)
+
+
+def layer_in_training(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+    x = _maps(launches, case.batch, case.channels, case.size, case.size).requires_grad_()
+    return _trained("layer", launches, launches.module(case.layer), x, autocast)
+
+
+def mlp(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
+    """The routed MLP on the tokens of ``case.batch`` images."""
+    layer = launches.module(lambda device: _mlp_layer(device, case.experts, case.top_k))
+    x = launches.tensor(case.batch, _TOKENS, _CHANNELS).requires_grad_()
+    attacked = _attacked("MLP", launches, layer, x, autocast)
+    return attacked | _trained("MLP", launches, layer, x, autocast)
 
 
 def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) -> dict[str, Counted]:
@@ -89,7 +118,16 @@ def whole_step(launches: Launches | Profiled, case: Case, autocast: Autocast) ->
     return {"PGD step": step, "training pass": launches.take()}
 
 
-CASES = (layer_in_attack, layer_in_training, whole_step)
+def _about(case: Case, name: str) -> dict[str, object]:
+    """The sizes of a counted case, as its result row has them."""
+    about = case.describe(name)
+    if name.startswith("MLP"):
+        del about["map"]
+        about |= {"C": _CHANNELS, "tokens": _TOKENS}
+    return about
+
+
+CASES = (layer_in_attack, layer_in_training, mlp, whole_step)
 
 
 def count(autocast: bool = False, case: Case | None = None, device: torch.device | None = None) -> dict[str, Counted]:
@@ -129,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         how = "counted without a GPU" if device is None else "profiled"
         about = {"benchmark": "launches", "how": how, "autocast": options.autocast}
         rows = [
-            {"case": case.describe(name), "launches": counted.total(), "kernels": dict(counted.most_common())}
+            {"case": _about(case, name), "launches": counted.total(), "kernels": dict(counted.most_common())}
             for name, counted in found.items()
         ]
         record = {**about, **provenance(device or torch.device("cpu")), "rows": rows}

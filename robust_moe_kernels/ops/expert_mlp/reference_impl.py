@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robust_moe_kernels.ops.expert_mlp.activation import Activation
 
-__all__ = ["backward", "forward", "why_not", "why_not_case"]
+__all__ = ["activate", "backward", "forward", "why_not", "why_not_case"]
 
 
 def why_not(device_type: str) -> str | None:
@@ -60,7 +60,7 @@ def _derivative(name: str, z: Tensor) -> Tensor:
     return s + z * slope if name == "silu" else slope
 
 
-def _activate(z: Tensor, activation: Activation) -> Tensor:
+def activate(z: Tensor, activation: Activation) -> Tensor:
     """Activations [R, H] of pre-activations z [R, H1]."""
     if not activation.gated:
         return _function(activation.function, z)
@@ -106,7 +106,7 @@ def forward(
         for expert, _, pairs in _segments(order, offsets):
             taken = _wide(x.index_select(0, pairs // top_k))
             z = F.linear(taken, _wide(weight1[expert]), _row(bias1, expert)).to(x.dtype)
-            a = _activate(_wide(z), activation)
+            a = activate(_wide(z), activation)
             zs.append(z)
             outputs.append(F.linear(a, _wide(weight2[expert]), _row(bias2, expert)))
         computed = sum(z.shape[0] for z in zs)
@@ -128,7 +128,7 @@ def backward(
             g, taken = (_wide(tokens.index_select(0, pairs // top_k)) for tokens in (d_y, x))
             w = weights.view(-1).index_select(0, pairs).unsqueeze(1)
             pre = _wide(z[part])
-            a, u = _activate(pre, activation), g @ _wide(weight2[expert])
+            a, u = activate(pre, activation), g @ _wide(weight2[expert])
             d_z = _activate_backward(w * u, pre, activation)
             offset = _row(bias2, expert)
             d_weights.view(-1)[pairs] = (u * a).sum(1) + (0.0 if offset is None else g @ offset)

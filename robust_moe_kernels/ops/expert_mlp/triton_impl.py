@@ -16,7 +16,9 @@ Why so, by instructions of an inner loop, a warp and iteration (sm_90, bfloat16,
 - The activation where z is stored, not where the second product loads it: there each of its 3 tiles of 384 columns
   would compute it again, 640 instructions an iteration where the product has 83. The price is a written and read once.
 
-No float atomics, and every sum in a fixed order: equal runs, equal bits; a row's numbers depend on no other row.
+No float atomics, and every sum in a fixed order: equal runs, equal bits. Within one choice of tiles a token's numbers
+depend on no other token. The choice depends on how many rows there are; another one sums a product's channels in other
+blocks, and a pair's d_weights in another number of parts (one for each tile of columns).
 """
 
 from __future__ import annotations
