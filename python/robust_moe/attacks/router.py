@@ -129,17 +129,17 @@ class RouterPGD(RouterAttack):
         ``routes`` experts to spare: the most for one layer. None counts as one expert: the model is not known."""
         if not self.each_expert:
             return super().passes
-        return self._most(self.routes or 1)
+        return self._most([self.routes or 1])
 
     def most_passes(self, model: nn.Module) -> tuple[int, int]:
         if not self.each_expert:
             return super().most_passes(model)
         layers = routed_layers(model, self.mode == "train")
         spare = [layer.num_experts - fewest_chosen(layer, self.mode == "train") for layer in layers]
-        return self._most(sum(routes_tried(self.routes, count) for count in spare) or 1)
+        return self._most([routes_tried(self.routes, count) for count in spare] or [1])
 
-    def _most(self, routes: int) -> tuple[int, int]:
-        climbs = self.restarts * routes
+    def _most(self, counts: list[int]) -> tuple[int, int]:
+        climbs = self.restarts * (sum(counts) + sum(counts[1:]))  # alone, and joined
         return 1 + climbs * (self.steps * self.eot_iter + 1), climbs * self.steps * self.eot_iter
 
     def routed(self, passes: Passes) -> Passes:

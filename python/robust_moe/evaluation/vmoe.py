@@ -24,6 +24,7 @@ from robust_moe.evaluation.routing_measures import routes, routing_change
 from robust_moe.evaluation.staged import StagedEvaluation, Task, share
 from robust_moe.evaluation.store import Journal
 from robust_moe.settings import parse_fraction
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import MoELayer, moe_layers
 
 __all__ = ["VMOE_STEPS", "vmoe_curve"]
@@ -64,6 +65,9 @@ def vmoe_curve(
         ValueError: a bad input. FloatingPointError: a logit or a gradient is NaN or infinite.
     """
     radii = curve_radii() if eps_values is None else [parse_fraction(eps, "eps_values") for eps in eps_values]
+    for eps in radii:
+        expect(eps > 0, "eps_values", "radii > 0", eps)
+    expect(type(steps) is int and steps >= 1, "steps", "a count >= 1", repr(steps))
     images = images.images if isinstance(images, ImageSet) else images
     run = StagedEvaluation(
         *(model, images, labels, index), name="vmoe", batch_size=batch_size, seed=seed, journal=journal, task=task

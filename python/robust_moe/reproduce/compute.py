@@ -1,9 +1,10 @@
-"""Dense networks of the same compute as a routed one: what is compared "at equal FLOPs"."""
+"""Dense networks of the same compute as a routed one, and trainings in parts that cost no more than a whole one."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from robust_moe.analysis import model_cost
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.models import ModelConfig, build_model
+from robust_moe.settings import replaced
 
-__all__ = ["COSTED_EXPERTS", "TOLERANCE", "equal_compute", "multiply_adds"]
+__all__ = ["COSTED_EXPERTS", "TOLERANCE", "equal_compute", "expect_no_dearer", "multiply_adds", "shortened"]
 
 COSTED_EXPERTS = (1, 2, 4, 8, 16, 32)  # E of Robust Experts, figures 3 and 8
 TOLERANCE = 0.03  # how far apart, as a share, two computes may be that count as equal
@@ -90,3 +92,35 @@ def _wider_mlps(dense: TrainConfig, target: int) -> dict[int, TrainConfig]:
 
 def _resized(model: ModelConfig, width: int, blocks: tuple[int, ...]) -> ModelConfig:
     return replace(model, width=width, blocks=blocks)  # type: ignore[call-arg]  # fields of ResNetConfig
+
+
+def shortened(name: str, config: TrainConfig, share: float) -> TrainConfig:
+    """The configuration of the run ``name`` with its share of the epochs, rounded down: shares of one whole are no more
+    than it. Raises ConfigError where no epoch is left, or the run does not end with its epochs."""
+    if share == 1:
+        return config
+    whole, most = config.run.epochs, config.run.max_steps
+    if most is not None:
+        raise ConfigError(f"run.max_steps: expected null, as {name} trains for {share:g} of the epochs, got {most}")
+    epochs = math.floor(share * whole + 1e-9)
+    if epochs < 1:
+        least = math.ceil(1 / share)
+        raise ConfigError(f"run.epochs: expected at least {least}, as {name} trains for {share:g} of them, got {whole}")
+    return replaced(config, "run.epochs", epochs)
+
+
+def expect_no_dearer(name: str, scratch: TrainConfig, parts: Sequence[TrainConfig]) -> None:
+    """Raise ConfigError where the ``parts`` of the training of ``name``, its own and those that it starts from, need
+    more passes of an image than ``scratch``, by itself; their networks are no larger than its own."""
+    room, spent = (sum(each.run.epochs * _passes(each) for each in group) for group in ([scratch], parts))
+    if spent > room:
+        raise ConfigError(
+            f"run.epochs, method.attack: expected settings with which {name} and what it starts from are no dearer "
+            f"than one training from scratch, {room} passes of an image, got {spent}"
+        )
+
+
+def _passes(config: TrainConfig) -> int:
+    """Of an image in an epoch, forwards and backwards."""
+    attack = getattr(config.method, "attack", None)
+    return config.method.passes(0 if attack is None else attack.steps)

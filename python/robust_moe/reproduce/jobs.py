@@ -17,7 +17,7 @@ from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint
 from robust_moe.engine.state import NEUTRAL, differing_settings, precision_of
 from robust_moe.files import replace_file
 from robust_moe.outputs import Kind, Output, json_with, run_outputs
-from robust_moe.reproduce.compute import equal_compute
+from robust_moe.reproduce.compute import equal_compute, expect_no_dearer, shortened
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
 from robust_moe.settings import plain, read_yaml, replaced
@@ -283,19 +283,23 @@ def make_jobs(
     heeded = {item for item in overrides if any(_has(config, item) for config in own.values())}
 
     @functools.cache
-    def common(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
+    def whole(name: str, *parts: str) -> TrainConfig:  # read once a run; parts: key=checkpoint
         # of a setting that only other runs' methods have, such as method.beta, this run takes no notice
         mine = [item for item in overrides if _has(own[name], item) or item not in heeded]
         kept = [f"{key}={value}" for key, value in _kept(name).items()]
-        config = config_from_dict(plain(own[name]), [*mine, *kept, *parts], where=name)
-        if RUNS[name].share != 1:
-            config = replaced(config, "run.epochs", max(round(RUNS[name].share * config.run.epochs), 1))
+        return config_from_dict(plain(own[name]), [*mine, *kept, *parts], where=name)
+
+    @functools.cache
+    def common(name: str, *parts: str) -> TrainConfig:
+        config = shortened(name, whole(name, *parts), RUNS[name].share)
         return config if RUNS[name].equal is None else equal_compute(config, common(RUNS[name].equal))
 
     def add(name: str, seed: int) -> Job:
         if (name, seed) not in jobs:
             run = RUNS[name]
             parts = {key: add(part, seed) for key, part in run.parts.items()}
+            if run.share != 1:
+                expect_no_dearer(name, whole(name), [common(name), *(part.config for part in parts.values())])
             weights = [f"{key}={part.checkpoint}" for key, part in parts.items()]
             config = replaced(common(name, *weights), "run.seed", seed)
             config = replaced(config, "run.out", str(folder / name / f"seed-{seed}"))

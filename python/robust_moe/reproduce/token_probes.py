@@ -24,6 +24,7 @@ from robust_moe.evaluation.routing_measures import (
 from robust_moe.evaluation.staged import share
 from robust_moe.evaluation.vmoe import VMOE_STEPS
 from robust_moe.reproduce.subject import Subject
+from robust_moe.tokens import mean_of_tokens, of_images
 from robust_moe_kernels.modules import (
     DropTop,
     RandomRoutes,
@@ -93,7 +94,8 @@ def redundancy(subject: Subject) -> dict[str, Any]:
     ``own`` and ``robust``: its gates, clean and under PGD. ``drop_top``, ``swap``, ``random``: clean images without the
     first choice, with the first two exchanged, with experts drawn for every token; ``robust_swap``, ``robust_random``:
     and under PGD through these. ``clean_route``: the images of PGD on the model, on the clean images' routes;
-    ``attacked_route``: the clean ones on the attacked images' routes.
+    ``attacked_route``: the clean ones on the attacked images' routes. ``weight_gap``, no share of images: how far the
+    first choice's weight is above the second's (0 for one choice), mean over tokens and layers of the clean images.
     """
     model, layers = subject.model, moe_layers(subject.model)
     run, pgd = subject.run("redundancy"), subject.attack.build(seed=subject.seed)
@@ -109,9 +111,10 @@ def redundancy(subject: Subject) -> dict[str, Any]:
         attacked = run.craft(pgd, batch)
         own = run.right(batch.images, batch.labels)
         clean = last_routes(model)
+        gaps = [_weight_gap(route.weights, len(own)) for route in clean.values()]
         robust = own & run.right(attacked, batch.labels)
         moved = last_routes(model)
-        found = {"own": own, "robust": robust}
+        found = {"own": own, "robust": robust, "weight_gap": torch.stack(gaps).mean(0)}
         for name, choose in imposed.items():
             with rerouted(model, choose(batch)):
                 found[name] = run.right(batch.images, batch.labels)
@@ -127,6 +130,13 @@ def redundancy(subject: Subject) -> dict[str, Any]:
     with attack_mode(model):
         found = run.over("redundancy", look)
     return {"images": len(run), **{name: share(mask) for name, mask in found.items()}}
+
+
+def _weight_gap(weights: Tensor | None, images: int) -> Tensor:
+    """By how much the first weight of a row is above the second, mean over an image's rows, [B] from [N, k]."""
+    assert weights is not None  # those of a forward
+    gap = weights[:, 0] - weights[:, 1] if weights.shape[1] > 1 else weights.new_zeros(len(weights))
+    return mean_of_tokens(of_images(gap.double(), images))
 
 
 def disagreement_and_loss(subject: Subject) -> dict[str, Any]:

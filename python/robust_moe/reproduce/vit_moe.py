@@ -55,6 +55,16 @@ def _experts_differ(run: str) -> Check:
     )
 
 
+def _weights_differ(run: str) -> Check:
+    return Check(
+        "weights differ",
+        f"weight of a token's first choice less that of its second, {run}",
+        of(run, "redundancy_weight_gap"),
+        0.1,
+        "where both experts have one weight nothing changes when they change places",
+    )
+
+
 def _moved(run: str) -> Check:
     return Check(
         "routes moved",
@@ -142,7 +152,7 @@ def _of_experts(kind: str, words: str) -> tuple[Claim, ...]:
             (run,),
             bound=LITTLE,
             below=True,
-            checks=(*used, _experts_differ(run)),
+            checks=(*used, _experts_differ(run), _weights_differ(run)),
         ),
         # Expected: held. Attention and half of the MLPs are untouched, and a residual layer of the wrong expert adds a
         # vector of the right size.

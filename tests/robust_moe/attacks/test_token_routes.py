@@ -11,7 +11,7 @@ from graph_recorder import Recorder
 from token_models import TokenLayer, TokenModel, images, labelled, token_layer, token_model
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD, ExpertPGD, JointPGD, RouterPGD, Steering, TransferPGD
+from robust_moe.attacks import PGD, Counts, ExpertPGD, JointPGD, RouterPGD, Steering, TransferPGD
 from robust_moe.attacks.graph import StepGraphs
 from robust_moe.attacks.passes import Passes, Tally
 from robust_moe.attacks.router import router_margin
@@ -313,3 +313,15 @@ def test_rows_that_are_not_shared_out_evenly_are_refused(name):
     model, x = Odd(token_layer(6)).double().eval(), images(2)
     with pytest.raises(ValueError, match=r"model: expected routed layers with as many rows .* 2 images, got 17 rows"):
         ATTACKS[name](EPS, 3)(model, x, torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("layers", "climbs"), [(1, 2), (2, 6), (3, 10)])
+def test_the_most_that_the_targeted_attack_costs_counts_the_layers_joined(layers, climbs):
+    """Nothing is fooled without a radius: every image makes every pass, to two experts of each layer."""
+    model = token_model(layers=layers)
+    x = images()
+    counts = Counts()
+    attack = RouterPGD(0.0, 3, targeted=True, routes=2)
+    attack(model, x, model(x).argmax(1), counts=counts)
+    assert attack.most_passes(model) == (1 + 4 * climbs, 3 * climbs)
+    assert counts == Counts(*(len(x) * count for count in attack.most_passes(model)))

@@ -125,3 +125,18 @@ def test_the_preset(tmp_path, monkeypatch):
     page = (tmp_path / "found.html").read_text(encoding="utf-8")
     assert "changed predictions" in page
     assert "routing change, layers.0" in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, r"steps: expected a count >= 1, got 0"),
+        ({"steps": 1.5}, r"steps: expected a count >= 1, got 1\.5"),
+        ({"eps_values": ["1/255", 0]}, r"eps_values: expected radii > 0, got 0"),
+        ({"eps_values": ["-1/255"]}, r"eps_values: expected radii > 0, got -1/255"),
+    ],
+)
+def test_bad_radii_and_steps_are_said(settings, said):
+    model = token_model(layers=1)
+    with pytest.raises(ValueError, match=said):
+        vmoe_curve(model, *labelled(model), INDEX, **settings)

@@ -36,7 +36,7 @@ TINY = (
     "method.attack.eps=0.1",
     "method.attack.steps=1",
     "eval.attack.steps=2",
-    "run.epochs=1",
+    "run.epochs=2",
     "run.batch_size=16",
 )
 NAMES = tuple(dict.fromkeys(run for part in VIT_MOE.values() for run in part.runs))
@@ -114,6 +114,31 @@ def test_models_are_compared_at_equal_compute_and_schedules(tmp_path):
     assert start.run.epochs + configs["vit-upcycled-standard"].run.epochs == whole
     standard, attacked = 3, 2 * routed.method.attack.steps + 3  # forwards of a step, a backward counting as two
     assert standard * start.run.epochs + attacked * upcycled.run.epochs <= attacked * whole
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+@pytest.mark.parametrize("epochs", [None, 2, 3, 7, 11])
+def test_upcycled_networks_cost_no_more_training_at_any_number_of_epochs(tmp_path, scale, epochs):
+    overrides = ["data.root=/data", *([] if epochs is None else [f"run.epochs={epochs}"])]
+    for kind, backwards in (("standard", 0), ("at", None)):
+        names = (f"vit-moe-{kind}", f"vit-upcycled-{kind}")
+        jobs = {job.run: job.config for job in make_jobs(names, SCALES[scale], [0], tmp_path, overrides)}
+        scratch, start, upcycled = (jobs[name] for name in (names[0], "dense-vit-start", names[1]))
+        attacked = 2 * (scratch.method.attack.steps if backwards is None else backwards) + 3
+        assert 3 * start.run.epochs + attacked * upcycled.run.epochs <= attacked * scratch.run.epochs
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.epochs=1", r"run\.epochs: expected at least 2, as dense-vit-start trains for 0\.5 of them, got 1"),
+        ("run.max_steps=9", r"run\.max_steps: expected null, as dense-vit-start trains for 0\.5 of the epochs, got 9"),
+        ("method.attack.steps=1", r"run\.epochs, method\.attack: .* vit-upcycled-at .* 50 passes of an image, got 55"),
+    ],
+)
+def test_settings_by_which_upcycling_would_be_dearer_are_refused(tmp_path, override, said):
+    with pytest.raises(ConfigError, match=said):
+        make_jobs(NAMES, SCALES["cpu"], [0], tmp_path, ["data.root=/data", override])
 
 
 def test_imagenet_is_written_down_for_transformers_alone(tmp_path):
@@ -307,3 +332,26 @@ def test_every_run_has_the_probes_that_claims_read():
     for name in NAMES:
         assert set(RUNS[name].probes) <= set(PROBES)
         assert ("redundancy" in RUNS[name].probes) == (name in ROUTED)
+
+
+def test_experts_of_one_weight_cannot_say_that_their_order_does_not_matter():
+    claim = next(claim for claim in VIT_MOE["vit-routed"].claims if "swapped" in claim.quantity)
+    (run,) = claim.runs
+    measures = {
+        "sa": 0.9,
+        "tokens_largest": 0.2,
+        "disagreement_mean": 1.0,
+        "redundancy_own": 0.9,
+        "redundancy_swap": 0.9,
+    }
+    judged = [
+        judge(claim, {seed: {run: {**measures, "redundancy_weight_gap": gap + seed / 1e3}} for seed in range(3)})
+        for gap in (0.01, 0.3)
+    ]
+    assert judged[0]["verdict"] == "not testable here" != judged[1]["verdict"]
+
+
+def test_the_gap_of_the_weights_is_that_of_an_images_tokens():
+    weights = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3], [0.7, 0.3]])
+    torch.testing.assert_close(token_probes._weight_gap(weights, 2), torch.tensor([0.4, 0.4]).double())
+    assert token_probes._weight_gap(weights[:, :1], 2).tolist() == [0.0, 0.0]
