@@ -226,7 +226,7 @@ def test_progress_says_so(capsys):
         ({"eps": float("nan")}, "eps: expected"),
         ({"eps": 8}, "eps: expected a radius of Linf in [0, 1], as pixels are, or 8/255, got '8'"),
         ({"norm": "L1"}, "norm: expected"),
-        ({"preset": "fast"}, "preset: expected one of quick, standard, rand, full, moe, got 'fast'"),
+        ({"preset": "fast"}, "preset: expected one of quick, standard, rand, full, moe, vmoe, got 'fast'"),
         (
             {"preset": "moe", "attack": "square"},
             "attack.name: expected 'pgd' with preset 'moe', whose attacks are, got",

@@ -268,7 +268,7 @@ def test_headline_and_tables_hold_the_numbers_of_the_results(whole):
         ]
     measures = {row[0][0]: [value for _, value in row[1:]] for row in got.tables["Measures of every MoE layer"][1:]}
     of_layers = {
-        "images whose route flips under RA": lambda layer: layer["route_flips"],
+        "images whose route flips under RA, of tokens any route": lambda layer: layer["route_flips"],
         "routing change under RA (mean 1 − IoU of the experts selected)": lambda layer: layer["routing_change"],
         "share of the routing in the loss's gradient": lambda layer: layer["disagreement"]["gradient_share"],
     }

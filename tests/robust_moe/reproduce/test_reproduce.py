@@ -591,7 +591,7 @@ def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
         ),
         (
             ["rt-er", "--scale", "cpuu"],
-            "scale: expected one of cpu, cpu-long, gpu-10min, gpu, got 'cpuu'; did you mean 'cpu'?",
+            "scale: expected one of cpu, cpu-long, gpu-10min, gpu, imagenet, got 'cpuu'; did you mean 'cpu'?",
         ),
         (["rt-er", "--data-root", "/nowhere"], "/nowhere/train.parquet"),
         (["rt-er"], "data.root"),

@@ -271,7 +271,7 @@ def run(**changes):
     base = {"sa": 0.5, "ra": 0.3, "images": 20, "slopes_model": 0.2, "radii_error": 0.6, "cost_multiply_adds": 1000}
     tokens = {"tokens_worst": 0.3, "tokens_pgd": 0.3, "tokens_moved": 0.3, "tokens_largest": 0.3}
     spread = {"above": 0.6, "mean": 0.8, "lost": 0.4, "kept": 0.6}
-    choices = {"own": 0.5, "robust": 0.3, "swap": 0.48, "random": 0.4, "clean_route": 0.31}
+    choices = {"own": 0.5, "robust": 0.3, "swap": 0.48, "random": 0.4, "clean_route": 0.31, "weight_gap": 0.3}
     named = {f"disagreement_{key}": value for key, value in spread.items()}
     return base | tokens | named | {f"redundancy_{key}": value for key, value in choices.items()} | changes
 
@@ -311,6 +311,7 @@ NOTHING = {  # of a check's name, what a run has in which that did not take plac
     "experts in use": {"tokens_largest": 0.99},
     "equal compute": {"cost_multiply_adds": 1040},
     "experts differ": {"disagreement_mean": 0.01},
+    "weights differ": {"redundancy_weight_gap": 0.01},
     "routes moved": {"tokens_moved": 0.01},
     "images lost": {"disagreement_lost": 0.01},
     "images kept": {"disagreement_kept": 0.01},
