@@ -16,6 +16,7 @@ from robust_moe_kernels.ops.apgd import apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import pgd_step, random_start
 from robust_moe_kernels.ops.expert_block import scale_shift
 from robust_moe_kernels.ops.expert_conv import conv_dgrad, conv_forward, conv_plan, conv_wgrad, expert_conv
+from robust_moe_kernels.ops.expert_mlp import expert_mlp
 from robust_moe_kernels.ops.gate import top_k_gate
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
@@ -99,6 +100,11 @@ def convolve_filters(impl: str = "auto") -> object:
 
 def normalize(impl: str = "auto") -> object:
     return scale_shift(ROWS, OFFSETS, torch.ones(3, 2), torch.zeros(3, 2), True, impl)
+
+
+def transform(impl: str = "auto") -> object:
+    layers = (torch.ones(3, 6, 5), None, torch.ones(3, 5, 6), None)
+    return expert_mlp(torch.zeros(3, 5), *layers, route(), torch.ones(3, 2), "relu", impl=impl)
 
 
 class Bad(NamedTuple):
@@ -318,6 +324,7 @@ CALLS = {
     "permute": (send, merge),
     "expert_conv": (convolve, convolve_raw, convolve_back, convolve_plan, convolve_filters),
     "expert_block": (normalize,),
+    "expert_mlp": (transform,),
     "attack_step": (step, start),
     "apgd": (climb, track),
 }
