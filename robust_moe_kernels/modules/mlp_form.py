@@ -14,8 +14,7 @@ from torch.func import functional_call
 
 from robust_moe_kernels.modules.probe import drawn_state, modes_kept
 from robust_moe_kernels.modules.walk import modules_of
-from robust_moe_kernels.ops.expert_mlp import EXPERT_MLP
-from robust_moe_kernels.ops.expert_mlp.activation import ACTIVATIONS, activation_of
+from robust_moe_kernels.ops.expert_mlp.activation import ACTIVATIONS, activate, activation_of
 
 __all__ = ["MLPForm", "form_of", "is_plain_linear"]
 
@@ -37,7 +36,6 @@ class MLPForm(NamedTuple):
     def apply(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
         """What an MLP of this form computes, ``layers`` being its modules, without dropout."""
         z = self.ordered([torch.cat([layers[i](x) for i in self.first], -1)], -1)
-        activate = EXPERT_MLP.module("reference").activate
         return layers[self.last](activate(z.flatten(0, -2), activation_of(self.activation)).unflatten(0, x.shape[:-1]))
 
     def ordered(self, parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ACTIVATIONS", "FUNCTIONS", "Activation", "activation_of"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "FUNCTIONS", "Activation", "activate", "activation_of", "elementwise"]
 
 FUNCTIONS = ("gelu", "gelu_tanh", "relu", "silu", "sigmoid")  # in the order of csrc/expert_mlp/expert_mlp.h
 
@@ -31,3 +35,22 @@ def activation_of(name: str) -> Activation:
     if found is None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return found
+
+
+def elementwise(name: str, z: Tensor) -> Tensor:
+    """The function of a name in FUNCTIONS, in plain PyTorch."""
+    if name == "gelu":
+        return F.gelu(z)
+    if name == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if name == "relu":
+        return F.relu(z)
+    return F.silu(z) if name == "silu" else torch.sigmoid(z)
+
+
+def activate(z: Tensor, activation: Activation) -> Tensor:
+    """Activations [R, H] of pre-activations z [R, H1], in plain PyTorch."""
+    if not activation.gated:
+        return elementwise(activation.function, z)
+    gate, value = z.chunk(2, dim=1)
+    return elementwise(activation.function, gate) * value

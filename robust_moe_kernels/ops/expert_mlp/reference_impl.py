@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robust_moe_kernels.ops.expert_mlp.activation import Activation
+from robust_moe_kernels.ops.expert_mlp.activation import Activation, activate, elementwise
 
-__all__ = ["activate", "backward", "forward", "why_not", "why_not_case"]
+__all__ = ["backward", "forward", "why_not", "why_not_case"]
 
 
 def why_not(device_type: str) -> str | None:
@@ -36,16 +36,6 @@ def _row(table: Tensor | None, expert: int) -> Tensor | None:
     return None if table is None else _wide(table[expert])
 
 
-def _function(name: str, z: Tensor) -> Tensor:
-    if name == "gelu":
-        return F.gelu(z)
-    if name == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    if name == "relu":
-        return F.relu(z)
-    return F.silu(z) if name == "silu" else torch.sigmoid(z)
-
-
 def _derivative(name: str, z: Tensor) -> Tensor:
     if name == "gelu":
         return 0.5 * torch.erfc(-z * math.sqrt(0.5)) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
@@ -60,20 +50,12 @@ def _derivative(name: str, z: Tensor) -> Tensor:
     return s + z * slope if name == "silu" else slope
 
 
-def activate(z: Tensor, activation: Activation) -> Tensor:
-    """Activations [R, H] of pre-activations z [R, H1]."""
-    if not activation.gated:
-        return _function(activation.function, z)
-    gate, value = z.chunk(2, dim=1)
-    return _function(activation.function, gate) * value
-
-
 def _activate_backward(d_a: Tensor, z: Tensor, activation: Activation) -> Tensor:
     if not activation.gated:
         return d_a * _derivative(activation.function, z)
     gate, value = z.chunk(2, dim=1)
     d_gate = d_a * value * _derivative(activation.function, gate)
-    return torch.cat([d_gate, d_a * _function(activation.function, gate)], dim=1)
+    return torch.cat([d_gate, d_a * elementwise(activation.function, gate)], dim=1)
 
 
 def _segments(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
