@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Build", "clamp", "flag_nonfinite", "flag_pointer", "on_device", "scalar", "triton_type", "why_not"]
+__all__ = [
+    "Build",
+    "clamp",
+    "flag_nonfinite",
+    "flag_pointer",
+    "on_device",
+    "scalar",
+    "triton_type",
+    "why_not",
+    "why_not_products",
+]
 
 _TYPES = {
     torch.float32: "fp32",
@@ -24,6 +34,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_PRODUCTS = (torch.float32, torch.float16, torch.bfloat16)  # elements of the matrices that kernels multiply
 
 
 @triton.jit
@@ -80,6 +91,16 @@ def why_not(device_type: str) -> str | None:
     if device_type == "cpu":
         return None if interpreting() else "Triton needs a GPU (on the CPU only its interpreter, TRITON_INTERPRET=1)"
     return f"Triton kernels are written for CUDA devices, not {device_type}"
+
+
+def why_not_products(what: str, *operands: Tensor) -> str | None:
+    """Reason why ``what``, whose kernels multiply matrices of these operands, cannot be computed, or ``None``."""
+    kinds = [tensor.dtype for tensor in operands]
+    if kinds[0] == torch.bfloat16 and not operands[0].is_cuda:
+        return "Triton's interpreter cannot multiply bfloat16 matrices"
+    if kinds[0] not in _PRODUCTS or any(kind != kinds[0] for kind in kinds):
+        return f"the Triton {what} computes float32, float16 and bfloat16, not {' with '.join(map(str, kinds))}"
+    return None
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[None]:

@@ -77,17 +77,10 @@ __all__ = [
 
 why_not = triton_support.why_not
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    kinds = [tensor.dtype for tensor in operands]
-    if kinds[0] == torch.bfloat16 and not operands[0].is_cuda:
-        return "Triton's interpreter cannot multiply bfloat16 matrices"
-    if kinds[0] not in _DTYPES or any(kind != kinds[0] for kind in kinds):
-        return f"the Triton convolution computes float32, float16 and bfloat16, not {' with '.join(map(str, kinds))}"
-    return None
+    return triton_support.why_not_products("convolution", *operands)
 
 
 def _candidates(operation: str, dtype: torch.dtype, depth: int, columns: int, capability: int) -> tuple[Choice, ...]:

@@ -54,17 +54,10 @@ __all__ = ["backward", "builds", "forward", "why_not", "why_not_case"]
 
 why_not = triton_support.why_not
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def why_not_case(*operands: Tensor) -> str | None:
     """Reason why these operands cannot be computed here, or ``None``."""
-    kinds = [tensor.dtype for tensor in operands]
-    if kinds[0] == torch.bfloat16 and not operands[0].is_cuda:
-        return "Triton's interpreter cannot multiply bfloat16 matrices"
-    if kinds[0] not in _DTYPES or any(kind != kinds[0] for kind in kinds):
-        return f"the Triton MLP computes float32, float16 and bfloat16, not {' with '.join(map(str, kinds))}"
-    return None
+    return triton_support.why_not_products("MLP", *operands)
 
 
 def _rows(
