@@ -22,8 +22,9 @@ from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.expert_module import ExpertModule
 from robust_moe_kernels.modules.interception import is_batched, tracing, transforming
 from robust_moe_kernels.modules.route_options import RouteOptions
-from robust_moe_kernels.ops.gate import GATE, GateOutput, expect_finite
-from robust_moe_kernels.ops.routing import ROUTING
+from robust_moe_kernels.ops.gate import GateOutput, expect_finite
+from robust_moe_kernels.ops.gate import reference_impl as gate
+from robust_moe_kernels.ops.routing.reference_impl import sort_by_expert
 
 __all__ = ["decide_plainly", "general_path", "is_general", "mix_plainly", "wanted"]
 
@@ -62,10 +63,9 @@ def wanted(impl: str) -> bool:
 
 def decide_plainly(logits: Tensor, options: RouteOptions) -> GateOutput:
     """What ``top_k_gate`` returns, from operations of PyTorch alone."""
-    module = GATE.module("reference")
-    best = _best_by_counting if tracing() else module.best_experts
-    indices = best(module.ranking(logits), options.top_k)
-    found = GateOutput(*module.outputs_of(logits, indices, module.KEEP))
+    best = _best_by_counting if tracing() else gate.best_experts
+    indices = best(gate.ranking(logits), options.top_k)
+    found = GateOutput(*gate.outputs_of(logits, indices, gate.KEEP))
     if logits.device.type == "cpu" and not (transforming() or tracing()):
         expect_finite(found)
     return found._replace(weights=options.weigh(found.weights))
@@ -91,8 +91,7 @@ def mix_plainly(experts: ExpertModule, x: Tensor, indices: Tensor, weights: Tens
         return experts.blend(every, (named * weights[:, :, None]).sum(1))
     if is_batched(indices) or is_batched(x):
         _expect_evaluation(experts)
-    module = ROUTING.module("reference")
-    _, sample, inverse, offsets, _ = module.sort_by_expert(indices.reshape(-1), experts.num_experts, indices.shape[1])
+    _, sample, inverse, offsets, _ = sort_by_expert(indices.reshape(-1), experts.num_experts, indices.shape[1])
     rows = experts.segments(x.index_select(0, sample), offsets.diff().tolist())
     return experts.blend(rows.index_select(0, inverse).unflatten(0, indices.shape), weights)
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robust_moe_kernels.modules.routed_backward import Layer, Plan
-from robust_moe_kernels.ops.expert_conv import EXPERT_CONV
-from robust_moe_kernels.ops.permute import PERMUTE
+from robust_moe_kernels.ops.expert_conv import reference_impl as convolution
+from robust_moe_kernels.ops.permute import reference_impl as permutation
 
 __all__ = ["KEPT", "plain_block"]
 
@@ -31,16 +31,20 @@ def plain_block(
     """
     order, sample, inverse, offsets = route
     layers = [tensors[i : i + KEPT] for i in range(0, len(tensors), KEPT)]
-    convolve = EXPERT_CONV.module("reference").forward
+
+    def convolve(rows: Tensor, filters: Tensor | None, layer: Layer) -> Tensor:
+        assert filters is not None  # only tensors of a norm can be None
+        return convolution.forward(rows, filters, offsets, None, [], layer.geometry)
+
     y = x.index_select(0, sample)
     for i in range(plan.depth):
-        z = convolve(y if i == 0 else y.relu(), layers[i][0], offsets, None, [], plan.layers[i].geometry)
+        z = convolve(y if i == 0 else y.relu(), layers[i][0], plan.layers[i])
         y = _norm(z, offsets, plan.layers[i], layers[i][1:])
     skip = (x if x_skip is None else x_skip).index_select(0, sample)
     if plan.downsample:
-        z = convolve(skip, layers[-1][0], offsets, None, [], plan.layers[-1].geometry)
+        z = convolve(skip, layers[-1][0], plan.layers[-1])
         skip = _norm(z, offsets, plan.layers[-1], layers[-1][1:])
-    return PERMUTE.module("reference").combine((y + skip).relu(), order, inverse, weights, weights.shape[1])
+    return permutation.combine((y + skip).relu(), order, inverse, weights, weights.shape[1])
 
 
 def _norm(z: Tensor, offsets: Tensor, layer: Layer, numbers: Sequence[Tensor | None]) -> Tensor:

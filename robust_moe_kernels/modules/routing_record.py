@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.ops.gate import GATE
+from robust_moe_kernels.ops.gate.reference_impl import entropies
 
 __all__ = ["RoutingRecord"]
 
@@ -63,7 +63,7 @@ class RoutingRecord:
         share = routed.to(self.scores.dtype) / routed.sum().clamp_min(1)  # [N] of each row in a mean
         experts = torch.arange(self.scores.shape[1], device=padding.device)
         first = (self.indices[:, :1] == experts).to(share.dtype)
-        entropy = GATE.module("reference").entropies(self.scores)
+        entropy = entropies(self.scores)
         lse = self.logits.to(share.dtype).logsumexp(1)
         return replace(
             self,

@@ -18,6 +18,7 @@ from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import Geometry, channels_last, channels_last_empty, pair_of
 from robust_moe_kernels.operands import Operands, expect_index, expect_offsets
+from robust_moe_kernels.ops.expert_conv import reference_impl
 from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
 __all__ = ["EXPERT_CONV", "conv_dgrad", "conv_forward", "conv_plan", "conv_wgrad", "expert_conv", "plan_key"]
@@ -305,8 +306,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
         if another_follows():
-            module = EXPERT_CONV.module("reference")
-            plain = partial(module.forward, offsets=offsets, sample=None, plan=[], geometry=ctx.geometry)
+            plain = partial(reference_impl.forward, offsets=offsets, sample=None, plan=[], geometry=ctx.geometry)
             return *plain_gradients(plain, (x, weight), d_out), None, None, None
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.operands import Operands, expect_offsets, expect_order, readable
+from robust_moe_kernels.ops.expert_mlp import reference_impl
 from robust_moe_kernels.ops.expert_mlp.activation import activation_of
 from robust_moe_kernels.ops.routing import Route
 from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
@@ -212,9 +213,9 @@ def _autograd(ctx: Any, d_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     return *[next(found) if wanted else None for wanted in needs], *rest
 
 
-def _plain(*operands: Tensor | None, activation: str, **table: Any) -> Tensor:
-    forward = EXPERT_MLP.module("reference").forward
-    return forward(*operands, **table, activation=activation_of(activation))[0]
+def _plain(*operands: Any, activation: str, **table: Any) -> Tensor:
+    table["activation"] = activation_of(activation)
+    return reference_impl.forward(*operands, **table)[0]
 
 
 def _twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:

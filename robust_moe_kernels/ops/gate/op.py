@@ -10,6 +10,7 @@ from torch import Tensor
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.operands import Operands, expect_index
+from robust_moe_kernels.ops.gate import reference_impl
 from robust_moe_kernels.ops.gate.reference_impl import KEEP, RENORMALIZE, STRAIGHT_THROUGH
 from robust_moe_kernels.ops.routing import Route
 from robust_moe_kernels.second_derivatives import another_follows
@@ -197,7 +198,7 @@ def _autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, scores, indices = ctx.saved_tensors
     if another_follows():
         floats = (d_scores, d_weights, d_mean_scores, d_mean_entropy, d_mean_square_lse)
-        return GATE.module("reference").backward(logits, scores, indices, *floats, ctx.mode), None, None, None
+        return reference_impl.backward(logits, scores, indices, *floats, ctx.mode), None, None, None
     d_logits = torch.ops.robust_moe_kernels.top_k_gate_backward(
         logits,
         scores,
