@@ -11,6 +11,7 @@ Measured, processor time of AutoAttack on 60 images of 16 pixels, a mixture of f
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +32,13 @@ class Pauses:
     """
 
     def __init__(self, model: nn.Module, mode: TorchFunctionMode, may_pause: Callable[[bool], bool]) -> None:
-        self._model, self._mode, self._may_pause = model, mode, may_pause
+        self._model = model
+        # weakly: with a cycle an attack's folded filters, and the tensors that they are of, would outlive it
+        self._mode, self._may_pause = weakref.ref(mode), weakref.WeakMethod(may_pause)
         self._small: set[Any] = set()  # forms of images whose forwards are small
         self._form: Any = None  # of the forward that runs, None outside of one
         self._depth = 0  # of calls of the model within each other
-        self._paused = False
+        self._paused: TorchFunctionMode | None = None
         self._handles: list[RemovableHandle] = []
         self._thread = 0
 
@@ -65,9 +68,9 @@ class Pauses:
             return
         x = args[0] if args else None
         self._form = (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None
-        if _innermost() is self._mode and self._may_pause(self._form in self._small):
-            _pop_mode()
-            self._paused = True
+        may_pause = self._may_pause()
+        if may_pause is not None and _innermost() is self._mode() and may_pause(self._form in self._small):
+            self._paused = _pop_mode()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if self._is_not_ours():
@@ -76,9 +79,9 @@ class Pauses:
         if self._depth > 0:
             return
         self._form = None
-        if self._paused:
-            self._paused = False
-            _push_mode(self._mode)
+        mode, self._paused = self._paused, None
+        if mode is not None:
+            _push_mode(mode)
 
     def _is_not_ours(self) -> bool:
         """Whether a compiler looks at the forward, or another thread runs it: modes are a thread's own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import weakref
 
 import pytest
 import torch
@@ -211,3 +212,15 @@ def test_a_copy_made_in_an_attack_is_not_attacked(how):
     assert not modes()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_nothing_of_an_attack_outlives_it():
+    """Without the collector of cycles: a model's old tensors would be taken for its own."""
+    model = network()
+    with attack_mode(model):
+        for _ in range(3):
+            step(model, images(SMALL))
+        (mode,) = modes()
+        gone = weakref.ref(mode)
+        del mode
+    assert gone() is None
