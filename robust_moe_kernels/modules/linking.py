@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.chain import Chain, Place
@@ -33,16 +34,13 @@ def link_layers(layers: Iterable[MoELayer], momentum: Momentum | None = None) ->
     """
     linked = list(layers)
     expect(len(linked) >= 2, "layers", "at least two, one to hand on to the next", len(linked))
-    expect(len({id(layer) for layer in linked}) == len(linked), "layers", "different ones", "one twice")
+    expect(_differ(linked), "layers", "different ones", "one twice")
     gates = [layer.gate for layer in linked if isinstance(layer.gate, AdaptiveClusteringGate)]
-    expect(
-        len({id(gate) for gate in gates}) == len(gates), "gate", "a gate of its own for each layer", "one of several"
-    )
+    expect(_differ(gates), "gate", "a gate of its own for each layer", "one of several")
     clustering = len(gates) > 0
     expect(clustering or momentum is not None, "layers", "momentum or gates adaptive_clustering to link by", "neither")
     for layer in linked:
-        kind = type(layer).__name__
-        expect(layer.linkable, "layers", f"layers of tokens with a skip around each, got {kind}", kind)
+        expect(layer.linkable, "layers", "layers of tokens, as FusedMLPMoE", type(layer).__name__)
     if momentum is not None:
         widths = {layer.experts.in_channels for layer in linked}
         expect(len(widths) == 1, "momentum", "layers of one width", sorted(widths))
@@ -56,3 +54,7 @@ def link_layers(layers: Iterable[MoELayer], momentum: Momentum | None = None) ->
             layer.choice_place = Place(places, index)
             if isinstance(layer.gate, AdaptiveClusteringGate):
                 layer.gate.follow(None if index == 0 else linked[index - 1].num_experts)
+
+
+def _differ(modules: list[Any]) -> bool:
+    return len({id(module) for module in modules}) == len(modules)

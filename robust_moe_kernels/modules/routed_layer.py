@@ -228,8 +228,8 @@ class MoELayer(nn.Module):
 
     def decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
         """What the layer's gate and options, the fixed expert apart, make of ``x``, as a forward takes it, without
-        running an expert: the record that a forward would leave in ``routing``, and where it would send each row. Layers
-        whose gates are linked decide in order."""
+        running an expert: the record that a forward would leave in ``routing``, and where it would send each row.
+        Layers with linked gates decide in their order."""
         record, route, _ = self._decide(*self._rows(x, None))
         return record, route_of(record) if route is None else route
 

@@ -143,7 +143,7 @@ class AdaptiveClusteringGate(LinearGate):
         if self.learns:
             counted = known & spread.isfinite().all(1)
             self.seen += counted
-            weight = (1.0 / self.seen.clamp_min(1)).clamp_min(self.rate).to(x.dtype)[:, None]
+            weight = (1.0 / self.seen.clamp_min(1).to(x.dtype)).clamp_min(self.rate)[:, None]
             moved = self.spread.to(x.dtype).lerp(spread, weight)
             self.spread.copy_(torch.where(counted[:, None], moved, self.spread.to(x.dtype)))
         return torch.where(known[:, None], self._diagonals(spread), 1.0)
