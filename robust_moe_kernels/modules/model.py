@@ -48,7 +48,8 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
 def replace_mlps(
     model: nn.Module, names: str | Iterable[str], *, momentum: Momentum | None = None, **options: Any
 ) -> nn.Module:
-    """Swap MLPs of a transformer, in place, for mixtures of experts, each token to experts of its own.
+    """Swap MLPs of a transformer, in place, for mixtures of experts, each token to experts of its own. They are linked
+    with ``momentum``, or gates "adaptive_clustering" (:func:`~robust_moe_kernels.modules.link_layers`).
 
     Args:
         model: any module, such as a ViT, DeiT or Swin of timm or torchvision.
@@ -57,13 +58,11 @@ def replace_mlps(
         momentum: over the outputs of these layers, in the model's order; None: none.
         options: those of :meth:`FusedMLPMoE.from_mlp`.
 
-    With ``momentum``, or gates "adaptive_clustering", the layers are linked (:func:`link_layers`).
-
     Returns:
         The same model.
 
     Raises:
-        ValueError: as :func:`replace_blocks`; the model is unchanged then.
+        ValueError: as :func:`replace_blocks`, and layers that cannot be linked; the model is unchanged then.
     """
 
     def link(layers: list[MoELayer]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, overload, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch import Tensor
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
 from robust_moe_kernels.modules.momentum import Momentum
 from robust_moe_kernels.modules.routing_record import RoutingRecord
-
-if TYPE_CHECKING:
-    from robust_moe_kernels.modules.routed_layer import MoELayer
 
 __all__ = [
     "NOISES",
@@ -118,6 +115,16 @@ class RouteOptions:
         return kept / kept.sum(1, keepdim=True) if self.renormalize else kept
 
 
+class _Routing(Protocol):
+    """What has options: a layer."""
+
+    @property
+    def route_options(self) -> RouteOptions: ...
+
+    @route_options.setter
+    def route_options(self, options: RouteOptions) -> None: ...
+
+
 class Option(Generic[T]):
     """An attribute of a layer that reads and replaces one of its ``route_options``."""
 
@@ -128,12 +135,12 @@ class Option(Generic[T]):
     def __get__(self, layer: None, owner: type) -> Self: ...
 
     @overload
-    def __get__(self, layer: MoELayer, owner: type) -> T: ...
+    def __get__(self, layer: _Routing, owner: type) -> T: ...
 
-    def __get__(self, layer: MoELayer | None, owner: type) -> Self | T:
+    def __get__(self, layer: _Routing | None, owner: type) -> Self | T:
         return self if layer is None else getattr(layer.route_options, self.name)
 
-    def __set__(self, layer: MoELayer, value: T) -> None:
+    def __set__(self, layer: _Routing, value: T) -> None:
         changed: dict[str, Any] = {self.name: value}
         layer.route_options = replace(layer.route_options, **changed)
 

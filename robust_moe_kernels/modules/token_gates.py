@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.general_path import is_general
-from robust_moe_kernels.modules.interception import has_hooks
+from robust_moe_kernels.modules.interception import has_hooks, transforming
 from robust_moe_kernels.ops.gate import pool_linear
 
 __all__ = ["TOKEN_GATES", "AdaptiveClusteringGate", "LinearGate", "NoisyTopKGate"]
@@ -141,6 +141,8 @@ class AdaptiveClusteringGate(LinearGate):
         spread = share.t() @ deviation  # [K, C]
         known = count >= 2
         if self.learns:
+            if (reason := transforming()) is not None:
+                raise RuntimeError(f"gate: expected eval mode, or attack_mode, where {reason}, got training mode")
             counted = known & spread.isfinite().all(1)
             self.seen += counted
             weight = (1.0 / self.seen.clamp_min(1).to(x.dtype)).clamp_min(self.rate)[:, None]

@@ -267,6 +267,16 @@ def test_attacks_leave_the_running_means_alone(mode: str):
     assert not torch.equal(model.layers[1].gate.seen, before["blocks.1.gate.seen"])  # they move again
 
 
+@mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())], ids=["vmap", "grad"])
+def test_running_means_do_not_move_under_transforms(transform):
+    model = learned()
+    function = transform(lambda each: model(each.reshape(-1, 5, WIDTH)))
+    with warns(UserWarning, match="torch.func transforms"), raises(RuntimeError, match="gate: expected eval mode, or"):
+        function(tokens())
+    with attack_mode(model, "train"), warns(UserWarning, match="torch.func transforms"):
+        assert function(tokens()).isfinite().all()
+
+
 def test_twice_differentiated_mapped_and_in_half_precision():
     model, x = learned().eval(), tokens(3)
     with warns(UserWarning, match="torch.func transforms"):

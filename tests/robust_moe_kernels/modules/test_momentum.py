@@ -234,6 +234,16 @@ def checkpointed(model: Blocks) -> nn.Module:
     return Wrapped(lambda x: checkpoint(model, x, use_reentrant=False), model)
 
 
+def checkpointed_first(model: Blocks) -> nn.Module:
+    """The first layer alone, whose value goes on beside what the checkpoint returns."""
+
+    def function(x: Tensor) -> Tensor:
+        half = checkpoint(lambda x: model.part(x, 0, 1), x, use_reentrant=False)
+        return model.part(half, 1, 3)
+
+    return Wrapped(function, model)
+
+
 class Wrapped(nn.Module):
     def __init__(self, function, model: nn.Module) -> None:
         super().__init__()
@@ -260,7 +270,7 @@ def general(model: Blocks) -> nn.Module:
 
 
 WAYS = [again, after_an_error, after_half_a_forward, after_no_grad, after_attack_mode, in_a_thread, pickled, saved]
-WAYS += [copied, loaded, traced, checkpointed, compiled, general]
+WAYS += [copied, loaded, traced, checkpointed, checkpointed_first, compiled, general]
 
 
 @mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
