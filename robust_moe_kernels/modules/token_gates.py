@@ -123,7 +123,7 @@ class AdaptiveClusteringGate(LinearGate):
         if clusters is None:
             return super().forward(x)
         kind = torch.promote_types(self.fc.weight.dtype, torch.float32)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             factors = self._factors(x.detach().to(kind), clusters, padding)
         return super().forward(x.to(kind) * factors.index_select(0, clusters))
 

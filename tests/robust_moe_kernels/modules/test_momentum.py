@@ -182,17 +182,6 @@ def after_attack_mode(model: Blocks) -> Blocks:
     return model
 
 
-def in_a_thread(model: Blocks) -> Blocks:
-    def run() -> None:
-        model.part(tokens(seed=9), 0, 1)
-
-    thread = threading.Thread(target=run)
-    model.part(tokens(seed=8), 0, 1)
-    thread.start()
-    thread.join()
-    return model
-
-
 def pickled(model: Blocks) -> Blocks:
     model.part(tokens(), 0, 2)
     return pickle.loads(pickle.dumps(model))
@@ -269,7 +258,7 @@ def general(model: Blocks) -> nn.Module:
     return Wrapped(function, model)
 
 
-WAYS = [again, after_an_error, after_half_a_forward, after_no_grad, after_attack_mode, in_a_thread, pickled, saved]
+WAYS = [again, after_an_error, after_half_a_forward, after_no_grad, after_attack_mode, pickled, saved]
 WAYS += [copied, loaded, traced, checkpointed, checkpointed_first, compiled, general]
 
 
@@ -320,6 +309,35 @@ def test_a_forward_between_two_halves_is_noticed():
         RuntimeError, match=r"^layer 1 of the linked ones: expected a forward through layer 0 just before, got"
     ):
         model.part(half, 1, 3)
+
+
+def test_threads_do_not_meet():
+    """Another thread's forward in the middle of this one's."""
+    model, x = linked(momentum=RELEASED), tokens()
+    wanted, other = model(x), []
+    half = model.part(x, 0, 1)
+    thread = threading.Thread(target=lambda: other.append(model(tokens(7, seed=4))))
+    thread.start()
+    thread.join()
+    assert len(other) == 1
+    torch.testing.assert_close(model.part(half, 1, 3), wanted, rtol=BOUND, atol=BOUND)
+
+
+def test_what_is_left_is_taken_once():
+    """Also by a layer that fails then."""
+    model, x = linked(momentum=RELEASED), tokens()
+    half = model.part(x, 0, 1)
+
+    def refuse(module, args):
+        raise ArithmeticError
+
+    hook = model.layers[1].gate.register_forward_pre_hook(refuse)
+    with raises(ArithmeticError):
+        model.part(half, 1, 2)
+    hook.remove()
+    assert nothing_left(model)
+    with raises(RuntimeError, match="expected a forward through layer 0 just before, got none"):
+        model.part(half, 1, 2)
 
 
 @mark.parametrize(
