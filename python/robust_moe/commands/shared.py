@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
-from robust_moe.config import ConfigError
+from robust_moe.config import ConfigError, TrainConfig, flatten
 from robust_moe.console import make_console
 from robust_moe.data import DataError
 from robust_moe.engine import CheckpointError
@@ -26,6 +27,7 @@ __all__ = [
     "Imports",
     "Overrides",
     "ResultFile",
+    "SettingsCommand",
     "Traceback",
     "import_modules",
     "new_app",
@@ -62,6 +64,41 @@ Imports = Annotated[
         show_default=False,
     ),
 ]
+
+
+class SettingsCommand(TyperCommand):
+    """A command that takes settings as KEY=VALUE: ``--epochs 1`` is answered with ``run.epochs=1``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter:
+            raise
+        except Exception as error:  # NoSuchOption of Click, or of Typer's own copy of it
+            option = getattr(error, "option_name", "")
+            keys = _keys_of(option) if option and hasattr(error, "message") else []
+            if keys:
+                value = _value_of(option, given)
+                settings = " or ".join(f"{key}={value}" for key in keys)
+                error.message += f". Settings are given as KEY=VALUE, without dashes: {settings}"  # type: ignore[attr-defined]
+            raise
+
+
+def _keys_of(option: str) -> list[str]:
+    """Keys of settings that end with an option's name."""
+    name = option.lstrip("-").replace("-", "_")
+    return [key for key in flatten(TrainConfig()) if key == name or key.endswith(f".{name}")]
+
+
+def _value_of(option: str, args: Sequence[str]) -> str:
+    """What follows an option on the command line, or a placeholder."""
+    for place, word in enumerate(args):
+        head, equals, value = word.partition("=")
+        if head == option:
+            after = args[place + 1] if place + 1 < len(args) else ""
+            return value if equals else (after if after and not after.startswith("-") and "=" not in after else "VALUE")
+    return "VALUE"
 
 
 def new_app() -> typer.Typer:
