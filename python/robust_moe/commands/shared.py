@@ -19,7 +19,7 @@ from robust_moe.data import DataError
 from robust_moe.engine import CheckpointError
 from robust_moe.evaluation import attack_table, results_table
 from robust_moe.evaluation.tables import flag_lines, moe_table
-from robust_moe.settings import import_plugins, read_yaml, shown
+from robust_moe.settings import import_plugins, read_list, shown
 
 __all__ = [
     "STOPPED",
@@ -118,7 +118,7 @@ def import_modules(modules: Sequence[str] | None, overrides: Sequence[str] | Non
         named: list[Any] = []
         for item in chosen:
             if item.startswith("run.imports="):
-                value = read_yaml(item.partition("=")[2], "run.imports")
+                value = read_list(item.partition("=")[2], "run.imports")
                 if not isinstance(value, list):
                     raise ConfigError(f"run.imports: expected a list, got {shown(value)}")
                 named += value
