@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
     Args:
         model: any module.
         names: one or more submodule names, such as "layer4.1" (a block) or "layer4.1.conv2" (a convolution).
-        options: those of :meth:`FusedBlockMoE.from_block`.
+        options: those of :meth:`FusedBlockMoE.from_block`; a ``gate`` module is the first layer's, the others get
+            copies of it.
 
     Returns:
         The same model.
@@ -37,10 +39,12 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
             that cannot be replaced; the model is unchanged then.
     """
 
+    each = _with_own_gates(options)
+
     def layer_of(module: nn.Module) -> MoELayer:
         if isinstance(module, nn.Conv2d):
-            return FusedConvMoE.from_conv(module, **options)
-        return FusedBlockMoE.from_block(module, **options)
+            return FusedConvMoE.from_conv(module, **next(each))
+        return FusedBlockMoE.from_block(module, **next(each))
 
     return _replace(model, names, layer_of)
 
@@ -56,7 +60,7 @@ def replace_mlps(
         names: one or more submodule names, such as "blocks.9.mlp" (timm's ViT), "layers.2.blocks.1.mlp" (its Swin),
             "encoder.layers.encoder_layer_9.mlp" (torchvision's ViT) or "features.5.1.mlp" (its Swin).
         momentum: over the outputs of these layers, in the model's order; None: none.
-        options: those of :meth:`FusedMLPMoE.from_mlp`.
+        options: those of :meth:`FusedMLPMoE.from_mlp`; a ``gate`` module as there.
 
     Returns:
         The same model.
@@ -69,7 +73,16 @@ def replace_mlps(
         if momentum is not None or any(isinstance(layer.gate, AdaptiveClusteringGate) for layer in layers):
             link_layers(layers, momentum)
 
-    return _replace(model, names, lambda module: FusedMLPMoE.from_mlp(module, **options), link)
+    each = _with_own_gates(options)
+    return _replace(model, names, lambda module: FusedMLPMoE.from_mlp(module, **next(each)), link)
+
+
+def _with_own_gates(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options of one layer after another: each with a gate of its own"""
+    yield options
+    while True:
+        gate = options.get("gate")
+        yield options | {"gate": copy.deepcopy(gate)} if isinstance(gate, nn.Module) else options
 
 
 def _replace(
