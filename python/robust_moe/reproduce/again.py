@@ -113,7 +113,7 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
     Args:
         files: study.json of this format, of one scale, with equal settings and images. Each has parts of ``study``;
             their seeds and their parts may differ or be the same.
-        study: a key of :data:`STUDIES`. The result has those of its parts that any of ``files`` has.
+        study: a key of :data:`STUDIES`. The result has those of its parts that any of ``files`` has, or all runs of.
         out: folder of the result.
 
     Raises:
@@ -129,7 +129,9 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
         _expect_parts(path, results)
         if foreign := [part for part in results["parts"] if part not in allowed]:
             raise StudyError(f"study: expected one with the part {foreign[0]}, which {path} has, got {study!r}")
-    parts = [part for part in allowed if any(part in results["parts"] for results in found.values())]
+    asked = {part for results in found.values() for part in results["parts"]}
+    measured = {run for results in found.values() for run in results["runs"]}
+    parts = [part for part in allowed if part in asked or measured.issuperset(PARTS[part].runs)]
     target = expect_folder("out", out)
     expect_outputs("out", report_outputs(parts, target), [("judge", path) for path in paths])
     for (one, left), (other, right) in combinations(found.items(), 2):
