@@ -26,6 +26,7 @@ from robust_moe.reproduce.results import (
     with_means,
     write_report,
 )
+from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS, STUDIES
 from robust_moe.reproduce.summary import summary
 from robust_moe.settings import shown
@@ -189,13 +190,21 @@ def _expect_alike(one: Path, first: Mapping[str, Any], other: Path, results: Map
 
 def _decided_by(results: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the numbers of a study but the seeds and the code, by name."""
-    scale = {name: value for name, value in results["scale"].items() if name not in ("settings", "why")}
+    scale = {name: value for name, value in results["scale"].items() if name not in ("settings", "families", "why")}
+    families = results["scale"].get("families", {})  # of runs alone: a study is older than the families it has not
     return {
         **{"scale" if name == "name" else f"scale {name}": value for name, value in scale.items()},
         **{f"scale {key}": value for key, value in deciding(results["scale"]["settings"]).items()},
         **{f"override {key}": value for key, value in deciding(results["overrides"]).items()},
         "data sha256": results["data"]["sha256"],
-        **{f"run {name}": [run["settings"], run["parts"]] for name, run in results["runs"].items()},
+        **{
+            f"run {name}": [
+                run["settings"],
+                run["parts"],
+                list(families.get(RUNS[name].family if name in RUNS else "", ())),
+            ]
+            for name, run in results["runs"].items()
+        },
     }
 
 
