@@ -18,6 +18,7 @@ from .inference import INFERENCE_ROUTINGS, InferenceConfig, MarginSoft, RandomTo
 from .mixing import log_mixture
 from .mixture import ExpertMixture, NetworkExperts
 from .normalize import Normalize
+from .preact import PreActResNet, PreActResNet18Config, WideResNet, WideResNetConfig
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -54,6 +55,8 @@ __all__ = [
     "NetworkConfig",
     "NetworkExperts",
     "Normalize",
+    "PreActResNet",
+    "PreActResNet18Config",
     "RandomTop",
     "ResNet",
     "ResNet18Config",
@@ -67,6 +70,8 @@ __all__ = [
     "ViTMicroConfig",
     "ViTSmallConfig",
     "ViTTinyConfig",
+    "WideResNet",
+    "WideResNetConfig",
     "build_model",
     "log_mixture",
 ]
