@@ -15,6 +15,7 @@ from .dual import DualModel
 from .gates import GATES, GateConfig, LinearGateConfig, TokenGateConfig
 from .images import ImageSpec
 from .inference import INFERENCE_ROUTINGS, InferenceConfig, MarginSoft, RandomTop
+from .libraries import LibraryConfig
 from .mixing import log_mixture
 from .mixture import ExpertMixture, NetworkExperts
 from .normalize import Normalize
@@ -47,6 +48,7 @@ __all__ = [
     "GateConfig",
     "ImageSpec",
     "InferenceConfig",
+    "LibraryConfig",
     "LinearGateConfig",
     "MarginSoft",
     "MixtureConfig",

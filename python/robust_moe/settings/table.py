@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from robust_moe.settings.config import Config
-from robust_moe.settings.errors import ConfigError, choose
+from robust_moe.settings.errors import ConfigError, choose, hint, shown
 
 __all__ = ["Table", "fixed"]
 
@@ -23,6 +23,8 @@ class Table(Mapping[str, type[Config]]):
     def __init__(self, what: str) -> None:
         self.what = what
         self._entries: dict[str, type[Config]] = {}
+        self._families: dict[str, tuple[type[Config], Callable[[], list[str]]]] = {}
+        self._members: dict[str, type[Config]] = {}  # of families, as they are asked for
 
     def register(self, name: str, config: type[Config] | None = None) -> Callable[[C], C]:
         """A decorator that enters a component under ``name``.
@@ -59,12 +61,44 @@ class Table(Mapping[str, type[Config]]):
 
         return enter
 
+    def register_family(self, prefix: str, config: type[Config], names: Callable[[], list[str]]) -> Callable[[C], C]:
+        """A decorator that enters a component under every name ``PREFIX:MEMBER``. The component gets the member as its
+        argument ``member``.
+
+        Args:
+            prefix: of the names, e.g. ``"timm"``.
+            config: the component's settings.
+            names: all members, asked for when one is chosen. It may raise :class:`ConfigError` where they cannot be
+                known, e.g. for want of a library.
+        """
+
+        def enter(component: C) -> C:
+            config.owner = component
+            self._families[prefix] = (config, names)
+            return component
+
+        return enter
+
     def choose(self, name: str, key: str) -> type[Config]:
         """The settings under ``name``. Raises :class:`ConfigError`, with the nearest name, where there are none."""
+        prefix, colon, member = name.partition(":")
+        if colon and prefix in self._families:
+            members = self._families[prefix][1]()
+            if member not in members:
+                near = hint(member, members, 0.6)
+                raise ConfigError(f"{key}: expected a {self.what} of {prefix}, got {shown(member)}{near}")
+            return self[name]
         return choose({entry: self._entries[entry] for entry in self}, name, key)
 
     def __getitem__(self, name: str) -> type[Config]:
-        return self._entries[name]
+        prefix, colon, member = name.partition(":")
+        if not colon or prefix not in self._families:
+            return self._entries[name]
+        if name not in self._members:
+            made = fixed(self._families[prefix][0], member=member)
+            made.name = name
+            self._members[name] = made
+        return self._members[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
