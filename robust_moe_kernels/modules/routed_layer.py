@@ -180,7 +180,8 @@ class MoELayer(nn.Module):
     def batch_independent(self) -> bool:
         """Whether a row's output depends on that row alone: no buffer is limited, and in the present modes neither
         score noise nor dropout is drawn for the batch nor a norm takes its statistics from it. By the native engine of
-        the CPU the output is then the same bit for bit whatever the batch."""
+        the CPU the output is then the same bit for bit whatever the batch. False in training for experts of other kinds
+        than the engine's, whose parts may draw anything."""
         options = self._route_options
         drawn = self.training and options.noise_std > 0
         return not (options.limits or drawn or any(map(_mixes_rows, modules_of(self))))
@@ -279,6 +280,8 @@ class MoELayer(nn.Module):
 
 def _mixes_rows(module: nn.Module) -> bool:
     """Whether a module's output for a row depends on the others, or on its place among them."""
+    if isinstance(module, Experts) and module.training and not module.known:
+        return True
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
