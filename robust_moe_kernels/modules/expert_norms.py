@@ -81,7 +81,7 @@ def _for_experts(kind: Any) -> Any:
     return type(f"Expert{kind.__name__}", (_FewRows, kind), {"replaces": kind})
 
 
-def _made(kind: type[nn.Module]) -> Any:
+def _made(kind: Any) -> Any:
     return nn.Module.__new__(_for_experts(kind))
 
 
