@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe_kernels.modules.walk import modules_of, tensors_of
@@ -35,18 +36,14 @@ class ExpertBatchNorm2d(nn.BatchNorm2d):
         if x.shape[0] > 0 and self.track_running_stats and self.running_mean is not None:
             batches: Any = self.num_batches_tracked
             batches.add_(1)
-            share = 1.0 / float(batches) if self.momentum is None else self.momentum
-            with torch.no_grad():
-                self.running_mean.lerp_(x.detach().flatten().to(self.running_mean.dtype), share)
-        # Zeros that hang on x: what came before, and the scale, have the gradient 0 then, not none.
-        zeros = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
+            _move_mean(self, x)
+        zeros = _zeros(x)
         return (zeros.to(self.weight.dtype) * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class _FewRows(_BatchNorm):
     """What :class:`ExpertBatchNorm2d` does, before a batch norm of another class, which may do more than normalise
-    (timm's activate too). What it makes of the two same rows that stand for a single one is what it would of that:
-    they have variance 0 as well."""
+    (timm's activate too): two rows of zeros stand for the single one, which normalises to zeros as they do."""
 
     replaces: ClassVar[type[nn.Module]]
 
@@ -59,18 +56,38 @@ class _FewRows(_BatchNorm):
                 return super().forward(x)
             finally:
                 self.training = True
-        variance = self._buffers["running_var"]
-        if variance is not None:  # a copy moves, and is dropped: one that is written back would count as changed in
-            self._buffers["running_var"] = variance.clone()  # place, which a backward of an earlier forward refuses
+        mean, variance = self._buffers["running_mean"], self._buffers["running_var"]
+        if mean is not None and variance is not None:  # copies move with the zeros
+            self._buffers |= {"running_mean": mean.clone(), "running_var": variance.clone()}
         try:
-            return super().forward(torch.cat([x, x]))[:1]
+            zeros = _zeros(x)
+            out = super().forward(torch.cat([zeros, zeros]))[:1]
         finally:
-            self._buffers["running_var"] = variance
+            self._buffers |= {"running_mean": mean, "running_var": variance}
+        if self.track_running_stats and mean is not None:
+            _move_mean(self, x)
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name that a pickle could find it by.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _made, (self.replaces,), *state
+        found: Any = super().__reduce_ex__(protocol)
+        return _made, (self.replaces,), *found[2:]
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """Zeros that hang on x: what came before, and the scale, have the gradient 0 then, not none."""
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
+
+
+def _move_mean(norm: _BatchNorm, x: Tensor) -> None:
+    """Move the running mean towards a single value per channel, after the batch was counted. By a norm's own update: a
+    change in place is one that the backward of an earlier forward refuses."""
+    mean, batches = norm.running_mean, norm.num_batches_tracked
+    assert mean is not None and batches is not None
+    share = 1.0 / float(batches) if norm.momentum is None else norm.momentum
+    twice = torch.cat([x, x]).detach().to(mean.dtype)
+    with torch.no_grad():
+        F.batch_norm(twice, mean, torch.ones_like(mean), training=True, momentum=share)
 
 
 @cache
