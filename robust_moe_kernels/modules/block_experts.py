@@ -7,12 +7,15 @@ from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.block_probe import BlockForm, block_form
 from robust_moe_kernels.modules.expert_norms import copies
 from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.probe import modes_kept
+from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["BlockExperts"]
 
@@ -30,6 +33,10 @@ class BlockExperts(Experts):
     to the same. What is registered is each expert's own, also where the rest of the model has it too.
 
     State: the blocks' own names after the expert's number, e.g. ``0.conv1.weight`` [O, I, 3, 3].
+
+    Raises:
+        ValueError: no blocks; in a forward in training, norms that were made ``SyncBatchNorm`` where other processes
+            take part: they would wait for an expert that has no rows here.
     """
 
     together: ClassVar[bool] = False
@@ -73,6 +80,10 @@ class BlockExperts(Experts):
         return super().one(expert, x.clone() if self.form.writes else x)
 
     def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
+        if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            waits = any(isinstance(part, nn.SyncBatchNorm) and part.training for part in modules_of(self))
+            expected = "norms that wait for no other process, where an expert may have no rows"
+            expect(not waits, "experts", expected, "SyncBatchNorm")
         taken = sum(counts)
         ends = list(accumulate(counts))
         parts = [self.one(e, rows[end - n : end]) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]

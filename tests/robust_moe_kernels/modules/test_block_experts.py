@@ -85,7 +85,7 @@ NETWORKS = {
     "resnet50_gn": {"layers": (1, 1, 1, 2), "channels": (32, 32, 32, 32)},
     "resnet18": {"layers": (1, 1, 1, 2), "channels": (8, 8, 8, 16), "drop_path_rate": 0.2},
     "resnetv2_50": {"layers": (1, 1, 1, 2), "channels": (32, 32, 32, 64)},
-    "convnext_atto": {"depths": (1, 1, 1, 2), "dims": (8, 8, 8, 16)},
+    "convnext_atto": {"depths": (1, 1, 1, 2), "dims": (8, 8, 8, 16), "ls_init_value": 0.5},
 }
 BLOCK_OF = {"resnetv2_50": "stages.3.blocks.1", "convnext_atto": "stages.3.blocks.1"}
 
@@ -274,6 +274,16 @@ def test_norms_of_vectors_see_few_rows_too():
     bias = expert[2].bias.data.normal_()
     assert torch.equal(expert(torch.randn(1, 8, 1, 1)).flatten(), bias)
     assert type(pickle.loads(pickle.dumps(expert))[2]) is type(expert[2])
+
+
+def test_norms_that_would_wait_for_other_processes_are_refused_in_training(monkeypatch):
+    moe = nn.SyncBatchNorm.convert_sync_batchnorm(routed(BLOCKS["squeeze and excitation"]()))
+    moe(images())  # one process has nobody to wait for
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    with raises(ValueError, match=r"experts: expected norms that wait for no other process, .* got SyncBatchNorm"):
+        moe(images())
+    moe.eval()(images())
 
 
 def test_an_extracted_expert_has_the_classes_of_the_block():
