@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robust_moe_kernels.modules.probe import drawn_state
+from robust_moe_kernels.modules.probe import drawn_state, first_line
 from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.walk import modules_of, parameters_of, tensors_of
 
@@ -86,14 +86,16 @@ def block_form(block: nn.Module) -> BlockForm:
 
 def _refusal(block: nn.Module, how: str) -> ValueError:
     expected = "a module that maps [B, C, H, W] to [B, C', H', W'], each map by itself in evaluation"
-    return ValueError(f"block: expected {expected}; {type(block).__name__} {how}")
+    return ValueError(f"block: expected {expected}, got {type(block).__name__} that {how}")
 
 
 def _probe_of(block: nn.Module, device: torch.device, dtype: torch.dtype, drawn: bool) -> nn.Module:
     try:
         probe = copy.deepcopy(block).eval().to(dtype=dtype)
     except Exception as error:  # whatever copying such a module raises
-        raise ValueError(f"block: expected a module that can be copied, got {type(block).__name__}: {error}") from error
+        raise ValueError(
+            f"block: expected a module that can be copied, got {type(block).__name__}: {first_line(error)}"
+        ) from error
     if drawn:
         generator = torch.Generator("cpu").manual_seed(0)
         state = probe.state_dict()
@@ -119,8 +121,8 @@ def _candidates(block: nn.Module) -> list[int]:
 
 
 def _found(probe: nn.Module, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> BlockForm | str:
-    """What the block does with maps of that shape [C, H, W]; or how it fails, to follow its name. Raises ValueError
-    where it does not treat each map by itself, which other numbers might hide."""
+    """What the block does with maps of that shape [C, H, W]; or how it fails, to follow "a block that". Raises
+    ValueError where it does not treat each map by itself, which other numbers might hide."""
     generator = torch.Generator("cpu").manual_seed(1)
     maps = torch.randn(3, *shape, generator=generator, device="cpu").to(device, dtype)
     one, other, third = maps.split(1)
@@ -131,7 +133,7 @@ def _found(probe: nn.Module, shape: torch.Size, device: torch.device, dtype: tor
         try:
             out = probe(given)
         except Exception as error:  # whatever a module of another kind makes of this input
-            return f"fails on {list(x.shape)}: {error}"
+            return f"fails on {list(x.shape)}: {first_line(error)}"
         if not isinstance(out, Tensor):
             return f"returns {type(out).__name__}"
         if out.dim() != 4 or len(out) != len(x) or (outputs and out.shape[1:] != outputs[0].shape[1:]):

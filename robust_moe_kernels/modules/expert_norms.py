@@ -83,8 +83,11 @@ def _move_mean(norm: _BatchNorm, x: Tensor) -> None:
     """Move the running mean towards a single value per channel, after the batch was counted. By a norm's own update: a
     change in place is one that the backward of an earlier forward refuses."""
     mean, batches = norm.running_mean, norm.num_batches_tracked
-    assert mean is not None and batches is not None
-    share = 1.0 / float(batches) if norm.momentum is None else norm.momentum
+    assert mean is not None
+    share = norm.momentum
+    if share is None:
+        assert batches is not None  # it cannot average without
+        share = 1.0 / float(batches)
     twice = torch.cat([x, x]).detach().to(mean.dtype)
     with torch.no_grad():
         F.batch_norm(twice, mean, torch.ones_like(mean), training=True, momentum=share)

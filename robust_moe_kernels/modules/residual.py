@@ -19,7 +19,7 @@ from robust_moe_kernels.modules.experts import (
     geometry_of,
 )
 from robust_moe_kernels.modules.interception import Snapshot
-from robust_moe_kernels.modules.probe import drawn_state, modes_kept
+from robust_moe_kernels.modules.probe import drawn_state, first_line, modes_kept
 from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, same, stacked, states, unchanged
@@ -290,7 +290,7 @@ def _probe(block: nn.Module) -> None:
             as_read = {f"block.{name}": value for name, value in state.items()}
             got = functional_call(_AsRead(block), as_read, (x.clone(),))
         except Exception as error:  # whatever a module of another kind makes of this input
-            raise ValueError(f"block: {type(block).__name__} fails on a random input: {error}") from error
+            raise ValueError(f"block: {type(block).__name__} fails on a random input: {first_line(error)}") from error
     # Same operations in the same order: equal up to the library's choice of algorithm.
     bound = 1e3 * torch.finfo(kind).eps * got.abs().max().clamp_min(1.0)
     if not isinstance(wanted, Tensor) or wanted.shape != got.shape or not bool(((wanted - got).abs() <= bound).all()):

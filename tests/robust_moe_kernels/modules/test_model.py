@@ -253,7 +253,7 @@ REFUSED = {
     "a tuple": (lambda: Returning(lambda x: (x, x)), r"expected a module that maps \[B, C, H, W\] .* returns tuple"),
     "another batch": (
         lambda: Returning(lambda x: torch.cat([x, x])),
-        r"Returning returns \[4, 8, 7, 7\] for \[2, 8, 7, 7\]",
+        r"got Returning that returns \[4, 8, 7, 7\] for \[2, 8, 7, 7\]",
     ),
     "a vector for a map": (lambda: Returning(lambda x: x.mean((2, 3))), r"returns \[2, 8\] for \[2, 8, 7, 7\]"),
     "the batch's mean": (lambda: Returning(lambda x: x - x.mean(0)), NOT_ITSELF),
@@ -268,7 +268,7 @@ REFUSED = {
         lambda: torchvision_resnet.BasicBlock(8, 8, norm_layer=nn.SyncBatchNorm),
         "expected norms that wait for no other process, .*, got BasicBlock with SyncBatchNorm",
     ),
-    "tokens": (lambda: nn.Linear(8, 8), r"Linear fails on \[2, 8, 7, 7\]"),
+    "tokens": (lambda: nn.Linear(8, 8), r"got Linear that fails on \[2, 8, 7, 7\]"),
     "what cannot be copied": (
         lambda: Returning(Kept()),
         "expected a module that can be copied, got Returning",
