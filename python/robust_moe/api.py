@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from robust_moe.engine.checkpoint import data_of, load_checkpoint, load_model_st
 from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_device
 from robust_moe.evaluation import PresetEvaluation
 from robust_moe.evaluation.stages import as_fraction
+from robust_moe.given import as_images, as_labels, with_logits
 from robust_moe.outputs import evaluation_outputs, expect_json_name, expect_named, expect_outputs
 from robust_moe.report import faster_in_half
 from robust_moe.settings import plain
@@ -85,8 +87,8 @@ def load_model(
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int] | Sequence[str],
     *,
     eps: str | float | Fraction,
     norm: str = "Linf",
@@ -108,9 +110,10 @@ def evaluate(
 
     Args:
         model: maps images [B, C, H, W] in [0, 1] to logits [B, classes], any normalisation inside; left exactly as
-            found, on its own device.
-        images: uint8 [n, C, H, W] in 0..255, or float32 in [0, 1].
-        labels: int64 [n], 0..classes-1.
+            found, on its own device. It may return a tuple, of which the first such tensor is taken, or a mapping that
+            has them as ``"logits"``.
+        images: uint8 [n, C, H, W] in 0..255, or floats in [0, 1], tensor or array; a rounding outside is clipped.
+        labels: [n] whole numbers 0..classes-1, or names out of ``class_names``.
         eps: radius of the ball, such as ``"8/255"``; pixels are in [0, 1].
         norm: ``"Linf"`` or ``"L2"``.
         preset: a key of :data:`robust_moe.evaluation.PRESETS`: ``"quick"``: ``attack`` alone; ``"standard"`` or
@@ -141,13 +144,12 @@ def evaluate(
         FloatingPointError: NaN in a logit or an attack's gradient.
     """
     expect(isinstance(model, nn.Module), "model", "a torch.nn.Module", type(model).__name__)
-    for name, tensor in (("images", images), ("labels", labels)):
-        expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
-    expect(images.ndim == 4 and len(images) > 0, "images", "shape [n, C, H, W] with n >= 1", list(images.shape))
+    images = as_images(images)
     expect(isinstance(fast, bool), "fast", "True or False", repr(fast))
     expect(type(seed) is int and seed >= 0, "seed", "an integer >= 0", repr(seed))
     expect(not isinstance(class_names, str), "class_names", "a list of names", repr(class_names))
     names = [] if class_names is None else [str(name) for name in class_names]
+    labels = as_labels(labels, names)
     if names and len(labels):
         largest = int(labels.max())
         expect(largest < len(names), "class_names", f"more than {largest}, the largest label", f"{len(names)} names")
@@ -157,8 +159,9 @@ def evaluate(
     expect_outputs("results", evaluation_outputs(numbers, None))
     expect_outputs("report", evaluation_outputs(numbers, page))
     reporter = Reporter(enabled=progress)
+    name, model = type(model).__name__, with_logits(model, images)
     facts: dict[str, dict[str, Any]] = {
-        "model": {"name": type(model).__name__},
+        "model": {"name": name},
         "data": {"name": "images", "split": "given", "image_size": min(images.shape[2:]), "classes": names},
         "settings": {"checkpoint": None, "checkpoint_sha256": None},
     }

@@ -4,6 +4,7 @@ from robust_moe_kernels.modules.attack_mode import attack_mode
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
 from robust_moe_kernels.modules.gates import GATES, ConvGapGate, FixedGate, GapFcGate, TwoConvGate
 from robust_moe_kernels.modules.general_path import general_path
+from robust_moe_kernels.modules.linking import link_layers
 from robust_moe_kernels.modules.mlp_layer import FusedMLPMoE
 from robust_moe_kernels.modules.model import (
     balance_loss,
@@ -13,6 +14,7 @@ from robust_moe_kernels.modules.model import (
     replace_mlps,
 )
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE
+from robust_moe_kernels.modules.momentum import Momentum
 from robust_moe_kernels.modules.pruning import prune_experts
 from robust_moe_kernels.modules.route_control import (
     AllExperts,
@@ -29,12 +31,13 @@ from robust_moe_kernels.modules.route_options import DrawnReroute, Reroute, Rout
 from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.modules.shared_launches import shared_launches
-from robust_moe_kernels.modules.token_gates import TOKEN_GATES, LinearGate, NoisyTopKGate
+from robust_moe_kernels.modules.token_gates import TOKEN_GATES, AdaptiveClusteringGate, LinearGate, NoisyTopKGate
 
 __all__ = [
     "BALANCE_LOSSES",
     "GATES",
     "TOKEN_GATES",
+    "AdaptiveClusteringGate",
     "AllExperts",
     "ConvGapGate",
     "DrawnReroute",
@@ -47,6 +50,7 @@ __all__ = [
     "GapFcGate",
     "LinearGate",
     "MoELayer",
+    "Momentum",
     "NoisyTopKGate",
     "RandomRoutes",
     "Reroute",
@@ -60,6 +64,7 @@ __all__ = [
     "check_finite",
     "general_path",
     "last_routes",
+    "link_layers",
     "moe_layers",
     "only_expert",
     "prune_experts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from robust_moe_kernels import native
 from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.chain import Place
 from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.shared_launches import shared_launches
+from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
 
 __all__ = ["MODES", "attack_mode"]
@@ -44,7 +46,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     how to prevent that): an attack allocates the same large maps again and again.
 
     Flags are restored one submodule and one parameter at a time, so a partly frozen model or a batch norm held in eval
-    mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last forward. May be
+    mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last forward, and what
+    linked layers have left for the next. The running spreads of :class:`AdaptiveClusteringGate` never move. May be
     nested, but not entered by two threads at once on one model, whose flags these are. Gradients are enabled inside,
     also under ``no_grad`` or ``inference_mode``.
 
@@ -64,6 +67,10 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     before: list[_Setting] = [
         (setattr, layer, "routing", layer.routing) for layer in modules if isinstance(layer, MoELayer)
     ]
+    chains = {id(place.chain): place.chain for place in _places(modules)}.values()
+    before += [(setattr, chain, "handed", chain.handed) for chain in chains]
+    gates = [module for module in modules if isinstance(module, AdaptiveClusteringGate)]
+    before += [(setattr, gate, "learns", gate.learns) for gate in gates]
     experts = [module for module in modules if isinstance(module, Experts)]
     before += [(setattr, each, "held", each.held) for each in experts]
     before += [(setattr, block, "folded", block.folded) for block in blocks]
@@ -73,6 +80,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         model.train(mode == "train")
         for parameter in parameters:
             parameter.requires_grad_(False)
+        for gate in gates:
+            gate.learns = False
         with torch.inference_mode(False), torch.enable_grad():
             for each in experts:
                 each.held = []
@@ -83,6 +92,12 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
                 yield
     finally:
         _put_back(before)
+
+
+def _places(modules: Iterable[nn.Module]) -> list[Place]:
+    """The places of linked layers in their chains."""
+    every = [(layer.output_place, layer.choice_place) for layer in modules if isinstance(layer, MoELayer)]
+    return [place for pair in every for place in pair if place is not None]
 
 
 _Setting = tuple[Any, ...]  # a function and its arguments

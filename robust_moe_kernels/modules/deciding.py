@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.assignment import chosen_by_experts, within_capacity
@@ -29,8 +30,8 @@ class Decision(NamedTuple):
 
 
 def decide(
-    gate: nn.Module, x: Tensor, num_experts: int, options: RouteOptions, training: bool, *, shape: tuple[int, ...],
-    padding: Tensor | None = None, plainly: bool = False,
+    gate: Callable[[Tensor], Tensor], x: Tensor, num_experts: int, options: RouteOptions, training: bool, *,
+    shape: tuple[int, ...], padding: Tensor | None = None, plainly: bool = False,
 ) -> Decision:  # fmt: skip
     """Where rows x [N, ...] go; ``plainly``: by operations of PyTorch alone."""
     rows = x.shape[0]

@@ -56,6 +56,11 @@ class FoldedConvs:
             if key[1] in found:
                 self.made[key] = None
 
+    def clear(self) -> None:
+        """Operations that nobody saw may have moved running statistics: the next forward folds anew."""
+        self.made.clear()
+        self._rows.clear()
+
     def _make(self) -> None:
         """Of all that is known to be folded, together; a call with other numbers will find that it is not theirs."""
         modules = modules_of(self._model)

@@ -29,7 +29,8 @@ class FusedMLPMoE(MoELayer):
     served first where more choose an expert ("batch": the tokens with the largest scores, "vanilla": the first of the
     batch); and ``choice="expert"``, by which each expert takes its B best tokens (Zhou et al., 2202.09368). The MLP of
     a pair that is dropped is not computed: the token passes by the skip around the MLP. ``routing.dropped`` says which
-    pairs that were.
+    pairs that were. Layers that :func:`~robust_moe_kernels.modules.link_layers` has linked hand their outputs
+    (``momentum``) or first choices from one to the next.
 
     forward: x [..., C] -> [..., O], dtype as the experts leave it. ``padding_mask``, bool [...], is true at tokens that
     are not routed: their output is 0, they take no place in a buffer, no statistic counts them and their numbers are
@@ -41,6 +42,7 @@ class FusedMLPMoE(MoELayer):
 
     gates: ClassVar[Mapping[str, type[nn.Module]]] = TOKEN_GATES
     limited: ClassVar[bool] = True
+    linkable: ClassVar[bool] = True
 
     @classmethod
     def from_mlp(
@@ -69,8 +71,8 @@ class FusedMLPMoE(MoELayer):
                 it is trained, but not by the gate.
             num_experts: E >= 1.
             top_k, impl: see :class:`MoELayer`.
-            gate: a name in ``TOKEN_GATES`` ("linear", "noisy_top_k"), a module, [N, C] -> logits [N, E], or a function
-                that makes one from (C, E).
+            gate: a name in ``TOKEN_GATES`` ("linear", "noisy_top_k", and for layers that are linked then,
+                "adaptive_clustering"), a module, [N, C] -> logits [N, E], or a function that makes one from (C, E).
             renormalize, straight_through: see :class:`MoELayer`; None: true, but false with "noisy_top_k", whose paper
                 keeps the scores as they are.
             noise_std: None: 0, but 1, the paper's N(0, 1/E^2), with "noisy_top_k"; see :class:`RouteOptions`.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.modules.balance import BALANCE_LOSSES
+from robust_moe_kernels.modules.linking import link_layers
 from robust_moe_kernels.modules.mlp_layer import FusedMLPMoE
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE
+from robust_moe_kernels.modules.momentum import Momentum
 from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
 
 __all__ = ["balance_loss", "check_finite", "moe_layers", "replace_blocks", "replace_mlps"]
 
@@ -24,7 +28,8 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
     Args:
         model: any module.
         names: one or more submodule names, such as "layer4.1" (a block) or "layer4.1.conv2" (a convolution).
-        options: those of :meth:`FusedBlockMoE.from_block`.
+        options: those of :meth:`FusedBlockMoE.from_block`; a ``gate`` module is the first layer's, the others get
+            copies of it.
 
     Returns:
         The same model.
@@ -34,34 +39,60 @@ def replace_blocks(model: nn.Module, names: str | Iterable[str], **options: Any)
             that cannot be replaced; the model is unchanged then.
     """
 
+    each = _with_own_gates(options)
+
     def layer_of(module: nn.Module) -> MoELayer:
         if isinstance(module, nn.Conv2d):
-            return FusedConvMoE.from_conv(module, **options)
-        return FusedBlockMoE.from_block(module, **options)
+            return FusedConvMoE.from_conv(module, **next(each))
+        return FusedBlockMoE.from_block(module, **next(each))
 
     return _replace(model, names, layer_of)
 
 
-def replace_mlps(model: nn.Module, names: str | Iterable[str], **options: Any) -> nn.Module:
-    """Swap MLPs of a transformer, in place, for mixtures of experts, each token to experts of its own.
+def replace_mlps(
+    model: nn.Module, names: str | Iterable[str], *, momentum: Momentum | None = None, **options: Any
+) -> nn.Module:
+    """Swap MLPs of a transformer, in place, for mixtures of experts, each token to experts of its own. They are linked
+    with ``momentum``, or gates "adaptive_clustering" (:func:`~robust_moe_kernels.modules.link_layers`).
 
     Args:
         model: any module, such as a ViT, DeiT or Swin of timm or torchvision.
         names: one or more submodule names, such as "blocks.9.mlp" (timm's ViT), "layers.2.blocks.1.mlp" (its Swin),
             "encoder.layers.encoder_layer_9.mlp" (torchvision's ViT) or "features.5.1.mlp" (its Swin).
-        options: those of :meth:`FusedMLPMoE.from_mlp`.
+        momentum: over the outputs of these layers, in the model's order; None: none.
+        options: those of :meth:`FusedMLPMoE.from_mlp`; a ``gate`` module as there.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: as :func:`replace_blocks`; the model is unchanged then.
+        ValueError: as :func:`replace_blocks`, and layers that cannot be linked; the model is unchanged then.
     """
-    return _replace(model, names, lambda module: FusedMLPMoE.from_mlp(module, **options))
+
+    def link(layers: list[MoELayer]) -> None:
+        if momentum is not None or any(isinstance(layer.gate, AdaptiveClusteringGate) for layer in layers):
+            link_layers(layers, momentum)
+
+    each = _with_own_gates(options)
+    return _replace(model, names, lambda module: FusedMLPMoE.from_mlp(module, **next(each)), link)
 
 
-def _replace(model: nn.Module, names: str | Iterable[str], layer_of: Callable[[nn.Module], MoELayer]) -> nn.Module:
-    """Swap the submodules of these names for what ``layer_of`` makes of each; all of them or none."""
+def _with_own_gates(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options of one layer after another: each with a gate of its own"""
+    yield options
+    while True:
+        gate = options.get("gate")
+        yield options | {"gate": copy.deepcopy(gate)} if isinstance(gate, nn.Module) else options
+
+
+def _replace(
+    model: nn.Module,
+    names: str | Iterable[str],
+    layer_of: Callable[[nn.Module], MoELayer],
+    link: Callable[[list[MoELayer]], None] = lambda layers: None,
+) -> nn.Module:
+    """Swap the submodules of these names for what ``layer_of`` makes of each; all of them or none. ``link`` gets the
+    layers in the model's order."""
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         inner = next((other for other in names if other.startswith(f"{name}.")), None)
@@ -75,6 +106,7 @@ def _replace(model: nn.Module, names: str | Iterable[str], layer_of: Callable[[n
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"names: expected the name of a submodule, got {name!r}{hint}")
         layers[name] = layer_of(known[name])
+    link([layers[name] for name in known if name in layers])
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return model

@@ -34,6 +34,7 @@ from robust_moe_kernels.modules.folded_convs import FoldedConvs, frozen
 from robust_moe_kernels.modules.interception import is_compiled, is_hooked, transformed
 from robust_moe_kernels.modules.norm_knowledge import Known
 from robust_moe_kernels.modules.norm_learning import Operators, Watch, is_plain
+from robust_moe_kernels.modules.norm_pausing import Pauses
 from robust_moe_kernels.modules.walk import modules_of
 
 __all__ = ["backbone_folded"]
@@ -91,6 +92,7 @@ class _Folding(TorchFunctionMode):
         self.blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.outer = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Folding)]
         self.nested = 0  # other such modes inside of this one, whose work it leaves alone
+        self.pauses = Pauses(model, self, self._may_pause)
 
     @property
     def known(self) -> Known:
@@ -99,10 +101,12 @@ class _Folding(TorchFunctionMode):
     def __enter__(self) -> Self:
         for mode in self.outer:
             mode.nested += 1
+        self.pauses.begin()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.pauses.end()
         self._stop()
         for mode in self.outer:
             mode.nested -= 1
@@ -154,6 +158,13 @@ class _Folding(TorchFunctionMode):
         if self.promises:
             args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _may_pause(self, small: bool) -> bool:
+        """Whether a forward may pass unseen: one that is ``small``, or that a mode inside of this one looked after."""
+        if self.watch is not None or self.promises or not (small or self.nested):
+            return False
+        self.folded.clear()
+        return True
 
     # --- promises ---
 
@@ -239,6 +250,8 @@ class _Folding(TorchFunctionMode):
                     self._learn([], nothing=True)
             elif self.known.chains is not None:  # no chain at all, or a small forward: nothing is folded
                 folded = self.known.chains and not small
+                if not folded:
+                    self.pauses.is_small()
                 self.how = ("promises" if self.known.usable() else "careful") if folded else ""
             else:
                 self.how = "unfolded" if small else "careful"

@@ -13,6 +13,7 @@ from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import dense_format
 from robust_moe_kernels.modules.model import moe_layers
 from robust_moe_kernels.modules.routed_layer import MoELayer
+from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
 
 __all__ = ["prune_experts"]
 
@@ -26,7 +27,8 @@ def prune_experts(model: M, keep: Mapping[str, Sequence[int]] | Sequence[int]) -
     larger than the number of experts left is lowered to it. An image whose experts all stay keeps its route; with
     ``renormalize``, or ``straight_through`` and k = 1, its weights are the same up to rounding. With neither they grow:
     they are scores of a softmax over the experts left. The state dict has the names of the model's, with the smaller
-    dimensions: where all layers keep the same number, that of a model built with so many experts.
+    dimensions: where all layers keep the same number, that of a model built with so many experts. A linked gate forgets
+    the clusters of experts that the layer before has lost.
 
     A gate's last layer is found as follows: of an ``nn.Sequential`` it is in the last module, of a module with an
     attribute ``last_layer`` in the submodule of that name, and so on to an ``nn.Linear``, or an ``nn.Conv2d`` without
@@ -55,7 +57,21 @@ def prune_experts(model: M, keep: Mapping[str, Sequence[int]] | Sequence[int]) -
     for name, layer in moe_layers(pruned).items():
         if name in chosen:
             _prune(name, layer, chosen[name])
+            if (follower := _follower(pruned, layer)) is not None:
+                follower.keep_clusters(list(chosen[name]))
     return pruned
+
+
+def _follower(model: nn.Module, layer: MoELayer) -> AdaptiveClusteringGate | None:
+    """The gate, if there is one, whose clusters are the first choices of ``layer``."""
+    place = layer.choice_place
+    for other in moe_layers(model).values():
+        after = other.choice_place
+        if place is None or after is None or after.chain is not place.chain:
+            continue
+        if after.index == place.index + 1 and isinstance(other.gate, AdaptiveClusteringGate):
+            return other.gate
+    return None
 
 
 def _are_experts(experts: Any, count: int) -> bool:

@@ -1,23 +1,34 @@
-"""How a mixture-of-experts layer routes: all of its options in one frozen object."""
+"""How a mixture-of-experts layer routes, and what it makes of its experts' sum: its options in one frozen object."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, Self, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from robust_moe_kernels.checks import FLOATS, expect, expect_dtype, expect_same_device, expect_shape, expect_tensor
+from robust_moe_kernels.modules.momentum import Momentum
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 
-__all__ = ["NOISES", "DrawnReroute", "Reroute", "RouteOptions", "checked_routes", "expect_expert", "kept_in_range"]
+__all__ = [
+    "NOISES",
+    "DrawnReroute",
+    "Option",
+    "Reroute",
+    "RouteOptions",
+    "checked_routes",
+    "expect_expert",
+    "kept_in_range",
+]
 
 CHOICES = ("token", "expert")
 IMPLS = ("auto", "reference")
 NOISES = ("logits", "released", "vmoe")
 PRIORITIES = ("batch", "vanilla")
+T = TypeVar("T")
 
 
 class Reroute(Protocol):
@@ -43,7 +54,7 @@ class DrawnReroute(Reroute, Protocol):
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """What a layer does with its gate's logits, tensors apart. Equal options route equal logits in the same way.
+    """What a layer does with its gate's logits and its experts' sum, tensors apart. Equal options do the same.
 
     A recorded CUDA graph has the options of every layer fixed in it, so the object as a whole is part of the graph's
     key (:mod:`robust_moe.graphs`): an option added here, or by a subclass, makes another key by itself.
@@ -65,6 +76,7 @@ class RouteOptions:
     capacity: float | None = None  # rows that an expert takes at most, in units of k*N/E; None: all that choose it
     priority: str = "batch"  # who is served first: "batch", rows with large scores; "vanilla", the first of the batch
     choice: str = "token"  # "expert": experts choose their rows, capacity*k*N/E each (capacity None: 1)
+    momentum: Momentum | None = None  # over the outputs of linked layers (``link_layers``); None: none
     impl: str = "auto"  # "reference": in plain PyTorch, differentiable any number of times (``general_path``)
 
     def __post_init__(self) -> None:
@@ -75,6 +87,8 @@ class RouteOptions:
         expect(ok, "capacity", "a finite number > 0, or None", repr(self.capacity))
         expect(self.priority in PRIORITIES, "priority", f"one of {', '.join(PRIORITIES)}", repr(self.priority))
         expect(self.choice in CHOICES, "choice", f"one of {', '.join(CHOICES)}", repr(self.choice))
+        ok = self.momentum is None or isinstance(self.momentum, Momentum)
+        expect(ok, "momentum", "a Momentum, or None", repr(self.momentum))
         expect(self.impl in IMPLS, "impl", f"one of {', '.join(IMPLS)}", repr(self.impl))
 
     def expect_fits(self, num_experts: int) -> None:
@@ -99,6 +113,36 @@ class RouteOptions:
         if kept.shape[1] == 1 and self.straight_through and self.top_k == 1:
             return 1 + (kept - kept.detach())
         return kept / kept.sum(1, keepdim=True) if self.renormalize else kept
+
+
+class _Routing(Protocol):
+    """What has options: a layer."""
+
+    @property
+    def route_options(self) -> RouteOptions: ...
+
+    @route_options.setter
+    def route_options(self, options: RouteOptions) -> None: ...
+
+
+class Option(Generic[T]):
+    """An attribute of a layer that reads and replaces one of its ``route_options``."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, layer: _Routing, owner: type) -> T: ...
+
+    def __get__(self, layer: _Routing | None, owner: type) -> Self | T:
+        return self if layer is None else getattr(layer.route_options, self.name)
+
+    def __set__(self, layer: _Routing, value: T) -> None:
+        changed: dict[str, Any] = {self.name: value}
+        layer.route_options = replace(layer.route_options, **changed)
 
 
 def checked_routes(routes: Any, record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor | None]:

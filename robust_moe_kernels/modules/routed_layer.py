@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar, overload
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect, expect_dtype
 from robust_moe_kernels.modules.assignment import route_of, sorted_indices
+from robust_moe_kernels.modules.chain import Place
 from robust_moe_kernels.modules.deciding import Decision, decide
 from robust_moe_kernels.modules.expert_module import ExpertModule
 from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.gates import GATES, Gate, build_gate
 from robust_moe_kernels.modules.general_path import general_path, mix_plainly, wanted
 from robust_moe_kernels.modules.interception import has_ended
-from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, expect_expert
+from robust_moe_kernels.modules.momentum import Momentum
+from robust_moe_kernels.modules.route_options import Option, Reroute, RouteOptions, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
 from robust_moe_kernels.modules.walk import modules_of
 from robust_moe_kernels.ops.routing import Route
 
@@ -29,28 +33,14 @@ INITS = ("copy", "fresh")
 
 _IMPOSED = ("fixed_expert", "reroute")  # options that are set for a while, and not printed
 # Printed if they differ from these.
-_PRINTED_IF_SET = {"inference": None, "impl": "auto", "capacity": None, "priority": "batch", "choice": "token"}
-T = TypeVar("T")
-
-
-class _Option(Generic[T]):
-    """An attribute of a layer that reads and replaces one of its ``route_options``."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, layer: None, owner: type) -> Self: ...
-
-    @overload
-    def __get__(self, layer: MoELayer, owner: type) -> T: ...
-
-    def __get__(self, layer: MoELayer | None, owner: type) -> Self | T:
-        return self if layer is None else getattr(layer.route_options, self.name)
-
-    def __set__(self, layer: MoELayer, value: T) -> None:
-        changed: dict[str, Any] = {self.name: value}
-        layer.route_options = replace(layer.route_options, **changed)
+_PRINTED_IF_SET = {
+    "inference": None,
+    "impl": "auto",
+    "capacity": None,
+    "priority": "batch",
+    "choice": "token",
+    "momentum": None,
+}
 
 
 class MoELayer(nn.Module):
@@ -91,21 +81,25 @@ class MoELayer(nn.Module):
             (on a GPU when ``check_finite`` reads the flag).
     """
 
-    top_k = _Option[int]()
-    renormalize = _Option[bool]()
-    straight_through = _Option[bool]()
-    noise_std = _Option[float]()
-    noise = _Option[str]()
-    capacity = _Option[float | None]()
-    priority = _Option[str]()
-    choice = _Option[str]()
-    fixed_expert = _Option[int | None]()
-    reroute = _Option[Reroute | None]()
-    inference = _Option[Reroute | None]()
-    impl = _Option[str]()
+    top_k = Option[int]()
+    renormalize = Option[bool]()
+    straight_through = Option[bool]()
+    noise_std = Option[float]()
+    noise = Option[str]()
+    capacity = Option[float | None]()
+    priority = Option[str]()
+    choice = Option[str]()
+    fixed_expert = Option[int | None]()
+    reroute = Option[Reroute | None]()
+    inference = Option[Reroute | None]()
+    momentum = Option[Momentum | None]()
+    impl = Option[str]()
 
     gates: ClassVar[Mapping[str, type[nn.Module]]] = GATES  # that a name stands for
     limited: ClassVar[bool] = False  # whether ``capacity`` and ``choice`` can limit an expert's rows
+    linkable: ClassVar[bool] = False  # whether a skip stands around it alone, so that momentum means something
+    output_place: Place | None = None  # in the chain of outputs that momentum goes along (``link_layers``)
+    choice_place: Place | None = None  # in the chain of first choices, for gates that ask for them
 
     def __init__(
         self,
@@ -133,9 +127,7 @@ class MoELayer(nn.Module):
         self._route_options = options
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(
-            getattr(type(self), name, None), _Option
-        ):  # a reroute may be a module, but is no part of this one
+        if isinstance(getattr(type(self), name, None), Option):  # a reroute may be a module, but is no part of this one
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -174,14 +166,17 @@ class MoELayer(nn.Module):
         if options.limits and not self.limited:
             kind, got = type(self).__name__, f"capacity={options.capacity}, choice={options.choice!r}"
             expect(False, "capacity", f"None, with choice 'token', for {kind}: a dropped map would have no output", got)
+        linked = options.momentum is None or self.output_place is not None
+        expect(linked, "momentum", "None for a layer that is not linked (see link_layers)", options.momentum)
         self._route_options = options
 
     @property
     def batch_independent(self) -> bool:
         """Whether a row's output depends on that row alone: no buffer is limited, and in the present modes neither
-        score noise nor dropout is drawn for the batch nor a norm takes its statistics from it. By the native engine of
-        the CPU the output is then the same bit for bit whatever the batch. False in training for experts of other kinds
-        than the engine's, whose parts may draw anything."""
+        score noise nor dropout is drawn for the batch nor a norm or gate takes its statistics from it. By the native
+        engine of the CPU the output is then the same bit for bit whatever the batch. What a linked layer before has
+        left for the row (``link_layers``) counts as part of it, as x does: that layer answers for its own. False in
+        training for experts of other kinds than the engine's, whose parts may draw anything."""
         options = self._route_options
         drawn = self.training and options.noise_std > 0
         return not (options.limits or drawn or any(map(_mixes_rows, modules_of(self))))
@@ -200,16 +195,21 @@ class MoELayer(nn.Module):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})
         rows, shape, padding = self._rows(x, padding_mask)
         self._expect_kind(rows)
-        fixed = self._route_options.fixed_expert
+        options = self._route_options
+        place = None if options.momentum is None else self.output_place
+        before = None if place is None else place.take(shape, trained=x.requires_grad)
+        fixed = options.fixed_expert
         # Read from the local name: another thread's forward may replace the record meanwhile.
         if fixed is not None:
             self._routing = record = RoutingRecord.fixed(rows, fixed, self.num_experts, shape)
+            self._follow(shape)
+            self._hand_on(record)
             out = self.experts.one(fixed, rows)
             if padding is not None:
                 routed = record.with_padding(padding).dropping(padding[:, None])
                 self._routing = replace(routed, mean_square_lse=record.mean_square_lse)  # of no logits
                 out = out.masked_fill(padding[:, None], 0.0)
-        elif wanted(self._route_options.impl):
+        elif wanted(options.impl):
             with general_path():
                 self._routing = record = self._decide(rows, shape, padding, plainly=True).record
                 out = mix_plainly(self.experts, rows, sorted_indices(record), record.weights)
@@ -217,11 +217,20 @@ class MoELayer(nn.Module):
             record, route, computed = self._decide(rows, shape, padding)
             self._routing = record  # not by the property, whose setter torch.compile would have to trace
             out = self._mix(rows, route_of(record) if route is None else route, record.weights, computed)
+        if options.momentum is not None and place is not None:
+            if before is not None:
+                width = f"outputs of {list(before.shape[1:])} channels, as in the linked layer before"
+                expect(before.shape == out.shape, "momentum", width, list(out.shape[1:]))
+            out = options.momentum.step(out, before)
+            if padding is not None:  # the layer before may have computed what is padding here
+                out = out.masked_fill(padding[:, None], 0.0)
+            place.leave(out, shape)
         return out if len(shape) == 1 else out.reshape(*shape, *out.shape[1:])
 
     def decide(self, x: Tensor) -> tuple[RoutingRecord, Route]:
         """What the layer's gate and options, the fixed expert apart, make of ``x``, as a forward takes it, without
-        running an expert: the record that a forward would leave in ``routing``, and where it would send each row."""
+        running an expert: the record that a forward would leave in ``routing``, and where it would send each row.
+        Layers with linked gates decide in their order."""
         record, route, _ = self._decide(*self._rows(x, None))
         return record, route_of(record) if route is None else route
 
@@ -239,9 +248,26 @@ class MoELayer(nn.Module):
 
     def _decide(self, rows: Tensor, shape: tuple[int, ...], padding: Tensor | None, plainly: bool = False) -> Decision:
         options, training = self._route_options, self.training
-        return decide(
-            self.gate, rows, self.num_experts, options, training, shape=shape, padding=padding, plainly=plainly
+        gate: Callable[[Tensor], Tensor] = self.gate
+        clusters = self._follow(shape)
+        if isinstance(gate, AdaptiveClusteringGate):
+            linked = self.choice_place is not None
+            expect(linked, "gate", "a layer that is linked (see link_layers) for AdaptiveClusteringGate", "one alone")
+            gate = partial(gate, clusters=clusters, padding=padding)
+        decision = decide(
+            gate, rows, self.num_experts, options, training, shape=shape, padding=padding, plainly=plainly
         )
+        self._hand_on(decision.record)
+        return decision
+
+    def _follow(self, shape: tuple[int, ...]) -> Tensor | None:
+        """First choices [N] of the linked layer before; None where there is none."""
+        return None if self.choice_place is None else self.choice_place.take(shape)
+
+    def _hand_on(self, record: RoutingRecord) -> None:
+        """First choices to the linked layer behind."""
+        if self.choice_place is not None:
+            self.choice_place.leave(record.indices[:, 0], record.shape)
 
     def _expect_kind(self, x: Tensor) -> None:
         weight = next(self.experts.parameters(), None)
@@ -282,6 +308,8 @@ def _mixes_rows(module: nn.Module) -> bool:
     """Whether a module's output for a row depends on the others, or on its place among them."""
     if isinstance(module, Experts) and module.training and not module.known:
         return True
+    if isinstance(module, AdaptiveClusteringGate):
+        return module.training and module.clusters is not None
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.training or module.running_mean is None
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0

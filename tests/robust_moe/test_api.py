@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,25 @@ def cnn() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), Block(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )
+
+
+class Returning(nn.Module):
+    """The plain CNN, whose logits are returned in something."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.how = cnn(), how
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.body(x)
+        found = {
+            "tuple": (logits, logits.mean()),
+            "features first": [x, logits],
+            "mapping": {"loss": None, "logits": logits},
+            "features": {"features": logits},
+            "nothing": None,
+        }
+        return found[self.how]
 
 
 def images(model: nn.Module, count: int = 12) -> tuple[Tensor, Tensor]:
@@ -86,6 +106,39 @@ def test_a_plain_cnn_in_memory():
         "parameters": sum(map(torch.numel, model.parameters())),
     }
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["tuple", "features first", "mapping"])
+def test_logits_may_be_returned_in_something(how):
+    """The numbers of the bare network, and the model keeps its name, mode and parameters."""
+    model, bare = Returning(how), cnn()
+    x, y = images(bare)
+    found, expected = (robust_moe.evaluate(each, x, y, eps="4/255") for each in (model, bare))
+    assert (found["clean"], found["robust"]) == (expected["clean"], expected["robust"])
+    assert found["model"]["name"] == "Returning"
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y: (x.numpy(), y.numpy()),
+        lambda x, y: (x.half().numpy(), y.numpy().astype(np.uint8)),
+        lambda x, y: (x.tolist(), y.tolist()),
+        lambda x, y: (x, [("cat", "dog", "emu")[label] for label in y]),
+        lambda x, y: (x + 5e-7 * (x == x.max()) - 5e-7 * (x == x.min()), y.int()),
+    ],
+    ids=["arrays", "half precision and bytes", "lists", "names", "a rounding outside"],
+)
+def test_images_and_labels_may_be_something_else(change):
+    model, classes = cnn(), ["cat", "dog", "emu"]
+    x, y = images(model)
+    x = x.mul(256).floor().div(256)  # whole in half precision
+    x[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    given, labels = change(x, y)
+    found = robust_moe.evaluate(model, given, labels, eps="1/255", attack="fgsm", class_names=classes)
+    expected = robust_moe.evaluate(model, x, y, eps="1/255", attack="fgsm", class_names=classes)
+    assert (found["clean"], found["robust"]) == (expected["clean"], expected["robust"])
 
 
 @pytest.mark.parametrize(("faster", "kind"), [(True, "bfloat16"), (False, "float32")])
@@ -209,7 +262,30 @@ def test_progress_says_so(capsys):
     ("change", "message"),
     [
         ({"model": lambda x: x}, "model: expected a torch.nn.Module, got function"),
-        ({"images": [[1.0]]}, "images: expected a tensor, got list"),
+        ({"model": Returning("features")}, "model: expected a module that returns logits [B, classes], or a tuple"),
+        ({"model": Returning("nothing")}, "model: expected a module that returns logits [B, classes], or a tuple"),
+        ({"images": [[1.0]]}, "images: expected shape [n, C, H, W] with n >= 1, got [1, 1]"),
+        ({"images": "cat.png"}, "images: expected a tensor, or an array of numbers, got an array of <U7"),
+        ({"images": None}, "images: expected a tensor, an array or a list, got NoneType"),
+        ({"images": [[1.0], [1.0, 2.0]]}, "images: expected a tensor, an array or a list, got list"),
+        (
+            {"images": np.zeros((12, 8, 8, 3), np.uint8)},
+            "images: expected shape [n, C, H, W], as of images.transpose(0, 3, 1, 2), got [12, 8, 8, 3], with the",
+        ),
+        (
+            {"images": torch.zeros(12, 8, 8, 3)},
+            "images: expected shape [n, C, H, W], as of images.permute(0, 3, 1, 2), got [12, 8, 8, 3], with the",
+        ),
+        (
+            {"images": torch.full((12, 3, 8, 8), 1.001)},
+            "images: expected finite pixels in [0, 1], got values from 1.001 to 1.001; ",
+        ),
+        ({"labels": ["cat"] * 12}, "labels: expected numbers 0..classes-1, or class_names beside them, got names such"),
+        (
+            {"labels": ["cta"] * 12, "class_names": ["cat", "dog", "emu"]},
+            "labels: expected names out of class_names, got 'cta'; did you mean 'cat'?",
+        ),
+        ({"labels": [0.5] * 12}, "labels: expected whole numbers 0..classes-1, or names with class_names beside them"),
         ({"images": torch.zeros(3, 8, 8)}, "images: expected shape [n, C, H, W] with n >= 1, got [3, 8, 8]"),
         (
             {"images": torch.full((12, 3, 8, 8), 3.0)},
@@ -220,7 +296,7 @@ def test_progress_says_so(capsys):
             "labels: expected int64 of shape [12], got torch.int64 of shape",
         ),
         ({"labels": torch.full((12,), 3)}, "labels: expected 0..2, as many as logits, got 3..3"),
-        ({"labels": None}, "labels: expected a tensor, got NoneType"),
+        ({"labels": None}, "labels: expected a tensor, an array or a list, got NoneType"),
         ({"eps": "8/0"}, "eps: expected"),
         ({"eps": -1}, "eps: expected"),
         ({"eps": float("nan")}, "eps: expected"),

@@ -100,7 +100,8 @@ def extract_path(model: nn.Module, path: Mapping[str, int]) -> nn.Module:
         path: an expert for every routed layer, by name.
 
     Raises:
-        ValueError: layers left out, or that the model has not; an expert out of range.
+        ValueError: layers left out, or that the model has not; an expert out of range; layers with momentum, which an
+            expert alone does not hand on.
     """
     layers = moe_layers(model)
     expect(len(layers) > 0, "model", "at least one mixture-of-experts layer", "none")
@@ -108,6 +109,7 @@ def extract_path(model: nn.Module, path: Mapping[str, int]) -> nn.Module:
     expect(ok, "path", f"an expert for each of {', '.join(map(repr, layers))}", ", ".join(map(repr, path)) or "none")
     experts: dict[str, nn.Module] = {}
     for name, layer in layers.items():
+        expect(layer.momentum is None, f"model layer {name!r}", "no momentum", layer.momentum)
         network = layer.expert(path[name])
         if isinstance(layer.experts, NetworkExperts) and layer.experts.domain == "probabilities":
             network = nn.Sequential(network, nn.LogSoftmax(1))

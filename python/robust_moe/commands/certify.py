@@ -14,6 +14,7 @@ from robust_moe.commands.shared import (
     Imports,
     Overrides,
     ResultFile,
+    SettingsCommand,
     Traceback,
     import_modules,
     new_app,
@@ -31,7 +32,7 @@ __all__ = ["app"]
 app = new_app()
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 @one_line_errors
 def certify(
     checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or a run folder: its best.pt.", show_default=False)],

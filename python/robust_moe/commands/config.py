@@ -10,7 +10,15 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from robust_moe.commands.shared import Imports, Overrides, Traceback, import_modules, new_app, one_line_errors
+from robust_moe.commands.shared import (
+    Imports,
+    Overrides,
+    SettingsCommand,
+    Traceback,
+    import_modules,
+    new_app,
+    one_line_errors,
+)
 from robust_moe.config import preset_names, resolve_config, yaml_text
 from robust_moe.console import make_console
 from robust_moe.settings import Config, plain
@@ -50,7 +58,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 @one_line_errors
 def config(
     source: Annotated[

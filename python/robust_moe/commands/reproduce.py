@@ -11,6 +11,7 @@ from robust_moe.commands.shared import (
     STOPPED,
     Imports,
     Overrides,
+    SettingsCommand,
     Traceback,
     import_modules,
     new_app,
@@ -27,16 +28,12 @@ __all__ = ["app"]
 app = new_app()
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 @one_line_errors
 def run_study(
     study: Annotated[str, typer.Argument(help=f"One of: {', '.join(STUDIES)}.", show_default=False)],
     overrides: Overrides = None,
     scale: Annotated[str, typer.Option(help=f"One of: {', '.join(SCALES)}.")] = "cpu",
-    data_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder with train.parquet and test.parquet, as of CIFAR-10.", show_default=False),
-    ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds every model is trained with.")] = 3,
     first_seed: Annotated[
         int,
@@ -77,6 +74,10 @@ def run_study(
 ) -> None:
     """Put published claims to the test: train the models over several seeds, and measure.
 
+    data.root=FOLDER names the images: a folder with train.parquet and test.parquet (columns img or image, and label),
+    as CIFAR-10 and CIFAR-100 are published on the Hugging Face Hub; with data.name=cifar10 one that holds the original
+    batches.
+
     Leaves study.json, figures and summary.md. Ctrl-C saves and stops; the same command (without --fresh) goes on.
     """
     settings = import_modules(imports, overrides)
@@ -92,7 +93,6 @@ def run_study(
     done = reproduce(
         study,
         scale,
-        data_root=data_root,
         overrides=settings,
         seeds=seeds,
         first_seed=first_seed,

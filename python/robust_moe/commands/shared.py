@@ -11,14 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
-from robust_moe.config import ConfigError
+from robust_moe.config import ConfigError, TrainConfig, flatten
 from robust_moe.console import make_console
 from robust_moe.data import DataError
 from robust_moe.engine import CheckpointError
 from robust_moe.evaluation import attack_table, results_table
 from robust_moe.evaluation.tables import flag_lines, moe_table
-from robust_moe.settings import import_plugins, read_yaml, shown
+from robust_moe.settings import import_plugins, read_list, shown
 
 __all__ = [
     "STOPPED",
@@ -26,6 +27,7 @@ __all__ = [
     "Imports",
     "Overrides",
     "ResultFile",
+    "SettingsCommand",
     "Traceback",
     "import_modules",
     "new_app",
@@ -64,6 +66,41 @@ Imports = Annotated[
 ]
 
 
+class SettingsCommand(TyperCommand):
+    """A command that takes settings as KEY=VALUE: ``--epochs 1`` is answered with ``run.epochs=1``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter:
+            raise
+        except Exception as error:  # NoSuchOption of Click, or of Typer's own copy of it
+            option = getattr(error, "option_name", "")
+            keys = _keys_of(option) if option and hasattr(error, "message") else []
+            if keys:
+                value = _value_of(option, given)
+                settings = " or ".join(f"{key}={value}" for key in keys)
+                error.message += f". Settings are given as KEY=VALUE, without dashes: {settings}"  # type: ignore[attr-defined]
+            raise
+
+
+def _keys_of(option: str) -> list[str]:
+    """Keys of settings that end with an option's name."""
+    name = option.lstrip("-").replace("-", "_")
+    return [key for key in flatten(TrainConfig()) if key == name or key.endswith(f".{name}")]
+
+
+def _value_of(option: str, args: Sequence[str]) -> str:
+    """What follows an option on the command line, or a placeholder."""
+    for place, word in enumerate(args):
+        head, equals, value = word.partition("=")
+        if head == option:
+            after = args[place + 1] if place + 1 < len(args) else ""
+            return value if equals else (after if after and not after.startswith("-") and "=" not in after else "VALUE")
+    return "VALUE"
+
+
 def new_app() -> typer.Typer:
     """An application for one command."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -81,7 +118,7 @@ def import_modules(modules: Sequence[str] | None, overrides: Sequence[str] | Non
         named: list[Any] = []
         for item in chosen:
             if item.startswith("run.imports="):
-                value = read_yaml(item.partition("=")[2], "run.imports")
+                value = read_list(item.partition("=")[2], "run.imports")
                 if not isinstance(value, list):
                     raise ConfigError(f"run.imports: expected a list, got {shown(value)}")
                 named += value

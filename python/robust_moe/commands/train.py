@@ -11,6 +11,7 @@ from robust_moe.commands.shared import (
     DryRun,
     Imports,
     Overrides,
+    SettingsCommand,
     Traceback,
     import_modules,
     new_app,
@@ -29,7 +30,7 @@ __all__ = ["app"]
 app = new_app()
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 @one_line_errors
 def train(
     config: Annotated[str, typer.Argument(help=f"A YAML file, or one of: {', '.join(preset_names())}.")],

@@ -16,7 +16,7 @@ from robust_moe.models.dual import DualModel
 from robust_moe.models.images import ImageSpec
 from robust_moe.models.mixture import ExpertMixture
 from robust_moe.models.normalize import Normalize
-from robust_moe_kernels.modules import moe_layers, replace_blocks, replace_mlps
+from robust_moe_kernels.modules import Momentum, moe_layers, replace_blocks, replace_mlps
 
 __all__ = ["Start", "build_model"]
 
@@ -102,7 +102,10 @@ def _network(
 
 def _route(network: nn.Module, moe: MoEConfig) -> None:
     """Replace the layers that are named by mixtures of experts, in place."""
-    replace = replace_mlps if moe.gate.tokens else replace_blocks
+    replace: Callable[..., nn.Module] = replace_blocks
+    if moe.gate.tokens:
+        momentum = None if moe.momentum is None else Momentum(moe.momentum, moe.momentum_gamma)
+        replace = partial(replace_mlps, momentum=momentum)
     try:
         replace(
             network,

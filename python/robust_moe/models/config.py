@@ -53,6 +53,13 @@ class MoEConfig(Config):
     choice: Literal["token", "expert"] = setting(
         "token", "who chooses: each token its k experts, or each expert its capacity (null: 1) of tokens"
     )
+    momentum: float | None = setting(
+        None,
+        "of tokens, mu: what a routed layer adds is its experts' sum and mu times what the one before added; null: off",
+        at_least=0,
+        below=1,
+    )
+    momentum_gamma: float = setting(1.0, "gamma: factor of the experts' sum where there is momentum", above=0)
     inference: InferenceConfig = setting(
         INFERENCE_ROUTINGS["none"](), "how the layers route in evaluation, attacks included; none: as in training"
     )
@@ -76,6 +83,18 @@ class MoEConfig(Config):
                     f"{name}: expected {free or 'null'} for gate={self.gate.name}, which routes maps, as a dropped one "
                     f"would have no output, got {getattr(self, name)}"
                 )
+        if self.momentum is not None and not self.gate.tokens:
+            raise ConfigError(
+                f"momentum: expected null for gate={self.gate.name}, which routes maps: their layers have the skip "
+                f"inside, got {self.momentum:g}"
+            )
+        if self.momentum is None and self.momentum_gamma != 1:
+            raise ConfigError(f"momentum_gamma: expected 1 without momentum, got {self.momentum_gamma:g}")
+        if len(self.layers) == 1 and (self.momentum is not None or self.gate.linked):
+            what = f"gate={self.gate.name}" if self.gate.linked else f"momentum={self.momentum:g}"
+            raise ConfigError(
+                f"layers: expected at least two for {what}, one to hand on to the next, got {list(self.layers)}"
+            )
         if self.layers and self.balance.needs_noise and self.noise not in self.balance.noises:
             kinds = " or ".join(self.balance.noises)
             raise ConfigError(f"noise: expected {kinds} for balance={self.balance.name}, got {self.noise!r}")

@@ -10,7 +10,7 @@ from torch import nn
 from robust_moe.settings import Config, Table, fixed, setting
 from robust_moe_kernels import modules
 
-__all__ = ["GATES", "GateConfig", "LinearGateConfig", "TokenGateConfig"]
+__all__ = ["GATES", "AdaptiveClusteringConfig", "GateConfig", "LinearGateConfig", "TokenGateConfig"]
 
 GATES = Table("gate")
 
@@ -25,6 +25,7 @@ class GateConfig(Config):
 
     table: ClassVar[Table] = GATES
     tokens: ClassVar[bool] = False  # whether it reads tokens; their layers are MLPs, not blocks and convolutions
+    linked: ClassVar[bool] = False  # whether it reads what the routed layer before has chosen
 
     def build(self, in_channels: int, num_experts: int) -> nn.Module:
         """The gate of one layer; weights from PyTorch's global generator."""
@@ -46,6 +47,17 @@ class LinearGateConfig(TokenGateConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptiveClusteringConfig(TokenGateConfig):
+    """ACMoE's router: a linear layer in a space scaled by the spread of a token's cluster, the tokens with one first
+    choice in the routed layer before (docs: AdaptiveClusteringGate)."""
+
+    linked: ClassVar[bool] = True
+
+    floor: float = setting(0.1, "least spread of a feature, in units of the cluster's mean spread", above=0, at_most=1)
+    rate: float = setting(0.1, "weight of the newest batch in the running spreads of evaluation", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoConvConfig(GateConfig):
     """Two convolutions, then a global average pool."""
 
@@ -55,3 +67,4 @@ class TwoConvConfig(GateConfig):
 for _name, _gate in modules.GATES.items():
     GATES.register(_name, TwoConvConfig if _name == "two_conv" else fixed(GateConfig))(_gate)
 GATES.register("linear", LinearGateConfig)(modules.LinearGate)
+GATES.register("adaptive_clustering", AdaptiveClusteringConfig)(modules.AdaptiveClusteringGate)

@@ -26,6 +26,7 @@ from robust_moe.reproduce.results import (
     with_means,
     write_report,
 )
+from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.studies import PARTS, STUDIES
 from robust_moe.reproduce.summary import summary
 from robust_moe.settings import shown
@@ -113,7 +114,7 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
     Args:
         files: study.json of this format, of one scale, with equal settings and images. Each has parts of ``study``;
             their seeds and their parts may differ or be the same.
-        study: a key of :data:`STUDIES`. The result has those of its parts that any of ``files`` has.
+        study: a key of :data:`STUDIES`. The result has those of its parts that any of ``files`` has, or all runs of.
         out: folder of the result.
 
     Raises:
@@ -129,7 +130,9 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
         _expect_parts(path, results)
         if foreign := [part for part in results["parts"] if part not in allowed]:
             raise StudyError(f"study: expected one with the part {foreign[0]}, which {path} has, got {study!r}")
-    parts = [part for part in allowed if any(part in results["parts"] for results in found.values())]
+    asked = {part for results in found.values() for part in results["parts"]}
+    measured = {run for results in found.values() for run in results["runs"]}
+    parts = [part for part in allowed if part in asked or measured.issuperset(PARTS[part].runs)]
     target = expect_folder("out", out)
     expect_outputs("out", report_outputs(parts, target), [("judge", path) for path in paths])
     for (one, left), (other, right) in combinations(found.items(), 2):
@@ -187,13 +190,21 @@ def _expect_alike(one: Path, first: Mapping[str, Any], other: Path, results: Map
 
 def _decided_by(results: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the numbers of a study but the seeds and the code, by name."""
-    scale = {name: value for name, value in results["scale"].items() if name not in ("settings", "why")}
+    scale = {name: value for name, value in results["scale"].items() if name not in ("settings", "families", "why")}
+    families = results["scale"].get("families", {})  # of runs alone: a study is older than the families it has not
     return {
         **{"scale" if name == "name" else f"scale {name}": value for name, value in scale.items()},
         **{f"scale {key}": value for key, value in deciding(results["scale"]["settings"]).items()},
         **{f"override {key}": value for key, value in deciding(results["overrides"]).items()},
         "data sha256": results["data"]["sha256"],
-        **{f"run {name}": [run["settings"], run["parts"]] for name, run in results["runs"].items()},
+        **{
+            f"run {name}": [
+                run["settings"],
+                run["parts"],
+                list(families.get(RUNS[name].family if name in RUNS else "", ())),
+            ]
+            for name, run in results["runs"].items()
+        },
     }
 
 

@@ -426,7 +426,7 @@ COVERAGE: dict[str, Part] = {
 }
 # docs/what-reproduces.md says at which scale, and with which settings, each is meant
 EXPERIMENTS: dict[str, tuple[str, ...]] = {
-    "experiment-a": ("worst-case",),
+    "experiment-a": ("worst-case", "bounds"),
     "experiment-b": ("masking",),
     "experiment-c": ("warm-start",),
     "experiment-d": ("router", "released-form"),

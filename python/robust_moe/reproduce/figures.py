@@ -300,5 +300,11 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
         }
         for name in VIT_MOE
     },
+    "vit-neighbours": {
+        "tokens": (
+            PARTS["vit-neighbours"].runs,
+            _accuracies("Robust under attacks on the model, its experts, its routes", TOKENS),
+        )
+    },
     "cost": {"experts": (PARTS["cost"].runs, _costs)},
 }

@@ -22,7 +22,7 @@ from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import Scale
 from robust_moe.settings import plain, read_yaml, replaced
 
-__all__ = ["Job", "deciding", "expect_overrides", "job_outputs", "make_jobs", "write_json"]
+__all__ = ["Job", "deciding", "expect_overrides", "job_outputs", "lasting", "make_jobs", "write_json"]
 
 JOB, MEASURES, LOG = "job.json", "measures.json", "log.txt"
 LOCK = ".lock"  # empty; held by who works in the folder
@@ -204,9 +204,7 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> list[str
     compared |= {key: name for name in names for key in RUNS[name].parts}
     for key, value in _chosen(overrides):
         why = None
-        if key == "data.root":
-            why = "which --data-root gives"
-        elif key in ("run.seed", "run.out"):
+        if key in ("run.seed", "run.out"):
             why = "which differs from run to run (--seeds, --first-seed, --runs)"
         elif key in ("model.moe.balance.weight", "model.dual.alpha"):
             why = "which the claims are about"
@@ -227,6 +225,16 @@ def expect_overrides(names: Sequence[str], overrides: Sequence[str]) -> list[str
 def deciding(settings: Sequence[str]) -> dict[str, Any]:
     """key=value settings by dotted name, without those that decide no number (:meth:`Job.identity`)."""
     return {key: value for key, value in _chosen(settings) if key not in {*NEUTRAL, *ELSEWHERE}}
+
+
+def lasting(overrides: Sequence[str]) -> list[str]:
+    """The overrides without ``data.root``, which is a path of one machine."""
+    kept: list[str] = []
+    for item in overrides:
+        said = dict(_chosen([item]))
+        others = [f"{key}={value}" for key, value in said.items() if key != "data.root"]
+        kept += others if "data.root" in said else [item]
+    return kept
 
 
 def _kept(name: str) -> dict[str, Any]:

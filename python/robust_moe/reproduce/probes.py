@@ -26,6 +26,7 @@ from robust_moe.evaluation.moe_stages import MoEStages, moe_arguments
 from robust_moe.evaluation.routing_measures import expert_use, flipped, routes
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe.reproduce.compute import COSTED_EXPERTS
+from robust_moe.reproduce.link_probes import linked
 from robust_moe.reproduce.subject import Subject
 from robust_moe.reproduce.token_probes import disagreement_and_loss, radii, redundancy, tokens
 from robust_moe.settings import replaced
@@ -277,4 +278,5 @@ PROBES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "redundancy": redundancy,
     "disagreement": disagreement_and_loss,
     "radii": radii,
+    "linked": linked,
 }

@@ -43,6 +43,7 @@ from robust_moe.reproduce.quantities import (
     weakest,
 )
 from robust_moe.reproduce.vit_moe import VIT_MOE
+from robust_moe.reproduce.vit_neighbours import VIT_NEIGHBOURS
 
 __all__ = ["CORE", "PARTS", "STUDIES"]
 
@@ -289,7 +290,7 @@ CORE: dict[str, Part] = {
         ),
     ),
 }
-PARTS: dict[str, Part] = {**CORE, **COVERAGE, **BACKDOORS, **VIT_MOE}
+PARTS: dict[str, Part] = {**CORE, **COVERAGE, **BACKDOORS, **VIT_MOE, **VIT_NEIGHBOURS}
 STUDIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in PARTS},
     **EXPERIMENTS,

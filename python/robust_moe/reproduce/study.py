@@ -13,7 +13,7 @@ from robust_moe.content import LARGEST
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import resolve_device
 from robust_moe.outputs import clear_outputs, expect_folder, expect_outputs
-from robust_moe.reproduce.jobs import Job, expect_overrides, job_outputs, make_jobs
+from robust_moe.reproduce.jobs import Job, expect_overrides, job_outputs, lasting, make_jobs
 from robust_moe.reproduce.preparation import (
     StudyError,
     alone_in,
@@ -40,7 +40,6 @@ def reproduce(
     study: str,
     scale: str = "cpu",
     *,
-    data_root: str | Path | None = None,
     overrides: Sequence[str] = (),
     seeds: int = SEEDS,
     first_seed: int = 0,
@@ -58,9 +57,8 @@ def reproduce(
     Args:
         study: a key of :data:`STUDIES`.
         scale: a key of :data:`SCALES`.
-        data_root: ``data.root`` of all runs.
-        overrides: key=value on top of the scale's settings, for all runs, e.g. ``["data.name=cifar10"]``; not those by
-            which runs differ. ``run.epochs`` is for the runs that have no number of their own.
+        overrides: key=value on top of the scale's settings, for all runs, e.g. ``["data.root=data/cifar10"]``; not
+            those by which runs differ. ``run.epochs`` is for the runs that have no number of their own.
         seeds: how many, one after the other.
         first_seed: the first of them. Seeds of one study that were computed apart are put together by
             :func:`~robust_moe.reproduce.again.merge_studies`.
@@ -87,18 +85,16 @@ def reproduce(
     if not 0 <= first_seed <= LARGEST - seeds:
         raise ConfigError(f"first-seed: expected a whole number in 0..{LARGEST - seeds}, got {first_seed}")
     chosen = range(first_seed, first_seed + seeds)
-    folder = expect_folder("runs", f"runs/study-{scale}{variant(overrides)}" if runs is None else runs)
+    folder = expect_folder("runs", f"runs/study-{scale}{variant(lasting(overrides))}" if runs is None else runs)
     report = f"report-{study}{f'-from-{first_seed}' * bool(first_seed)}"
     target = folder / report if out is None else expect_folder("out", out)
     outputs = report_outputs(parts, target)
     expect_outputs("out", outputs)
-    settings = [] if data_root is None else [f"data.root={data_root}"]
     names = list(dict.fromkeys(run for part in parts for run in PARTS[part].runs))
     notes = expect_overrides(names, overrides)
-    settings += overrides
-    splits = load_data([*size.settings, *settings])
+    splits = load_data([*size.settings, *overrides])
     content = data_digest(splits)
-    jobs = make_jobs(names, size, chosen, folder, settings, content)
+    jobs = make_jobs(names, size, chosen, folder, overrides, content)
     expect_runnable(jobs, splits)
     for job in jobs:
         expect_outputs("runs", job_outputs(job.folder))
@@ -110,7 +106,7 @@ def reproduce(
     asked: dict[str, Any] = {
         "study": study,
         "scale": described,
-        "overrides": list(overrides),
+        "overrides": lasting(overrides),
         "seeds": list(chosen),
     }
     asked |= {"jobs": workers, "data": {**describe(splits), "sha256": content}}

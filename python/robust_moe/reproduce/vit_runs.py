@@ -1,4 +1,5 @@
-"""The transformers of the study ``vit-moe``: dense, and with MLPs of which each token has two of eight."""
+"""The transformers of the studies ``vit-moe`` and ``vit-neighbours``: dense, and with MLPs of which each token has two
+of eight; plain, with momentum over the routed layers, with adaptive clustering."""
 
 from __future__ import annotations
 
@@ -16,10 +17,16 @@ DENSE_PROBES, PROBES = (
     ("tokens", "radii", "slopes", "cost"),
     ("tokens", "redundancy", "disagreement", "radii", "slopes", "cost"),
 )
+NEIGHBOURS = {  # the released momentum; clusters with their default floor
+    "vit-momentum": ("ViT-MoE with momentum", ("model.moe.momentum=0.7",)),
+    "vit-acmoe": ("ViT-MoE with adaptive clustering", ("model.moe.gate=adaptive_clustering",)),
+}
 # Upcycled at the compute of training from scratch: half of the epochs for the dense network, and half for its experts;
 # of adversarial training, three times as dear, eight of ten. Costs are estimates from a few timed steps and images.
 START, UPCYCLED = "dense-vit-start", {"standard": 0.5, "at": 0.8}
 SECONDS = {"standard": (150, 365, 300), "at": (335, 650, 570)}  # dense, from scratch, upcycled
+# Of the neighbours: what is left of those from scratch without the probes that are not asked, by counting passes.
+NEIGHBOUR_SECONDS = {"standard": 185, "at": 455}
 
 VIT_RUNS: dict[str, Run] = {
     START: Run("ViT to start from", ("method.name=standard",), 40, probes=("cost",), share=0.5, family="transformer"),
@@ -52,5 +59,16 @@ VIT_RUNS: dict[str, Run] = {
                 family="routed transformer",
             ),
         }.items()
+    },
+    **{
+        f"{name}-{how}": Run(
+            f"{title}, {words}",
+            (*EXPERTS, *method, *settings),
+            NEIGHBOUR_SECONDS[how],
+            probes=("tokens", "linked", "cost"),
+            family="routed transformer",
+        )
+        for how, (words, method) in METHODS.items()
+        for name, (title, settings) in NEIGHBOURS.items()
     },
 }

@@ -12,6 +12,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = ["STOPPED", "work"]
 
 STOPPED = 130  # exit status of a worker that a signal stopped
 LOGGED = ("dose", "gate_hits")  # what methods log in training of the part that their own term played
+DEAREST = frozenset({"attacks"})  # probes that take longer than the rest of a run: AutoAttack is 70 % of it
 PATIENCE = 60.0  # seconds: the worker of a killed study may still be saving
 
 
@@ -89,8 +91,9 @@ def _attack(job: Job) -> PGD.Config:
     return attack
 
 
-def _measures(job: Job, model: nn.Module, splits: Splits) -> dict[str, Any]:
-    """What is measured of a model of the job: accuracy and routing, and what its run's probes find."""
+def _measures(job: Job, model: nn.Module, splits: Splits, without: Collection[str] = ()) -> dict[str, Any]:
+    """What is measured of a model of the job: accuracy and routing, and what its run's probes find, but for those of
+    the names ``without``."""
     run = RUNS[job.run]
     how: dict[str, Any] = {"seed": job.config.eval_seed, "batch_size": job.config.eval.batch_size}
     found: dict[str, Any] = {"images": min(job.probe_images, len(splits.test))}
@@ -98,18 +101,19 @@ def _measures(job: Job, model: nn.Module, splits: Splits) -> dict[str, Any]:
         found = measure(model, splits.test, _attack(job), count=job.images, sweep_count=job.sweep_images, **how)
     data = describe_data(splits.train) if run.probes else {}
     subject = Subject(model, splits.test, _attack(job), job.config, data, count=job.probe_images, **how)
-    for probe in run.probes:
+    for probe in (probe for probe in run.probes if probe not in without):
         found |= {f"{probe}_{name}": value for name, value in PROBES[probe](subject).items()}
     return found
 
 
 def _best(job: Job, splits: Splits, last: dict[str, Any], measures: dict[str, Any]) -> dict[str, Any] | None:
-    """The same of the best checkpoint, which may be the last; None where no validation chose one."""
+    """The same of the best checkpoint, which may be the last; None where no validation chose one. Claims read the last
+    checkpoint, so of another one the :data:`DEAREST` probes ask nothing."""
     if not (job.trained and job.best.is_file()):
         return None
     _, model, _, state = load_experiment(job.best, splits=splits)
     there = state["position"]
-    return {"checkpoint": there, "measures": measures if there == last else _measures(job, model, splits)}
+    return {"checkpoint": there, "measures": measures if there == last else _measures(job, model, splits, DEAREST)}
 
 
 def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:

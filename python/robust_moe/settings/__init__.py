@@ -11,7 +11,7 @@ from robust_moe.settings.fields import setting
 from robust_moe.settings.plugins import import_plugins, installed_plugins
 from robust_moe.settings.resolve import Layer, Resolved, resolve
 from robust_moe.settings.table import Table, fixed
-from robust_moe.settings.text import Plain, Written, read_yaml
+from robust_moe.settings.text import Plain, Written, read_list, read_yaml
 
 __all__ = [
     "Config",
@@ -29,6 +29,7 @@ __all__ = [
     "installed_plugins",
     "parse_fraction",
     "plain",
+    "read_list",
     "read_yaml",
     "replaced",
     "resolve",

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin
 
 from robust_moe.settings.errors import DECIMAL, ConfigError, hint, parse_fraction, shown
-from robust_moe.settings.text import Plain, read_yaml
+from robust_moe.settings.text import Plain, read_list, read_yaml
 
 __all__ = ["convert", "expect_in_range", "finish", "is_null", "is_union", "setting"]
 
@@ -164,7 +164,7 @@ def convert(kind: Any, value: object, key: str) -> Any:
     if get_origin(kind) is tuple:
         item = _choices(kind)[0]
         if isinstance(value, Plain):
-            value = read_yaml(value, key)
+            value = read_list(value, key)
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise _refuse(key, "a list", value)
         if len(value) > LONGEST:

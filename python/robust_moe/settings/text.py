@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from robust_moe.settings.errors import ConfigError
 
-__all__ = ["Plain", "Written", "read_yaml"]
+__all__ = ["Plain", "Written", "read_list", "read_yaml"]
 
 
 class Plain(str):
@@ -65,3 +65,10 @@ def read_yaml(text: str, key: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         shown = " ".join(str(error).split())
         raise ConfigError(f"{key}: {text if len(text) < 80 else 'the text'!r} is not readable YAML: {shown}") from error
+
+
+def read_list(text: str, key: str) -> Any:
+    """Likewise of a field that is a list, whose brackets may be missing: ``a,b`` is ``[a,b]``, and a shell may take
+    brackets for a pattern of files."""
+    value = read_yaml(text, key)
+    return read_yaml(f"[{text}]", key) if isinstance(value, str) else value

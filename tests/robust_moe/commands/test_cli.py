@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -460,14 +462,59 @@ def test_a_setting_that_the_attack_has_not_is_refused(config, tmp_path):
 
 
 def test_env_names_every_op_and_implementation():
-    done = run("env")
-    assert done.exit_code == 0
+    short, every = run("env"), run("env", "--all")
+    assert short.exit_code == every.exit_code == 0
     rows = report()
     assert rows
     for row in rows:
-        assert row.op in done.output
-        assert row.impl in done.output
-    assert "torch" in done.output
+        assert row.op in short.output
+        assert row.op in every.output
+        assert row.impl in every.output
+    assert "torch" in short.output
+    assert len(short.output.splitlines()) < len(every.output.splitlines())
+
+
+def test_env_as_json_says_the_same():
+    found = json.loads(run("env", "--json").output)
+    assert found["facts"]["torch"] == torch.__version__
+    assert found["implementations"] == [dataclasses.asdict(row) for row in report()]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--version", "train"]])
+def test_the_version_is_the_distribution_s(arguments):
+    done = run(*arguments)
+    assert done.exit_code == 0
+    assert done.output == f"robust-moe {metadata.version('robust-moe-kernels')}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["eval"], ["env"]])
+def test_h_is_help(arguments):
+    assert run(*arguments, "-h").output == run(*arguments, "--help").output
+    assert run(*arguments, "-h").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "digits-dense", "--epochs", "1"], "without dashes: run.epochs=1"),
+        (["train", "digits-dense", "--lr=0.1"], "without dashes: optim.lr=0.1"),
+        (["train", "digits-dense", "--batch-size", "--fresh"], "eval.batch_size=VALUE or run.batch_size=VALUE"),
+        (["train", "digits-dense", "--data.root", "images"], "without dashes: data.root=images"),
+        (["eval", "best.pt", "--top-k"], "No such option: --top-k. Settings are given as KEY=VALUE"),
+        (["reproduce", "cost", "--data-root", "images"], "No such option: --data-root"),
+    ],
+)
+def test_an_option_that_is_a_setting_is_answered_with_its_key(arguments, words):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert words in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_an_option_that_is_nothing_is_answered_as_before():
+    done = run("train", "digits-dense", "--nonsense", "1")
+    assert done.exit_code == 2
+    assert "No such option: --nonsense" in done.stderr
+    assert "KEY=VALUE, without" not in done.stderr
 
 
 def test_the_console_script_is_installed():

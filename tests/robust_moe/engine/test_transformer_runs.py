@@ -16,6 +16,12 @@ from robust_moe_kernels.modules import moe_layers
 
 LAYER = "network.blocks.1.mlp"
 ADAM = ("optim.name=adam", "optim.lr=0.003", "optim.weight_decay=0")
+# every layer gets what the one before has made of a token
+LINKED = (
+    "model.moe.layers=[blocks.0.mlp,blocks.1.mlp]",
+    "model.moe.gate=adaptive_clustering",
+    "model.moe.momentum=0.7",
+)
 # V-MoE's router, its noise among what a resumed run has to draw again; experts that drop tokens
 VMOE = ("model.moe.noise=vmoe", "model.moe.noise_std=1", "model.moe.renormalize=false", "model.moe.balance=vmoe")
 DATA = {"name": "x", "class_names": list("0123456789"), "channels": 1, "image_size": 8, "mean": [0.5], "std": [0.3]}
@@ -53,8 +59,10 @@ def test_every_method_runs_in_bfloat16_with_averages_and_perturbed_weights(tiny,
         (*VMOE, "run.precision=bf16-mixed"),
         ("model.moe.capacity=0.5", "run.precision=32-true", "method.name=trades", "run.ema_decay=0.5"),
         ("model.moe.choice=expert", "run.precision=32-true", "method.name=robust_gate", "method.awp_gamma=0.01"),
+        (*LINKED, "run.precision=bf16-mixed", "method.name=robust_gate", "run.ema_decay=0.5"),
+        (*LINKED, "run.precision=32-true", "method.name=prc"),
     ],
-    ids=["noise", "capacity", "expert choice"],
+    ids=["noise", "capacity", "expert choice", "linked, gates taught", "linked, consistent"],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tiny, monkeypatch, tmp_path: Path, more):
     settings = (*TOKENS, *ADAM, *more, "data.augment.flip=true", "run.checkpoint_steps=3")

@@ -217,3 +217,29 @@ def test_the_command_puts_the_files_of_a_repeated_judge_together(tmp_path):
     assert code == 0, words
     assert f"report: {tmp_path / 'out' / 'summary.md'}" in words
     assert "(n = 3)" in words
+
+
+def test_a_part_whose_runs_are_all_there_is_decided_too(tmp_path):
+    """Nobody asked for it where the runs were measured."""
+    foreign = only({0, 1, 2})
+    foreign["parts"] = {}
+    foreign["runs"].pop("at-soft")
+    files = put(tmp_path, one=foreign, cost=COST)
+    assert list(merge_studies(files, "all", tmp_path / "without").results["parts"]) == ["cost"]
+    foreign["runs"] = only({0, 1, 2})["runs"]
+    files = put(tmp_path, one=foreign, cost=COST)
+    results = merge_studies(files, "all", tmp_path / "with").results
+    assert list(results["parts"]) == ["masking", "cost"]
+    assert [claim["values"] for claim in results["parts"]["masking"]["claims"]] == [
+        claim["values"] for claim in MASKING["parts"]["masking"]["claims"]
+    ]
+
+
+def test_families_of_networks_that_a_study_has_not_are_no_difference(tmp_path):
+    older, later = only({0}), only({1})
+    older["scale"].pop("families", None)
+    later["scale"]["families"] = {"network": [], "transformer": ["model.depth=4"]}
+    assert len(merge_studies(put(tmp_path, one=older, two=later), "masking", tmp_path / "out").results["seeds"]) == 2
+    later["scale"]["families"]["network"] = ["model.width=4"]
+    with pytest.raises(StudyError, match="which differ in run at-frozen"):
+        merge_studies(put(tmp_path, one=older, two=later), "masking", tmp_path / "other")

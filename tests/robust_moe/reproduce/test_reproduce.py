@@ -24,7 +24,7 @@ from robust_moe.engine.experiment import load_experiment
 from robust_moe.evaluation.moe import evaluate_moe
 from robust_moe.files import lock
 from robust_moe.reproduce import SCALES, STUDIES, StudyError, judge_again, merge_studies, reproduce
-from robust_moe.reproduce.jobs import Job, _kept, expect_overrides, make_jobs
+from robust_moe.reproduce.jobs import Job, _kept, expect_overrides, lasting, make_jobs
 from robust_moe.reproduce.measures import ALPHAS, best_of_halves, measure
 from robust_moe.reproduce.preparation import (
     alone_in,
@@ -441,7 +441,6 @@ def test_starting_anew_removes_what_was_made_from_it(tmp_path):
         ("model.mixture.num_experts=2", "which makes the run"),
         ("model.init_from=x.pt", "which makes the run dual-separate what it is"),
         ("run.seed=7", r"which differs from run to run \(--seeds, --first-seed, --runs\)"),
-        ("data.root=/data", "which --data-root gives"),
         ("eval.attack.restarts=5", "as all is measured by PGD from one random start"),
         ("eval.attack.name=apgd-ce", "as all is measured by PGD"),
     ],
@@ -471,6 +470,19 @@ def test_other_settings_have_another_folder():
     assert variant([]) == ""
     assert variant(["run.epochs=2", "run.threads=1"]) == variant(["run.threads=1", "run.epochs=2"])
     assert variant(["run.epochs=2"]) != variant(["run.epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("data.root=/data", []),
+        ("data={root: /data}", []),
+        ("data={root: /data, flip: true}", ["data.flip=true"]),
+        ("run.epochs=2", ["run.epochs=2"]),
+    ],
+)
+def test_a_path_of_one_machine_is_no_part_of_a_study(override, kept):
+    assert lasting(["run.threads=1", override]) == ["run.threads=1", *kept]
 
 
 def two_classes(folder):
@@ -593,7 +605,7 @@ def test_the_runs_of_a_scale_differ_in_what_is_compared_alone(scale, tmp_path):
             ["rt-er", "--scale", "cpuu"],
             "scale: expected one of cpu, cpu-long, gpu-10min, gpu, imagenet, got 'cpuu'; did you mean 'cpu'?",
         ),
-        (["rt-er", "--data-root", "/nowhere"], "/nowhere/train.parquet"),
+        (["rt-er", "data.root=/nowhere"], "/nowhere/train.parquet"),
         (["rt-er"], "data.root"),
         (["rt-er", "--seeds", "0"], "seeds: expected a count >= 1, got 0"),
         (["rt-er", "--first-seed", "-1"], "first-seed: expected a whole number in 0..9007199254740989, got -1"),
@@ -611,7 +623,7 @@ def test_what_cannot_run_is_said_in_one_line_before_anything_starts(arguments, w
 def test_no_gpu_is_said_too(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"run\.accelerator: expected a CUDA device"):
-        reproduce("rt-er", "gpu", data_root="/nowhere", runs=tmp_path, reporter=quiet())
+        reproduce("rt-er", "gpu", overrides=["data.root=/nowhere"], runs=tmp_path, reporter=quiet())
 
 
 @pytest.mark.slow  # two processes that import everything

@@ -120,7 +120,9 @@ def test_another_name_keeps_what_both_inherit():
         ({"locked": Plain("yes")}, ["locked", "true or false", "'yes'"]),
         ({"locked": 1}, ["locked", "true or false", "1"]),
         ({"sizes": [Plain("1"), Plain("0")]}, ["sizes[1]", "mm > 0"]),
-        ({"sizes": Plain("3")}, ["sizes", "a list", "3"]),
+        ({"sizes": Plain("{x: 3}")}, ["sizes", "a list", "3"]),
+        ({"sizes": "3"}, ["sizes", "a list", "'3'"]),  # quoted: text
+        ({"sizes": Plain("3,x")}, ["sizes[1]", "a decimal number", "'x'"]),
         ({"tool": {"length": Plain("1/0")}}, ["tool.length", "fraction", "1/0"]),
         ({"tool": {"length": Plain("1/2/3")}}, ["tool.length", "fraction", "1/2/3"]),
         ({"tool": {"length": Plain("0x1")}}, ["tool.length", "fraction", "0x1"]),
@@ -142,6 +144,13 @@ def test_numbers_are_decimal_or_refused(text: str):
 @pytest.mark.parametrize(("text", "value"), [("007", 7.0), ("1e-3", 1e-3), (".5", 0.5), ("2.", 2.0), ("+3", 3.0)])
 def test_decimal_numbers(text: str, value: float):
     assert box({"sizes": [Plain(text)]}).sizes == (value,)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"), [("3", (3.0,)), ("3,4", (3.0, 4.0)), ("3, 4", (3.0, 4.0)), ("[3]", (3.0,)), ("[]", ())]
+)
+def test_a_list_may_be_written_without_brackets(text: str, values: tuple[float, ...]):
+    assert box({"sizes": Plain(text)}).sizes == values
 
 
 def test_a_literal_may_mix_text_and_truth_values():

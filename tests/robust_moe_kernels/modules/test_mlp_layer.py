@@ -129,7 +129,10 @@ def test_reading_an_mlp_changes_neither_it_nor_the_generators():
     [
         ({"num_experts": 0}, "num_experts: expected an integer E >= 1, got 0"),
         ({"num_experts": 2, "top_k": 3}, "top_k: expected 1 <= k <= num_experts = 2, got 3"),
-        ({"gate": "gap_fc"}, "gate: expected one of linear, noisy_top_k or a module, got 'gap_fc'"),
+        (
+            {"gate": "gap_fc"},
+            "noisy_top_k, adaptive_clustering or a module, got 'gap_fc'",
+        ),
         ({"init": "zero"}, "init: expected one of copy, fresh, got 'zero'"),
         ({"capacity": 0.0}, "capacity: expected a finite number > 0, or None, got 0.0"),
         ({"impl": "fast"}, "impl: expected one of auto, reference, got 'fast'"),

@@ -64,6 +64,17 @@ def test_one_name_or_several(names):
     assert list(moe_layers(replace_blocks(small_resnet(), names))) == ["layer2.1"]
 
 
+def test_a_gate_module_is_each_layer_s_own():
+    gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    model = replace_blocks(small_resnet(), ["layer2.1", "layer2.0.conv2"], num_experts=3, gate=gate)
+    layers = list(moe_layers(model).values())
+    assert gate in [layer.gate for layer in layers]
+    assert len({id(parameter) for layer in layers for parameter in layer.gate.parameters()}) == 4
+    for layer in layers:
+        for own, given in zip(layer.gate.parameters(), gate.parameters(), strict=True):
+            assert torch.equal(own, given)
+
+
 def test_no_names_change_nothing():
     assert moe_layers(replace_blocks(small_resnet(), [])) == {}
 

@@ -1,0 +1,145 @@
+"""What people give to :func:`robust_moe.evaluate`, made into what evaluations take, where there is one way to read it.
+
+Images and labels may be NumPy arrays or lists, labels may be names, pixels may lie a rounding outside of [0, 1], and a
+model may return its logits in a tuple or a mapping. What could be read in two ways is refused in one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robust_moe.evaluation.scorer import device_of
+from robust_moe.evaluation.staged import drawing
+from robust_moe.settings import hint, shown
+from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules import attack_mode
+
+__all__ = ["as_images", "as_labels", "with_logits"]
+
+ROUNDING = 1e-6  # by which a pixel may leave [0, 1]: a few roundings of float32, far below a grey level
+COLOURS = (1, 3, 4)  # channels of a picture
+
+
+def as_images(images: Any) -> Tensor:
+    """[n, C, H, W] uint8 in 0..255, or float32 or float64 in [0, 1], from a tensor, an array or nested lists.
+
+    Raises:
+        ValueError: another shape; the channels last, as image libraries have them.
+    """
+    tensor = _tensor("images", images)
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.to(torch.float32)
+    got = list(tensor.shape)
+    expect(tensor.ndim == 4 and len(tensor) > 0, "images", "shape [n, C, H, W] with n >= 1", got)
+    last = tensor.shape[1] not in COLOURS and tensor.shape[3] in COLOURS
+    name, order = ("transpose", "0, 3, 1, 2") if isinstance(images, np.ndarray) else ("permute", "0, 3, 1, 2")
+    expect(not last, "images", f"shape [n, C, H, W], as of images.{name}({order})", f"{got}, with the channels last")
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = (bound.item() for bound in tensor.aminmax())
+        if (low < 0 or high > 1) and low >= -ROUNDING and high <= 1 + ROUNDING:
+            tensor = tensor.clamp(0, 1)
+    return tensor
+
+
+def as_labels(labels: Any, class_names: Sequence[str]) -> Tensor:
+    """[n] int64, from a tensor, an array or a list, of numbers or of names out of ``class_names``.
+
+    Raises:
+        ValueError: names that are not among ``class_names``; numbers that are not whole.
+    """
+    if not isinstance(labels, Tensor):
+        array = _array("labels", labels)
+        if array.dtype.kind in "UO" and array.size and all(isinstance(label, str) for label in array.flat):
+            return _by_name(array, class_names)
+        labels = array
+    tensor = _tensor("labels", labels)
+    whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    expect(whole, "labels", "whole numbers 0..classes-1, or names with class_names beside them", tensor.dtype)
+    return tensor.to(torch.int64)
+
+
+def with_logits(model: nn.Module, images: Tensor) -> nn.Module:
+    """``model``, or where it returns a tuple or a mapping a module that returns the logits out of it: of a tuple the
+    first tensor [n, classes], of a mapping ``"logits"``. Looks at one image.
+
+    Raises:
+        ValueError: no logits there.
+    """
+    device = device_of(model, None)
+    with attack_mode(model), torch.no_grad(), drawing(0, device):
+        x = images[:1].to(device)
+        found = model(x / 255 if x.dtype == torch.uint8 else x)
+    if isinstance(found, Tensor):
+        return model
+    return LogitsOf(model, _where(found)).train(model.training)
+
+
+class LogitsOf(nn.Module):
+    """``model``'s output under ``key``: logits [B, classes] out of a tuple or a mapping."""
+
+    def __init__(self, model: nn.Module, key: int | str) -> None:
+        super().__init__()
+        self.model, self.key = model, key
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)[self.key]
+        return logits
+
+
+def _where(found: Any) -> int | str:
+    """The place of the logits in what a model returned of one image."""
+    if isinstance(found, Mapping):
+        if _are_logits(found.get("logits")):
+            return "logits"
+        got = f"a mapping of {', '.join(map(str, found))}"
+    elif isinstance(found, (tuple, list)):
+        places = [place for place, value in enumerate(found) if _are_logits(value)]
+        if places:
+            return places[0]
+        got = f"a {type(found).__name__} of {len(found)} without such a tensor"
+    else:
+        got = type(found).__name__
+    raise ValueError(
+        "model: expected a module that returns logits [B, classes], or a tuple with them, or a mapping with them under "
+        f"'logits', got {got}"
+    )
+
+
+def _are_logits(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and len(value) == 1
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of unequal lengths
+        array = np.asarray(None)
+    expect(array.dtype != object or array.ndim > 0, name, "a tensor, an array or a list", type(value).__name__)
+    return array
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    array = _array(name, value)
+    if array.dtype == np.uint16 or array.dtype.kind not in "buifc":
+        expect(False, name, "a tensor, or an array of numbers", f"an array of {array.dtype}")
+    if array.dtype.kind == "f" and not isinstance(value, np.ndarray):
+        array = array.astype(np.float32)  # Python's numbers have no precision of their own
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _by_name(labels: np.ndarray, class_names: Sequence[str]) -> Tensor:
+    first = str(labels.flat[0])
+    expect(bool(class_names), "labels", "numbers 0..classes-1, or class_names beside them", f"names such as {first!r}")
+    numbers = {name: number for number, name in enumerate(class_names)}
+    strange = next((str(label) for label in labels.flat if str(label) not in numbers), None)
+    if strange is not None:
+        near = hint(strange, class_names)
+        raise ValueError(f"labels: expected names out of class_names, got {shown(strange)}{near}")
+    return torch.tensor([numbers[str(label)] for label in labels.flat]).reshape(labels.shape)
