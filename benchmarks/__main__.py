@@ -21,6 +21,7 @@ PROGRAMS = {
     "schedule": ("benchmarks.schedule", "tiles of the grouped convolution and their schedule, without a GPU"),
     "sass": ("benchmarks.sass", "instructions and registers of its compiled loops, without a GPU"),
     "speedrun": ("benchmarks.speedrun", "the speed-run's ingredients, one by one, on the CPU"),
+    "timm_blocks": ("benchmarks.timm_blocks", "which blocks of timm's residual networks become experts"),
     "published": ("benchmarks.published", "what the published numbers of Robust Experts say about its claims"),
     "plots": ("benchmarks.plots", "figures of results"),
 }

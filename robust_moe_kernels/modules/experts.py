@@ -8,17 +8,17 @@ segment, whole. Either way: no masks, no zeros, no work for an expert without ro
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.layout import Geometry, dense_format, expert_of_row, pair_of
 from robust_moe_kernels.modules.casts import CastFilters, converted
+from robust_moe_kernels.modules.expert_norms import ExpertBatchNorm2d, copied, copies, kind_of, original
 from robust_moe_kernels.modules.interception import has_hooks
 from robust_moe_kernels.modules.reading import Reading, own_computation
 from robust_moe_kernels.modules.stacks import Stack, filters_memory, guarded, lie_together, stacked, states
@@ -32,7 +32,6 @@ __all__ = [
     "ExpertBatchNorm2d",
     "Experts",
     "by_expert",
-    "copies",
     "engine_computes",
     "engine_dtype",
     "expect_plain_conv",
@@ -69,46 +68,28 @@ def engine_computes(x: Tensor, parameters: Iterable[Tensor]) -> bool:
     )
 
 
-class ExpertBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that sees its own expert's rows only, however few they are.
-
-    In training, no rows leave the running statistics as they were. A single value a channel (n*H*W = 1), where
-    ``nn.BatchNorm2d`` raises, has variance 0: the output is the bias, no gradient flows to the input, the running mean
-    moves and the running variance, whose unbiased estimate does not exist, stays.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.numel() > x.shape[1]:
-            return super().forward(x)
-        if x.shape[0] > 0 and self.track_running_stats and self.running_mean is not None:
-            batches: Any = self.num_batches_tracked
-            batches.add_(1)
-            share = 1.0 / float(batches) if self.momentum is None else self.momentum
-            with torch.no_grad():
-                self.running_mean.lerp_(x.detach().flatten().to(self.running_mean.dtype), share)
-        # Zeros that hang on x: what came before, and the scale, have the gradient 0 then, not none.
-        zeros = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
-        return (zeros.to(self.weight.dtype) * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
 class Experts(nn.ModuleList, ABC):
     """E modules of one form under the names 0..E-1. Subclasses say which modules the engine can read.
 
     Args:
-        modules: at least one, alike, as ``of`` of a subclass makes them; kept, and given memory next to each other.
+        modules: at least one, alike, as ``of`` of a subclass makes them; kept, and given memory next to each other
+            where the engine reads it.
     """
+
+    together: ClassVar[bool] = True  # whether the experts' tensors lie in one memory, as the engine reads them
+    known: ClassVar[bool] = True  # whether ``batch_independent`` knows all that may draw or mix rows in training
 
     # During an attack, what a forward has cast, one entry or none; see ``attack_mode``.
     held: list[CastFilters] | None = None
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__(modules)
-        self._kinds = [type(module) for module in modules_of(self[0])]
+        self._kinds = [kind_of(module) for module in modules_of(self[0])]
         self._warned = False  # that they run as modules
         # "reading": of the last forward. In a dict: an attribute that is None at times would count as a change of the
         # model's form, after which an attack learns anew which norms may be folded.
         self._kept: dict[str, Reading[Any]] = {}
-        lie_together(list(self))
+        self._lie_together()
 
     @property
     def num_experts(self) -> int:
@@ -165,7 +146,7 @@ class Experts(nn.ModuleList, ABC):
         itself."""
         found = [modules_of(expert) for expert in self]
         for expert, modules in enumerate(found):
-            kinds = [type(module) for module in modules]
+            kinds = [kind_of(module) for module in modules]
             if kinds != self._kinds:
                 names = sorted({kind.__name__ for kind in kinds} - {kind.__name__ for kind in self._kinds})
                 return f"expert {expert} has other layers than it was built of ({', '.join(names) or 'fewer'})"
@@ -243,10 +224,8 @@ class Experts(nn.ModuleList, ABC):
 
     def extract(self, expert: int) -> nn.Module:
         """One expert as an ordinary module of the replaced type, with its own copy of the parameters."""
-        module = copy.deepcopy(self[expert])
+        module = original(copied(self[expert]))
         for each in module.modules():
-            if type(each) is ExpertBatchNorm2d:
-                each.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
             for value in (*each._parameters.values(), *each._buffers.values()):
                 if value is not None:
                     value.data = value.data.clone(memory_format=torch.contiguous_format)
@@ -258,7 +237,7 @@ class Experts(nn.ModuleList, ABC):
         self._modules.clear()
         self._modules.update({str(number): module for number, module in enumerate(kept)})
         self._kept.clear()
-        lie_together(kept, anew=True)
+        self._lie_together(anew=True)
 
     def __getitem__(self, index: Any) -> Any:
         # Of a slice no layer is made: its memory would be laid out anew, and the experts be moved.
@@ -273,15 +252,19 @@ class Experts(nn.ModuleList, ABC):
         if innermost:  # .to(memory_format=torch.contiguous_format) takes such filters for contiguous
             channels_last = torch.zeros(1, 2, 2, 2, device="cpu").contiguous(memory_format=torch.channels_last)
             contiguous = fn(channels_last).is_contiguous()
-        lie_together(list(self), contiguous)
+        self._lie_together(contiguous)
         return self
+
+    def _lie_together(self, contiguous: bool = False, anew: bool = False) -> None:
+        if self.together:
+            lie_together(list(self), contiguous, anew)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        lie_together(list(self))  # a copy's parameters were copied one by one
+        self._lie_together()  # a copy's parameters were copied one by one
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _take_apart(state_dict, prefix, len(self))
@@ -361,15 +344,6 @@ def expect_plain_conv(conv: nn.Module, argument: str) -> None:
         raise ValueError(f"{argument}: expected a plain torch.nn.Conv2d, got {type(conv).__name__}")
     if conv.padding_mode != "zeros":
         raise ValueError(f"{argument}: expected padding_mode 'zeros', got {conv.padding_mode!r}")
-
-
-def copies(module: nn.Module, count: int) -> list[nn.Module]:
-    """Copies of a module, each norm of which is that of an expert; modes and ``requires_grad`` as in the module."""
-    made = [copy.deepcopy(module) for _ in range(count)]
-    for each in (part for copied in made for part in modules_of(copied)):
-        if type(each) is nn.BatchNorm2d:
-            each.__class__ = ExpertBatchNorm2d
-    return made
 
 
 def geometry_of(convs: Sequence[nn.Conv2d]) -> Geometry | None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from robust_moe_kernels.modules.experts import Experts, copies, engine_dtype
+from robust_moe_kernels.modules.expert_norms import copies
+from robust_moe_kernels.modules.experts import Experts, engine_dtype
 from robust_moe_kernels.modules.mlp_form import MLPForm, form_of
 from robust_moe_kernels.modules.stacks import Stack, guarded, stacked
 from robust_moe_kernels.modules.walk import modules_of

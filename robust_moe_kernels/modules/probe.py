@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["drawn_state", "modes_kept"]
+__all__ = ["drawn_state", "first_line", "modes_kept"]
 
 
 def drawn_state(
@@ -37,3 +37,8 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a sentence: PyTorch's may go on for pages."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -175,7 +175,8 @@ class MoELayer(nn.Module):
         """Whether a row's output depends on that row alone: no buffer is limited, and in the present modes neither
         score noise nor dropout is drawn for the batch nor a norm or gate takes its statistics from it. By the native
         engine of the CPU the output is then the same bit for bit whatever the batch. What a linked layer before has
-        left for the row (``link_layers``) counts as part of it, as x does: that layer answers for its own."""
+        left for the row (``link_layers``) counts as part of it, as x does: that layer answers for its own. False in
+        training for experts of other kinds than the engine's, whose parts may draw anything."""
         options = self._route_options
         drawn = self.training and options.noise_std > 0
         return not (options.limits or drawn or any(map(_mixes_rows, modules_of(self))))
@@ -305,6 +306,8 @@ class MoELayer(nn.Module):
 
 def _mixes_rows(module: nn.Module) -> bool:
     """Whether a module's output for a row depends on the others, or on its place among them."""
+    if isinstance(module, Experts) and module.training and not module.known:
+        return True
     if isinstance(module, AdaptiveClusteringGate):
         return module.training and module.clusters is not None
     if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -88,6 +88,31 @@ def patches(images: ImageSpec, side: int) -> nn.Module:
     return nn.Sequential(*body, nn.Linear(8, images.num_classes))
 '''
 
+BLOCKS = '''
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from timm.models.resnet import BasicBlock
+from torch import nn
+
+from robust_moe.models import MODELS, ImageSpec, ModelConfig
+from robust_moe.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExcitedConfig(ModelConfig):
+    width: int = setting(8, "channels", at_least=1)
+
+
+@MODELS.register("excited", ExcitedConfig)
+def excited(images: ImageSpec, width: int) -> nn.Module:
+    """Blocks with squeeze and excitation and drop path, which the engine does not compute."""
+    blocks = [BasicBlock(width, width, attn_layer="se", drop_path=nn.Dropout2d(0.1)) for _ in range(2)]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, images.num_classes))
+    stem = nn.Conv2d(images.channels, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(stem=stem, layer4=nn.Sequential(*blocks), head=head))
+'''
+
 GATE = '''
 from dataclasses import dataclass
 
@@ -192,6 +217,7 @@ def forget() -> None:
         (ATTACK, "method.attack", ("method.attack=half-pgd", "method.attack.share=0.25"), {"share": 0.25}),
         (METHOD, "method", ("method=noise", "method.std=0.05"), {"std": 0.05}),
         (MODEL, "model", ("model=patches", "model.side=2", "model.moe.layers=[]"), {"side": 2}),
+        (BLOCKS, "model", ("model=excited", "model.width=4", "model.moe.layers=[layer4.1]"), {"width": 4}),
         (GATE, "model.moe.gate", ("model.moe.gate=max_fc", "model.moe.gate.temperature=2"), {"temperature": 2.0}),
         (
             ROUTER,
@@ -201,7 +227,7 @@ def forget() -> None:
         ),
         (DATA, "data", ("data={name: stripes, width: 1}", "model.moe.layers=[]"), {"width": 1}),
     ],
-    ids=["attack", "method", "model", "gate", "router", "data"],
+    ids=["attack", "method", "model", "blocks of any kind", "gate", "router", "data"],
 )
 def test_a_plugin_is_trained_evaluated_and_resumed(tiny, folder, source, section, chosen, kept):
     (folder / f"{NAME}.py").write_text(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import any_blocks
 import pytest
 import torch
 from timm.layers.mlp import Mlp
@@ -27,9 +28,15 @@ def networks(**options) -> MoELayer:
     return ExpertMixture(gate, heads, in_channels=8, routing="top_k", **options)
 
 
+def of_any_kind(name: str, **options) -> MoELayer:
+    return FusedBlockMoE.from_block(any_blocks.BLOCKS[name](), 4, init="fresh", **options)
+
+
 LAYERS = {
     "basic": lambda **o: FusedBlockMoE.from_block(BasicBlock(8, 8), 4, init="fresh", **o),
     "basic, stride 2": lambda **o: FusedBlockMoE.from_block(BasicBlock(8, 12, 2, skip(8, 12)), 4, init="fresh", **o),
+    "squeeze and excitation": lambda **o: of_any_kind("squeeze and excitation", **o),
+    "pre-activation": lambda **o: of_any_kind("pre-activation", **o),
     "bottleneck": lambda **o: FusedBlockMoE.from_block(Bottleneck(8, 2), 4, init="fresh", **o),
     "convolution": lambda **o: FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), 4, init="fresh", **o),
     "networks": networks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import any_blocks
 import timm.models.resnet as timm_resnet
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,7 @@ BLOCKS = {
     "own basic, stride 2": lambda: strided(own_resnet.BasicBlock, 6),
     "own bottleneck": lambda: own_resnet.Bottleneck(CHANNELS, 2),
     "own bottleneck, stride 2": lambda: strided(own_resnet.Bottleneck, 3),
+    **{name: make for name, make in any_blocks.BLOCKS.items() if any_blocks.channels_of(name) == CHANNELS},
 }
 CONVS = {
     "plain": lambda: nn.Conv2d(CHANNELS, 6, 3, padding=1, bias=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import any_blocks
 import torch
 import torchvision.models.resnet as torchvision_resnet
 from pytest import fixture, mark, raises
@@ -47,6 +48,11 @@ def conv(experts: int = EXPERTS, **options) -> FusedConvMoE:
     return FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), experts, init="fresh", **options)
 
 
+def excited(experts: int = EXPERTS, **options) -> FusedBlockMoE:
+    """Off the engine."""
+    return FusedBlockMoE.from_block(any_blocks.BLOCKS["squeeze and excitation"](), experts, init="fresh", **options)
+
+
 def mixture(experts: int = EXPERTS, gate: str = "gap_fc", **options) -> MoELayer:
     """Whole networks on images, behind a router."""
     spec = ImageSpec(5, 8, 6, (0.5,) * 8, (0.25,) * 8)
@@ -54,9 +60,13 @@ def mixture(experts: int = EXPERTS, gate: str = "gap_fc", **options) -> MoELayer
     return MoELayer(ROUTERS[gate]().build(spec, experts), NetworkExperts(networks, 8), **options)
 
 
-LAYERS = {"block": block, "bottleneck": bottleneck, "conv": conv, "mixture": mixture}
+LAYERS = {"block": block, "excited": excited, "bottleneck": bottleneck, "conv": conv, "mixture": mixture}
 GATES = [(name, gate) for name in ("block", "conv") for gate in ("gap_fc", "conv_gap", "two_conv")]
-GATES += [("bottleneck", "gap_fc"), *(("mixture", router) for router in ("linear", "cnn", "gap_fc"))]
+GATES += [
+    ("bottleneck", "gap_fc"),
+    ("excited", "gap_fc"),
+    *(("mixture", router) for router in ("linear", "cnn", "gap_fc")),
+]
 
 
 def images(count: int = 24) -> Tensor:

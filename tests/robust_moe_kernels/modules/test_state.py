@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import any_blocks
 import torch
 import torchvision.models.resnet as torchvision_resnet
 from pytest import fixture, mark, raises
@@ -44,13 +45,23 @@ def conv(**options) -> FusedConvMoE:
     return FusedConvMoE.from_conv(nn.Conv2d(8, 6, 3), 3, init="fresh", **options)
 
 
+def excited(**options) -> FusedBlockMoE:
+    """Off the engine, as the next one, whose norms are of a class with an activation."""
+    return FusedBlockMoE.from_block(any_blocks.BLOCKS["squeeze and excitation"](), 3, init="fresh", **options)
+
+
+def preactivated(**options) -> FusedBlockMoE:
+    return FusedBlockMoE.from_block(any_blocks.BLOCKS["pre-activation"](), 3, init="fresh", **options)
+
+
 def mlp(**options) -> FusedMLPMoE:
     """Of tokens as wide as the images, whose lines are tokens then."""
     return FusedMLPMoE.from_mlp(Mlp(6, 10), 3, init="fresh", **options)
 
 
 LAYERS = {"basic": basic, "bottleneck": bottleneck, "conv": conv, "mlp": mlp}
-OF_MAPS = ["basic", "bottleneck", "conv"]
+LAYERS |= {"excited": excited, "preactivated": preactivated}
+OF_MAPS = [name for name in LAYERS if name != "mlp"]
 
 
 def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
@@ -76,8 +87,20 @@ BOTTLENECK = {
     "downsample.0.weight": (12, 8, 1, 1),
     **norm_shapes("downsample.1", 12),
 }
+EXCITED = BASIC | {
+    f"se.fc{layer}.{part}": shape for layer in (1, 2) for part, shape in (("weight", (8, 8, 1, 1)), ("bias", (8,)))
+}
+PREACTIVATED = {
+    **norm_shapes("norm1", 8),
+    "conv1.weight": (8, 8, 1, 1),
+    **norm_shapes("norm2", 8),
+    "conv2.weight": (8, 8, 3, 3),
+    **norm_shapes("norm3", 8),
+    "conv3.weight": (8, 8, 1, 1),
+}
 MLP = {"fc1.weight": (10, 6), "fc1.bias": (10,), "fc2.weight": (6, 10), "fc2.bias": (6,)}
 EXPERTS = {"basic": BASIC, "bottleneck": BOTTLENECK, "conv": {"weight": (6, 8, 3, 3), "bias": (6,)}, "mlp": MLP}
+EXPERTS |= {"excited": EXCITED, "preactivated": PREACTIVATED}
 GATES = {name: {"gate.fc.weight": (3, 6)} if name == "mlp" else GAP_FC for name in EXPERTS}
 # The stable part of the interface: checkpoints hold these names and shapes.
 SHAPES = {name: {**GATES[name], **of_three(shapes)} for name, shapes in EXPERTS.items()}
@@ -280,6 +303,8 @@ def blocks() -> dict[str, nn.Module]:
     return {
         "basic": torchvision_resnet.BasicBlock(8, 8),
         "bottleneck": torchvision_resnet.Bottleneck(8, 3, 2, downsample(8, 12)),
+        "excited": any_blocks.BLOCKS["squeeze and excitation"](),
+        "preactivated": any_blocks.BLOCKS["pre-activation"](),
         "mlp": Mlp(6, 10),
     }
 
@@ -289,7 +314,7 @@ def routed(module: nn.Module) -> MoELayer:
 
 
 @mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@mark.parametrize("name", ["basic", "bottleneck", "mlp"])
+@mark.parametrize("name", ["basic", "bottleneck", "excited", "preactivated", "mlp"])
 def test_conversion_loses_no_more_than_the_block_does(name: str, dtype: torch.dtype):
     """Experts that are copies: whatever the route, the layer computes the block, up to the weighted sum.
 
@@ -308,7 +333,7 @@ def test_conversion_loses_no_more_than_the_block_does(name: str, dtype: torch.dt
 
 
 @mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
-@mark.parametrize("name", ["basic", "mlp"])
+@mark.parametrize("name", ["basic", "preactivated", "mlp"])
 def test_a_converted_layer_trains(name: str, convert):
     moe = convert(LAYERS[name]())
     dtype = next(moe.experts.parameters()).dtype
@@ -395,8 +420,9 @@ def test_channels_last_comes_out_where_it_goes_in(name: str):
 
 @mark.parametrize("name", OF_MAPS)
 def test_a_model_converts_to_channels_last_and_back(name: str):
-    """Converted filters have their output channels innermost, the engine's own order; as built they are contiguous, as
-    what flattens or saves parameters needs them. An extracted expert is an ordinary contiguous block."""
+    """Converted filters have their output channels innermost, the engine's own order; off the engine they have the
+    libraries'. As built they are contiguous, as what flattens or saves parameters needs them. An extracted expert is an
+    ordinary contiguous block."""
     moe = trained(name).double().eval()
     x = images(dtype=torch.float64)
     wanted = moe(x)
@@ -405,7 +431,10 @@ def test_a_model_converts_to_channels_last_and_back(name: str):
     moe.to(memory_format=torch.channels_last)
     filters = [p for p in moe.experts.parameters() if p.dim() == 4]
     assert filters
-    assert all(p.permute(2, 3, 1, 0).is_contiguous() for p in filters)
+    if moe.experts.together:
+        assert all(p.permute(2, 3, 1, 0).is_contiguous() for p in filters)
+    else:
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
     assert all(torch.equal(value, state[key]) for key, value in moe.state_dict().items())
     torch.testing.assert_close(moe(x.contiguous(memory_format=torch.channels_last)), wanted, **CLOSE)
     expert = moe.expert(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import any_blocks
 import torch
 from pytest import approx, mark, raises
 from timm.layers.mlp import Mlp
@@ -153,7 +154,11 @@ def test_whether_a_token_depends_on_its_batch(options: dict, training: bool, eva
 def test_dropout_and_batch_norms_mix_rows_in_training():
     from torchvision.models.resnet import BasicBlock
 
-    for moe in (FusedMLPMoE.from_mlp(Mlp(WIDTH, HIDDEN, drop=0.1)), FusedBlockMoE.from_block(BasicBlock(4, 4))):
+    for moe in (
+        FusedMLPMoE.from_mlp(Mlp(WIDTH, HIDDEN, drop=0.1)),
+        FusedBlockMoE.from_block(BasicBlock(4, 4)),
+        FusedBlockMoE.from_block(any_blocks.drop_path(0.1)),
+    ):
         assert not moe.train().batch_independent
         assert moe.eval().batch_independent
     assert FusedConvMoE.from_conv(nn.Conv2d(3, 4, 3)).train().batch_independent

@@ -62,6 +62,9 @@ from training_tools import (
     weight_normalising,
 )
 
+from robust_moe_kernels.modules.block_experts import BlockExperts
+from robust_moe_kernels.modules.residual import ResidualExperts
+
 DOCS = Path(__file__).parents[3] / "docs" / "tools.md"
 
 
@@ -159,6 +162,51 @@ def test_a_tool_treats_both_alike(name: str):
     if wanted is not None:
         scale = max(1.0, float(wanted.detach().abs().max()))
         bound = scale * TOLERANCE.get(name, 2e-5)
+        assert float((found.detach() - wanted.detach()).abs().max()) <= bound
+
+
+# Tools that meet experts' memory, modules or statistics, or transform the forward, and take a second at most.
+OFF_ENGINE = [
+    "`nn.SyncBatchNorm.convert_sync_batchnorm`",
+    "`swa_utils.update_bn`",
+    "`swa_utils.AveragedModel`, EMA",
+    "`parametrizations.weight_norm`",
+    "`prune.l1_unstructured`",
+    "`parameters_to_vector`, `vector_to_parameters`",
+    "safetensors",
+    "`torch.save` of a whole model",
+    "`share_memory`",
+    "`torch.set_default_device`",
+    "FSDP2, `fully_shard`",
+    "dynamic quantisation",
+    "`create_feature_extractor`",
+    "`fx.symbolic_trace`",
+    "`checkpoint(use_reentrant=False)`",
+    "`checkpoint(use_reentrant=True)`",
+    "`torch.func.grad`",
+    "per-sample gradients, `vmap(grad)`",
+    "`torch.func.hessian`",
+    "`torch.vmap`",
+    "gradient penalties",
+    "`torch.jit.trace`",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OFF_ENGINE)
+def test_a_tool_treats_blocks_off_the_engine_as_dense_ones(name: str, monkeypatch):
+    """The same blocks, as if the engine did not compute them."""
+
+    def refuse(*_) -> None:
+        raise ValueError("for the test's sake")
+
+    monkeypatch.setattr(ResidualExperts, "of", refuse)
+    tool, model = TOOLS[name], routed()
+    assert isinstance(model[3].experts, BlockExperts)
+    wanted, found = tool.run(dense()), tool.run(model)
+    assert (found is None) == (wanted is None)
+    if wanted is not None:
+        bound = max(1.0, float(wanted.detach().abs().max())) * TOLERANCE.get(name, 2e-5)
         assert float((found.detach() - wanted.detach()).abs().max()) <= bound
 
 
