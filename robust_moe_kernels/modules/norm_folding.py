@@ -105,8 +105,8 @@ class _Folding(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        self.pauses.end()  # before the mode leaves the stack, onto which this may put it back
         super().__exit__(*error)
-        self.pauses.end()
         self._stop()
         for mode in self.outer:
             mode.nested -= 1

@@ -51,9 +51,10 @@ class Pauses:
         ]
 
     def end(self) -> None:
-        """No longer."""
+        """No longer. After an interrupt, for which PyTorch calls no hook, a mode that is off the stack comes back."""
         for handle in self._handles:
             handle.remove()
+        self._resume()
 
     def is_small(self) -> None:
         """The forward that runs is small."""
@@ -79,6 +80,9 @@ class Pauses:
         if self._depth > 0:
             return
         self._form = None
+        self._resume()
+
+    def _resume(self) -> None:
         mode, self._paused = self._paused, None
         if mode is not None:
             _push_mode(mode)

@@ -6,6 +6,7 @@ import copy
 import io
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -157,6 +158,36 @@ def test_after_an_error_the_mode_is_back(passed):
         assert seen_in(passed, model, LARGE)
         assert not seen_in(passed, model, SMALL)
     assert not modes()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_interrupt_of_a_small_forward_passes_through(nested):
+    """PyTorch calls no hook after an error that is no Exception, such as that of Ctrl-C."""
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.now = network(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.now:
+                raise KeyboardInterrupt
+            return self.body(x)
+
+    class Idle(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    model = Interrupted().eval()
+    with Idle() as outside:
+        with pytest.raises(KeyboardInterrupt), attack_mode(model), attack_mode(model) if nested else nullcontext():
+            for _ in range(3):
+                step(model, images(SMALL))
+            model.now = True
+            model(images(SMALL))
+        assert modes() == [outside]
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 def test_a_model_that_calls_itself_is_one_forward():
