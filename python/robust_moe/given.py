@@ -26,16 +26,18 @@ COLOURS = (1, 3, 4)  # channels of a picture
 
 
 def as_images(images: Any) -> Tensor:
-    """[n, C, H, W] uint8 in 0..255, or float32 or float64 in [0, 1], from a tensor, an array or nested lists.
+    """[n, C, H, W] uint8 in 0..255, or float32 in [0, 1], from a tensor, an array or nested lists.
 
     Raises:
-        ValueError: another shape; the channels last, as image libraries have them.
+        ValueError: another shape; the channels last, as image libraries have them; neither bytes nor floats.
     """
     tensor = _tensor("images", images)
-    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
-        tensor = tensor.to(torch.float32)
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)  # in which all verdicts are
     got = list(tensor.shape)
     expect(tensor.ndim == 4 and len(tensor) > 0, "images", "shape [n, C, H, W] with n >= 1", got)
+    numbers = tensor.dtype in (torch.uint8, torch.float32)
+    expect(numbers, "images", "uint8 in 0..255, or floats in [0, 1]", tensor.dtype)
     last = tensor.shape[1] not in COLOURS and tensor.shape[3] in COLOURS
     name, order = ("transpose", "0, 3, 1, 2") if isinstance(images, np.ndarray) else ("permute", "0, 3, 1, 2")
     expect(not last, "images", f"shape [n, C, H, W], as of images.{name}({order})", f"{got}, with the channels last")
