@@ -78,7 +78,9 @@ def with_logits(model: nn.Module, images: Tensor) -> nn.Module:
         found = model(x / 255 if x.dtype == torch.uint8 else x)
     if isinstance(found, Tensor):
         return model
-    return LogitsOf(model, _where(found)).train(model.training)
+    wrapped = LogitsOf(model, _where(found))
+    wrapped.training = model.training  # not by train(), which would set every module inside
+    return wrapped
 
 
 class LogitsOf(nn.Module):
