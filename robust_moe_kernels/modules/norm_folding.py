@@ -250,8 +250,7 @@ class _Folding(TorchFunctionMode):
                     self._learn([], nothing=True)
             elif self.known.chains is not None:  # no chain at all, or a small forward: nothing is folded
                 folded = self.known.chains and not small
-                if not folded:
-                    self.pauses.is_small()
+                self.pauses.begins(small=not folded)
                 self.how = ("promises" if self.known.usable() else "careful") if folded else ""
             else:
                 self.how = "unfolded" if small else "careful"

@@ -208,6 +208,29 @@ def test_a_model_that_calls_itself_is_one_forward():
             assert modes() == before
 
 
+@pytest.mark.parametrize("scales", [(1, 2), (2, 1)])
+def test_a_model_of_several_scales_is_as_large_as_the_largest(scales, folded):
+    """Every forward has the same bits, and what can be folded in it is."""
+
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = [F.interpolate(x, scale_factor=float(scale)) for scale in scales]
+            return self.body(maps[0]) + self.body(maps[1])
+
+    model = Scales().eval()
+    with attack_mode(model):
+        step(model, images(SMALL))
+        once = step(model, images(SMALL))
+        for _ in range(3):
+            folded.clear()
+            assert_same(step(model, images(SMALL)), once)
+            assert folded
+
+
 def test_another_thread_leaves_this_one_s_modes_alone():
     model = network()
     with attack_mode(model):
