@@ -19,7 +19,7 @@ from robust_moe.engine.checkpoint import data_of, load_checkpoint, load_model_st
 from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_device
 from robust_moe.evaluation import PresetEvaluation
 from robust_moe.evaluation.stages import as_fraction
-from robust_moe.given import as_images, as_labels, with_logits
+from robust_moe.given import as_images, as_labels, as_names, with_logits
 from robust_moe.outputs import evaluation_outputs, expect_json_name, expect_named, expect_outputs
 from robust_moe.report import faster_in_half
 from robust_moe.settings import plain
@@ -110,8 +110,8 @@ def evaluate(
 
     Args:
         model: maps images [B, C, H, W] in [0, 1] to logits [B, classes], any normalisation inside; left exactly as
-            found, on its own device. It may return a tuple, of which the first such tensor is taken, or a mapping that
-            has them as ``"logits"``.
+            found, on its own device. It may return a tuple, of which the first such tensor is taken (all such have
+            to be of one width), or a mapping that has them as ``"logits"``.
         images: uint8 [n, C, H, W] in 0..255, or floats in [0, 1], tensor or array; a rounding outside is clipped.
         labels: [n] whole numbers 0..classes-1, or names out of ``class_names``.
         eps: radius of the ball, such as ``"8/255"``; pixels are in [0, 1].
@@ -147,8 +147,7 @@ def evaluate(
     images = as_images(images)
     expect(isinstance(fast, bool), "fast", "True or False", repr(fast))
     expect(type(seed) is int and seed >= 0, "seed", "an integer >= 0", repr(seed))
-    expect(not isinstance(class_names, str), "class_names", "a list of names", repr(class_names))
-    names = [] if class_names is None else [str(name) for name in class_names]
+    names = as_names(class_names)
     labels = as_labels(labels, names)
     if names and len(labels):
         largest = int(labels.max())

@@ -19,23 +19,25 @@ from robust_moe.settings import hint, shown
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import attack_mode
 
-__all__ = ["as_images", "as_labels", "with_logits"]
+__all__ = ["as_images", "as_labels", "as_names", "with_logits"]
 
 ROUNDING = 1e-6  # by which a pixel may leave [0, 1]: a few roundings of float32, far below a grey level
 COLOURS = (1, 3, 4)  # channels of a picture
 
 
 def as_images(images: Any) -> Tensor:
-    """[n, C, H, W] uint8 in 0..255, or float32 or float64 in [0, 1], from a tensor, an array or nested lists.
+    """[n, C, H, W] uint8 in 0..255, or float32 in [0, 1], from a tensor, an array or nested lists.
 
     Raises:
-        ValueError: another shape; the channels last, as image libraries have them.
+        ValueError: another shape; the channels last, as image libraries have them; neither bytes nor floats.
     """
     tensor = _tensor("images", images)
-    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
-        tensor = tensor.to(torch.float32)
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)  # in which all verdicts are
     got = list(tensor.shape)
     expect(tensor.ndim == 4 and len(tensor) > 0, "images", "shape [n, C, H, W] with n >= 1", got)
+    numbers = tensor.dtype in (torch.uint8, torch.float32)
+    expect(numbers, "images", "uint8 in 0..255, or floats in [0, 1]", tensor.dtype)
     last = tensor.shape[1] not in COLOURS and tensor.shape[3] in COLOURS
     name, order = ("transpose", "0, 3, 1, 2") if isinstance(images, np.ndarray) else ("permute", "0, 3, 1, 2")
     expect(not last, "images", f"shape [n, C, H, W], as of images.{name}({order})", f"{got}, with the channels last")
@@ -46,11 +48,23 @@ def as_images(images: Any) -> Tensor:
     return tensor
 
 
+def as_names(class_names: Any) -> list[str]:
+    """Names of the classes, in their order; none of None.
+
+    Raises:
+        ValueError: no sequence: a set has no order, and of a mapping either side may be the names.
+    """
+    ordered = class_names is None or isinstance(class_names, (Sequence, np.ndarray))
+    got = repr(class_names) if isinstance(class_names, str) else type(class_names).__name__
+    expect(ordered and not isinstance(class_names, str), "class_names", "a list of names", got)
+    return [] if class_names is None else [str(name) for name in class_names]
+
+
 def as_labels(labels: Any, class_names: Sequence[str]) -> Tensor:
     """[n] int64, from a tensor, an array or a list, of numbers or of names out of ``class_names``.
 
     Raises:
-        ValueError: names that are not among ``class_names``; numbers that are not whole.
+        ValueError: names that are not among ``class_names``, or stand there twice; numbers that are not whole.
     """
     if not isinstance(labels, Tensor):
         array = _array("labels", labels)
@@ -68,7 +82,7 @@ def with_logits(model: nn.Module, images: Tensor) -> nn.Module:
     first tensor [n, classes], of a mapping ``"logits"``. Looks at one image.
 
     Raises:
-        ValueError: no logits there.
+        ValueError: no logits there; a tuple with such tensors of several widths, of which any may be the logits.
     """
     device = device_of(model, None)
     with attack_mode(model), torch.no_grad(), drawing(0, device):
@@ -76,7 +90,9 @@ def with_logits(model: nn.Module, images: Tensor) -> nn.Module:
         found = model(x / 255 if x.dtype == torch.uint8 else x)
     if isinstance(found, Tensor):
         return model
-    return LogitsOf(model, _where(found)).train(model.training)
+    wrapped = LogitsOf(model, _where(found))
+    wrapped.training = model.training  # not by train(), which would set every module inside
+    return wrapped
 
 
 class LogitsOf(nn.Module):
@@ -99,6 +115,10 @@ def _where(found: Any) -> int | str:
         got = f"a mapping of {', '.join(map(str, found))}"
     elif isinstance(found, (tuple, list)):
         places = [place for place, value in enumerate(found) if _are_logits(value)]
+        widths = list(dict.fromkeys(found[place].shape[1] for place in places))
+        if len(widths) > 1:
+            got = f"tensors [B, n] of n = {' and '.join(map(str, widths))}"
+            expect(False, "model", "logits alone, or one tensor [B, classes] in the tuple with them", got)
         if places:
             return places[0]
         got = f"a {type(found).__name__} of {len(found)} without such a tensor"
@@ -138,6 +158,8 @@ def _by_name(labels: np.ndarray, class_names: Sequence[str]) -> Tensor:
     first = str(labels.flat[0])
     expect(bool(class_names), "labels", "numbers 0..classes-1, or class_names beside them", f"names such as {first!r}")
     numbers = {name: number for number, name in enumerate(class_names)}
+    twice = next((name for number, name in enumerate(class_names) if numbers[name] != number), None)
+    expect(twice is None, "class_names", "different names where labels are names", f"{twice!r} twice")
     strange = next((str(label) for label in labels.flat if str(label) not in numbers), None)
     if strange is not None:
         near = hint(strange, class_names)

@@ -105,8 +105,8 @@ class _Folding(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        self.pauses.end()  # before the mode leaves the stack, onto which this may put it back
         super().__exit__(*error)
-        self.pauses.end()
         self._stop()
         for mode in self.outer:
             mode.nested -= 1
@@ -250,8 +250,7 @@ class _Folding(TorchFunctionMode):
                     self._learn([], nothing=True)
             elif self.known.chains is not None:  # no chain at all, or a small forward: nothing is folded
                 folded = self.known.chains and not small
-                if not folded:
-                    self.pauses.is_small()
+                self.pauses.begins(small=not folded)
                 self.how = ("promises" if self.known.usable() else "careful") if folded else ""
             else:
                 self.how = "unfolded" if small else "careful"

@@ -122,6 +122,8 @@ class AdaptiveClusteringGate(LinearGate):
     def forward(self, x: Tensor, clusters: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         if clusters is None:
             return super().forward(x)
+        wanted = "one that follows the layer before (link_layers links anew once a gate was replaced)"
+        expect(self.spread is not None, "gate", wanted, "one that follows none")
         kind = torch.promote_types(self.fc.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             factors = self._factors(x.detach().to(kind), clusters, padding)

@@ -124,11 +124,12 @@ def test_logits_may_be_returned_in_something(how):
     [
         lambda x, y: (x.numpy(), y.numpy()),
         lambda x, y: (x.half().numpy(), y.numpy().astype(np.uint8)),
+        lambda x, y: (x.double().numpy(), y.numpy()),
         lambda x, y: (x.tolist(), y.tolist()),
         lambda x, y: (x, [("cat", "dog", "emu")[label] for label in y]),
         lambda x, y: (x + 5e-7 * (x == x.max()) - 5e-7 * (x == x.min()), y.int()),
     ],
-    ids=["arrays", "half precision and bytes", "lists", "names", "a rounding outside"],
+    ids=["arrays", "half precision and bytes", "double precision", "lists", "names", "a rounding outside"],
 )
 def test_images_and_labels_may_be_something_else(change):
     model, classes = cnn(), ["cat", "dog", "emu"]
@@ -286,6 +287,10 @@ def test_progress_says_so(capsys):
             "labels: expected names out of class_names, got 'cta'; did you mean 'cat'?",
         ),
         ({"labels": [0.5] * 12}, "labels: expected whole numbers 0..classes-1, or names with class_names beside them"),
+        (
+            {"images": np.zeros((12, 3, 8, 8), np.int64)},
+            "images: expected uint8 in 0..255, or floats in [0, 1], got torch.int64",
+        ),
         ({"images": torch.zeros(3, 8, 8)}, "images: expected shape [n, C, H, W] with n >= 1, got [3, 8, 8]"),
         (
             {"images": torch.full((12, 3, 8, 8), 3.0)},

@@ -86,9 +86,9 @@ class SettingsCommand(TyperCommand):
 
 
 def _keys_of(option: str) -> list[str]:
-    """Keys of settings that end with an option's name."""
+    """Keys of settings that end with an option's name, or are it with dashes for dots."""
     name = option.lstrip("-").replace("-", "_")
-    return [key for key in flatten(TrainConfig()) if key == name or key.endswith(f".{name}")]
+    return [key for key in flatten(TrainConfig()) if name in (key, key.replace(".", "_")) or key.endswith(f".{name}")]
 
 
 def _value_of(option: str, args: Sequence[str]) -> str:

@@ -114,7 +114,8 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
     Args:
         files: study.json of this format, of one scale, with equal settings and images. Each has parts of ``study``;
             their seeds and their parts may differ or be the same.
-        study: a key of :data:`STUDIES`. The result has those of its parts that any of ``files`` has, or all runs of.
+        study: a key of :data:`STUDIES`. The result has those of its parts that any of ``files`` has, and those of which
+            they have all runs, with what all claims are computed from at some seed.
         out: folder of the result.
 
     Raises:
@@ -154,6 +155,7 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
             "merged": list(_origins(found.values())),
             "judged_again": True,
         }
+        parts = [part for part in parts if part in asked or _is_decided(part, about["seeds"], runs)]
         merged = results_of(parts, runs, about, failed, "cpu")
         merged["seconds"]["this_call"] = round(time.perf_counter() - began, 3)
         path = write_report(merged, target)
@@ -161,6 +163,15 @@ def merge_studies(files: Sequence[str | Path], study: str, out: str | Path) -> S
         named = ", ".join(map(str, paths))
         raise StudyError(f"{named}: expected what a report is made of, got {type(error).__name__}: {error}") from error
     return StudyResult(merged, path, True)
+
+
+def _is_decided(part: str, seeds: Sequence[int], runs: Mapping[str, Any]) -> bool:
+    """Whether the runs tell something about every claim of a part that nobody may have measured them for."""
+    try:
+        claims = judged([part], seeds, runs)[part]["claims"]
+    except LACKING:
+        return False
+    return all(claim["seeds"] for claim in claims)
 
 
 def _expect_parts(path: Path, results: Mapping[str, Any]) -> None:

@@ -71,4 +71,5 @@ def read_list(text: str, key: str) -> Any:
     """Likewise of a field that is a list, whose brackets may be missing: ``a,b`` is ``[a,b]``, and a shell may take
     brackets for a pattern of files."""
     value = read_yaml(text, key)
-    return read_yaml(f"[{text}]", key) if isinstance(value, str) else value
+    null = isinstance(value, Plain) and value.lower() == "null"  # no item of that name
+    return read_yaml(f"[{text}]", key) if isinstance(value, str) and not null else value

@@ -501,7 +501,7 @@ def test_h_is_help(arguments):
         (["train", "digits-dense", "--batch-size", "--fresh"], "eval.batch_size=VALUE or run.batch_size=VALUE"),
         (["train", "digits-dense", "--data.root", "images"], "without dashes: data.root=images"),
         (["eval", "best.pt", "--top-k"], "No such option: --top-k. Settings are given as KEY=VALUE"),
-        (["reproduce", "cost", "--data-root", "images"], "No such option: --data-root"),
+        (["reproduce", "cost", "--data-root", "images"], "without dashes: data.root=images"),
     ],
 )
 def test_an_option_that_is_a_setting_is_answered_with_its_key(arguments, words):

@@ -235,6 +235,21 @@ def test_a_part_whose_runs_are_all_there_is_decided_too(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("lacking", ["measures", "a common seed"])
+def test_a_part_that_nobody_asked_for_refuses_nothing(lacking, tmp_path):
+    """Its runs are older than what it asks of them, or were never measured side by side."""
+    parted = only({0, 1, 2})
+    parted["parts"] = {}
+    for place, run in enumerate(parted["runs"].values()):
+        if lacking == "measures":
+            for found in run["seeds"].values():
+                found["measures"] = {"sa": found["measures"]["sa"]}
+        else:
+            run["seeds"] = {str(place): run["seeds"][str(place)]}
+    files = put(tmp_path, one=parted, cost=COST)
+    assert list(merge_studies(files, "all", tmp_path / "out").results["parts"]) == ["cost"]
+
+
 def test_families_of_networks_that_a_study_has_not_are_no_difference(tmp_path):
     older, later = only({0}), only({1})
     older["scale"].pop("families", None)

@@ -122,6 +122,8 @@ def test_another_name_keeps_what_both_inherit():
         ({"sizes": [Plain("1"), Plain("0")]}, ["sizes[1]", "mm > 0"]),
         ({"sizes": Plain("{x: 3}")}, ["sizes", "a list", "3"]),
         ({"sizes": "3"}, ["sizes", "a list", "'3'"]),  # quoted: text
+        ({"sizes": Plain("null")}, ["sizes: expected a list, got 'null'"]),  # not of one item
+        ({"sizes": Plain("~")}, ["sizes: expected a list, got 'null'"]),
         ({"sizes": Plain("3,x")}, ["sizes[1]", "a decimal number", "'x'"]),
         ({"tool": {"length": Plain("1/0")}}, ["tool.length", "fraction", "1/0"]),
         ({"tool": {"length": Plain("1/2/3")}}, ["tool.length", "fraction", "1/2/3"]),

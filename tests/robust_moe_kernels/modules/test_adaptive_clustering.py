@@ -344,13 +344,22 @@ def test_only_linked_layers_route_by_clusters():
         replace_mlps(Blocks(1), "blocks.0", gate=GATE)
     gate = AdaptiveClusteringGate(WIDTH, EXPERTS)
     with raises(ValueError, match="gate: expected a gate of its own for each layer, got one of several"):
-        replace_mlps(Blocks(2), ["blocks.0", "blocks.1"], num_experts=EXPERTS, gate=gate)
+        link_layers(FusedMLPMoE.from_mlp(Mlp(WIDTH, 8), EXPERTS, gate=gate) for _ in range(2))
     model = learned()
     with raises(RuntimeError, match="layer 1 of the linked ones: expected a forward through layer 0 just before, got"):
         model.part(tokens(), 1, 3)
     model.part(tokens(), 0, 1)
     with raises(ValueError, match=r"x: expected rows of shape \[3, 5\], .*, got \[2, 5\]"):
         model.part(tokens(2), 1, 2)
+
+
+def test_a_gate_put_into_a_linked_layer_has_to_follow_too():
+    model, x = linked(gate="adaptive_clustering"), tokens()
+    model.layers[1].gate = AdaptiveClusteringGate(WIDTH, EXPERTS).double()
+    with raises(ValueError, match=r"gate: expected one that follows the layer before .*, got one that follows none"):
+        model(x)
+    link_layers(model.layers)
+    assert model(x).isfinite().all()
 
 
 def test_decisions_without_experts_follow_each_other():

@@ -6,6 +6,7 @@ import copy
 import io
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -159,6 +160,36 @@ def test_after_an_error_the_mode_is_back(passed):
     assert not modes()
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_interrupt_of_a_small_forward_passes_through(nested):
+    """PyTorch calls no hook after an error that is no Exception, such as that of Ctrl-C."""
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.now = network(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.now:
+                raise KeyboardInterrupt
+            return self.body(x)
+
+    class Idle(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    model = Interrupted().eval()
+    with Idle() as outside:
+        with pytest.raises(KeyboardInterrupt), attack_mode(model), attack_mode(model) if nested else nullcontext():
+            for _ in range(3):
+                step(model, images(SMALL))
+            model.now = True
+            model(images(SMALL))
+        assert modes() == [outside]
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
 def test_a_model_that_calls_itself_is_one_forward():
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -175,6 +206,29 @@ def test_a_model_that_calls_itself_is_one_forward():
         for _ in range(4):
             assert_same(step(model, images(SMALL)), expected)
             assert modes() == before
+
+
+@pytest.mark.parametrize("scales", [(1, 2), (2, 1)])
+def test_a_model_of_several_scales_is_as_large_as_the_largest(scales, folded):
+    """Every forward has the same bits, and what can be folded in it is."""
+
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = [F.interpolate(x, scale_factor=float(scale)) for scale in scales]
+            return self.body(maps[0]) + self.body(maps[1])
+
+    model = Scales().eval()
+    with attack_mode(model):
+        step(model, images(SMALL))
+        once = step(model, images(SMALL))
+        for _ in range(3):
+            folded.clear()
+            assert_same(step(model, images(SMALL)), once)
+            assert folded
 
 
 def test_another_thread_leaves_this_one_s_modes_alone():
