@@ -144,7 +144,7 @@ def evaluate(
         FloatingPointError: NaN in a logit or an attack's gradient.
     """
     expect(isinstance(model, nn.Module), "model", "a torch.nn.Module", type(model).__name__)
-    images = as_images(images)
+    images = as_images(images, model)
     expect(isinstance(fast, bool), "fast", "True or False", repr(fast))
     expect(type(seed) is int and seed >= 0, "seed", "an integer >= 0", repr(seed))
     names = as_names(class_names)

@@ -25,18 +25,20 @@ ROUNDING = 1e-6  # by which a pixel may leave [0, 1]: a few roundings of float32
 COLOURS = (1, 3, 4)  # channels of a picture
 
 
-def as_images(images: Any) -> Tensor:
-    """[n, C, H, W] uint8 in 0..255, or float32 in [0, 1], from a tensor, an array or nested lists.
+def as_images(images: Any, model: nn.Module) -> Tensor:
+    """[n, C, H, W] uint8 in 0..255, or float32 in [0, 1], from a tensor, an array or nested lists; float64 of a
+    ``model`` in double precision.
 
     Raises:
         ValueError: another shape; the channels last, as image libraries have them; neither bytes nor floats.
     """
     tensor = _tensor("images", images)
     if tensor.is_floating_point():
-        tensor = tensor.to(torch.float32)  # in which all verdicts are
+        double = tensor.dtype == torch.float64 and any(each.dtype == torch.float64 for each in model.parameters())
+        tensor = tensor if double else tensor.to(torch.float32)
     got = list(tensor.shape)
     expect(tensor.ndim == 4 and len(tensor) > 0, "images", "shape [n, C, H, W] with n >= 1", got)
-    numbers = tensor.dtype in (torch.uint8, torch.float32)
+    numbers = tensor.dtype in (torch.uint8, torch.float32, torch.float64)
     expect(numbers, "images", "uint8 in 0..255, or floats in [0, 1]", tensor.dtype)
     last = tensor.shape[1] not in COLOURS and tensor.shape[3] in COLOURS
     name, order = ("transpose", "0, 3, 1, 2") if isinstance(images, np.ndarray) else ("permute", "0, 3, 1, 2")
