@@ -52,6 +52,7 @@ CHOICES = (
     ("redundancy_robust", "gates, attacked", ROBUST),
     ("redundancy_clean_route", "clean routes, attacked", NEUTRAL),
 )
+COLLAPSE = (("sa", "SA", CLEAN), ("ra", "RA", ROBUST), ("use_largest", "most used expert of a layer", "#b7791f"))
 ACCURACIES = (("sa", "SA", CLEAN), ("ra", "RA", ROBUST), ("ra_e", "RA-E", "#b7791f"), ("ra_r", "RA-R", "#2f855a"))
 
 
@@ -98,9 +99,11 @@ def _accuracies(title: str, bars: Bars = ACCURACIES) -> Callable[[Found], Figure
     def draw(found: Found) -> Figure:
         figure = new_figure(2.6 + 1.9 * len(found), 4.0, title)
         axes = figure.subplots()
-        for number, (key, label, color) in enumerate(bars):
+        measured = {key for seeds in found.values() for each in seeds.values() for key in each}
+        there = [bar for bar in bars if bar[0] in measured]
+        for number, (key, label, color) in enumerate(there):
             groups = [[each[key] for each in seeds.values() if key in each] for seeds in found.values()]
-            places = np.arange(len(found)) + (number - (len(bars) - 1) / 2) * 0.2
+            places = np.arange(len(found)) + (number - (len(there) - 1) / 2) * 0.2
             _bars(axes, places, groups, color, 0.18, label)
         _name_groups(axes, found)
         tidy(axes, "", "test images")
@@ -274,8 +277,9 @@ FIGURES: dict[str, dict[str, tuple[Sequence[str], Callable[[Found], Figure]]]] =
     },
     **{
         name: {"accuracy": (PARTS[name].runs, _accuracies("Adversarial training, under attack"))}
-        for name in ("beta", "advmoe", "conv-block", "placement", "gates", "experts", "collapse", "half-precision")
+        for name in ("beta", "advmoe", "conv-block", "placement", "gates", "experts", "half-precision")
     },
+    "collapse": {"accuracy": (PARTS["collapse"].runs, _accuracies("Does routing collapse?", COLLAPSE))},
     "bounds": {},
     "equal-compute": {
         "curve": (PARTS["equal-compute"].runs, _accuracies("As many multiply-adds, dense and routed", BUDGET))
