@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from robust_moe.config import load_config
+from robust_moe.models import BasicBlock
+from robust_moe_kernels import replace_blocks
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -22,7 +26,7 @@ RUN_ELSEWHERE = {
     "README.md": "its second block, which is the one of evaluate.md, shortened",
     "docs/tutorials/evaluate.md": "tests/robust_moe/test_api.py",
     "docs/tutorials/extend.md": "below, in a process of its own",
-    "docs/evaluation.md": "calls of what tests/robust_moe/attacks and evaluation test",
+    "docs/evaluation.md": "below, with a small model",
     "docs/tools.md": "two lines on general_path, which tests/robust_moe_kernels/modules test",
 }
 
@@ -84,6 +88,19 @@ def test_programs_run(page, tmp_path, monkeypatch):
     names: dict[str, object] = {"__name__": page}
     for block in code[:1] if page in RUN_ELSEWHERE else code:
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_calls_of_the_evaluation_page_run():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 4, 3), BasicBlock(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+    model = replace_blocks(nn.Sequential(*body), "1", num_experts=2, top_k=1).eval()
+    images = torch.rand(2, 3, 8, 8)
+    names = {"model": model, "images": images, "labels": model(images).argmax(1), "index": torch.arange(2)}
+    (code,) = blocks("docs/evaluation.md", "python")
+    exec(compile(code, "evaluation.md", "exec"), names)
+    assert names["x_adv"].shape == images.shape
+    assert {"sa", "ra", "ra_e", "ra_r"} <= names["numbers"].keys()
 
 
 def test_every_program_is_run_or_said_why_not():
