@@ -2,6 +2,7 @@
 # make test   install into .venv and run the whole test suite
 # make sanitize  build the native code with the address, undefined and thread sanitizers; its tests and the fuzzer with each
 # make fuzz      random calls of the native ops beside the reference; SEED=0 SECONDS=60
+# make docs   the documentation site, written to build/site
 # make bench  the benchmarks, written to benchmarks/results
 # make lint   ruff, mypy and clang-format, as CI runs them
 
@@ -15,7 +16,7 @@ SECONDS ?= 60
 SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests/helpers/amx_emulation tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize fuzz bench lint clean
+.PHONY: demo test sanitize fuzz docs bench lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/robust-moe demo
@@ -28,6 +29,9 @@ sanitize: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(RUN) tests/fuzz --seed $(SEED) --seconds $(SECONDS)
+
+docs: $(VENV)/.installed
+	$(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks --out benchmarks/results
@@ -43,7 +47,7 @@ $(VENV)/bin/python:
 
 # Installed in place, so that Python edits need no new installation; C++ edits do.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml setup.py $(SOURCES)
-	$(RUN) -m pip install --editable ".[train,test,dev]"
+	$(RUN) -m pip install --editable ".[train,test,dev,docs]"
 	touch $@
 
 clean:

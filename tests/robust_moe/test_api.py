@@ -24,7 +24,7 @@ from robust_moe.evaluation.stages import identity
 from robust_moe.precision import Bfloat16
 from robust_moe_kernels.modules import replace_blocks
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "evaluate.md"
 
 
 class Block(nn.Module):
@@ -403,15 +403,15 @@ def test_a_tensor_of_one_element_has_an_identity():
     assert found["data"] == identity(nn.Flatten(), torch.zeros(1, 1, 2, 2), one.clone(), [], {})["data"]
 
 
-def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
-    section = README.read_text(encoding="utf-8").partition("\n## As a library\n")[2].partition("\n## ")[0]
+def test_the_tutorials_snippet_runs(tmp_path, monkeypatch):
+    section = PAGE.read_text(encoding="utf-8").partition("\n## As a library\n")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     small = ["data.train_limit=64", "data.test_limit=20", "run.max_steps=1", "run.batch_size=16", "run.accelerator=cpu"]
     real = robust_moe.train
     monkeypatch.setattr(robust_moe, "train", lambda name, more: real(name, [*more, *small]), raising=False)
     monkeypatch.chdir(tmp_path)
     names = {"images": torch.rand(6, 1, 8, 8), "labels": torch.arange(6)}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, PAGE.name, "exec"), names)
     assert names["numbers"]["count"] == 6
     assert (tmp_path / "numbers.json").is_file()
     assert (tmp_path / "report.html").is_file()
