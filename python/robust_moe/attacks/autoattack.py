@@ -187,7 +187,14 @@ class AutoAttack(Attack):
                 kept.append(rows[~found.fooled])
             left = torch.cat(kept) if kept else left
             if self._say is not None:
-                spent = {"passes": passes.tally.counts.total - before, "seconds": time.perf_counter() - began}
-                after = [(each, len(left)) for each in attacks[place:]]
-                self._say(pace.line(name, **spent, left=len(left), robust=len(left), count=len(x0), to_come=after))
+                line = pace.line(
+                    name,
+                    passes=passes.tally.counts.total - before,
+                    seconds=time.perf_counter() - began,
+                    left=len(left),
+                    robust=len(left),
+                    count=len(x0),
+                    to_come=[(each, len(left)) for each in attacks[place:]],
+                )
+                self._say(line)
         return out
