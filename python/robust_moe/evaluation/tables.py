@@ -32,7 +32,9 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
     rows = in_common(rows)
     attacks = "; ".join(dict.fromkeys(attack_name(results) for _, results in rows))
     extra = any(results.get("own") for _, results in rows)
-    table = _table(title, f"robust: right clean and after {attacks}. [95 % interval]")
+    table = _table(
+        title, f"robust: {attacks}. [95 % interval]\nrobust is right on the clean image and after these attacks"
+    )
     _columns(table, "run", "weights", "clean %", "robust %", "s", *(["after all\nits own %"] if extra else []))
     for name, results in rows:
         table.add_row(
@@ -46,6 +48,9 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
     return table
 
 
+_WIDTH = 78  # for captions, which are broken where a table ends; a narrower console has narrower tables
+
+
 def _table(title: str, caption: str) -> Table:
     """Without lines between columns, so that it fits 80 characters."""
     return Table(
@@ -55,6 +60,7 @@ def _table(title: str, caption: str) -> Table:
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
+        min_width=_WIDTH,
     )
 
 
@@ -83,7 +89,7 @@ def attack_table(results: Mapping[str, Any]) -> Table:
         "right. after: right clean and after every attack up to this one. passes: mean of its images."
     )
     if results[AUTOATTACK] is not None:
-        caption += f" AutoAttack by itself: {_percent(results, AUTOATTACK)} %."
+        caption += f"\nAutoAttack by itself: {_percent(results, AUTOATTACK)} %."
     table = _table("attacks", caption)
     columns = ("images\ngiven", "images\nbroken", "robust\nafter %", "robust\nalone %")
     _columns(table, "attack", *columns, "passes\nforward", "passes\nback", "s")
