@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["make_console", "show_any_text"]
+__all__ = ["make_console", "print_line", "show_any_text"]
 
 
 def show_any_text(stream: TextIO) -> None:
@@ -16,6 +16,12 @@ def show_any_text(stream: TextIO) -> None:
     reconfigure = getattr(stream, "reconfigure", None)  # a notebook's has none, and shows all characters
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+
+
+def print_line(text: str) -> None:
+    """A line on standard output, also where the extra of :class:`robust_moe.engine.Reporter` is not installed."""
+    show_any_text(sys.stdout)
+    print(text, flush=True)
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -22,7 +22,7 @@ from robust_moe.evaluation import (
     read_results,
     robustbench_json,
 )
-from robust_moe.evaluation.common import expect_comparable
+from robust_moe.evaluation.common import expect_comparable, run_name
 from robust_moe.evaluation.scorer import device_of
 from robust_moe.files import replace_file
 from robust_moe.outputs import (
@@ -166,17 +166,16 @@ def faster_in_half(model: nn.Module, asked: str, say: Callable[[str], object]) -
 
 
 def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, content) of result files: that of the folder, and where several are in it, of the file too."""
-    folders = [path.resolve().parent.name for path in paths]
-    names = [
-        folder if folders.count(folder) == 1 else f"{folder}/{path.stem}"
-        for folder, path in zip(folders, paths, strict=True)
+    """(name, content) of result files: the run's name, and where several are of it, the file's too."""
+    contents = [read_results(path) for path in paths]
+    runs = [run_name(results) for results in contents]
+    return [
+        (
+            run if runs.count(run) == 1 else f"{run}/{path.stem}",
+            {**results, "samples": str(samples_file(path))},
+        )
+        for run, path, results in zip(runs, paths, contents, strict=True)
     ]
-    found = []
-    for name, path in zip(names, paths, strict=True):
-        results = read_results(path)
-        found.append((name, {**results, "samples": str(samples_file(path))}))
-    return found
 
 
 def _result_file(
@@ -210,5 +209,5 @@ def draw(folder: str | Path, name: str | None = None, say: Callable[[str], objec
         plot_training(epochs, drawn[-1], title=name)
     if routing := read_metrics(folder, "routing"):
         drawn.append(folder / "routing.png")
-        plot_routing(routing, drawn[-1], title=f"{name}: share of test inputs per expert (%)")
+        plot_routing(routing, drawn[-1], title=f"{name}: % of test inputs per expert")
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from robust_moe.attacks.base import MOST_RESTARTS, MOST_STEPS, Attack, expect_length, expect_number, per_sample
+from robust_moe.attacks.pace import Pace
 from robust_moe.attacks.passes import Passes
 from robust_moe.attacks.square import Square
 from robust_moe.attacks.table import ATTACKS
+from robust_moe.console import print_line
 from robust_moe.seeding import derive_seed
 from robust_moe.settings import setting
 from robust_moe_kernels.checks import expect
@@ -99,6 +102,10 @@ class AutoAttack(Attack):
         steps: of the gradient attacks, >= 0; Square makes 50 times as many queries. The standard is 100.
         restarts: of each attack, >= 1. The standard is 1.
         mode: see :class:`~robust_moe.attacks.base.Attack`.
+        verbose: True: prints one line for each attack as it ends: the images that it left, the robust accuracy after it
+            (of all images of the call), its seconds and, from its speed, the time that the other attacks will take at
+            most. A function takes these lines instead, such as :meth:`robust_moe.engine.Reporter.line`. Images do not
+            depend on it.
 
     Raises:
         ValueError: a value of another type or out of its range; attacks without "custom", or none with it, or of
@@ -130,8 +137,10 @@ class AutoAttack(Attack):
         steps: int = 100,
         restarts: int = 1,
         mode: str = "eval",
+        verbose: bool | Callable[[str], object] = False,
     ) -> None:
         super().__init__(steps=steps, restarts=restarts, seed=seed, mode=mode)
+        expect(isinstance(verbose, bool) or callable(verbose), "verbose", "True, False or a function", repr(verbose))
         expect_length("eps", eps)
         expect_number("batch_size", batch_size, Integral)
         expect(batch_size >= 1, "batch_size", "a count >= 1", batch_size)
@@ -150,6 +159,7 @@ class AutoAttack(Attack):
         self.norm = norm
         self.version = version
         self.batch_size = batch_size
+        self._say = print_line if verbose is True else verbose or None  # private: no setting that decides a result
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -166,8 +176,9 @@ class AutoAttack(Attack):
         passes.tally.flag(torch.isnan(logits).any())
         out, left = x0.clone(), (logits.argmax(1) == passes.y).nonzero()[:, 0]
         how: dict[str, Any] = {"largest_label": passes.largest_label, "reads": True, "room": self.batch_size}
-        for name, attack in self.attacks.items():
-            kept = []
+        pace, attacks = Pace(passes.model), list(self.attacks.values())
+        for place, (name, attack) in enumerate(self.attacks.items(), 1):
+            kept, began, before = [], time.perf_counter(), passes.tally.counts.total
             for rows in left.split(self.batch_size) if len(left) else ():
                 images = x0[rows]
                 one = attack.aim(passes.model, images, passes.y[rows], passes.tally, **how)
@@ -175,4 +186,15 @@ class AutoAttack(Attack):
                 out[rows] = torch.where(per_sample(found.fooled, x0), found.images, images)
                 kept.append(rows[~found.fooled])
             left = torch.cat(kept) if kept else left
+            if self._say is not None:
+                line = pace.line(
+                    name,
+                    passes=passes.tally.counts.total - before,
+                    seconds=time.perf_counter() - began,
+                    left=len(left),
+                    robust=len(left),
+                    count=len(x0),
+                    to_come=[(each, len(left)) for each in attacks[place:]],
+                )
+                self._say(line)
         return out

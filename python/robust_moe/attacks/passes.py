@@ -22,9 +22,14 @@ class Counts:
     backward: int = 0
 
     def add(self, other: Counts) -> None:
-        """Grow by another's."""
+        """Grow by another's. All passes come through here, so that a subclass can watch an attack go on."""
         self.forward += other.forward
         self.backward += other.backward
+
+    @property
+    def total(self) -> int:
+        """Forwards and backwards together."""
+        return self.forward + self.backward
 
 
 class Examined(NamedTuple):
@@ -96,7 +101,7 @@ class Passes:
     def logits(self, x: Tensor) -> Tensor:
         """The model's logits [B, classes] of ``x``: one forward, whose output is checked against batch and labels."""
         logits = self.model(x)
-        self.tally.counts.forward += len(x)
+        self.tally.counts.add(Counts(forward=len(x)))
         ok = logits.ndim == 2 and logits.shape[0] == x.shape[0]
         expect(ok, "model", f"logits of shape [{x.shape[0]}, classes]", f"shape {list(logits.shape)}")
         self.tally.classes = logits.shape[1]
@@ -134,7 +139,7 @@ class Passes:
     def gradient(self, output: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Gradient of a scalar, or of what ``grad_outputs`` weighs, to ``x`` alone; ``options`` of
         ``torch.autograd.grad``. Zero where the output does not depend on ``x`` through anything with a gradient."""
-        self.tally.counts.backward += len(x)
+        self.tally.counts.add(Counts(backward=len(x)))
         if not output.requires_grad:
             return torch.zeros_like(x)
         (grad,) = torch.autograd.grad(output, x, materialize_grads=True, **options)

@@ -19,13 +19,13 @@ from robust_moe.commands.shared import (
     import_modules,
     new_app,
     one_line_errors,
-    title_of,
 )
 from robust_moe.config import ConfigError, parse_fraction
 from robust_moe.console import make_console
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.evaluation.certified import certified_table
+from robust_moe.evaluation.common import checkpoint_name
 
 __all__ = ["app"]
 
@@ -92,7 +92,7 @@ def certify(
         resume=resume,
         reporter=reporter,
     )
-    reporter.console.print(certified_table(results, title_of(checkpoint_file(checkpoint))))
+    reporter.console.print(certified_table(results, checkpoint_name(checkpoint_file(checkpoint).resolve())))
     reporter.line(f"guarantee: {results['guarantee']}")
     reporter.line(f"results: {written}")
     reporter.line(f"plot: {written.with_suffix('.png')}")

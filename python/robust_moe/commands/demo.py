@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from robust_moe.commands.shared import STOPPED, Traceback, new_app, one_line_errors
+from robust_moe.commands.shared import STOPPED, Traceback, new_app, one_line_errors, stoppable
 from robust_moe.console import make_console
 from robust_moe.demo import run_demo
+from robust_moe.engine import Reporter
 
 __all__ = ["app"]
 
@@ -26,5 +27,8 @@ def demo(
 
     PGD-7 trains both; PGD-20 attacks them. Takes minutes.
     """
-    if len(run_demo(out, epochs, console=make_console())) < 2:
+    console = make_console()
+    with stoppable(Reporter(console=console).line):
+        finished = run_demo(out, epochs, console=console)
+    if len(finished) < 2:
         raise typer.Exit(STOPPED)

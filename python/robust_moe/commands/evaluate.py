@@ -18,7 +18,7 @@ from robust_moe.commands.shared import (
     new_app,
     one_line_errors,
     show,
-    title_of,
+    stoppable,
 )
 from robust_moe.config import ConfigError
 from robust_moe.console import make_console
@@ -26,6 +26,7 @@ from robust_moe.dry_run import evaluation_facts
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.evaluation import PRESETS
+from robust_moe.evaluation.common import checkpoint_name
 from robust_moe.outputs import robustbench_file
 from robust_moe.report import assess
 
@@ -81,7 +82,8 @@ def evaluate_checkpoint(
 ) -> None:
     """Clean and robust accuracy of a checkpoint, on the images of its configuration.
 
-    Writes results as JSON, arrays of every image and an HTML report; the same command goes on after a kill.
+    Writes results as JSON, arrays of every image and an HTML report. Ctrl-C stops, and the same command goes on
+    after the last finished batch, also after a kill.
 
     Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), model.dual.alpha,
     model.moe.inference, model.mixture.inference, run.accelerator, run.threads.
@@ -100,19 +102,20 @@ def evaluate_checkpoint(
             make_console().print(f"{what}: {value}", soft_wrap=True)
         return
     reporter = Reporter(console=make_console())
-    results, written = assess(
-        file,
-        out,
-        preset=preset,
-        overrides=settings,
-        split=split,
-        count=n,
-        resume=resume,
-        beside=beside or (),
-        robustbench=robustbench,
-        fast=fast,
-        reporter=reporter,
-    )
-    show(reporter.console, title_of(file), results, written)
+    with stoppable(reporter.line, resume):
+        results, written = assess(
+            file,
+            out,
+            preset=preset,
+            overrides=settings,
+            split=split,
+            count=n,
+            resume=resume,
+            beside=beside or (),
+            robustbench=robustbench,
+            fast=fast,
+            reporter=reporter,
+        )
+    show(reporter.console, checkpoint_name(file.resolve()), results, written)
     if robustbench is not None:
         reporter.line(f"RobustBench entry: {robustbench_file(written)}")

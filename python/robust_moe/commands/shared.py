@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,7 @@ from robust_moe.engine import CheckpointError
 from robust_moe.evaluation import attack_table, results_table
 from robust_moe.evaluation.tables import flag_lines, moe_table
 from robust_moe.settings import import_plugins, read_list, shown
+from robust_moe.signals import StopSignals
 
 __all__ = [
     "STOPPED",
@@ -33,7 +36,7 @@ __all__ = [
     "new_app",
     "one_line_errors",
     "show",
-    "title_of",
+    "stoppable",
 ]
 
 # What a user can cause and mend: one line, exit status 2. Anything else is a fault of ours and keeps its traceback.
@@ -144,16 +147,32 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+class _Interrupt(StopSignals):
+    """SIGTERM is as Ctrl-C: what runs inside ends at once, which a journal of finished batches allows."""
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stoppable(say: Callable[[str], object], resume: bool = True) -> Iterator[None]:
+    """An evaluation inside that Ctrl-C or SIGTERM stops ends the command with a sentence that says how to go on, and
+    with the exit status :data:`STOPPED`. ``resume``: the command goes on with what is there, as it does without
+    ``--fresh``."""
+    try:
+        with _Interrupt():
+            yield
+    except KeyboardInterrupt:
+        goes_on = "the same command goes on" if resume else "the same command without --fresh goes on"
+        say(f"stopped; every finished batch of the evaluation is kept: {goes_on}")
+        raise typer.Exit(STOPPED) from None
+
+
 def _sentence(error: Exception) -> str:
     """What the system says without a name, such as a full disk, with that of the file."""
     if isinstance(error, OSError) and error.filename is not None and error.filename2 is None:
         return f"{error.filename}: could not be read or written ({error.strerror})"
     return str(error)
-
-
-def title_of(file: Path) -> str:
-    """What tables call a checkpoint: the best one by its run folder, any other by its own name."""
-    return file.resolve().parent.name if file.stem == "best" else file.stem
 
 
 def show(to: Console, name: str, results: dict[str, Any], written: Path) -> None:

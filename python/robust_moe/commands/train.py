@@ -17,6 +17,7 @@ from robust_moe.commands.shared import (
     new_app,
     one_line_errors,
     show,
+    stoppable,
 )
 from robust_moe.config import load_config, preset_names
 from robust_moe.console import make_console
@@ -61,6 +62,7 @@ def train(
         draw(outcome.folder, say=reporter.warn)
         if not outcome.finished:
             raise typer.Exit(STOPPED)
-        results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
+        with stoppable(reporter.line):
+            results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
     show(reporter.console, outcome.folder.name, results, written)
     reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Meter"]
+__all__ = ["NEGATIVE_BALANCE", "Meter", "describe_loss"]
+
+NEGATIVE_BALANCE = (
+    "a balance below 0 is right: it is minus the entropy of how the experts are used, the lower the more evenly "
+    "(with E experts at best -ln E); loss = task + weight x balance"
+)
 
 
 class Meter:
@@ -43,3 +48,13 @@ class Meter:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])
         self.count = state["count"]
+
+
+def describe_loss(values: Mapping[str, float], prefix: str = "") -> str:
+    """``loss`` as metrics.jsonl and TensorBoard have it: all that training lowers. Where it is more than the task's
+    loss, its parts follow."""
+    task = values[f"{prefix}task_loss"]
+    text = f"loss {values.get(f'{prefix}loss', task):.3f}"
+    if f"{prefix}balance_loss" in values:
+        return f"{text} (task {task:.3f}, balance {values[f'{prefix}balance_loss']:.3f})"
+    return text if f"loss {task:.3f}" == text else f"{text} (task {task:.3f})"

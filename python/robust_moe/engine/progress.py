@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from robust_moe.attacks.pace import clock
 from robust_moe.console import make_console
 
 __all__ = ["Reporter"]
@@ -20,6 +21,7 @@ class _Task:
     def __init__(self, reporter: Reporter, name: str, total: int, done: int) -> None:
         self._reporter, self._name, self._total, self._start = reporter, name, total, done
         self._done, self._note = done, ""
+        self._within = 0.0  # of the next batch, how many images the work done inside it comes to
         self._began = self._printed = time.monotonic()
         self._bar: Progress | None = None
 
@@ -46,13 +48,25 @@ class _Task:
 
     def __call__(self, advance: int = 1, note: str | None = None) -> None:
         self._done += advance
+        self._within = 0.0
         self._note = self._note if note is None else note
+        self._show()
+
+    def within(self, done: float) -> None:
+        """Inside a batch that takes long: ``done`` of its pieces, a float, are what the work so far comes to."""
+        self._within = done
+        self._show()
+
+    def _show(self) -> None:
+        done = self._done + self._within
         if self._bar is not None:
-            self._bar.update(self._task, advance=advance, note=self._note)
+            self._bar.update(self._task, completed=done, note=self._note)
         elif self._due():
             self._printed = time.monotonic()
-            left = (self._printed - self._began) / (self._done - self._start) * (self._total - self._done)
-            text = f"{self._name}: {self._done}/{self._total}, ETA {int(left) // 60}:{int(left) % 60:02d}"
+            text = f"{self._name}: {int(done)}/{self._total}"
+            if done > self._start:
+                left = (self._printed - self._began) / (done - self._start) * (self._total - done)
+                text += f", ETA {clock(left)}"
             self._reporter.line(f"{text}  {self._note}".rstrip())
 
     def _due(self) -> bool:

@@ -19,6 +19,7 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, precision_notes
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
+from robust_moe.engine.meters import NEGATIVE_BALANCE, describe_loss
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
@@ -214,6 +215,7 @@ class Trainer:
         if len(self.validation) == 0:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self._warned: set[tuple[str, str]] = set()
+        self._told = False  # what a balance loss below 0 means
 
     @contextmanager
     def _in_run_folder(self) -> Iterator[None]:
@@ -290,7 +292,7 @@ class Trainer:
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         self.log.write("train", state.step, {"epoch": state.epoch + 1, **values})
         state.interval.reset()
-        return f"loss {values['task_loss']:.3f}  accuracy {values['accuracy']:.3f}"
+        return f"{describe_loss(values)}  accuracy {values['accuracy']:.3f}"
 
     # --- ends of epochs ---
 
@@ -348,11 +350,14 @@ class Trainer:
         return on_batch
 
     def _announce(self, values: dict[str, Any]) -> None:
-        parts = [f"epoch {values['epoch']}/{self.config.run.epochs}", f"loss {values['train_task_loss']:.3f}"]
+        parts = [f"epoch {values['epoch']}/{self.config.run.epochs}", describe_loss(values, "train_")]
         for name, label in (("val_clean", "val clean"), ("val_robust", "val robust")):
             if name in values:
                 parts.append(f"{label} {values[name]:.1%}")
         self.reporter.line("  ".join(parts))
+        if values.get("train_balance_loss", 0.0) < 0 and not self._told:
+            self._told = True
+            self.reporter.line(NEGATIVE_BALANCE)
 
     def _warn_once(self, key: tuple[str, str], text: str) -> None:
         if key not in self._warned and self.fabric.is_global_zero:

@@ -16,9 +16,32 @@ import numpy as np
 from robust_moe.evaluation.outcome import AUTOATTACK
 from robust_moe.evaluation.results import read_samples, wilson_interval
 
-__all__ = ["expect_common", "expect_comparable", "expect_same_images", "half_precision", "in_common"]
+__all__ = [
+    "checkpoint_name",
+    "expect_common",
+    "expect_comparable",
+    "expect_same_images",
+    "half_precision",
+    "in_common",
+    "run_name",
+]
 
 Rows = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def checkpoint_name(file: Path) -> str:
+    """What tables and figures call a checkpoint: the best one by its run folder, the last one by folder and name, any
+    other by its own name."""
+    folder = file.parent.name
+    if file.stem not in ("best", "last") or not folder:
+        return file.stem
+    return folder if file.stem == "best" else f"{folder}/{file.stem}"
+
+
+def run_name(results: Mapping[str, Any]) -> str:
+    """:func:`checkpoint_name` of results; of a model that was given in Python, which has none, its class's name."""
+    checkpoint = results.get("checkpoint")
+    return checkpoint_name(Path(checkpoint)) if checkpoint else str(results["model"]["name"])
 
 
 def half_precision(results: Mapping[str, Any]) -> str:

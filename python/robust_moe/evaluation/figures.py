@@ -29,6 +29,7 @@ from robust_moe.evaluation.plots import (
     PERCENT,
     ROBUST,
     RUNS,
+    WIDTH,
     draw_tradeoff,
     named_legend,
     new_figure,
@@ -53,7 +54,6 @@ PALETTE: dict[str, tuple[str, str]] = {
 HEAT = "viridis"  # its lightness only rises: it reads the same in grey and to the colour-blind
 _VARIABLES = {light: f"var(--{name}, {light})" for name, (light, _) in PALETTE.items()}
 _CELL_INK = ("#ffffff", "#111111")  # numbers on a dark and on a bright cell, on either page
-_BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}  # of the graph: a legend
 _NUMBERED = 16  # columns up to which every cell has its number written in it
 
 
@@ -83,12 +83,14 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
         for child in list(parent):
             if child.tag == "style":  # of every element of the page, as it stands
                 parent.remove(child)
-    width = figure.get_figwidth() * 96  # CSS pixels
+    width = figure.get_figwidth() * 110  # CSS pixels
+    wide = figure.get_figwidth() > 1.3 * WIDTH
+    least = 0.65 * width if wide else 0  # below which its text is not legible: there the page scrolls
     for key in ("version", "width", "height"):
         root.attrib.pop(key, None)
     root.set("role", "img")
     root.set("aria-label", label)
-    root.set("style", f"width:{width:.0f}px;min-width:{0.65 * width:.0f}px")
+    root.set("style", f"width:{width:.0f}px;min-width:{least:.0f}px")
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -106,8 +108,8 @@ def _own(key: str, value: str, name: str) -> str:
 
 def tradeoff(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
     """Clean against robust accuracy of (name, results) with 95 % intervals; the first is the reported model."""
-    figure = new_figure(8.2, 4.2)
-    draw_tradeoff(figure.subplots(), rows, **_BESIDE)
+    figure = new_figure(WIDTH, 3.8 + 0.2 * len(rows))
+    draw_tradeoff(figure.subplots(), rows)
     return figure
 
 
@@ -118,30 +120,27 @@ def radius_unit(results: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def curve(results: Mapping[str, Any]) -> Figure:
-    """Robust accuracy against the radius: the ``curve`` of results, and the worst case of all attacks at ``eps``."""
+    """Robust accuracy against the radius: the ``curve`` of results, one attack throughout. The worst case of all
+    attacks at ``eps`` is not in it: over more attacks it is lower, and no point of this curve."""
     radii = np.array(results["curve"]["eps"], dtype=float)
     robust = np.array(results["curve"]["robust"], dtype=float)
     chosen = float(Fraction(results["eps"]))
     scale, unit = radius_unit(results)
     order = np.argsort(radii, kind="stable")
-    figure = new_figure(8.2, 4.0)
+    figure = new_figure(WIDTH, 4.1)
     axes = figure.subplots()
     (line,) = axes.plot(scale * radii[order], robust[order], "-s", color=ROBUST, markersize=4, linewidth=1.4)
     handles: list[Artist | tuple[Artist, ...]] = [line]
-    names = ["the curve's attack"]
+    names = ["under the curve's attack"]
     (point,) = axes.plot(0, results["clean"], "o", color=CLEAN, markersize=8, clip_on=False)
     handles, names = [*handles, point], [*names, "clean"]
-    if results["robust"] is not None:
-        low, high = results["robust_interval"]
-        errors = [[results["robust"] - low], [high - results["robust"]]]
-        handles.append(axes.errorbar(scale * chosen, results["robust"], yerr=errors, fmt="D", color=RUNS[3], capsize=3))
-        names.append("worst case over all attacks")
-    axes.axvline(scale * chosen, color=NEUTRAL, linewidth=0.9, linestyle=":")
+    handles.append(axes.axvline(scale * chosen, color=NEUTRAL, linewidth=0.9, linestyle=":"))
+    names.append("the report's ε")
     tidy(axes, f"radius ε ({results['norm']}{', in 255ths' if unit else ''})", "robust accuracy")
     axes.set_ylim(0, 1.02)
     axes.set_xlim(0, None)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    named_legend(axes, handles, names, **_BESIDE)
+    named_legend(axes, handles, names, columns=2)
     return figure
 
 
@@ -180,7 +179,7 @@ def routing_map(uses: Mapping[str, Sequence[float]]) -> Figure:
     shares = np.full((len(uses), max(map(len, uses.values()))), np.nan)
     for row, use in zip(shares, uses.values(), strict=True):
         row[: len(use)] = use
-    figure = new_figure(min(10.5, max(6.4, 3.4 + 0.45 * shares.shape[1])), 1.1 + 0.36 * len(shares))
+    figure = new_figure(min(10.5, max(WIDTH, 2.6 + 0.36 * shares.shape[1])), 1.1 + 0.36 * len(shares))
     axes = figure.subplots()
     even = min(1.0, 2 * np.nanmean(shares))  # so that even use is not the brightest
     image = _heat(axes, shares, max(_top(shares), even), shares.shape[1] <= _NUMBERED)
@@ -205,24 +204,24 @@ def class_map(by_class: Mapping[str, Sequence[Sequence[float | None] | None]], c
         for column, row in enumerate(by_class[kind]):
             if row is not None:
                 shares[: len(row), column] = np.array(row, dtype=float)
-    beside = len(classes) <= _NUMBERED
+    few = len(classes) <= _NUMBERED
     labels = [printable(name)[:14] for name in classes]
     upright = len(classes) <= _NUMBERED and max(map(len, labels)) <= 3
     height = 0.9 + max(1.2, (0.28 if experts <= _NUMBERED else 0.11) * experts) + (0 if upright else 0.5)
-    figure = new_figure(10.5, height if beside else 2 * height)
-    panels = figure.subplots(*((1, 2) if beside else (2, 1)), squeeze=False, sharey=beside).flatten()
+    figure = new_figure(max(WIDTH, 1.9 + 0.34 * len(classes)) if few else 10.5, 2 * height)
+    panels = figure.subplots(2, 1)
     top = _top(np.concatenate([*maps.values()]))
     for axes, (shares, title) in zip(
         panels, ((maps["clean"], "natural"), (maps["adversarial"], "attacked")), strict=True
     ):
-        image = _heat(axes, shares, top, beside and experts <= _NUMBERED)
+        image = _heat(axes, shares, top, few and experts <= _NUMBERED)
         axes.set_title(title, fontsize=10, color=INK)
         size = 9 if len(labels) <= 40 else 6
         turned = {} if upright else {"rotation": 90, "ha": "right", "va": "center", "rotation_mode": "anchor"}
         axes.set_xticks(range(len(labels)), labels, fontsize=size, parse_math=False, **turned)
         step = max(1, experts // 16)
         axes.set_yticks(range(0, experts, step))
-    for axes in panels[:1] if beside else panels:
+    for axes in panels:
         axes.set_ylabel("expert", color=INK)
     panels[-1].set_xlabel("class", color=INK)
     _bar(figure, image, list(panels), "of the class")
@@ -236,7 +235,7 @@ def single_experts(experts: Sequence[Mapping[str, Any]], gated: Mapping[str, flo
         experts: ``expert`` (its number), ``clean`` and ``robust`` shares.
         gated: the whole model's ``clean`` and ``robust`` share under the same attack.
     """
-    figure = new_figure(min(10.5, max(6.4, 4.0 + 0.3 * len(experts))), 3.4)
+    figure = new_figure(min(10.5, max(WIDTH, 2.0 + 0.3 * len(experts))), 3.8)
     axes = figure.subplots()
     handles, names = [], []
     for kind, color, marker, style in (("clean", CLEAN, "o", "-"), ("robust", ROBUST, "s", "--")):
@@ -252,7 +251,7 @@ def single_experts(experts: Sequence[Mapping[str, Any]], gated: Mapping[str, flo
     axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
     axes.set_xticks(numbers)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    named_legend(axes, handles, names, **_BESIDE)
+    named_legend(axes, handles, names, columns=2)
     return figure
 
 

@@ -5,6 +5,7 @@ Pure functions of metric lines (:func:`robust_moe.engine.read_metrics`) and resu
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from robust_moe.files import replacing
 from robust_moe.outputs import figure_marks
 
 __all__ = [
+    "ABOVE",
+    "WIDTH",
     "draw_tradeoff",
     "named_legend",
     "new_figure",
@@ -35,16 +38,19 @@ CLEAN, ROBUST = "#2b6cb0", "#c2410c"  # also told apart in grey and by the colou
 RUNS = ("#2b6cb0", "#c2410c", "#2f855a", "#6b46c1", "#b7791f", "#0e7490")
 MARKERS = "osD^vP"
 Line = Mapping[str, Any]
+BALANCE = "lower: experts used more evenly; below 0 it is minus the\nentropy of their use, at best −ln E with E experts"
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")  # as many decimals as the ticks need
 TITLE = {"fontsize": 12, "fontweight": "bold", "color": INK, "parse_math": False}
-_LONGEST = 48  # characters of a name in a figure
+WIDTH = 5.2  # inches: its text is legible where a page shows the figure 400 pixels wide
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.4}  # covers no data
+_LONGEST = 40  # characters of a name in a figure
 
 
 def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     """An empty figure of ``width`` x ``height`` inches; without a title where the page around it has one."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     if title is not None:
-        figure.suptitle(title, **TITLE)
+        figure.suptitle(textwrap.fill(title, int(9.5 * width)), **TITLE)
     return figure
 
 
@@ -72,10 +78,11 @@ def printable(name: str) -> str:
 
 
 def named_legend(
-    axes: Axes, handles: Sequence[Artist | tuple[Artist, ...]], names: Sequence[str], **settings: Any
+    axes: Axes, handles: Sequence[Artist | tuple[Artist, ...]], names: Sequence[str], columns: int = 1
 ) -> None:
-    """A legend of names taken literally: matplotlib itself reads ``$`` as mathematics and leaves out ``_name``."""
-    legend = axes.legend(handles, [str(number) for number in range(len(names))], frameon=False, **settings)
+    """A legend above the graph, of names taken literally: matplotlib itself reads ``$`` as mathematics and leaves out
+    ``_name``."""
+    legend = axes.legend(handles, [str(number) for number in range(len(names))], frameon=False, ncols=columns, **ABOVE)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(parse_math=False, text=printable(name), color=INK)
 
@@ -95,12 +102,17 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
         raise ValueError("lines: expected at least one epoch of metrics, got none")
     epochs, balance = _series(lines, "train_balance_loss")
     panels = 3 if epochs else 2  # the balance loss has a scale of its own
-    figure = new_figure(4.6 * panels, 3.8, title)
-    left, right, *third = figure.subplots(1, panels)
-    left.plot(*_series(lines, "train_task_loss"), "-o", color=CLEAN, markersize=3.5)
-    tidy(left, "epoch", "training cross-entropy")
+    figure = new_figure(WIDTH, 2.9 * panels, title)
+    left, right, *third = figure.subplots(panels, 1)
+    task = _series(lines, "train_task_loss")
+    left.plot(*task, "-o", color=CLEAN, markersize=3.5, label="task loss")
+    if (whole := _series(lines, "train_loss"))[0] and whole != task:
+        left.plot(*whole, "--o", color=NEUTRAL, markersize=3.5, label="loss: task and all weighted terms")
+        left.legend(frameon=False, ncols=2, **ABOVE)
+    tidy(left, "epoch", "training loss")
     for axes in third:
         axes.plot(epochs, balance, "-o", color=NEUTRAL, markersize=3.5)
+        axes.set_title(BALANCE, fontsize=9, color=NEUTRAL, loc="left")
         tidy(axes, "epoch", "training balance loss")
     for name, label, color, style in (
         ("val_clean", "clean", CLEAN, "-o"),
@@ -114,7 +126,7 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
         right.plot(epochs[best], robust[best], "*", color=ROBUST, markersize=13, label=f"best: {robust[best]:.1%}")
     right.set_ylim(0, 1.02)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, ncols=3, **ABOVE)
     tidy(right, "epoch", "validation accuracy")
     for axes in (left, right, *third):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -139,7 +151,9 @@ def plot_routing(lines: Sequence[Line], path: str | Path, split: str = "test", t
     experts = max(len(line["selected"]) for line in chosen)
     heights = max(2.2, 0.42 * experts + 1.1)
     figure = new_figure(
-        max(6.0, 2.6 + 0.42 * count), heights * len(layers) + 0.4, title or f"Share of {split} inputs per expert"
+        min(9.0, max(WIDTH, 1.8 + 0.28 * count)),
+        heights * len(layers) + 0.4,
+        title or f"Share of {split} inputs per expert",
     )
     for axes, layer in zip(figure.subplots(len(layers), 1, squeeze=False)[:, 0], layers, strict=True):
         own = sorted((line for line in chosen if line["layer"] == layer), key=lambda line: line["epoch"])
@@ -171,16 +185,21 @@ def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | P
     if not rows or any(results["robust"] is None for _, results in rows):
         raise ValueError("rows: expected results of attacked models, got none or one without an attack")
     rows = in_common(rows)
-    figure = new_figure(9.5, 4.0, title)
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(WIDTH, 6.6 + 0.22 * len(rows), title)
+    left, right = figure.subplots(2, 1)
     places = np.arange(len(rows))
     for offset, name, color in ((-0.19, "clean", CLEAN), (0.19, "robust", ROBUST)):
         shares = np.array([results[name] for _, results in rows])
-        bars = left.bar(places + offset, shares, 0.36, color=color, label=name, yerr=_errors(rows, name), capsize=3)
-        left.bar_label(bars, [f"{share:.1%}" for share in shares], label_type="center", color="white", fontsize=9)
-    left.set_xticks(places, [printable(name) for name, _ in rows], parse_math=False)
-    left.set_ylim(0, 1.02)
-    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        errors = _errors(rows, name)
+        left.bar(places + offset, shares, 0.36, color=color, label=name, yerr=errors, capsize=3)
+        for place, share, top in zip(places, shares, shares + errors[1], strict=True):  # above what would strike it out
+            left.text(place + offset, top + 0.015, f"{share:.1%}", ha="center", va="bottom", fontsize=9, color=INK)
+    room = max(8, 46 // len(rows))  # characters
+    names = [textwrap.fill(printable(name), room) for name, _ in rows]
+    left.set_xticks(places, names, parse_math=False)
+    left.set_ylim(0, 1.12)
+    left.set_yticks(np.linspace(0, 1, 6))
+    left.legend(frameon=False, ncols=2, **ABOVE)
     tidy(left, "", "test accuracy")
     left.grid(False, axis="x")
     draw_tradeoff(right, rows)
@@ -188,7 +207,7 @@ def plot_comparison(rows: Sequence[tuple[str, Mapping[str, Any]]], path: str | P
     save_figure(figure, path, "demo")
 
 
-def draw_tradeoff(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any]]], **legend: Any) -> None:
+def draw_tradeoff(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Clean (x) against robust accuracy (y) with 95 % intervals, a point a (name, results)."""
     clean_errors, robust_errors = _errors(rows, "clean"), _errors(rows, "robust")
     points = [
@@ -205,9 +224,9 @@ def draw_tradeoff(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any]]], **l
         )
         for number, (_, results) in enumerate(rows)
     ]
-    named_legend(axes, points, [name for name, _ in rows], **{"loc": "best", **legend})
+    named_legend(axes, points, [name for name, _ in rows])
     tidy(axes, "clean accuracy", "robust accuracy")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PERCENT)
 

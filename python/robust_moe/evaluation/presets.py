@@ -213,7 +213,9 @@ class PresetEvaluation:
         full = self.preset == "full"
         for note in full_notes(self.model, self.stages) if full else ():
             self.say(note)
-        suite = run_suite(self.model, self.images, self.labels, self.stages, **ball, **how, random=not full)
+        suite = run_suite(
+            self.model, self.images, self.labels, self.stages, **ball, **how, say=self.say, random=not full
+        )
         moe = curve = None
         if self.preset == "moe":
             common: dict[str, Any] = {"images": self.images, "labels": self.labels, "attack": self.attack, **how}

@@ -32,12 +32,25 @@ Found = dict[str, Any]  # of a batch, by name: tensors whose first dimension is 
 
 
 class Progress(Protocol):
-    """Called after each batch: images done, and what to say."""
+    """Called after each batch: images done, and what to say. It may have a method ``within``, called inside a batch
+    with the part of its images, a float, that the work done so far comes to."""
 
     def __call__(self, advance: int = 1, note: str | None = None) -> None: ...
 
 
 Task = Callable[[str, int, int], AbstractContextManager[Progress]]  # (what, images, of them done already)
+
+
+class _Watched(Counts):
+    """Counts that tell, at every pass, how many there have been."""
+
+    def __init__(self, on_pass: Callable[[int], object]) -> None:
+        super().__init__()
+        self._on_pass = on_pass
+
+    def add(self, other: Counts) -> None:
+        super().add(other)
+        self._on_pass(self.total)
 
 
 def _quiet(advance: int = 1, note: str | None = None) -> None:
@@ -109,6 +122,7 @@ class StagedEvaluation:
         self.seconds = 0.0  # of all work, in all sessions
         self.stages_in_all = 0  # for the titles of the progress; 0: the stages are not counted
         self._stages = 0
+        self._advance: Progress = _quiet  # of the stage that runs
         # a tensor, not a number: CUDA multiplies by a number's rounded inverse, and images would depend on the device
         self._white = torch.tensor(255.0, device=self.device)
         self._bad: list[Tensor] = []  # without ``waits``: images with NaN or infinity, to be read at a stage's end
@@ -167,6 +181,7 @@ class StagedEvaluation:
         batches = {f"{key}/{number}": rows[at : at + self.batch_size] for number, at in enumerate(starts)}
         known = sum(len(batch) for key, batch in batches.items() if self.journal.get(key) is not None)
         with self.task(title or stage, len(rows), known) as advance:
+            self._advance = advance
             for key, batch in batches.items():
                 new = self.journal.get(key) is None
                 compute = partial(lambda rows: look(self.take(rows)), batch)
@@ -174,6 +189,7 @@ class StagedEvaluation:
                 if not new:
                     _expect_entries(key, found, len(batch))
                 yield batch, found, advance if new else _quiet
+        self._advance = _quiet
 
     def over(self, stage: str, look: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``look`` finds for each image [B, ...] of a batch, by name, joined over all batches to [n, ...]: on the
@@ -243,13 +259,22 @@ class StagedEvaluation:
 
     def attacked(self, attack: Attack, batch: Batch, norm: str) -> Attacked:
         """As :meth:`craft`, with what each image cost and how far it is, in ``norm``, from the clean one."""
-        made, began = Counts(), time.perf_counter()
+        made, began = self._watched(attack, len(batch.labels)), time.perf_counter()
         images = self.craft(attack, batch, made)
         took = time.perf_counter() - began
         spent = torch.tensor([made.forward, made.backward, took], dtype=torch.float64) / len(images)
         low, high = (bound.double() for bound in images.flatten(1).aminmax(dim=1))
         reach = distance(images, batch.images, norm)
         return Attacked(images, {"spent": spent.expand(len(images), 3), "reach": reach, "low": low, "high": high})
+
+    def _watched(self, attack: Attack, images: int) -> Counts:
+        """Counts of an attack on one batch, through which the stage's progress sees how far it is: of the passes that
+        it would make if it fooled nothing. A progress without ``within``, a plain function, counts whole batches."""
+        within = getattr(self._advance, "within", None)
+        if within is None:
+            return Counts()
+        most = max(1, images * sum(attack.most_passes(self.model)))
+        return _Watched(lambda made: within(images * min(1.0, made / most)))
 
     def clean_and_robust(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robust_moe.attacks.pace import Pace
 from robust_moe.data import Batch
 from robust_moe.evaluation.accuracy import used_experts
 from robust_moe.evaluation.outcome import Flag, Stage, StageResult, SuiteResult
@@ -47,6 +48,7 @@ def run_suite(
     batch_size: int = 256,
     journal: Journal | None = None,
     task: Task | None = None,
+    say: Callable[[str], object] | None = None,
     random: bool = True,
 ) -> SuiteResult:
     """Attack ``model`` on every image that is still robust, stage by stage, and score everything in float32.
@@ -66,6 +68,8 @@ def run_suite(
         batch_size: images a forward, >= 1.
         journal: where batches are kept, of this model, images and attacks; None: in memory.
         task: shows progress; see :meth:`robust_moe.engine.Reporter.task`.
+        say: takes a line for every attack as it ends: images left, robust accuracy so far, its seconds, and the time
+            that the other attacks will take at most. None: none.
         random: the model may draw random numbers, which a flag then says.
 
     Raises:
@@ -82,7 +86,11 @@ def run_suite(
     run = _Suite(loop, eps, norm)
     flags = run.probe(random)
     run.clean()
-    results = [run.attack(stage) for stage in stages]
+    results: list[StageResult] = []
+    for place, stage in enumerate(stages, 1):
+        results.append(run.attack(stage))
+        if say is not None:
+            say(run.line(results[-1], stages[place:]))
     return SuiteResult(
         index=loop.index.numpy(force=True),
         label=run.label,
@@ -134,6 +142,7 @@ class _Suite:
         self.robust = np.ones(len(self.label), dtype=bool)
         self.chains: dict[str, np.ndarray] = {}
         self.routing: dict[str, LayerRouting] = {}
+        self.pace = Pace(self.model)
         self._examples: list[tuple[int, int, np.ndarray]] = []  # row, prediction, adversarial image
 
     def probe(self, random: bool) -> list[Flag]:
@@ -218,6 +227,19 @@ class _Suite:
             {name: np.concatenate([part[name] for part in parts]) for name in NOTHING},
             robust_after=float(self.robust.mean()),
             alone=float(left.mean()) if first else None,
+        )
+
+    def line(self, result: StageResult, stages: Sequence[Stage]) -> str:
+        """One line for an attack that has ended; ``stages`` are those to come."""
+        right = self.prediction == self.label  # what a chain starts with
+        return self.pace.line(
+            result.stage.name,
+            passes=result.counts.total,
+            seconds=result.seconds,
+            left=int((result.attacked & (result.prediction == self.label)).sum()),
+            robust=int(self.robust.sum()),
+            count=len(self.label),
+            to_come=[(stage.attack, int(self.chains.get(stage.chain, right).sum())) for stage in stages],
         )
 
     def examples(self) -> dict[str, np.ndarray]:

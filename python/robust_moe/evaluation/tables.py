@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -29,13 +30,12 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
     own where it has others. Raises ValueError without a common attack.
     """
     rows = in_common(rows)
-    attacks = dict.fromkeys(attack_name(results) for _, results in rows)
+    attacks = "; ".join(dict.fromkeys(attack_name(results) for _, results in rows))
     extra = any(results.get("own") for _, results in rows)
-    table = Table(title=title_text(title), caption=caption_text(f"robust: {'; '.join(attacks)}. [95 % interval]"))
-    for column in ("run", "weights", "clean %", "robust %", "seconds"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
-    if extra:
-        table.add_column("after all of its attacks %", justify="right", no_wrap=True)
+    table = _table(
+        title, f"robust: {attacks}. [95 % interval]\nrobust is right on the clean image and after these attacks"
+    )
+    _columns(table, "run", "weights", "clean %", "robust %", "s", *(["after all\nits own %"] if extra else []))
     for name, results in rows:
         table.add_row(
             Text(name),
@@ -46,6 +46,30 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
             *([f"{100 * results['robust_own']:.1f}" if results.get("own") else "-"] if extra else []),
         )
     return table
+
+
+_WIDTH = 78  # for captions, which are broken where a table ends; a narrower console has narrower tables
+
+
+def _table(title: str, caption: str) -> Table:
+    """Without lines between columns, so that it fits 80 characters."""
+    return Table(
+        title=title_text(title),
+        caption=caption_text(caption),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        min_width=_WIDTH,
+    )
+
+
+def _columns(table: Table, name: str, *numbers: str) -> None:
+    """A column of names, which go on in a next line where the console is narrow, and columns of numbers, which are
+    never cut."""
+    table.add_column(name, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, column.split("\n"))))
 
 
 def title_text(text: str) -> Text:
@@ -60,11 +84,15 @@ def caption_text(text: str) -> Text:
 
 def attack_table(results: Mapping[str, Any]) -> Table:
     """One row per attack: images attacked and broken, and its cost."""
-    table = Table(
-        title="attacks; those with an accuracy alone start anew, the others are given what the one above left"
+    caption = (
+        "given: images attacked, those that the attack above left, or where there is an accuracy alone all that are "
+        "right. after: right clean and after every attack up to this one. passes: mean of its images."
     )
-    for column in ("attack", "attacked", "broken", "robust after %", "alone %", "forwards", "backwards", "seconds"):
-        table.add_column(column, justify="left" if column == "attack" else "right", no_wrap=True)
+    if results[AUTOATTACK] is not None:
+        caption += f"\nAutoAttack by itself: {_percent(results, AUTOATTACK)} %."
+    table = _table("attacks", caption)
+    columns = ("images\ngiven", "images\nbroken", "robust\nafter %", "robust\nalone %")
+    _columns(table, "attack", *columns, "passes\nforward", "passes\nback", "s")
     for attack in results["attacks"]:
         passes = attack["passes_per_image"]
         alone = attack["alone"]
@@ -78,23 +106,22 @@ def attack_table(results: Mapping[str, Any]) -> Table:
             f"{passes['backward']:.1f}",
             f"{attack['seconds']:.1f}",
         )
-    if results[AUTOATTACK] is not None:
-        table.caption = f"AutoAttack by itself: {_percent(results, AUTOATTACK)} %; passes are a mean over its images"
     return table
 
 
 def moe_table(results: Mapping[str, Any]) -> Table:
-    """One row each for SA, RA, RA-E, RA-R and the worst case of all attacks, in percent with 95 % intervals."""
-    table = Table(title="mixture of experts under PGD")
-    table.add_column("images right", no_wrap=True)
-    table.add_column("%", justify="right", no_wrap=True)
+    """One row for each attack on a mixture and its worst case, in percent with 95 % intervals."""
+    table = _table("mixture of experts under PGD", "RA: robust accuracy, right on the clean and on the attacked image")
+    _columns(table, "images right", "%")
     names = {
         "sa": "SA: clean",
-        "ra": "RA: model attacked",
+        "ra": "RA: whole model attacked",
         "ra_e": "RA-E: experts attacked, routes held",
         "ra_r": "RA-R: router attacked",
         "ra_r_targeted": "RA-R, targeted: router driven to each expert",
-        "union": "after all attacks",
+        "joint": "joint: class and routes attacked together",
+        "transfer": "transfer: crafted on the soft mix of all experts",
+        "union": "worst case: after every attack above and the others",
     }
     for name, title in names.items():
         if name in results["moe"]:  # results of an earlier version lack some

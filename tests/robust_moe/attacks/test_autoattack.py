@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import APGD, FAB, PGD, Attack, AutoAttack, Counts, Found, Square
 from robust_moe.attacks.autoattack import MEMBERS, members
+from robust_moe.attacks.pace import Pace, clock
+from robust_moe.evaluation.stages import describe_attack
 from robust_moe.seeding import derive_seed
 
 EPS = {"Linf": 0.15, "L2": 0.9}
@@ -214,3 +216,42 @@ def test_bad_settings(settings, message):
     with pytest.raises(ValueError) as error:
         AutoAttack(**{"eps": 0.1} | settings)
     assert str(error.value) == message
+
+
+def test_verbose_says_one_line_for_each_attack_and_changes_no_image(victim, capsys):
+    model, x, y = victim
+    settings = {"version": "custom", "attacks": ["apgd-ce", "fab", "square"], "seed": 3, "batch_size": 40, "steps": 3}
+    quiet = AutoAttack(0.15, **settings)(model, x, y)
+    assert capsys.readouterr().out == ""  # off by default
+    attack = AutoAttack(0.15, **settings, verbose=True)
+    assert torch.equal(attack(model, x, y), quiet)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["apgd-ce", "fab", "square"]
+    right = int((model(quiet).argmax(1) == y).sum())
+    last = f"square: {right} of {len(x)} images left, robust accuracy {right / len(x):.1%}, "
+    assert lines[-1].startswith(last)
+    assert [", ETA " in line for line in lines] == [True, True, False]
+    told = []
+    AutoAttack(0.15, **settings, verbose=told.append)(model, x, y)
+    assert [line.partition(", robust")[0] for line in told] == [line.partition(", robust")[0] for line in lines]
+    with pytest.raises(ValueError, match="verbose: expected True, False or a function, got 3"):
+        AutoAttack(0.15, verbose=3)
+    assert describe_attack(attack) == describe_attack(AutoAttack(0.15, **settings))  # nor any result's identity
+
+
+def test_the_time_left_follows_from_the_passes_of_the_attacks_to_come():
+    model = nn.Flatten()
+    pgd = PGD(0.1, 10)  # 10 forwards and 10 backwards an image
+    pace = Pace(model)
+    assert pace.left([(pgd, 100)]) == 0.0  # nothing is known yet
+    line = pace.line("a", passes=400, seconds=8.0, left=1500, robust=1200, count=2000, to_come=[(pgd, 1500), (pgd, 25)])
+    # 1,525 images of 20 passes at 50 passes a second
+    assert line == "a: 1,500 of 2,000 images left, robust accuracy 60.0%, 8.0 s, ETA 10:10"
+    assert pace.line("b", passes=0, seconds=0.0, left=4, robust=4, count=2000, to_come=[]).endswith(" 0.2%, 0.0 s")
+    assert [clock(seconds) for seconds in (0, 59.6, 3599, 3600, 36610)] == [
+        "0:00",
+        "1:00",
+        "59:59",
+        "1:00:00",
+        "10:10:10",
+    ]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from robust_moe.engine import Reporter
 from robust_moe.evaluation import attack_table, results_table
 from robust_moe.evaluation.common import expect_comparable
 from robust_moe.evaluation.results import read_results, samples_file
+from robust_moe.evaluation.tables import moe_table
 
 NAME = "[bold]x[/bold] [red] :smile: [/]"
 ATTACK = {
@@ -261,3 +263,53 @@ def test_nothing_of_an_older_configuration_survives_fresh(tiny, tmp_path):
     left = {path.name for path in folder.iterdir()}
     own = {"config.yaml", "last.pt", "best.pt", "metrics.jsonl", "tensorboard"}
     assert left - {"routing.png"} == own | {"ended.pt", "results-best-test-pgd-1.json"}
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "words"),
+    [
+        (signal.SIGINT, [], "the same command goes on\n"),
+        (signal.SIGTERM, [], "the same command goes on\n"),
+        (signal.SIGINT, ["--fresh"], "the same command without --fresh goes on\n"),
+    ],
+)
+def test_a_stopped_evaluation_says_how_to_go_on(monkeypatch, tmp_path, how, options, words):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("robust_moe.commands.evaluate.assess", lambda *_, **__: os.kill(os.getpid(), how))
+    (tmp_path / "best.pt").write_bytes(b"")
+    done = run("eval", tmp_path / "best.pt", *options)
+    assert done.exit_code == 130
+    assert done.output == f"stopped; every finished batch of the evaluation is kept: {words}"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_stopped_demonstration_says_how_to_go_on(monkeypatch, tmp_path):
+    monkeypatch.setattr("robust_moe.commands.demo.run_demo", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    done = run("demo", "--out", tmp_path)
+    assert (done.exit_code, done.output.count("the same command goes on")) == (130, 1)
+
+
+def test_tables_fit_80_columns_and_cut_nothing():
+    """Of long names, many images and an evaluation with attacks that others have not."""
+    attacks = [
+        {**ATTACK, "name": name, "chain": name, "attacked": 10000, "broken": 10000, "seconds": 12345.6}
+        | {"passes_per_image": {"forward": 5002.0, "backward": 1000.0}}
+        for name in ("ra_r_targeted", "square alone", "attack_of_my_own_module")
+    ]
+    moe = dict.fromkeys(("sa", "ra", "ra_e", "ra_r", "ra_r_targeted", "joint", "transfer", "union"), 1.0)
+    moe |= {f"{name}_interval": [0.9999, 1.0] for name in list(moe)}
+    sure = dict.fromkeys(("clean", "robust"), 1.0) | {f"{name}_interval": [1.0, 1.0] for name in ("clean", "robust")}
+    results = RESULTS | sure | {"attacks": attacks, "moe": moe, "model": {"parameters": 123456789}}
+    other = RESULTS | sure | {"attacks": attacks[:1]}
+    results["attacks"][0]["alone"] = 0.25
+    tables = [results_table([("cifar10-blockmoe-seed12", results), ("digits-dense", other)], "title")]
+    for table in (*tables, attack_table(results), moe_table(results)):
+        out = io.StringIO()
+        Console(file=out, width=80).print(table)
+        text = out.getvalue()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        for row in range(len(table.rows)):  # every number whole
+            for column in table.columns[1:]:
+                assert str(list(column.cells)[row]) in text
+    assert "100.0 [100.0, 100.0]" in text.replace("\n", " ")

@@ -129,6 +129,29 @@ def test_without_a_terminal_there_are_plain_lines_with_the_time_left(monkeypatch
     assert "8/8" not in out.getvalue()  # the line of the finished epoch says more
 
 
+def test_inside_a_long_batch_the_time_left_is_said_too(monkeypatch):
+    clock = iter(range(0, 1000, 20))  # each look at the clock is twenty seconds later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with Reporter(console=Console(file=out, width=100)).task("square", total=40) as advance:
+        advance.within(0.0)  # of no work done there is no time left to tell
+        advance.within(10.0)
+        advance(20)  # a batch that ends sooner than the work foretold
+        advance.within(2.0)
+    first, second, third, fourth = out.getvalue().splitlines()
+    assert first == "square: 0/40"
+    assert second.startswith("square: 10/40, ETA ")
+    assert third.startswith("square: 20/40, ETA ")
+    assert fourth.startswith("square: 22/40, ETA ")
+
+
+def test_on_a_terminal_a_bar_moves_inside_a_long_batch():
+    out = io.StringIO()
+    with Reporter(console=Console(file=out, force_terminal=True, width=100)).task("square", total=40) as advance:
+        advance.within(13.4)
+    assert "13/40" in out.getvalue()
+
+
 def test_on_a_terminal_there_is_a_bar():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100)

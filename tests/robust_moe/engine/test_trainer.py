@@ -14,6 +14,7 @@ from small_runs import assert_same_run, metrics
 from robust_moe.config import ConfigError, load_config, save_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, read_metrics, save_checkpoint
 from robust_moe.engine.guards import state_is_finite
+from robust_moe.engine.meters import describe_loss
 from robust_moe.settings import plain
 
 
@@ -435,3 +436,25 @@ def test_checkpoint_is_plain_enough_to_be_json_but_for_its_tensors(tiny):
     state = load_checkpoint(result.folder / "last.pt")
     text = json.dumps(state, default=lambda value: f"tensor {list(value.shape)}" if torch.is_tensor(value) else 1 / 0)
     assert plain(tiny("run.epochs=1")) == json.loads(text)["config"]
+
+
+@pytest.mark.parametrize("layers", ["[]", "[layer2.1]"])
+def test_the_loss_on_screen_is_that_of_the_metrics(tiny, layers):
+    out = io.StringIO()
+    config = tiny(f"model.moe.layers={layers}", "run.epochs=2")
+    assert Trainer(config, Reporter(console=Console(file=out, width=200))).fit().finished
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("epoch ") and "  loss " in line]
+    epochs = read_metrics(config.run.out, "epoch")
+    for line, values in zip(lines, epochs, strict=True):
+        parts = f"loss {values['train_loss']:.3f}"
+        if "train_balance_loss" in values:
+            assert values["train_balance_loss"] < 0  # an entropy's
+            parts += f" (task {values['train_task_loss']:.3f}, balance {values['train_balance_loss']:.3f})"
+        assert f"  {parts}  val clean" in line
+    assert out.getvalue().count("a balance below 0 is right") == ("train_balance_loss" in epochs[0])
+
+
+def test_other_terms_of_a_loss_leave_the_task_to_be_told():
+    assert describe_loss({"loss": 2.5, "task_loss": 2.5}) == "loss 2.500"
+    assert describe_loss({"loss": 2.5, "task_loss": 1.0}) == "loss 2.500 (task 1.000)"
+    assert describe_loss({"task_loss": 1.0}) == "loss 1.000"  # of a method that logs no more

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robust_moe.evaluation.common import in_common
+from robust_moe.evaluation.common import in_common, run_name
 from robust_moe.evaluation.results import wilson_interval
 from robust_moe.evaluation.tables import results_table
 
@@ -118,3 +118,17 @@ def test_results_on_other_images_are_no_comparison():
         ValueError, match=r"fewer: expected results on the images and labels of mine .*, got 39 images;"
     ):
         in_common([("mine", mine), ("fewer", fewer)])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("runs/mine/best.pt", "mine"),
+        ("runs/mine/last.pt", "mine/last"),  # beside the best one of the same run
+        ("best.pt", "best"),  # a folder that the file does not tell
+        ("weights/published.pt", "published"),
+        (None, "resnet_small"),  # a model that was given in Python
+    ],
+)
+def test_a_model_is_called_by_its_run(checkpoint, name):
+    assert run_name({"checkpoint": checkpoint, "model": {"name": "resnet_small"}}) == name

@@ -7,8 +7,10 @@ import matplotlib
 import numpy as np
 import pytest
 
+from robust_moe.attacks.autoattack import MEMBERS
 from robust_moe.evaluation import figures
 from robust_moe.evaluation.html_report import write_report
+from robust_moe.evaluation.html_report.terms import attack_terms
 from robust_moe.evaluation.results import FORMAT
 
 HOSTILE = '</title><script>alert("1")</script> $x_{$ _a & \' \x00\ud800 https://a.example/'
@@ -408,7 +410,7 @@ def test_routing_of_the_images_as_they_are_is_shown_without_attacks(page):
 def test_autoattack_by_itself_is_a_headline(page):
     got = page(results_of(**PLAIN, autoattack=0.625, autoattack_interval=[0.5, 0.75]))
     assert '<dd><data value="0.625">62.5%</data>' in got.raw
-    assert "95 %: 50.0 to 75.0%the attacks of its chain alone" in got.text
+    assert "95 %: 50.0 to 75.0%worst case over its own attacks alone" in got.text
 
 
 def test_other_models_are_shown_and_what_cannot_be_compared_is_said(page):
@@ -426,13 +428,14 @@ def test_other_models_are_shown_and_what_cannot_be_compared_is_said(page):
 
 
 def test_models_are_compared_by_the_attacks_that_both_have(page):
-    """The other had PGD alone: the worst case over two attacks is shown apart, in a column of its own."""
+    """The other had PGD alone: the worst case over two attacks is shown apart, in a table of its own."""
     other = results_of(attacks=results_of()["attacks"][:1], robust=0.75)
     mine = results_of(**PLAIN)
     got = page(mine, others=[("twin", other)])
     assert [row[2] for row in got.numbers("The points")] == [mine["attacks"][0]["alone"], 0.75]
-    assert [row[-2][1] for row in got.tables["The points"][1:]] == [0.5125, 0.75]
-    assert [row[-1][0] for row in got.tables["The points"][1:]] == ["apgd-ce", "none"]
+    apart = got.tables["No comparison: each model's worst case over all of its attacks, which are not the same"][1:]
+    assert [row[1][1] for row in apart] == [0.5125, 0.75]
+    assert [row[2][0] for row in apart] == ["apgd-ce", "none"]
     assert "the worst case over the attacks that all of them have (pgd)" in got.text
     assert '<dd><data value="0.5125">' in got.raw  # the model's own headline is of all its attacks
     foreign = results_of(attacks=[{**other["attacks"][0], "chain": "square", "name": "square"}])
@@ -466,3 +469,34 @@ def test_another_format_is_refused_and_the_old_page_kept(tmp_path):
     with pytest.raises(ValueError, match=f"twin: expected results of format {FORMAT}, got None"):
         write_report(results_of(), {}, path, [("twin", {})])
     assert path.read_text() == "old"
+
+
+def test_a_curve_has_no_point_of_more_attacks(page):
+    got = page(results_of())
+    curve = next(root for root in got.svgs() if "against the radius" in root.get("aria-label"))
+    texts = {"".join(text.itertext()) for text in curve.iter("text")}
+    assert {"under the curve's attack", "clean", "the report's ε"} <= texts
+    assert not any("worst case" in text for text in texts)
+    assert "All 2 attacks together leave 51.2% there: the worst case, no point of this curve." in got.text
+
+
+def test_the_page_is_called_by_its_run(whole):
+    assert "<h1>a b: robustness report</h1>" in whole.raw
+    assert [row[0][0] for row in whole.tables["The points"][1:]] == ["a b"]
+
+
+def test_every_attack_of_the_package_is_explained_where_it_is_listed(page):
+    attacks = results_of()["attacks"]
+    own = {**attacks[1], "name": "my_attack", "chain": "my_attack"}
+    got = page(results_of(**{**PLAIN, "attacks": [*attacks, own]}))
+    assert [row[0][0] for row in got.tables["What the attacks do"][1:]] == ["pgd", "apgd-ce"]
+    names = {*MEMBERS, "pgd", "pgd-margin", "joint", "transfer", "steering", "ra", "ra_e", "ra_r", "ra_r_targeted"}
+    assert {name for name, _ in attack_terms(names)} == names
+    assert "A route is the set of experts that the gate selects" in page(results_of()).text
+
+
+def test_on_a_narrow_page_every_cell_has_its_column(whole):
+    """There the rows of wide tables are blocks, whose cells the style sheet names by ``data-column``."""
+    table = whole.raw.partition("<caption>Every attack and its cost</caption>")[2].partition("</table>")[0]
+    assert re.findall('data-column="(.*?)"', table)[:3] == ["chain", "images attacked", "images broken"]
+    assert whole.raw.count('<table class="wide">') >= 5

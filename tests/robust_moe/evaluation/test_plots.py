@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from legible import assert_legible
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -117,3 +118,38 @@ def test_nothing_to_draw_is_said(tmp_path, draw, words):
     with pytest.raises(ValueError, match=words):
         draw(tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_figures_are_legible_at_400_pixels(tmp_path, figures):
+    plot_training([{**line, "train_loss": line["train_task_loss"] - 0.65} for line in EPOCHS], tmp_path / "a.png", "r")
+    plot_routing(ROUTING, tmp_path / "b.png", title="digits-blockmoe: % of test inputs per expert")
+    plot_comparison([(f"{name}-{'x' * 40}", results) for name, results in RESULTS], tmp_path / "c.png", "A title " * 12)
+    for figure in figures:
+        assert_legible(figure)
+        title = figure._suptitle.get_window_extent()
+        assert figure.bbox.x0 <= title.x0
+        assert title.x1 <= figure.bbox.x1
+
+
+def test_the_loss_of_a_training_is_drawn_beside_the_tasks_where_they_differ(tmp_path, figures):
+    lines = [{**line, "train_loss": line["train_task_loss"] - 0.65} for line in EPOCHS]
+    plot_training(lines, tmp_path / "a.png")
+    loss, _, balance = figures[0].axes
+    assert loss.lines[1].get_ydata().tolist() == [line["train_loss"] for line in lines]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+        *("task loss", "loss: task and all weighted terms")
+    ]
+    assert "below 0 it is minus the\nentropy" in balance.get_title(loc="left")
+    plot_training([{**line, "train_loss": line["train_task_loss"]} for line in DENSE], tmp_path / "b.png")
+    assert len(figures[1].axes[0].lines) == 1
+
+
+def test_no_interval_strikes_out_a_number(tmp_path, figures):
+    rows = [(name, {**results, "robust": 0.03, "robust_interval": [0.0, 0.1]}) for name, results in RESULTS]
+    plot_comparison(rows, tmp_path / "a.png")
+    bars = figures[0].axes[0]
+    tops = {round(results["clean_interval"][1], 9) for _, results in rows} | {0.1}
+    heights = [text.get_position()[1] for text in bars.texts]
+    assert len(heights) == 2 * len(rows)
+    assert all(any(0 < height - top < 0.03 for top in tops) for height in heights)
+    assert [text.get_text() for text in bars.texts] == ["98.0%", "97.0%", "90.0%", *["3.0%"] * 3]

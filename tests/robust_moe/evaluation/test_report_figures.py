@@ -2,11 +2,13 @@
 
 import base64
 import io
+import re
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
+from legible import assert_legible
 from PIL import Image
 
 from robust_moe.evaluation import figures
@@ -30,7 +32,7 @@ def test_figures_keep_words_that_look_like_markup_or_mathematics():
     rows = [(word, shown), ("_hidden", shown), ("$x^2$", shown), ("l" * 100, shown)]
     root = ElementTree.fromstring(figures.inline_svg(figures.tradeoff(rows), "name", "label"))
     texts = ["".join(text.itertext()) for text in root.iter("text")]
-    assert {word, "_hidden", "$x^2$", "l" * 47 + "…"} <= set(texts)
+    assert {word, "_hidden", "$x^2$", "l" * 39 + "…"} <= set(texts)
 
 
 def heat_maps(root: ElementTree.Element) -> list[np.ndarray]:
@@ -131,3 +133,25 @@ def test_bytes_and_floats_give_the_same_pictures(samples_of):
     }
     floats = {name: array / 255 if array.ndim == 4 else array for name, array in octets.items()}
     assert pictures(octets) == pictures(floats)
+
+
+def test_figures_are_legible_at_400_pixels():
+    shown = {"clean": 0.9, "robust": 0.5, "clean_interval": [0.8, 1.0], "robust_interval": [0.4, 0.6]}
+    experts = [{"expert": number, "clean": 0.9, "robust": 0.4} for number in range(8)]
+    use = [[0.25] * 4] * 10
+    for figure in (
+        figures.tradeoff([(f"run {number} {'x' * 40}", shown) for number in range(5)]),
+        figures.curve(RESULTS),
+        figures.single_experts(experts, {"clean": 0.95, "robust": 0.5}),
+        figures.routing_map({"layer4.1: natural": [0.25] * 4, "layer4.1: attacked": [0.25] * 4}),
+        figures.class_map({"clean": use, "adversarial": use}, list(map(str, range(10)))),
+    ):
+        assert_legible(figure)
+        assert "min-width:0px" in figures.inline_svg(figure, "name", "label")  # nor does the page scroll
+
+
+def test_a_figure_too_wide_to_shrink_scrolls():
+    use = [[0.25] * 4] * 100
+    figure = figures.class_map({"clean": use, "adversarial": use}, list(map(str, range(100))))
+    (least,) = re.findall(r"min-width:(\d+)px", figures.inline_svg(figure, "name", "label"))
+    assert int(least) > 600

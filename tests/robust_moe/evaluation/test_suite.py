@@ -110,6 +110,44 @@ def test_the_attacks_of_autoattack_break_what_autoattack_breaks(victim):
     assert list(result.chains) == ["autoattack"]
 
 
+class Within:
+    """A progress that looks inside batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def __call__(self, advance=1, note=None) -> None:
+        self.seen.append(float(advance))
+
+    def within(self, done: float) -> None:
+        self.seen.append(done)
+
+
+def test_progress_moves_inside_a_batch_and_never_past_it(victim):
+    stages, shown = [Stage("square", Square(EPS, 60), "one")], {}
+
+    def task(name, total, done):
+        return nullcontext(shown.setdefault(name, Within()))
+
+    told = run(victim, stages=stages, task=task)
+    assert_same(run(victim, stages=stages), told)  # and changes nothing
+    seen = shown["square"].seen
+    first = seen[: seen.index(40.0) + 1] if 40.0 in seen else seen
+    assert len(first) > 30  # queries, not batches
+    assert first == sorted(first)
+    assert max(seen) <= 40
+
+
+def test_every_attack_says_a_line_as_it_ends(victim):
+    lines = []
+    result = run(victim, stages=chain(), say=lines.append)
+    assert [line.partition(":")[0] for line in lines] == [stage.stage.name for stage in result.stages]
+    for line, stage in zip(lines, result.stages, strict=True):
+        left = int((stage.attacked & ~stage.broken).sum())
+        assert f": {left} of {len(victim.y)} images left, robust accuracy {stage.robust_after:.1%}, " in line
+    assert [", ETA " in line for line in lines] == [True] * (len(lines) - 1) + [False]
+
+
 def test_plan_of_a_preset():
     stages = plan("pgd", PGD(8 / 255, 20, norm="L2"), "standard", seed=3)
     assert [stage.name for stage in stages] == ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"]

@@ -21,6 +21,7 @@ from robust_moe.evaluation.html_report.blocks import (
     settings_table,
     span,
 )
+from robust_moe.evaluation.html_report.terms import EXPERT_MEASURES
 from robust_moe.evaluation.routing_measures import QUANTILES
 
 __all__ = ["moe_sections"]
@@ -161,6 +162,7 @@ def _measures(moe: Mapping[str, Any]) -> Iterator[Block]:
         for name, values in scalars.items()
     ]
     yield Text("heading", "Measures of every layer")
+    yield Text("text", EXPERT_MEASURES)
     yield Table("Measures of every MoE layer", ("measure", *layers), rows)
     columns = ("measure", "of", "mean", *(f"{100 * level:g} %" for level in QUANTILES), "largest")
     spreads.sort(key=lambda row: row[0].text)

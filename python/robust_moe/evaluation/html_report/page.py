@@ -66,6 +66,18 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 details { margin-top: .6rem; }
 summary { cursor: pointer; color: var(--link); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+@media (max-width: 40rem) {
+  td.word { white-space: normal; }
+  td.words, tbody th { min-width: 0; }
+  /* a row of many columns becomes a block of lines, each with its column's name */
+  table.wide thead { position: absolute; clip-path: inset(50%); }
+  table.wide, .wide caption, .wide tbody, .wide tr, .wide tbody th { display: block; }
+  .wide tbody tr { padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  .wide tbody th { border: 0; padding: 0; }
+  .wide td, .wide td.number { display: flex; gap: 1rem; justify-content: space-between; text-align: right; border: 0;
+    padding: .1rem 0; white-space: normal; }
+  .wide td::before { content: attr(data-column); color: var(--muted); text-align: left; flex: none; max-width: 55%; }
+}
 @media (max-width: 40rem) { body { padding: 1rem .9rem 3rem; } h1 { font-size: 1.4rem; }
   .cards { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
   .cards dd:first-of-type { font-size: 1.5rem; } }
@@ -81,13 +93,14 @@ MACROS = """
 {%- endif %}{% endmacro %}
 {% macro table_of(it) %}
 <div class="scroll" tabindex="0" role="group" aria-label="{{ it.caption }}">
-<table><caption>{{ it.caption }}</caption>
+<table{% if it.columns | length > 3 %} class="wide"{% endif %}><caption>{{ it.caption }}</caption>
 <thead><tr>{% for name in it.columns %}<th scope="col" class="{{ it.look(loop.index0) }}">
 {{- name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in it.rows %}
 <tr{% if it.marks %} class="{{ it.marks[loop.index0] }}"{% endif %}><th scope="row">{{ cell(row[0]) }}</th>
-{%- for entry in row[1:] %}<td class="{{ it.look(loop.index) }}">{{ cell(entry) }}</td>
+{%- for entry in row[1:] %}<td class="{{ it.look(loop.index) }}" data-column="{{ it.columns[loop.index] }}">
+{{- cell(entry) }}</td>
 {%- endfor %}</tr>
 {% endfor %}
 </tbody></table></div>

@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from robust_moe.evaluation import figures
+from robust_moe.evaluation.common import run_name
 from robust_moe.evaluation.html_report.blocks import Missing, Section
 from robust_moe.evaluation.html_report.moe import moe_sections
 from robust_moe.evaluation.html_report.page import PAGE
@@ -62,11 +63,12 @@ def write_report(
         example_section(results, samples),
         settings_section(results),
     ]
-    origin = results["checkpoint"] or results["model"]["name"]
+    data = results["data"]
+    origin = results["checkpoint"] or "a model given in Python"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(PAGE).render(
-        title=f"{results['model']['name']}: robustness report",
-        subtitle=f"{origin}, {results['data']['split']} images of {results['data']['name']}",
+        title=f"{run_name(results)}: robustness report",
+        subtitle=f"{origin} ({results['model']['name']}), {data['split']} images of {data['name']}",
         cards=headline(results),
         raised=[flag for flag in results["flags"] if flag["raised"]],
         sections=[part for part in parts if isinstance(part, Section)],

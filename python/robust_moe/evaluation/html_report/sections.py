@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from robust_moe.evaluation import figures
-from robust_moe.evaluation.common import half_precision, in_common
+from robust_moe.evaluation.common import half_precision, in_common, run_name
 from robust_moe.evaluation.html_report.blocks import (
     Block,
     Cell,
@@ -26,6 +26,7 @@ from robust_moe.evaluation.html_report.blocks import (
     settings_table,
     span,
 )
+from robust_moe.evaluation.html_report.terms import ACCURACIES, CHECKS, attack_terms
 from robust_moe.evaluation.outcome import AUTOATTACK
 
 __all__ = ["attack_section", "curve_section", "flag_section", "headline", "settings_section", "tradeoff_section"]
@@ -35,6 +36,10 @@ SHOWN_ELSEWHERE = (
     *("attacks", "autoattack_interval", "clean_interval", "curve", "flags", "identity", "moe", "robust_interval"),
     "routing",
 )
+RADII = {  # what an attack may do
+    "Linf": "Linf norm: the most that any value of a pixel changes",
+    "L2": "L2 norm: length of the change over all pixels",
+}
 OUTCOMES = {"raised": "⚠ raised", "passed": "✓ passed", "skipped": "not measured"}
 
 
@@ -45,17 +50,23 @@ def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("Clean accuracy (SA)", percent(results["clean"]), [_sure(results, "clean"), "of the clean images"], "clean")
     ]
     if count:
-        notes = [_sure(results, "robust"), f"worst case over {count} attack{'s' * (count > 1)}, of all images"]
+        withstood = f"every one of {count} attacks (worst case)" if count > 1 else "the attack"
+        notes = [_sure(results, "robust"), f"of all images: right clean and after {withstood}"]
         if half := half_precision(results):
             notes.append(f"{half}, scored in float32")
         cards.append(("Robust accuracy", percent(results["robust"]), notes, "robust"))
     else:
         cards.append(("Robust accuracy", percent(None), ["no attack ran"], "robust"))
     if results[AUTOATTACK] is not None:
-        notes = [_sure(results, AUTOATTACK), "the attacks of its chain alone"]
+        notes = [_sure(results, AUTOATTACK), "worst case over its own attacks alone"]
         cards.append(("AutoAttack", percent(results[AUTOATTACK]), notes, "robust"))
     cards += [
-        ("Radius ε", Cell(results["eps"]), [f"{results['norm']} norm", "pixels from 0 to 1"], ""),
+        (
+            "Radius ε",
+            Cell(results["eps"]),
+            [RADII.get(results["norm"], f"{results['norm']} norm"), "pixels from 0 to 1"],
+            "",
+        ),
         ("Images", number(results["count"]), [f"preset {results['preset']}", f"seed {results['seed']}"], ""),
     ]
     return [dict(zip(("name", "number", "notes", "look"), card, strict=True)) for card in cards]
@@ -94,7 +105,12 @@ def attack_section(results: Mapping[str, Any]) -> Section | Missing:
         f"Shares are of all {results['count']:,} images: “robust after it” are those right as they "
         "are and after every attack up to this one, “robust against it alone” those right after this one.",
     )
-    return Section("attacks", "Attacks", [text, Table("Every attack and its cost", columns, rows)])
+    blocks: list[Block] = [Text("text", ACCURACIES), text, Table("Every attack and its cost", columns, rows)]
+    if terms := list(attack_terms(attack["name"] for attack in results["attacks"])):
+        blocks.append(
+            Table("What the attacks do", ("attack", "what it does"), [list(map(Cell, term)) for term in terms])
+        )
+    return Section("attacks", "Attacks", blocks)
 
 
 def flag_section(results: Mapping[str, Any]) -> Section | Missing:
@@ -109,7 +125,7 @@ def flag_section(results: Mapping[str, Any]) -> Section | Missing:
     ]
     caption = f"{marks.count('raised')} raised, {marks.count('passed')} passed, {marks.count('skipped')} not measured"
     table = Table(caption, ("check", "outcome", "finding", "value"), rows, marks)
-    return Section("flags", "Sanity flags", [table])
+    return Section("flags", "Sanity flags", [Text("text", CHECKS), table])
 
 
 def tradeoff_section(
@@ -121,7 +137,7 @@ def tradeoff_section(
     ``results``); None without an attack (said elsewhere)."""
     if results["robust"] is None:
         return None
-    models = in_common([(results["model"]["name"], results), *others], samples)
+    models = in_common([(run_name(results), results), *others], samples)
     drawn = [(name, entry) for name, entry in models if entry["robust"] is not None]
     extra = any(entry.get("own") for _, entry in models)
     rows = [
@@ -134,14 +150,20 @@ def tradeoff_section(
             number(entry["count"]),
             number(entry["model"].get("parameters")),
             Cell("this model" if place == 0 else _differences(results, entry)),
-            *([percent(entry.get("robust_own")), Cell(", ".join(entry.get("own", [])) or "none")] if extra else []),
         ]
         for place, (name, entry) in enumerate(models)
     ]
     columns = (
         *("model", "clean", "95 % interval", "robust", "95 % interval", "images", "parameters", "measured under"),
-        *(("robust against all of its attacks", "attacks besides the common ones") if extra else ()),
     )
+    tables = [Table("The points", columns, rows)]
+    if extra:  # apart from the comparison: a worst case over more attacks is lower
+        own = [
+            [Cell(name), percent(entry.get("robust_own")), Cell(", ".join(entry.get("own", [])) or "none")]
+            for name, entry in models
+        ]
+        caption = "No comparison: each model's worst case over all of its attacks, which are not the same"
+        tables.append(Table(caption, ("model", "robust, all of its attacks", "attacks besides the common ones"), own))
     label = "; ".join(
         f"{name}: clean {percent(e['clean']).text}, robust {percent(e['robust']).text}" for name, e in drawn
     )
@@ -151,7 +173,7 @@ def tradeoff_section(
     if len(drawn) > 1:
         caption += f" Robust: the worst case over the attacks that all of them have ({common})."
     figure = Figure(svg, caption)
-    return Section("tradeoff", "Clean against robust accuracy", [figure, Table("The points", columns, rows)])
+    return Section("tradeoff", "Clean against robust accuracy", [figure, *tables])
 
 
 def _differences(results: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -181,7 +203,7 @@ def curve_section(results: Mapping[str, Any]) -> Section | Missing:
     columns, rows = ["ε", "robust"], [[Cell(f"{scale * eps:.4g}{unit}")] for eps in curve["eps"]]
     numbers = [(percent, curve["robust"])]
     if "changed" in curve:  # of the preset vmoe
-        columns += ["error", "changed predictions", "loss"]
+        columns += ["error", "changed predictions", "cross-entropy"]
         numbers += [(percent, curve["error"]), (percent, curve["changed"]), (plain, curve["loss"])]
         for layer, measures in curve["layers"].items():
             columns.append(f"routing change, {layer}")
@@ -193,6 +215,9 @@ def curve_section(results: Mapping[str, Any]) -> Section | Missing:
         percent(share).text for share in (curve["robust"][0], curve["robust"][-1])
     )
     caption = f"Robust accuracy against the radius; attack of the curve: {attack}. The dotted line is the report's ε."
+    if (count := len(results["attacks"])) > 1:
+        worst = percent(results["robust"]).text
+        caption += f" All {count} attacks together leave {worst} there: the worst case, no point of this curve."
     blocks: list[Block] = [
         Figure(figures.inline_svg(figures.curve(results), "curve", label), caption),
         Folded("The numbers", [Table("Robust accuracy for every radius", columns, rows)]),
