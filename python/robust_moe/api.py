@@ -19,7 +19,7 @@ from robust_moe.engine.checkpoint import data_of, load_checkpoint, load_model_st
 from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_device
 from robust_moe.evaluation import PresetEvaluation
 from robust_moe.evaluation.stages import as_fraction
-from robust_moe.given import as_images, as_labels, as_names, with_logits
+from robust_moe.given import as_images, as_labels, as_names, returning_logits
 from robust_moe.outputs import evaluation_outputs, expect_json_name, expect_named, expect_outputs
 from robust_moe.report import faster_in_half
 from robust_moe.settings import plain
@@ -144,7 +144,7 @@ def evaluate(
         FloatingPointError: NaN in a logit or an attack's gradient.
     """
     expect(isinstance(model, nn.Module), "model", "a torch.nn.Module", type(model).__name__)
-    images = as_images(images, model)
+    images = as_images(images)
     expect(isinstance(fast, bool), "fast", "True or False", repr(fast))
     expect(type(seed) is int and seed >= 0, "seed", "an integer >= 0", repr(seed))
     names = as_names(class_names)
@@ -158,24 +158,24 @@ def evaluate(
     expect_outputs("results", evaluation_outputs(numbers, None))
     expect_outputs("report", evaluation_outputs(numbers, page))
     reporter = Reporter(enabled=progress)
-    name, model = type(model).__name__, with_logits(model, images)
     facts: dict[str, dict[str, Any]] = {
-        "model": {"name": name},
+        "model": {"name": type(model).__name__},
         "data": {"name": "images", "split": "given", "image_size": min(images.shape[2:]), "classes": names},
         "settings": {"checkpoint": None, "checkpoint_sha256": None},
     }
-    evaluation = PresetEvaluation(
-        *(model, images, labels, torch.arange(len(images))),
-        attack=_in_ball(attack, eps, norm),
-        preset=preset,
-        seed=seed,
-        batch_size=batch_size,
-        facts=facts,
-        task=reporter.task if progress else None,
-        say=reporter.line,
-        fast=fast and faster_in_half(model, "fast", reporter.line),
-    )
-    return evaluation.complete(numbers, page, resume=resume)
+    with returning_logits(model):
+        evaluation = PresetEvaluation(
+            *(model, images, labels, torch.arange(len(images))),
+            attack=_in_ball(attack, eps, norm),
+            preset=preset,
+            seed=seed,
+            batch_size=batch_size,
+            facts=facts,
+            task=reporter.task if progress else None,
+            say=reporter.line,
+            fast=fast and faster_in_half(model, "fast", reporter.line),
+        )
+        return evaluation.complete(numbers, page, resume=resume)
 
 
 def _in_ball(attack: Attack.Config | str | None, eps: str | float | Fraction, norm: str) -> Attack.Config:

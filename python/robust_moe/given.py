@@ -6,39 +6,35 @@ model may return its logits in a tuple or a mapping. What could be read in two w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_moe.evaluation.scorer import device_of
-from robust_moe.evaluation.staged import drawing
 from robust_moe.settings import hint, shown
 from robust_moe_kernels.checks import expect
-from robust_moe_kernels.modules import attack_mode
 
-__all__ = ["as_images", "as_labels", "as_names", "with_logits"]
+__all__ = ["as_images", "as_labels", "as_names", "returning_logits"]
 
 ROUNDING = 1e-6  # by which a pixel may leave [0, 1]: a few roundings of float32, far below a grey level
 COLOURS = (1, 3, 4)  # channels of a picture
 
 
-def as_images(images: Any, model: nn.Module) -> Tensor:
-    """[n, C, H, W] uint8 in 0..255, or float32 in [0, 1], from a tensor, an array or nested lists; float64 of a
-    ``model`` in double precision.
+def as_images(images: Any) -> Tensor:
+    """[n, C, H, W] uint8 in 0..255, or float32 in [0, 1], from a tensor, an array or nested lists.
 
     Raises:
         ValueError: another shape; the channels last, as image libraries have them; neither bytes nor floats.
     """
     tensor = _tensor("images", images)
     if tensor.is_floating_point():
-        double = tensor.dtype == torch.float64 and any(each.dtype == torch.float64 for each in model.parameters())
-        tensor = tensor if double else tensor.to(torch.float32)
+        tensor = tensor.to(torch.float32)  # in which all verdicts are
     got = list(tensor.shape)
     expect(tensor.ndim == 4 and len(tensor) > 0, "images", "shape [n, C, H, W] with n >= 1", got)
-    numbers = tensor.dtype in (torch.uint8, torch.float32, torch.float64)
+    numbers = tensor.dtype in (torch.uint8, torch.float32)
     expect(numbers, "images", "uint8 in 0..255, or floats in [0, 1]", tensor.dtype)
     last = tensor.shape[1] not in COLOURS and tensor.shape[3] in COLOURS
     name, order = ("transpose", "0, 3, 1, 2") if isinstance(images, np.ndarray) else ("permute", "0, 3, 1, 2")
@@ -79,38 +75,32 @@ def as_labels(labels: Any, class_names: Sequence[str]) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def with_logits(model: nn.Module, images: Tensor) -> nn.Module:
-    """``model``, or where it returns a tuple or a mapping a module that returns the logits out of it: of a tuple the
-    first tensor [n, classes], of a mapping ``"logits"``. Looks at one image.
+@contextmanager
+def returning_logits(model: nn.Module) -> Iterator[None]:
+    """Inside, a ``model`` that returns a tuple or a mapping returns the logits out of it: of a tuple the first tensor
+    [B, classes], of a mapping ``"logits"``. No forward is made for this; once the model has returned a tensor it is
+    left alone.
 
     Raises:
-        ValueError: no logits there; a tuple with such tensors of several widths, of which any may be the logits.
+        ValueError: in the forward, where there are no logits, or several such tensors of other widths.
     """
-    device = device_of(model, None)
-    with attack_mode(model), torch.no_grad(), drawing(0, device):
-        x = images[:1].to(device)
-        found = model(x / 255 if x.dtype == torch.uint8 else x)
-    if isinstance(found, Tensor):
-        return model
-    wrapped = LogitsOf(model, _where(found))
-    wrapped.training = model.training  # not by train(), which would set every module inside
-    return wrapped
 
-
-class LogitsOf(nn.Module):
-    """``model``'s output under ``key``: logits [B, classes] out of a tuple or a mapping."""
-
-    def __init__(self, model: nn.Module, key: int | str) -> None:
-        super().__init__()
-        self.model, self.key = model, key
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)[self.key]
+    def take(module: nn.Module, inputs: tuple[Any, ...], found: Any) -> Tensor | None:
+        if isinstance(found, Tensor):
+            handle.remove()
+            return None
+        logits: Tensor = found[_where(found)]
         return logits
+
+    handle = model.register_forward_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _where(found: Any) -> int | str:
-    """The place of the logits in what a model returned of one image."""
+    """The place of the logits in what a model returned."""
     if isinstance(found, Mapping):
         if _are_logits(found.get("logits")):
             return "logits"
@@ -133,7 +123,7 @@ def _where(found: Any) -> int | str:
 
 
 def _are_logits(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and len(value) == 1
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def _array(name: str, value: Any) -> np.ndarray:

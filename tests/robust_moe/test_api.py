@@ -142,13 +142,6 @@ def test_images_and_labels_may_be_something_else(change):
     assert (found["clean"], found["robust"]) == (expected["clean"], expected["robust"])
 
 
-def test_a_model_in_double_precision_gets_such_images():
-    model = cnn()
-    x, y = images(model)
-    found = robust_moe.evaluate(model.double(), x.double(), y, eps="1/255", attack="fgsm")
-    assert found["clean"] == pytest.approx(11 / 12)
-
-
 @pytest.mark.parametrize(("faster", "kind"), [(True, "bfloat16"), (False, "float32")])
 def test_fast_attacks_are_in_bfloat16_where_that_is_faster(monkeypatch, capsys, faster, kind):
     half = Bfloat16(faster, "the processor is one")

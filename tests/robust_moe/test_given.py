@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_moe.given import as_labels, as_names, with_logits
+from robust_moe.given import as_labels, as_names, returning_logits
 
 
 class Pair(nn.Module):
@@ -25,20 +25,28 @@ class Pair(nn.Module):
         return (features, self.fc(features)) if self.features else (self.fc(features), x)
 
 
-def test_the_mode_of_every_module_stays():
-    """A norm held in evaluation within a model in training, and dropout that draws in one in evaluation."""
+def test_the_model_is_left_as_it_was():
+    """No forward of its own, no mode changed, no hook left; a tensor is returned as it is."""
     x = torch.rand(2, 3, 4, 4)
-    for training in (True, False):
-        model = Pair().train(training)
-        model.norm.eval()
-        model.drop.train()
-        assert with_logits(model, x).training is training
-        assert (model.training, model.norm.training, model.drop.training) == (training, False, True)
+    model = Pair().eval()
+    with returning_logits(model):
+        assert torch.equal(model(x), model.fc(model.norm(x).flatten(1)))
+        assert torch.equal(model(x), model.fc(model.norm(x).flatten(1)))
+    assert not model._forward_hooks
+    assert isinstance(model(x), tuple)
+    plain = nn.Flatten()
+    with returning_logits(plain):
+        assert torch.equal(plain(x), x.flatten(1))
+        assert not plain._forward_hooks
 
 
 def test_features_are_not_taken_for_logits():
-    with pytest.raises(ValueError, match=r"one tensor \[B, classes\] in the tuple .*, got .* of n = 48 and 5"):
-        with_logits(Pair(features=True), torch.rand(2, 3, 4, 4))
+    model = Pair(features=True)
+    with (
+        returning_logits(model),
+        pytest.raises(ValueError, match=r"one tensor \[B, classes\] in the tuple .*, got .* of n = 48 and 5"),
+    ):
+        model(torch.rand(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("names", [["cat", "dog"], ("cat", "dog"), np.array(["cat", "dog"])])

@@ -27,7 +27,7 @@ def env(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead, with the reasons.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every implementation, and why one cannot run.")] = False,
 ) -> None:
-    """Versions, devices, and which implementation of every op runs here."""
+    """Versions, devices, and which implementation of every op can run here."""
     facts = {
         **versions(),
         "git": git_revision() or "not a checkout",
