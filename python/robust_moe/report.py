@@ -22,7 +22,7 @@ from robust_moe.evaluation import (
     read_results,
     robustbench_json,
 )
-from robust_moe.evaluation.common import expect_comparable, run_name
+from robust_moe.evaluation.common import checkpoint_name, expect_comparable, run_name
 from robust_moe.evaluation.scorer import device_of
 from robust_moe.files import replace_file
 from robust_moe.outputs import (
@@ -110,7 +110,7 @@ def assess(
         raise ConfigError("robustbench: expected an exact evaluation, got --fast, whose attacks round to bfloat16")
     file = checkpoint_file(checkpoint)
     read = [("checkpoint", file), *(("beside", other) for other in beside)]
-    others = _named_results([Path(other) for other in beside])
+    others = _named_results([Path(other) for other in beside], checkpoint_name(file))
 
     def expect(path: Path) -> Path:
         outputs = evaluation_outputs(path, path.with_suffix(".html"), entry=robustbench is not None)
@@ -165,17 +165,17 @@ def faster_in_half(model: nn.Module, asked: str, say: Callable[[str], object]) -
     return half.fast
 
 
-def _named_results(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, content) of result files: the run's name, and where several are of it, the file's too."""
+def _named_results(paths: Sequence[Path], own: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, content) of result files: the run's name; where that is another's too, or ``own``, the evaluated model's,
+    the folder's; and where several are in it, the file's too."""
     contents = [read_results(path) for path in paths]
-    runs = [run_name(results) for results in contents]
-    return [
-        (
-            run if runs.count(run) == 1 else f"{run}/{path.stem}",
-            {**results, "samples": str(samples_file(path))},
-        )
-        for run, path, results in zip(runs, paths, contents, strict=True)
-    ]
+    runs = [own, *(run_name(results) for results in contents)]
+    folders = [path.resolve().parent.name for path in paths]
+    found = []
+    for run, folder, path, results in zip(runs[1:], folders, paths, contents, strict=True):
+        place = folder if folders.count(folder) == 1 else f"{folder}/{path.stem}"
+        found.append((run if runs.count(run) == 1 else place, {**results, "samples": str(samples_file(path))}))
+    return found
 
 
 def _result_file(
