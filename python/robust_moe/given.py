@@ -37,8 +37,8 @@ def as_images(images: Any) -> Tensor:
     numbers = tensor.dtype in (torch.uint8, torch.float32)
     expect(numbers, "images", "uint8 in 0..255, or floats in [0, 1]", tensor.dtype)
     last = tensor.shape[1] not in COLOURS and tensor.shape[3] in COLOURS
-    name, order = ("transpose", "0, 3, 1, 2") if isinstance(images, np.ndarray) else ("permute", "0, 3, 1, 2")
-    expect(not last, "images", f"shape [n, C, H, W], as of images.{name}({order})", f"{got}, with the channels last")
+    name = "transpose" if isinstance(images, np.ndarray) else "permute"
+    expect(not last, "images", f"shape [n, C, H, W], as of images.{name}(0, 3, 1, 2)", f"{got}, with the channels last")
     if tensor.is_floating_point() and tensor.numel():
         low, high = (bound.item() for bound in tensor.aminmax())
         if (low < 0 or high > 1) and low >= -ROUNDING and high <= 1 + ROUNDING:
@@ -108,9 +108,8 @@ def _where(found: Any) -> int | str:
     elif isinstance(found, (tuple, list)):
         places = [place for place, value in enumerate(found) if _are_logits(value)]
         widths = list(dict.fromkeys(found[place].shape[1] for place in places))
-        if len(widths) > 1:
-            got = f"tensors [B, n] of n = {' and '.join(map(str, widths))}"
-            expect(False, "model", "logits alone, or one tensor [B, classes] in the tuple with them", got)
+        several = f"tensors [B, n] of n = {' and '.join(map(str, widths))}"
+        expect(len(widths) <= 1, "model", "logits alone, or one tensor [B, classes] in the tuple with them", several)
         if places:
             return places[0]
         got = f"a {type(found).__name__} of {len(found)} without such a tensor"
@@ -139,8 +138,8 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     array = _array(name, value)
-    if array.dtype == np.uint16 or array.dtype.kind not in "buifc":
-        expect(False, name, "a tensor, or an array of numbers", f"an array of {array.dtype}")
+    numbers = array.dtype != np.uint16 and array.dtype.kind in "buifc"
+    expect(numbers, name, "a tensor, or an array of numbers", f"an array of {array.dtype}")
     if array.dtype.kind == "f" and not isinstance(value, np.ndarray):
         array = array.astype(np.float32)  # Python's numbers have no precision of their own
     return torch.from_numpy(np.ascontiguousarray(array))

@@ -26,7 +26,7 @@ class Pair(nn.Module):
 
 
 def test_the_model_is_left_as_it_was():
-    """No forward of its own, no mode changed, no hook left; a tensor is returned as it is."""
+    """Its hooks are removed afterwards, and an output that is a tensor does not change."""
     x = torch.rand(2, 3, 4, 4)
     model = Pair().eval()
     with returning_logits(model):

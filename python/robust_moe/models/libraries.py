@@ -57,14 +57,9 @@ def timm_network(images: ImageSpec, member: str, pretrained: bool) -> nn.Module:
     return network
 
 
-@dataclass(frozen=True, kw_only=True)
-class TorchvisionConfig(LibraryConfig):
-    """As :class:`LibraryConfig`; with pretrained weights the classifier of ImageNet's thousand classes is replaced."""
-
-
-@MODELS.register_family("torchvision", TorchvisionConfig, _torchvision_names)
+@MODELS.register_family("torchvision", LibraryConfig, _torchvision_names)
 def torchvision_network(images: ImageSpec, member: str, pretrained: bool) -> nn.Module:
-    """torchvision's ``get_model``, for three channels.
+    """torchvision's ``get_model``, for three channels; of pretrained weights the last layer is replaced.
 
     Raises ValueError for images of other channels, and pretrained weights whose last layer cannot be found.
     """

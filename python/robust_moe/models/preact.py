@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robust_moe.models.config import MODELS, ModelConfig
 from robust_moe.models.images import ImageSpec
 from robust_moe.models.normalize import Normalize
-from robust_moe.models.resnet import BLOCKS, DEEPEST, WIDEST, WIDTH, GlobalAveragePool, ResNetConfig
+from robust_moe.models.resnet import DEEPEST, WIDEST, GlobalAveragePool, ResNetConfig
 from robust_moe.settings import ConfigError, setting
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "WideResNetConfig",
 ]
 
+DEPTH = "convolutions, 6 n + 4 for n blocks a stage"
 STAGES = 3  # of a Wide ResNet; each but the first halves height and width
 
 
@@ -148,9 +149,6 @@ class WideResNet(nn.Module):
 class PreActResNet18Config(ResNetConfig):
     """PreActResNet-18: 11.2 M parameters."""
 
-    width: int = setting(64, WIDTH, at_least=1, at_most=WIDEST)
-    blocks: tuple[int, ...] = setting((2, 2, 2, 2), BLOCKS, at_least=1, at_most=DEEPEST)
-
 
 @dataclass(frozen=True, kw_only=True)
 class WideResNetConfig(ModelConfig):
@@ -158,7 +156,7 @@ class WideResNetConfig(ModelConfig):
 
     normalizes: ClassVar[bool] = True
 
-    depth: int = setting(28, "convolutions, 6 n + 4 for n blocks a stage", at_least=10, at_most=6 * DEEPEST + 4)
+    depth: int = setting(28, DEPTH, at_least=10, at_most=6 * DEEPEST + 4)
     widen: int = setting(10, "channels of the three stages, in units of 16, 32 and 64", at_least=1, at_most=WIDEST)
     dropout: float = setting(0.0, "share of values dropped between the convolutions of a block", at_least=0, below=1)
 
@@ -182,7 +180,7 @@ class WideResNet28Config(WideResNetConfig):
 class WideResNet34Config(WideResNetConfig):
     """WRN-34-10: 46.2 M parameters."""
 
-    depth: int = setting(34, "convolutions, 6 n + 4 for n blocks a stage", at_least=10, at_most=6 * DEEPEST + 4)
+    depth: int = setting(34, DEPTH, at_least=10, at_most=6 * DEEPEST + 4)
 
 
 @MODELS.register("preact_resnet18", PreActResNet18Config)

@@ -24,7 +24,7 @@ class Table(Mapping[str, type[Config]]):
         self.what = what
         self._entries: dict[str, type[Config]] = {}
         self._families: dict[str, tuple[type[Config], Callable[[], list[str]]]] = {}
-        self._members: dict[str, type[Config]] = {}  # of families, as they are asked for
+        self._members: dict[str, type[Config]] = {}  # those members of families that were asked for
 
     def register(self, name: str, config: type[Config] | None = None) -> Callable[[C], C]:
         """A decorator that enters a component under ``name``.
@@ -73,8 +73,9 @@ class Table(Mapping[str, type[Config]]):
         """
 
         def enter(component: C) -> C:
-            config.owner = component
-            self._families[prefix] = (config, names)
+            settings = _named_again(config)  # several families may have settings alike
+            settings.owner = component
+            self._families[prefix] = (settings, names)
             return component
 
         return enter
