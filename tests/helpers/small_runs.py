@@ -9,6 +9,21 @@ import torch
 
 from robust_moe.engine import load_checkpoint, read_metrics
 
+# what the runs of a study of transformers have in common on 48 digits
+TINY_STUDY = (
+    "data.name=digits",
+    "data.image_size=8",
+    "data.train_limit=48",
+    "data.test_limit=20",
+    "data.augment.crop_padding=0",
+    "model.width=6",
+    "method.attack.eps=0.1",
+    "method.attack.steps=1",
+    "eval.attack.steps=2",
+    "run.epochs=2",
+    "run.batch_size=16",
+)
+
 # 64 real digits of 8x8 pixels, a two-stage network, two epochs of four steps
 TINY = (
     "data.image_size=8",

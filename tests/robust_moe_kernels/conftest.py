@@ -160,6 +160,15 @@ def folded(monkeypatch) -> list[bool]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """These maps are so small that threads would spend most of the time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def raw(monkeypatch) -> list[int]:
     """Grows by one for each convolution that runs without the norm behind it folded into its weights."""
     calls: list[int] = []

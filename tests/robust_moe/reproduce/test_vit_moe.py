@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 from rich.console import Console
+from small_runs import TINY_STUDY
 
 from robust_moe.config import ConfigError
 from robust_moe.engine import Reporter
@@ -26,19 +27,6 @@ from robust_moe.reproduce.vit_moe import VIT_MOE
 from robust_moe.reproduce.worker import work
 from robust_moe_kernels.modules import DropTop, RandomRoutes, SwapTop, last_routes, moe_layers, rerouted
 
-TINY = (
-    "data.name=digits",
-    "data.image_size=8",
-    "data.train_limit=48",
-    "data.test_limit=20",
-    "data.augment.crop_padding=0",
-    "model.width=6",
-    "method.attack.eps=0.1",
-    "method.attack.steps=1",
-    "eval.attack.steps=2",
-    "run.epochs=2",
-    "run.batch_size=16",
-)
 NAMES = tuple(dict.fromkeys(run for part in VIT_MOE.values() for run in part.runs))
 ROUTED = [name for name in NAMES if not name.startswith("dense")]
 DATA = {"class_names": [str(n) for n in range(10)], "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3, "name": "x"}
@@ -55,7 +43,7 @@ def study(tmp_path_factory):
     patch.setattr(token_probes, "VMOE_STEPS", 2)
     patch.setattr("robust_moe.evaluation.vmoe.curve_radii", lambda: tuple(Fraction(n, 255) for n in (1, 10, 20)))
     folder = tmp_path_factory.mktemp("study")
-    jobs = make_jobs(NAMES, SCALES["cpu"], [0], folder, TINY, "digest")
+    jobs = make_jobs(NAMES, SCALES["cpu"], [0], folder, TINY_STUDY, "digest")
     for job in sorted(jobs, key=lambda job: bool(job.parts)):
         assert work(job, quiet())
     patch.undo()

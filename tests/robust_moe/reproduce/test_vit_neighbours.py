@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from rich.console import Console
+from small_runs import TINY_STUDY
 
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import describe_data, load_experiment
@@ -22,19 +23,6 @@ from robust_moe.reproduce.vit_neighbours import VIT_NEIGHBOURS
 from robust_moe.reproduce.worker import work
 from robust_moe_kernels.modules import AdaptiveClusteringGate, Momentum, moe_layers
 
-TINY = (
-    "data.name=digits",
-    "data.image_size=8",
-    "data.train_limit=48",
-    "data.test_limit=20",
-    "data.augment.crop_padding=0",
-    "model.width=6",
-    "method.attack.eps=0.1",
-    "method.attack.steps=1",
-    "eval.attack.steps=2",
-    "run.epochs=2",
-    "run.batch_size=16",
-)
 PART = VIT_NEIGHBOURS["vit-neighbours"]
 PLAIN = [name for name in PART.runs if name.startswith("vit-moe")]
 
@@ -45,7 +33,7 @@ def study(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name in PLAIN:
         patch.setitem(RUNS, name, dataclasses.replace(RUNS[name], probes=("tokens", "linked")))
-    jobs = make_jobs(PART.runs, SCALES["cpu"], [0], tmp_path_factory.mktemp("study"), TINY, "digest")
+    jobs = make_jobs(PART.runs, SCALES["cpu"], [0], tmp_path_factory.mktemp("study"), TINY_STUDY, "digest")
     for job in jobs:
         assert work(job, Reporter(enabled=False, console=Console(quiet=True)))
     yield {job.run: job for job in jobs}

@@ -12,7 +12,7 @@ import pickle
 import timm
 import torch
 from any_blocks import BLOCKS, channels_of, drop_path, scrambled
-from pytest import fixture, mark, raises
+from pytest import mark, raises
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -23,17 +23,11 @@ from robust_moe_kernels.modules.block_experts import BlockExperts
 from robust_moe_kernels.modules.block_probe import BlockForm, block_form
 from robust_moe_kernels.modules.expert_norms import copies
 
-pytestmark = mark.filterwarnings("ignore:.* is no block that the grouped engine computes")
+pytestmark = [
+    mark.usefixtures("one_thread"),
+    mark.filterwarnings("ignore:.* is no block that the grouped engine computes"),
+]
 EPS = torch.finfo(torch.float64).eps
-
-
-@fixture(autouse=True)
-def one_thread():
-    """These maps are so small that threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class ChosenRoutes(nn.Module):

@@ -9,7 +9,7 @@ from itertools import combinations
 import timm.models.resnet as timm_resnet
 import torch
 import torchvision.models.resnet as torchvision_resnet
-from pytest import fixture, mark, raises
+from pytest import mark, raises
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,13 +21,7 @@ from robust_moe_kernels.modules.residual import ResidualExperts
 BOUND = 1e4 * torch.finfo(torch.float64).eps
 
 
-@fixture(autouse=True)
-def one_thread():
-    """These maps are so small that threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = mark.usefixtures("one_thread")
 
 
 def strided(block: type[nn.Module], inplanes: int, planes: int) -> nn.Module:

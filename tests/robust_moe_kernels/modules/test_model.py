@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.models.resnet as torchvision_resnet
 from any_blocks import with_conv
-from pytest import fixture, mark, raises, warns
+from pytest import mark, raises, warns
 from timm.layers import BatchNormAct2d, BlurPool2d, DropPath, StdConv2d
 from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from torch import Tensor, nn
@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from robust_moe.models.resnet import BasicBlock, Bottleneck, ResNet
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, balance_loss, moe_layers, replace_blocks
 
-
-@fixture(autouse=True)
-def one_thread():
-    """These maps are so small that threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = mark.usefixtures("one_thread")
 
 
 def small_resnet(block: type[nn.Module] = BasicBlock) -> ResNet:

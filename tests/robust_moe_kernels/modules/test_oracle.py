@@ -7,7 +7,7 @@ import timm.models.resnet as timm_resnet
 import torch
 import torch.nn.functional as F
 import torchvision.models.resnet as torchvision_resnet
-from pytest import fixture, mark
+from pytest import mark
 from torch import Tensor, nn
 
 from robust_moe.models import resnet as own_resnet
@@ -22,13 +22,7 @@ BATCH, CHANNELS, SIDE = 6, 8, 5
 BOUND = 1e4 * torch.finfo(torch.float64).eps
 
 
-@fixture(autouse=True)
-def one_thread():
-    """These maps are so small that threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = mark.usefixtures("one_thread")
 
 
 def assert_near(got: Tensor | None, wanted: Tensor | None, what: str) -> None:

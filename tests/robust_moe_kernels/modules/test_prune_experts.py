@@ -8,7 +8,7 @@ import io
 import any_blocks
 import torch
 import torchvision.models.resnet as torchvision_resnet
-from pytest import fixture, mark, raises
+from pytest import mark, raises
 from torch import Tensor, nn
 from whole_networks import Networks, linear
 
@@ -25,13 +25,7 @@ IMAGES = ImageSpec(5, 3, 8, (0.5,) * 3, (0.25,) * 3)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@fixture(autouse=True)
-def one_thread():
-    """These maps are so small that threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = mark.usefixtures("one_thread")
 
 
 def block(experts: int = EXPERTS, **options) -> FusedBlockMoE:

@@ -9,7 +9,7 @@ import pickle
 import any_blocks
 import torch
 import torchvision.models.resnet as torchvision_resnet
-from pytest import fixture, mark, raises
+from pytest import mark, raises
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,14 +18,7 @@ from robust_moe_kernels import FusedBlockMoE, FusedConvMoE, FusedMLPMoE, balance
 from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.modules.experts import by_expert
 
-
-@fixture(autouse=True)
-def one_thread():
-    """These maps are so small that threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = mark.usefixtures("one_thread")
 
 
 def downsample(inplanes: int, planes: int) -> nn.Sequential:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 from model_tools import (
     another_default_device,
     checkpointing,
@@ -68,12 +67,7 @@ from robust_moe_kernels.modules.residual import ResidualExperts
 DOCS = Path(__file__).parents[3] / "docs" / "tools.md"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 WORKS, ONE_BY_ONE, GENERAL = "works", "one by one", "general path"
