@@ -18,7 +18,7 @@ from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.operands import Operands, expect_offsets, expect_order, readable
 from robust_moe_kernels.ops.expert_mlp import reference_impl
 from robust_moe_kernels.ops.expert_mlp.activation import activation_of
-from robust_moe_kernels.ops.routing import Route
+from robust_moe_kernels.ops.routing import Route, expect_route
 from robust_moe_kernels.second_derivatives import another_follows, plain_gradients
 
 __all__ = ["EXPERT_MLP", "expert_mlp"]
@@ -75,8 +75,7 @@ def expert_mlp(
     for name, bias in (("bias1", bias1), ("bias2", bias2)):
         if bias is not None:
             expect_tensor(bias, name)
-    if not isinstance(route, Route):
-        raise TypeError(f"route: expected a Route, got {type(route).__name__}")
+    expect_route(route, x, "x")
     expect_dtype(weights, "weights", FLOATS)
     expect_shape(weights, "weights", (x.shape[0], route.top_k), "[N, k]")
     expect_same_device(weights, "weights", x, "x")

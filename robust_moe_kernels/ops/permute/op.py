@@ -29,7 +29,7 @@ from robust_moe_kernels.checks import (
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.layout import dense, dense_format, rows_like
 from robust_moe_kernels.operands import Operands, expect_order
-from robust_moe_kernels.ops.routing import Route
+from robust_moe_kernels.ops.routing import Route, expect_route
 
 __all__ = ["PERMUTE", "combine", "dispatch"]
 
@@ -37,19 +37,11 @@ PERMUTE = Op(__package__, cpu=("native", "reference"), cuda=("triton", "native",
 
 
 def _check(data: Tensor, argument: str, per_sample: bool, route: Route) -> None:
-    expect(isinstance(route, Route), "route", "a Route, as sort_by_expert makes it", type(route).__name__)
-    expect(type(route.top_k) is int and route.top_k >= 1, "route.top_k", "an integer k >= 1", repr(route.top_k))
-    for name in ("order", "inverse"):
-        index = getattr(route, name)
-        expect_tensor(index, f"route.{name}")
-        expect_dtype(index, f"route.{name}", (torch.int64,))
-        expect(index.dim() == 1 and index.shape == route.order.shape, f"route.{name}", "shape [R]", list(index.shape))
-    rows = route.order.shape[0] // route.top_k if per_sample else route.order.shape[0]
     expect_tensor(data, argument)
     expect_dtype(data, argument, FLOATS)
+    expect_route(route, data, argument)
+    rows = route.order.shape[0] // route.top_k if per_sample else route.order.shape[0]
     expect(data.dim() >= 2 and data.shape[0] == rows, argument, f"shape [{rows}, ...]", list(data.shape))
-    for index in (route.order, route.inverse):
-        expect_same_device(index, "route", data, argument)
 
 
 def dispatch(x: Tensor, route: Route, impl: str = AUTO) -> Tensor:

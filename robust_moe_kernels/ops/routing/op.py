@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robust_moe_kernels.checks import expect, expect_dtype, expect_tensor
+from robust_moe_kernels.checks import expect, expect_dtype, expect_same_device, expect_tensor
 from robust_moe_kernels.dispatch import AUTO, Op
 from robust_moe_kernels.operands import Operands
 
-__all__ = ["ROUTING", "Route", "sort_by_expert"]
+__all__ = ["ROUTING", "Route", "expect_route", "sort_by_expert"]
 
 ROUTING = Op(__package__, cpu=("native", "reference"), cuda=("native", "triton", "reference"))
 
@@ -35,6 +35,22 @@ class Route(NamedTuple):
     def counts(self) -> Tensor:
         """[E] rows of each expert."""
         return self.offsets.diff()
+
+
+def expect_route(route: Route, data: Tensor, argument: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``route`` is a Route whose top_k is an integer >= 1 and whose order
+    [R], inverse [R] and offsets [E+1] are int64 on the device of ``data``; their numbers are not read."""
+    if not isinstance(route, Route):
+        raise TypeError(f"route: expected a Route, as sort_by_expert makes it, got {type(route).__name__}")
+    expect(type(route.top_k) is int and route.top_k >= 1, "route.top_k", "an integer k >= 1", repr(route.top_k))
+    for name in ("order", "inverse", "offsets"):
+        table = getattr(route, name)
+        expect_tensor(table, f"route.{name}")
+        expect_dtype(table, f"route.{name}", (torch.int64,))
+        expect(table.dim() == 1, f"route.{name}", f"shape [{'E+1' if name == 'offsets' else 'R'}]", list(table.shape))
+        expect_same_device(table, f"route.{name}", data, argument)
+    pairs = route.order.shape
+    expect(route.inverse.shape == pairs, "route.inverse", f"shape [R] = {list(pairs)}", list(route.inverse.shape))
 
 
 def sort_by_expert(indices: Tensor, num_experts: int, impl: str = AUTO) -> Route:

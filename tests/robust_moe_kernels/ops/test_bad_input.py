@@ -102,9 +102,9 @@ def normalize(impl: str = "auto") -> object:
     return scale_shift(ROWS, OFFSETS, torch.ones(3, 2), torch.zeros(3, 2), True, impl)
 
 
-def transform(impl: str = "auto") -> object:
+def transform(impl: str = "auto", **changes) -> object:
     layers = (torch.ones(3, 6, 5), None, torch.ones(3, 5, 6), None)
-    return expert_mlp(torch.zeros(3, 5), *layers, route(), torch.ones(3, 2), "relu", impl=impl)
+    return expert_mlp(torch.zeros(3, 5), *layers, changes.get("route", route()), torch.ones(3, 2), "relu", impl=impl)
 
 
 class Bad(NamedTuple):
@@ -139,7 +139,7 @@ BAD = (
         send,
         {"x": torch.zeros(3, 5, device=META)},
         ValueError,
-        "route: expected a tensor on meta (the device of x), got cpu",
+        "route.order: expected a tensor on meta (the device of x), got cpu",
     ),
     Bad(merge, {"y": 1.0}, TypeError, "y: expected a tensor, got float"),
     Bad(merge, {"y": torch.zeros(6, 5).bool()}, TypeError, f"y: expected dtype {TYPES}, got bool"),
@@ -310,6 +310,27 @@ BAD = (
         "x_best: expected a channels-last tensor, got strides (48, 16, 4, 1)",
     ),
 )
+
+
+ROUTES = (
+    (None, TypeError, "route: expected a Route, as sort_by_expert makes it, got NoneType"),
+    (route()._replace(top_k=0), ValueError, "route.top_k: expected an integer k >= 1, got 0"),
+    (route()._replace(top_k=True), ValueError, "route.top_k: expected an integer k >= 1, got True"),
+    (route()._replace(order="x"), TypeError, "route.order: expected a tensor, got str"),
+    (route()._replace(inverse=None), TypeError, "route.inverse: expected a tensor, got NoneType"),
+    (route()._replace(offsets=[0, 2, 4, 6]), TypeError, "route.offsets: expected a tensor, got list"),
+    (route()._replace(offsets=FLAG), TypeError, "route.offsets: expected dtype int64, got bool"),
+    (route()._replace(order=INDICES), ValueError, "route.order: expected shape [R], got [3, 2]"),
+    (route()._replace(inverse=INDICES[0]), ValueError, "route.inverse: expected shape [R] = [6], got [2]"),
+)
+
+
+@pytest.mark.parametrize("call", [send, merge, transform])
+@pytest.mark.parametrize(("bad", "error", "message"), ROUTES, ids=[message for *_, message in ROUTES])
+def test_what_is_no_route(call: Callable[..., object], bad: object, error: type[Exception], message: str) -> None:
+    """Every operation that takes a route refuses it in the same words."""
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call(route=bad)
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: f"{bad.call.__name__}-{bad.message.split(', got')[0][:60]}")
