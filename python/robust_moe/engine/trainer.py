@@ -19,7 +19,7 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, precision_notes
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
-from robust_moe.engine.meters import NEGATIVE_BALANCE, describe_loss
+from robust_moe.engine.meters import NEGATIVE_BALANCE, Speed, describe_loss
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
@@ -214,6 +214,7 @@ class Trainer:
         self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
         if len(self.validation) == 0:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
+        self.speed = Speed()  # of this epoch, in this call
         self._warned: set[tuple[str, str]] = set()
         self._told = False  # what a balance loss below 0 means
 
@@ -245,12 +246,14 @@ class Trainer:
         state, run = self.state, self.config.run
         left = min(len(self.loader) - state.batch, self.total_steps - state.step)
         name = f"epoch {state.epoch + 1}/{run.epochs}"
+        self.speed.start()
         with self.reporter.task(name, state.batch + left, state.batch) as advance:
             for batch in self.loader.epoch(state.epoch, state.batch):
                 if state.step >= self.total_steps:
                     break
                 with self.guard.report():
                     self._step(batch)
+                self.speed.add(len(batch.labels) * self.fabric.world_size)
                 note = None
                 if state.step % run.log_every == 0 or state.step == self.total_steps:
                     note = self._write_interval()
@@ -300,8 +303,10 @@ class Trainer:
         state, config = self.state, self.config
         last = state.step >= self.total_steps
         self.guard.means()  # never validate, nor save, a state that is already lost
+        speed = self.speed.read()  # the host has waited for the device
         values: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         values |= {f"train_{name}": value for name, value in state.running.read(self.guard.mean_of_processes).items()}
+        values |= {} if speed is None else {"images_per_second": round(speed, 1)}
         improved = False
         if last or (state.epoch + 1) % config.eval.every == 0:
             # on one process: the others' BN statistics differ until the next training step

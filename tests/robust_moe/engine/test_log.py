@@ -6,7 +6,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from robust_moe.engine import MetricLog, Reporter, progress, read_metrics
-from robust_moe.engine.meters import Meter
+from robust_moe.engine.meters import Meter, Speed
 
 
 def test_lines_and_events_hold_the_same_numbers(tmp_path):
@@ -114,6 +114,18 @@ def test_meter_means_and_state():
     assert copy.read(lambda means: means * 2) == {"loss": 6.0, "bad": 0.5}
     meter.reset()
     assert meter.read() == {}
+
+
+def test_speed_counts_from_its_start():
+    clock = iter([0.0, 4.0, 10.0, 12.0, 12.0, 13.0])
+    speed = Speed(lambda: next(clock))
+    assert speed.read() is None  # no images yet
+    speed.start()
+    speed.add(6)
+    speed.add(4)
+    assert speed.read() == 5.0
+    speed.start()
+    assert speed.read() is None
 
 
 def test_without_a_terminal_there_are_plain_lines_with_the_time_left(monkeypatch):
