@@ -18,7 +18,7 @@ from robust_moe.engine.run_folder import LOCK, TRAINED, is_running
 from robust_moe.evaluation.results import read_results
 from robust_moe.settings import read_yaml
 
-__all__ = ["FINISHED", "RUNNING", "STOPPED", "UNKNOWN", "RunSummary", "find_runs", "read_run"]
+__all__ = ["FINISHED", "RUNNING", "STOPPED", "UNKNOWN", "RunSummary", "find_runs", "read_run", "settings_in"]
 
 FINISHED, RUNNING, STOPPED, UNKNOWN = "finished", "running", "stopped", "unknown"
 _LARGEST_CONFIG = 2**20  # bytes
@@ -158,8 +158,7 @@ def _settings(path: Path) -> dict[str, str]:
     if path.stat().st_size > _LARGEST_CONFIG:
         raise ConfigError(f"{expected}, got a file of more than {_LARGEST_CONFIG:,} bytes")
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"), "config")
-        settings = {key: str(value) for key, value in flatten(tree).items()} if isinstance(tree, Mapping) else {}
+        settings = settings_in(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{expected}, got no readable YAML") from error
     if missing := [key for key in ("method.name", "model.name", "run.epochs") if key not in settings]:
@@ -167,6 +166,12 @@ def _settings(path: Path) -> dict[str, str]:
     if _count(settings["run.epochs"]) is None:
         raise ConfigError(f"{path}: run.epochs: expected a whole number >= 1, got {settings['run.epochs']!r}")
     return settings
+
+
+def settings_in(text: str) -> dict[str, str]:
+    """The settings of a configuration in YAML by dotted name, as text; none where it is not made of sections."""
+    tree = read_yaml(text, "config")
+    return {key: str(value) for key, value in flatten(tree).items()} if isinstance(tree, Mapping) else {}
 
 
 def _count(text: str | None) -> int | None:

@@ -8,37 +8,20 @@ import json
 import os
 import shutil
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
+from fake_runs import NOON, epoch_line, make_run
 from legible import assert_legible
 from output_files import OLD_RUN, everything, put, refused, run
 from rich.console import Console
 
-from robust_moe.config import ConfigError, load_config, save_config
+from robust_moe.config import ConfigError
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.run_folder import LOCK, alone_in, is_running
 from robust_moe.runs import find_runs, read_run, runs_table, write_page
 from robust_moe.runs.page import MOST_NAMED, curves, differing
 from robust_moe.runs.summary import FINISHED, RUNNING, STOPPED, UNKNOWN
 from robust_moe.runs.table import COLUMNS, written_at
-
-NOON = datetime(2026, 3, 1, 12, 0).timestamp()  # local time
-
-
-def epoch_line(epoch: int, **values: object) -> dict[str, object]:
-    shares = {"val_clean": 0.1 * epoch, "val_robust": 0.25 - 0.05 * abs(epoch - 2), "val_seconds": 1.0}
-    return {"kind": "epoch", "step": 4 * epoch, "epoch": epoch, "train_loss": 2.0 / epoch, **shares, **values}
-
-
-def make_run(folder: Path, *settings: str, epochs: int = 3, of: int = 3, speed: float = 1234.5) -> Path:
-    """A run folder, without checkpoints, of ``epochs`` finished epochs."""
-    folder.mkdir(parents=True)
-    save_config(load_config(None, [f"run.out={folder}", f"run.epochs={of}", *settings]), folder / "config.yaml")
-    lines = [epoch_line(epoch, images_per_second=speed) for epoch in range(1, epochs + 1)]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    os.utime(folder / "metrics.jsonl", (NOON, NOON))
-    return folder
 
 
 def shown(table: object, width: int = 80) -> str:
