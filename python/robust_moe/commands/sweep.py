@@ -51,7 +51,8 @@ def sweep(
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="Runs at a time; default: one a CPU core for each of run.threads, one on a GPU.", show_default=False
+            help="Runs at a time; default: as many as have run.threads CPU cores each, on a GPU one.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[

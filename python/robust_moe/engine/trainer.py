@@ -361,6 +361,8 @@ class Trainer:
                 self._warn_once(("collapse", name), describe_collapse(name, shares))
         if result is None:
             return {}
+        if result.examples is not None:
+            self.log.attacked(self.state.step, *result.examples)
         return {"val_clean": result.clean, "val_robust": result.robust, "val_seconds": result.seconds}
 
     def _interruptible(self, advance: Callable[[int], None]) -> Callable[[int], None]:

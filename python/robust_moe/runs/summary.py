@@ -22,6 +22,7 @@ __all__ = ["FINISHED", "RUNNING", "STOPPED", "UNKNOWN", "RunSummary", "find_runs
 
 FINISHED, RUNNING, STOPPED, UNKNOWN = "finished", "running", "stopped", "unknown"
 _LARGEST_CONFIG = 2**20  # bytes
+_LAST_DAY = 253_000_000_000  # seconds since 1970, in the year 9987
 _POSITION = fields({"epoch": whole(1), "step": whole()})
 _MEASURED = fields(
     {
@@ -140,7 +141,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunSummary:
     try:
         settings = _settings(folder / "config.yaml")
         lines = tuple(_epochs(folder, problems))
-        written = (folder / "metrics.jsonl").stat().st_mtime if (folder / "metrics.jsonl").is_file() else None
+        written = _written(folder / "metrics.jsonl")
         test_clean, test_robust = _tested(folder / "results.json", problems)
         state = RUNNING if is_running(folder) else FINISHED if _is_over(settings, lines) else STOPPED
     except (ConfigError, OSError) as error:
@@ -166,6 +167,12 @@ def _settings(path: Path) -> dict[str, str]:
     if _count(settings["run.epochs"]) is None:
         raise ConfigError(f"{path}: run.epochs: expected a whole number >= 1, got {settings['run.epochs']!r}")
     return settings
+
+
+def _written(path: Path) -> float | None:
+    """When a file was written last, where that is a day of the calendar."""
+    seconds = path.stat().st_mtime if path.is_file() else -1.0
+    return seconds if 0 <= seconds < _LAST_DAY else None
 
 
 def settings_in(text: str) -> dict[str, str]:

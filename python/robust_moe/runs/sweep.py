@@ -144,4 +144,4 @@ def run_sweep(
     threads = max(cpu_cores() // jobs, 1) if jobs > 1 else None
     finished = sum(run.finished() is not None for run in runs)
     reporter.line(f"{len(runs)} runs, {finished} finished already, {jobs} at a time")
-    return run_side_by_side("sweep", [_Training(run, threads, worker) for run in runs], jobs, reporter)
+    return run_side_by_side("sweep, epochs", [_Training(run, threads, worker) for run in runs], jobs, reporter)
