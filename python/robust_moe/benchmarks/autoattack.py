@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Row, compare
 from robust_moe.attacks import AutoAttack, Counts
 from robust_moe.attacks.autoattack import QUERIES_A_STEP
+from robust_moe.benchmarks.harness import Options, Row, compare
 from robust_moe.data import Parquet
 
 __all__ = ["run"]
@@ -127,6 +127,7 @@ def whole(case: dict[str, Any], network: tuple[nn.Module, Tensor, Tensor], eps: 
 
 
 def run(options: Options) -> list[Row]:
+    """AutoAttack standard, whole, beside pyautoattack's; raises AssertionError where the verdicts differ."""
     steps = 4 if options.quick else 100
     if options.data is not None:
         cases = [("CIFAR-10 ResNet-18", cifar_resnet(options), "Linf", CIFAR_EPS)]
