@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Row, compare
 from robust_moe.attacks import AutoAttack, Counts
 from robust_moe.attacks.autoattack import QUERIES_A_STEP
+from robust_moe.benchmarks.harness import Options, Row, compare
 from robust_moe.data import Parquet
 from robust_moe.evaluation import plan, run_suite
 
@@ -145,6 +145,7 @@ def whole(case: dict[str, Any], network: tuple[nn.Module, Tensor, Tensor], eps: 
 
 
 def run(options: Options) -> list[Row]:
+    """AutoAttack standard, whole, beside pyautoattack's; raises AssertionError where the verdicts differ."""
     steps = 4 if options.quick else 100
     if options.data is not None:
         cases = [("CIFAR-10 ResNet-18", cifar_resnet(options), "Linf", CIFAR_EPS)]
