@@ -1,7 +1,8 @@
-"""Fails unless the installed package works without triton, torchvision and, for RMK_BUILD=none, its extension: kernels,
-modules, attacks and models."""
+"""Fails unless the installed package works on a CPU with its dependencies alone: kernels, modules, attacks, models,
+benchmarks. ``check_import.py MODE [--bare]``: built with RMK_BUILD=MODE; --bare: and triton is not installed."""
 
 import importlib.util
+import subprocess
 import sys
 
 import torch
@@ -12,7 +13,8 @@ from robust_moe_kernels import FusedConvMoE, env
 from robust_moe_kernels.ops.attack_step import pgd_step
 
 mode = sys.argv[1]
-assert importlib.util.find_spec("triton") is None and importlib.util.find_spec("torchvision") is None
+assert importlib.util.find_spec("torchvision") is None
+assert "--bare" not in sys.argv or importlib.util.find_spec("triton") is None
 rows = env.report()
 for row in rows:
     expected = row.device == "cpu" and row.impl in (("reference",) if mode == "none" else ("reference", "native"))
@@ -28,4 +30,7 @@ model = build_model(config, num_classes=10, channels=3, image_size=8)
 images = torch.rand(4, 3, 8, 8)
 moved = (PGD(eps=8 / 255, steps=2)(model, images, torch.arange(4)) - images).abs().max()
 assert 0 < moved <= 8 / 255 + 1e-6
+program = [sys.executable, "-m", "robust_moe.benchmarks", "--quick", "--device", "cpu", "routing_ops", "attack_step"]
+timed = subprocess.run(program, capture_output=True, text=True)
+assert timed.returncode == 0 and ("native" in timed.stdout) == (mode != "none"), timed.stdout + timed.stderr
 print(f"RMK_BUILD={mode}: {sum(row.available for row in rows)} implementations run, torch {torch.__version__}")

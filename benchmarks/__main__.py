@@ -1,18 +1,14 @@
-"""Command line of the benchmarks."""
+"""Command line of a clone's benchmarks: those of ``robust_moe.benchmarks``, and programs that need the clone."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
+from robust_moe.benchmarks.command import main as benchmarks
 from robust_moe.console import show_any_text
 
-# A module is imported when it is asked for by name. This file alone imports no PyTorch: the campaign starts without it,
-# and every worker process of the speed-run imports this file again.
+# A program is imported when it is asked for by name: see robust_moe/benchmarks/command.py.
 
 # Programs with options of their own: name -> (module whose ``main`` runs, what it shows).
 PROGRAMS = {
@@ -27,96 +23,13 @@ PROGRAMS = {
 }
 
 
-class Benchmark(NamedTuple):
-    """One entry of the command line: ``run`` of the module of its name, with the options that all of them share."""
-
-    repeats: int  # timed runs of each variant, unless --repeats says otherwise
-    about: str
-
-
-BENCHMARKS = {
-    "expert_sweep": Benchmark(5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
-    "scaling": Benchmark(7, "the layer beside the dense block over thread counts, and a model of more; CPU only"),
-    "train_step": Benchmark(3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
-    "rt_er_step": Benchmark(3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
-    "expert_mlp": Benchmark(
-        5, "a ViT-S's routed MLP beside the dense one, loops and the grouped product; CPU: minutes"
-    ),
-    "routing_ops": Benchmark(9, "gate, sort, dispatch and combine: every implementation"),
-    "attack_step": Benchmark(9, "one PGD step and its random start: every implementation"),
-    "apgd": Benchmark(9, "one Auto-PGD step and its tracking: every implementation"),
-    "autoattack": Benchmark(3, "AutoAttack standard, whole, against pyautoattack; CPU: ~10 minutes"),
-}
-
-
 def main() -> None:
     show_any_text(sys.stdout)
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         name = sys.argv.pop(1)
         sys.argv[0] = f"python -m benchmarks {name}"
         sys.exit(importlib.import_module(PROGRAMS[name][0]).main())
-    _run_benchmarks()
-
-
-def _run_benchmarks() -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler's own messages; read when torch is imported
-    import torch
-
-    from benchmarks.harness import BusyMachine, Options, save, show
-    from benchmarks.records import expect_records, folder_option
-
-    names = "\n".join(f"  {name:14}{benchmark.about}" for name, benchmark in BENCHMARKS.items())
-    programs = "\n".join(f"  {name:14}{about}" for name, (_, about) in PROGRAMS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Benchmarks: every number is timed after its result was found correct.",
-        epilog=f"benchmarks:\n{names}\n\nprograms with options of their own (NAME --help):\n{programs}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, of those below (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--repeats", type=int, help="timed runs of each variant (default: 9; expert_sweep 5, whole steps and attacks 3)"
-    )
-    parser.add_argument("--seconds", type=float, help="a case starts no further round after so long (two at least)")
-    parser.add_argument("--batch", type=int, help="images of train_step (128; on the CPU 32) and rt_er_step (64)")
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet files: autoattack's second network")
-    parser.add_argument("--compile", action="store_true", help="expert_sweep: also torch.compile of (b) and (d)")
-    parser.add_argument("--quick", action="store_true", help="one small case each, to see that everything works")
-    parser.add_argument("--out", type=folder_option, help="folder for NAME.json; without it nothing is written")
-    arguments = parser.parse_args()
-    unknown = [name for name in arguments.names if name not in BENCHMARKS]
-    if unknown:
-        parser.error(f"names: expected one of {', '.join(BENCHMARKS)}, got {', '.join(unknown)}")
-    for name in ("repeats", "batch", "seconds"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name}: expected a number > 0, got {value}")
-    expect_records(parser, arguments.out, arguments.names or list(BENCHMARKS))
-    device, threads = torch.device(arguments.device), torch.get_num_threads()
-    refused = []
-    for name in arguments.names or BENCHMARKS:
-        print(f"\n== {name}", flush=True)
-        options = Options(
-            device,
-            repeats=arguments.repeats or (1 if arguments.quick else BENCHMARKS[name].repeats),
-            quick=arguments.quick,
-            seconds=arguments.seconds,
-            compile=arguments.compile,
-            batch=arguments.batch,
-            data=arguments.data,
-        )
-        rows = importlib.import_module(f"benchmarks.{name}").run(options)
-        torch.set_num_threads(threads)
-        show(rows)
-        if arguments.out:
-            try:
-                print(f"\nwritten: {save(name, rows, device, arguments.out)}")
-            except BusyMachine as error:
-                print(f"\n{error}")
-                refused.append(name)
-    if refused:
-        sys.exit(f"not written, for the machine was busy: {', '.join(refused)}")
+    benchmarks("python -m benchmarks", {name: about for name, (_, about) in PROGRAMS.items()})
 
 
 if __name__ == "__main__":

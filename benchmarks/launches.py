@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.launch_counter import Counted, Launches, Profiled
-from benchmarks.layer_case import Case
-from benchmarks.records import expect_records, folder_option, write_record
 from robust_moe.attacks import PGD, attack_mode
 from robust_moe.attacks.passes import Tally
+from robust_moe.benchmarks.layer_case import Case
+from robust_moe.benchmarks.records import expect_records, folder_option, write_record
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import PGDAdversarialTraining, Standard

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED
+from robust_moe.benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED
 from robust_moe.evaluation.plots import save_figure
 from robust_moe.outputs import Kind, expect_outputs, figure
 from robust_moe.settings.errors import ConfigError

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.records import expect_records, folder_option, write_record
+from robust_moe.benchmarks.records import expect_records, folder_option, write_record
 from robust_moe_kernels.ops.expert_conv.tiles import CAPABILITIES, FILTER, PRODUCT, Choice
 from robust_moe_kernels.ops.expert_conv.triton_builds import filter_build, product_build
 from robust_moe_kernels.triton_support import Build

@@ -22,7 +22,7 @@ if not os.path.exists("/dev/nvidia0"):  # no GPU
 
 import torch
 
-from benchmarks.records import expect_records, folder_option, write_record
+from robust_moe.benchmarks.records import expect_records, folder_option, write_record
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import triton_impl
 from robust_moe_kernels.ops.expert_conv.tiles import PRODUCT, Choice, Gpu, Tile

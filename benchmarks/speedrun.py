@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
-from benchmarks.records import expect_records, folder_option, write_record
 from benchmarks.speedrun_recipe import ARMS, FULL, RECIPE
 from benchmarks.speedrun_runs import AUTOATTACK, Run, run_once
+from robust_moe.benchmarks.records import expect_records, folder_option, write_record
 from robust_moe.config import ConfigError
 from robust_moe.data import DataError
 from robust_moe.outputs import expect_outputs

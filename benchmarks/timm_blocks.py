@@ -18,8 +18,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import provenance
-from benchmarks.records import expect_records, folder_option, write_record
+from robust_moe.benchmarks.harness import provenance
+from robust_moe.benchmarks.records import expect_records, folder_option, write_record
 from robust_moe_kernels import FusedBlockMoE
 from robust_moe_kernels.modules.residual import ResidualExperts
 

@@ -18,7 +18,6 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from benchmarks.baselines import first_line
 from benchmarks.gpu_campaign.conv_cases import (
     MODES,
     OPERATIONS,
@@ -30,6 +29,7 @@ from benchmarks.gpu_campaign.conv_cases import (
     row_counts,
     runner,
 )
+from robust_moe.benchmarks.baselines import first_line
 
 __all__ = ["cases", "check", "verdict"]
 

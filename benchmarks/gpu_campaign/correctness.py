@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines import first_line
-from benchmarks.cuda_graphs import captured
 from benchmarks.gpu_campaign.record import Record
-from benchmarks.layer_case import Case, one_pass, set_mode
+from robust_moe.benchmarks.baselines import first_line
+from robust_moe.benchmarks.cuda_graphs import captured
+from robust_moe.benchmarks.layer_case import Case, one_pass, set_mode
 
 __all__ = ["check_group", "memcheck_command", "run"]
 

@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import first_line
 from benchmarks.gpu_campaign.conv_cases import precision
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.timing import compare_captured
+from robust_moe.benchmarks.baselines import first_line
 from robust_moe_kernels.modules import cudnn_relu
 from robust_moe_kernels.modules.folded_conv import Call, FoldedConv, Norm
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines import first_line
-from benchmarks.cuda_graphs import captured
 from benchmarks.gpu_campaign.pgd_step import kernels_of
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.timing import compare_captured
-from benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED, Case, check, one_pass, set_mode
+from robust_moe.benchmarks.baselines import first_line
+from robust_moe.benchmarks.cuda_graphs import captured
+from robust_moe.benchmarks.layer_case import ALL, DENSE, MASKED, OURS, SORTED, Case, check, one_pass, set_mode
 
 __all__ = ["run"]
 

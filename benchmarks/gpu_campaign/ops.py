@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines import first_line
 from benchmarks.gpu_campaign.epilogues import epilogues
 from benchmarks.gpu_campaign.op_cases import INPUTS, op_cases, runnable
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.timing import compare_captured
-from benchmarks.harness import check_close
+from robust_moe.benchmarks.baselines import first_line
+from robust_moe.benchmarks.harness import check_close
 
 __all__ = ["run"]
 

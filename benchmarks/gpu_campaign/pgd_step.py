@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.baselines import MaskedLoop, first_line
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.trainer_steps import WatchedTrainer, step_config
-from benchmarks.train_step import plain_attack
+from robust_moe.benchmarks.baselines import MaskedLoop, first_line
+from robust_moe.benchmarks.train_step import plain_attack
 from robust_moe.config import TrainConfig
 from robust_moe.engine.fabric import library_algorithms
 from robust_moe.models import build_model

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines import first_line
 from benchmarks.gpu_campaign.conv_cases import (
     OPERATIONS,
     ConvCase,
@@ -36,6 +35,7 @@ from benchmarks.gpu_campaign.conv_cases import (
 from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.runner import commit
 from benchmarks.gpu_campaign.timing import compare_captured
+from robust_moe.benchmarks.baselines import first_line
 from robust_moe.provenance import hardware
 from robust_moe_kernels.ops.expert_conv.tiles import TABLE, write_table
 from robust_moe_kernels.ops.expert_conv.triton_plan import gpu_of, kind_of

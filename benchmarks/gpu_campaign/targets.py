@@ -11,8 +11,8 @@ import argparse
 import torch
 
 from benchmarks.gpu_campaign.conv_cases import ConvCase, Operands, choices, precision, row_counts, runner
-from benchmarks.layer_case import Case, one_pass, set_mode
 from robust_moe.attacks import APGD, PGD
+from robust_moe.benchmarks.layer_case import Case, one_pass, set_mode
 
 __all__ = ["LAUNCHES", "product", "small_layer"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cuda_graphs import captured
-from benchmarks.harness import Options, Run, compare
+from robust_moe.benchmarks.cuda_graphs import captured
+from robust_moe.benchmarks.harness import Options, Run, compare
 
 __all__ = ["compare_captured"]
 
@@ -23,7 +23,8 @@ def compare_captured(
     calls: int = CALLS,
     graph: bool = True,
 ) -> list[dict[str, Any]]:
-    """As :func:`benchmarks.harness.compare`, rows as dicts, of one call in a graph of several; on the CPU of one call.
+    """As :func:`robust_moe.benchmarks.harness.compare`, rows as dicts, of one call in a graph of several; on the CPU of
+    one call.
 
     A variant that cannot be captured is timed as it is, launches included, and its row says ``graph: False``; so are
     all of them with ``graph=False``.

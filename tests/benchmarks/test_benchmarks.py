@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import expert_sweep, harness, layer_case, load, scaling, train_step
-from benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
-from benchmarks.expert_sweep import baselines, sweep
-from benchmarks.harness import BusyMachine, Options, Row, check_close, compare, peak_bytes, save
-from benchmarks.layer_case import DENSE, MASKED, OURS, SORTED, Case
-from benchmarks.load import MOST_OTHERS, MOST_SWITCHES, Load, Watch, why_busy
 from benchmarks.plots import plot_sweep, plot_train_step
+from robust_moe.benchmarks import expert_sweep, harness, layer_case, load, scaling, train_step
+from robust_moe.benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
+from robust_moe.benchmarks.expert_sweep import baselines, sweep
+from robust_moe.benchmarks.harness import BusyMachine, Options, Row, check_close, compare, peak_bytes, save
+from robust_moe.benchmarks.layer_case import DENSE, MASKED, OURS, SORTED, Case
+from robust_moe.benchmarks.load import MOST_OTHERS, MOST_SWITCHES, Load, Watch, why_busy
 from robust_moe.models.resnet import BasicBlock
 from robust_moe_kernels.modules import FusedBlockMoE
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import launch_counter, launches
 from benchmarks.launch_counter import Counted, Launches
-from benchmarks.layer_case import Case
+from robust_moe.benchmarks.layer_case import Case
 from robust_moe_kernels.ops.attack_step import pgd_step
 from robust_moe_kernels.ops.routing import ROUTING, sort_by_expert
 

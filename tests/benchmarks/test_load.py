@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import load
-from benchmarks.load import Load, Watch, why_busy
+from robust_moe.benchmarks import load
+from robust_moe.benchmarks.load import Load, Watch, why_busy
 
 TICK = os.sysconf("SC_CLK_TCK")
 IDLE = (0, 0, 0, 500, 20, 0, 0, 0, 0, 0)  # user, nice, system, idle, waiting, interrupts, soft ones, stolen, guests

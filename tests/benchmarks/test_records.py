@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import __main__, launches, schedule
-from benchmarks.records import write_record
+from benchmarks import launches, schedule
+from robust_moe.benchmarks import command
+from robust_moe.benchmarks.records import write_record
 
-MAINS = {"apgd": __main__._run_benchmarks, "launches": launches.main, "schedule": schedule.main}
+MAINS = {"apgd": command.main, "launches": launches.main, "schedule": schedule.main}
 
 
 @pytest.mark.parametrize("name", MAINS)

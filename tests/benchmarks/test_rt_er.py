@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.rt_er_step import PerSample
+from robust_moe.benchmarks.rt_er_step import PerSample
 from robust_moe.models import ExpertMixture
 
 

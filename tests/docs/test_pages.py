@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -140,13 +141,55 @@ def test_every_environment_variable_is_in_the_table():
     assert read - table == set()
 
 
+SOURCES = [*(ROOT / "robust_moe_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
+USERS = {"ConfigError", "DataError", "CheckpointError", "ResumeError", "StudyError"}  # what a command says in a line
+
+
+def texts(node: ast.AST) -> str:
+    """The fixed text in an expression; what is filled in is a line break."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(texts(part) for part in node.values)
+    return "\n"
+
+
+def messages(source: Path) -> str:
+    """The texts in a source, and after them the sentences of its calls of ``expect``."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            found.append(texts(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "expect" and len(node.args) == 4:
+            _, argument, expected, got = map(texts, node.args)
+            found.append(f"{argument}: expected {expected}, got {got}")
+    return "\n".join(found)
+
+
+def rows_of_troubleshooting() -> list[list[str]]:
+    """For every message in a first column, the fixed parts of it that are long enough to be told from others."""
+    columns = re.findall(r"^\| (.*?) \|", PAGES["docs/troubleshooting.md"], flags=re.MULTILINE)
+    rows = [row for column in columns for row in re.findall(r"`([^`]+)`", column) if not row.startswith("zsh")]
+    parts = [[part.strip(" (),;.") for part in row.split("...")] for row in rows]
+    return [[part for part in row if len(part) > 8] for row in parts]
+
+
 def test_messages_of_troubleshooting_are_those_of_the_code():
-    """What stands between the dots of a message is in a source, as it is there but for the breaks of its lines."""
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
-    sources += [*(ROOT / "robust_moe_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
-    code = "\n".join(re.sub(r'"\s*\n\s*f?"', "", source.read_text(encoding="utf-8")) for source in sources)
-    rows = re.findall(r"^\| `(\S+: [^`]*|[^`|]* [^`]*)`", PAGES["docs/troubleshooting.md"], flags=re.MULTILINE)
-    parts = [part.strip(" (),;") for row in rows if not row.startswith("zsh") for part in row.split("...")]
-    parts = [part for part in parts if len(part) > 8]
-    assert len(parts) > 30
-    assert [part for part in parts if part not in code] == []
+    others = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
+    code = "\n".join([*map(messages, SOURCES), *(source.read_text(encoding="utf-8") for source in others)])
+    rows = rows_of_troubleshooting()
+    assert len(rows) > 100
+    assert [part for row in rows for part in row if part not in code] == []
+
+
+def test_every_file_that_refuses_something_is_in_troubleshooting():
+    """The page goes by kinds: of each file that raises an error which the command line says in one line, a message."""
+    rows, missing = rows_of_troubleshooting(), []
+    for source in (ROOT / "python").rglob("*.py"):
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+        own = [call for call in raised if ast.unparse(call.func) in USERS and texts(call.args[0]).strip()]
+        said = messages(source)
+        if own and not any(row and all(part in said for part in row) for row in rows):
+            missing.append(str(source.relative_to(ROOT / "python")))
+    assert missing == []

@@ -57,7 +57,7 @@ class Victim(NamedTuple):
 def victim() -> Victim:
     """The benchmarks' small CNN on digits: about half of its images survive 0.15 in ℓ∞."""
     # not before tests/conftest.py has told Triton how to run
-    from benchmarks.autoattack import digits_cnn
+    from robust_moe.benchmarks.autoattack import digits_cnn
 
     model, x, y = digits_cnn(torch.device("cpu"))
     return Victim(model.requires_grad_(False), x[:96], y[:96])

@@ -59,9 +59,10 @@ print(0 < moved.item() <= 8 / 255 + 1e-6, model.conv1.weight.grad.abs().sum().it
 
 BENCHMARKS = """
 import importlib
-from benchmarks.__main__ import BENCHMARKS, main
+from {command} import main
+from robust_moe.benchmarks.command import BENCHMARKS
 assert "torch" not in sys.modules  # nor is it in each worker process of a program, before the program asks for it
-assert all(callable(importlib.import_module(f"benchmarks.{name}").run) for name in BENCHMARKS)
+assert all(callable(importlib.import_module(f"robust_moe.benchmarks.{{name}}").run) for name in BENCHMARKS)
 sys.argv = ["benchmarks", "--help"]
 main()
 """
@@ -84,8 +85,18 @@ def test_attacks_models_and_methods_run():
     assert bare(ATTACK_AND_TRAIN).split() == ["True", "True"]
 
 
-def test_the_benchmarks_start():
-    assert "train_step" in bare(BENCHMARKS)
+@pytest.mark.parametrize(
+    ("command", "called", "programs"),
+    [
+        ("robust_moe.benchmarks.__main__", "python -m robust_moe.benchmarks", False),  # as installed
+        ("benchmarks.__main__", "python -m benchmarks", True),  # of a clone
+    ],
+)
+def test_the_benchmarks_start(command, called, programs):
+    said = bare(BENCHMARKS.format(command=command))
+    assert said.startswith(f"usage: {called} ")
+    assert "train_step" in said
+    assert ("gpu_campaign" in said) == programs
 
 
 def test_what_numbers_came_from_can_be_said():

@@ -5,6 +5,7 @@ A method is one class in one file: a subclass of :class:`Method` with a ``Config
 
 from __future__ import annotations
 
+from robust_moe.methods.adversarial import AdversarialMethod
 from robust_moe.methods.advmoe import AdversarialRouters
 from robust_moe.methods.base import Method, Objective, Update
 from robust_moe.methods.fast_at import FastAdversarialTraining
@@ -23,6 +24,7 @@ from robust_moe.methods.weight_perturbation import WeightPerturbation
 __all__ = [
     "METHODS",
     "RTER",
+    "AdversarialMethod",
     "AdversarialRouters",
     "FastAdversarialTraining",
     "FreeAdversarialTraining",

@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.gpu_campaign import conv_check, correctness, products
 from benchmarks.gpu_campaign.conv_cases import OPERATIONS, ConvCase, Operands, library, row_counts
 from benchmarks.gpu_campaign.record import Record, read
-from benchmarks.layer_case import Case
+from robust_moe.benchmarks.layer_case import Case
 
 CPU = torch.device("cpu")
 

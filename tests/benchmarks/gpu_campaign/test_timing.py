@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import cuda_graphs, harness
+from robust_moe.benchmarks import cuda_graphs, harness
 
 CPU = torch.device("cpu")
 

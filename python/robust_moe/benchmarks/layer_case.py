@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
-from benchmarks.cuda_graphs import captured
-from benchmarks.harness import check_close, peak_bytes
+from robust_moe.benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
+from robust_moe.benchmarks.cuda_graphs import captured
+from robust_moe.benchmarks.harness import check_close, peak_bytes
 from robust_moe.models.resnet import BasicBlock
 from robust_moe.precision import full_precision
 from robust_moe_kernels.modules import FusedBlockMoE
@@ -142,15 +143,14 @@ def memory(steps: dict[str, Callable[[int], object]], device: torch.device) -> d
     """Peak memory of each variant's pass, for its result row."""
     for step in steps.values():
         step(0)  # what a first call allocates for good is not the pass's
-    return {name: {"peak_mib": peak_bytes(lambda step=step: step(0), device) / 2**20} for name, step in steps.items()}
+    return {name: {"peak_mib": peak_bytes(partial(step, 0), device) / 2**20} for name, step in steps.items()}
 
 
-def _filters(module: nn.Module) -> list[list[nn.Parameter]]:
+def _filters(module: Any) -> list[list[nn.Parameter]]:
     """The convolutions' weights, each a list to be stacked along E."""
     names = ("conv1", "conv2")
-    if isinstance(module, FusedBlockMoE):
-        return [[getattr(expert, name).weight for expert in module.experts] for name in names]
-    return [[getattr(block, name).weight for block in module.blocks] for name in names]
+    blocks: Any = module.experts if type(module) is FusedBlockMoE else module.blocks
+    return [[getattr(block, name).weight for block in blocks] for name in names]
 
 
 def _results(module: nn.Module, x: Tensor, gradient: Tensor, weights: bool) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def check(variants: dict[str, nn.Module], x: Tensor, modes: tuple[str, ...]) -> 
 
     Raises AssertionError: a result beyond ``BOUNDS``; nothing may be timed then.
     """
-    layer = variants[OURS]
+    layer: Any = variants[OURS]
     oracle = variants.get(SORTED) or SortedLoop(layer)
     generator = torch.Generator(x.device).manual_seed(1)
     gradient = torch.randn(x.shape, generator=generator, device=x.device)  # the block keeps its input's shape

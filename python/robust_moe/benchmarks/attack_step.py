@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Options, Row, check_close, compare
-from benchmarks.routing_ops import runnable
+from robust_moe.benchmarks.harness import Options, Row, check_close, compare
+from robust_moe.benchmarks.routing_ops import runnable
 from robust_moe_kernels.ops.attack_step import ATTACK_STEP, NORMS, pgd_step, random_start
 
 __all__ = ["run"]
@@ -39,6 +39,7 @@ def _norm(options: Options, batch: int, norm: str) -> list[Row]:
 
 
 def run(options: Options) -> list[Row]:
+    """One PGD step and its random start: every implementation that runs here."""
     torch.set_num_threads(1)
     batches = (128,) if options.quick else (128, 512)
     return [row for batch in batches for norm in NORMS for row in _norm(options, batch, norm)]

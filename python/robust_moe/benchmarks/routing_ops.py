@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Options, Row, check_close, compare
+from robust_moe.benchmarks.harness import Options, Row, check_close, compare
 from robust_moe_kernels.dispatch import Op
 from robust_moe_kernels.ops.gate import GATE, top_k_gate
 from robust_moe_kernels.ops.permute import PERMUTE, combine, dispatch
@@ -31,7 +31,7 @@ def _sizes(options: Options, batch: int, experts: int) -> list[Row]:
     routes = [sort_by_expert(gate.indices, experts, impl="reference") for gate in gates]
     y = [dispatch(value, route, impl="reference") for value, route in zip(x, routes, strict=False)]
 
-    ops: dict[str, tuple[Op, Callable[[int, str], Tensor]]] = {
+    ops: dict[str, tuple[Op, Callable[..., Tensor]]] = {
         "top_k_gate": (GATE, lambda i, impl: top_k_gate(logits[i % 8], 2, impl=impl).weights),
         "sort_by_expert": (ROUTING, lambda i, impl: sort_by_expert(gates[i % 8].indices, experts, impl).order),
         "dispatch": (PERMUTE, lambda i, impl: dispatch(x[i % 4], routes[i % 4], impl)),
@@ -50,6 +50,7 @@ def _sizes(options: Options, batch: int, experts: int) -> list[Row]:
 
 
 def run(options: Options) -> list[Row]:
+    """Gate, sort, dispatch and combine: every implementation that runs here."""
     torch.set_num_threads(1)
     sizes = ((128, 4),) if options.quick else ((128, 4), (128, 16), (512, 16))
     return [row for batch, experts in sizes for row in _sizes(options, batch, experts)]

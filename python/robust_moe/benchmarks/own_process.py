@@ -6,12 +6,13 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from benchmarks.harness import peak_bytes
+from robust_moe.benchmarks.harness import peak_bytes
 
 __all__ = ["OwnProcess", "own_process"]
 
@@ -42,7 +43,7 @@ def _serve(connection: Connection, threads: int, make: Callable[..., Step], argu
     while (request := connection.recv()) is not None:
         what, number = request
         if what == "peak":
-            connection.send(peak_bytes(lambda number=number: step(number), torch.device("cpu")))
+            connection.send(peak_bytes(partial(step, number), torch.device("cpu")))
         else:
             step(number)
             connection.send(None)

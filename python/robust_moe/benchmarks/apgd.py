@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Options, Row, check_close, compare
-from benchmarks.routing_ops import runnable
+from robust_moe.benchmarks.harness import Options, Row, check_close, compare
+from robust_moe.benchmarks.routing_ops import runnable
 from robust_moe_kernels.ops.apgd import APGD, apgd_step, apgd_track
 from robust_moe_kernels.ops.attack_step import NORMS
 
@@ -47,7 +47,8 @@ def _track(options: Options, batch: int, share: float) -> list[Row]:
     kept = {impl: [torch.zeros_like(x[0]) for _ in range(3)] for impl in impls}
 
     def track(i: int, impl: str) -> None:
-        apgd_track(x[i % 4], grad[i % 4], improved, fooled, *kept[impl], impl=impl)
+        x_best, grad_best, x_fooled = kept[impl]
+        apgd_track(x[i % 4], grad[i % 4], improved, fooled, x_best, grad_best, x_fooled, impl=impl)
 
     for impl in impls:
         track(0, impl)
@@ -58,6 +59,7 @@ def _track(options: Options, batch: int, share: float) -> list[Row]:
 
 
 def run(options: Options) -> list[Row]:
+    """One Auto-PGD step and its tracking of iterates: every implementation that runs here."""
     torch.set_num_threads(1)
     rows = []
     for batch in (128,) if options.quick else (128, 512):

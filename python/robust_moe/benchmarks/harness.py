@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.load import Load, Watch, stretches, why_busy
-from benchmarks.records import write_record
+from robust_moe.benchmarks.load import Load, Watch, stretches, why_busy
+from robust_moe.benchmarks.records import write_record
 from robust_moe.provenance import provenance
 
-__all__ = ["BusyMachine", "Options", "Row", "check_close", "compare", "peak_bytes", "save", "show"]
+__all__ = ["BusyMachine", "Options", "Row", "Run", "check_close", "compare", "peak_bytes", "save", "show"]
 
 Run = Callable[[int], object]  # called with the number of the repetition, to choose its input
 WAITED = 200_000  # clock cycles, about 0.1 ms: many times what the host needs to ask for a graph and two events

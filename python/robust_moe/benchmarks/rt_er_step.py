@@ -12,13 +12,15 @@ that makes no difference, in evaluation mode.
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Row, check_close, compare
-from benchmarks.train_step import INPUTS, method_step
 from robust_moe.attacks import PGD, attack_mode
+from robust_moe.benchmarks.harness import Options, Row, check_close, compare
+from robust_moe.benchmarks.train_step import INPUTS, method_step
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import RTER
@@ -45,9 +47,11 @@ class PerSample(nn.Module):
     experts: what is replaced; its networks are taken over.
     """
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.networks, self.in_channels, self.num_experts = experts.networks, experts.in_channels, experts.num_experts
+        self.networks: nn.ModuleList = experts.networks
+        self.in_channels: int = experts.in_channels
+        self.num_experts: int = experts.num_experts
 
     def mix(self, x: Tensor, route: Route, weights: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, classes]; reads the routes on the host."""
@@ -61,10 +65,12 @@ class PerSample(nn.Module):
         return torch.cat(rows)
 
 
-def _config(form: str, steps: int, width: int) -> TrainConfig:
-    mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router=ROUTERS["linear"]())
-    model = ResNetSmallConfig(width=width, mixture=mixture, moe=MoEConfig(balance=BALANCE_LOSSES["none"]()))
-    attack = PGD.Config(eps="8/255", alpha="2/255", steps=steps)
+def _config(form: Literal["paper", "released"], steps: int, width: int) -> TrainConfig:
+    router: Any = ROUTERS["linear"]()
+    balance: Any = BALANCE_LOSSES["none"]()
+    mixture = MixtureConfig(num_experts=EXPERTS, routing="hard", router=router)
+    model = ResNetSmallConfig(width=width, mixture=mixture, moe=MoEConfig(balance=balance))
+    attack = PGD.Config(eps=Fraction(8, 255), alpha=Fraction(2, 255), steps=steps)
     return TrainConfig(model=model, method=RTER.Config(form=form, attack=attack))
 
 
@@ -83,6 +89,7 @@ def _check(ours: ExpertMixture, loop: ExpertMixture, method: RTER, batch: Batch)
 
 
 def run(options: Options) -> list[Row]:
+    """A whole RT-ER step of four small ResNets, beside experts that run image by image."""
     count = options.batch or (8 if options.quick else 64)
     steps, width = (2, 8) if options.quick else (10, 16)
     torch.manual_seed(0)
@@ -96,13 +103,15 @@ def run(options: Options) -> list[Row]:
         for _ in range(INPUTS)
     ]
     rows = []
-    for form in ("paper", "released"):
+    forms: tuple[Literal["paper", "released"], ...] = ("paper", "released")
+    for form in forms:
         config = _config(form, steps, width)
         torch.manual_seed(EXPERTS)
         ours = build_model(config.model, num_classes=10, channels=3, image_size=32).to(options.device).train()
-        loop = copy.deepcopy(ours)
+        loop: Any = copy.deepcopy(ours)
         loop.experts = PerSample(loop.experts)
         method = config.method.build(config.model)
+        assert isinstance(ours, ExpertMixture) and isinstance(method, RTER)
         _check(ours, loop, method, batches[0])
         variants = {
             "ours": method_step(ours, method, batches),

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import layer_case
-from benchmarks.baselines import first_line, why_no_compiler
-from benchmarks.harness import Options, Row, check_close, compare
-from benchmarks.layer_case import ALL, DENSE, MASKED, SORTED, Case, one_pass
+from robust_moe.benchmarks import layer_case
+from robust_moe.benchmarks.baselines import first_line, why_no_compiler
+from robust_moe.benchmarks.harness import Options, Row, check_close, compare
+from robust_moe.benchmarks.layer_case import ALL, DENSE, MASKED, SORTED, Case, one_pass
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV, conv_forward
@@ -68,7 +68,7 @@ def large_products(options: Options, threads: int, dtype: torch.dtype) -> list[R
     device = options.device
     side = 8192 if device.type == "cuda" else 512 if options.quick else 1536
     pairs = [[torch.randn(side, side, device=device, dtype=dtype) for _ in range(2)] for _ in range(2)]
-    runs: dict[str, Callable[[int], Tensor]] = {"torch.mm": lambda i: torch.mm(*pairs[i % 2])}
+    runs: dict[str, Callable[[int], Any]] = {"torch.mm": lambda i: torch.mm(*pairs[i % 2])}
     if EXPERT_CONV.why_not("native", device.type) is None and dtype == torch.float32:
         offsets = torch.tensor([0, side], device=device)
         geometry = Geometry((1, 1), (0, 0), (1, 1))
@@ -117,7 +117,7 @@ def _compiled(variants: dict[str, nn.Module], inputs: list[Tensor], mode: str) -
     found = {}
     for name in (SORTED, DENSE):
         torch.compiler.reset()
-        module = copy.deepcopy(variants[name])
+        module: Any = copy.deepcopy(variants[name])
         for block in module.blocks if name == SORTED else [module.block]:
             block.compile(dynamic=name == SORTED)  # segments change their sizes with every input
         step = one_pass(module, inputs, mode)
@@ -154,6 +154,7 @@ def _point(case: Case, dtype: torch.dtype, options: Options, threads_swept: tupl
 
 
 def run(options: Options) -> list[Row]:
+    """The layer over E, B, k and map size, beside every other way to write it; rates, and their share of a ceiling."""
     cuda = options.device.type == "cuda"
     if options.seconds is None and not cuda:
         options = replace(options, seconds=CPU_SECONDS)

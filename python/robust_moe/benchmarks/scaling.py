@@ -16,14 +16,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import layer_case
-from benchmarks.expert_sweep import CENTRES, PASSES
-from benchmarks.harness import Options, Row, compare
-from benchmarks.layer_case import DENSE, Case, one_pass
+from robust_moe.benchmarks import layer_case
+from robust_moe.benchmarks.expert_sweep import CENTRES, PASSES
+from robust_moe.benchmarks.harness import Options, Row, compare
+from robust_moe.benchmarks.layer_case import DENSE, Case, one_pass
 from robust_moe_kernels import native
 
 __all__ = ["MODELLED", "amdahl", "run"]
@@ -83,20 +84,22 @@ def _point(case: Case, options: Options, most: int) -> list[Row]:
             torch.set_num_threads(threads)
             for row in compare({**case.describe(mode), "threads": threads}, steps, options):
                 alone.setdefault(row.variant, row.median_ms)
-                extra = {"scaling": alone[row.variant] / row.median_ms}
+                extra: dict[str, Any] = {"scaling": alone[row.variant] / row.median_ms}
                 if threads in (1, most):
                     extra["operations_ms"] = _with_rest(_operations(steps[row.variant]), row.median_ms)
                     one = operations.setdefault(row.variant, extra["operations_ms"])
                     if threads > 1:
                         names = one.keys() | extra["operations_ms"].keys()
-                        extra["model_ms"] = amdahl(*(
+                        first, last = (
                             {name: times.get(name, 0.0) for name in names} for times in (one, extra["operations_ms"])
-                        ), threads)  # fmt: skip
+                        )
+                        extra["model_ms"] = amdahl(first, last, threads)
                 rows.append(replace(row, extra={**row.extra, **extra}))
     return rows
 
 
 def run(options: Options) -> list[Row]:
+    """The layer beside the dense block over thread counts, and a model of more threads; on a GPU nothing."""
     if options.device.type != "cpu":
         print("left out: threads are the CPU's")
         return []

@@ -17,20 +17,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import MaskedLoop
-from benchmarks.harness import Options, Row, check_close, compare, peak_bytes
-from benchmarks.own_process import OwnProcess, own_process
 from robust_moe.attacks import PGD
+from robust_moe.benchmarks.baselines import MaskedLoop
+from robust_moe.benchmarks.harness import Options, Row, check_close, compare, peak_bytes
+from robust_moe.benchmarks.own_process import OwnProcess, own_process
 from robust_moe.config import TrainConfig
 from robust_moe.data import Batch
 from robust_moe.methods import Method, PGDAdversarialTraining
 from robust_moe.models import BALANCE_LOSSES, MoEConfig, ResNet18Config, build_model
 from robust_moe.precision import full_precision
+from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.ops.attack_step import random_start
 
 __all__ = ["INPUTS", "method_step", "plain_attack", "run"]
@@ -42,8 +46,9 @@ CHECKED = 8  # images of the check, which computes in float64 too
 
 
 def _config(experts: int, width: int) -> TrainConfig:
-    moe = MoEConfig(layers=[LAYER], num_experts=experts, balance=BALANCE_LOSSES["none"]())
-    attack = PGD.Config(eps="8/255", alpha="2/255", steps=STEPS)
+    balance: Any = BALANCE_LOSSES["none"]()
+    moe = MoEConfig(layers=(LAYER,), num_experts=experts, balance=balance)
+    attack = PGD.Config(eps=Fraction(8, 255), alpha=Fraction(2, 255), steps=STEPS)
     return TrainConfig(model=ResNet18Config(width=width, moe=moe), method=PGDAdversarialTraining.Config(attack=attack))
 
 
@@ -55,6 +60,7 @@ def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor
         x.requires_grad_()
         model.zero_grad()
         F.cross_entropy(model(x), labels).backward()
+        assert x.grad is not None
         moved = x.detach() + ALPHA * x.grad.sign()
         x = (images + (moved - images).clamp(-EPS, EPS)).clamp(0, 1)
     model.zero_grad()
@@ -94,7 +100,7 @@ def method_step(model: nn.Module, method: Method, batches: list[Batch]) -> Calla
     return step
 
 
-def _check(ours: nn.Module, plain: nn.Module, method: PGDAdversarialTraining, batch: Batch) -> None:
+def _check(ours: nn.Module, plain: nn.Module, method: Method, batch: Batch) -> None:
     """Adversarial images as near to those of float64 as the plain loop's, the same training gradients.
 
     A gradient next to zero has either sign, seven times over, so rounding moves pixels: ours may differ from float64 in
@@ -103,6 +109,7 @@ def _check(ours: nn.Module, plain: nn.Module, method: PGDAdversarialTraining, ba
     batch = Batch(batch.images[:CHECKED], batch.labels[:CHECKED], batch.index[:CHECKED])
     start = random_start(batch.images, EPS, 1, batch.index)
     exact = plain_attack(copy.deepcopy(plain).double(), batch.images.double(), batch.labels, start.double())
+    assert isinstance(method, PGDAdversarialTraining)
     crafted = method.attack.craft(ours, batch.images, batch.labels, batch.index, seed=1).images
     images = {"ours": crafted, "plain": plain_attack(plain, batch.images, batch.labels, start)}
     apart = {name: float(((found - exact).abs() > 1e-6).float().mean()) for name, found in images.items()}
@@ -112,6 +119,7 @@ def _check(ours: nn.Module, plain: nn.Module, method: PGDAdversarialTraining, ba
             f" {apart['ours']:.1%}; not timed"
         )
     found = []
+    model: Any
     for model in (ours, plain):
         leaf = crafted.clone().requires_grad_()
         loss = F.cross_entropy(model.train()(leaf), batch.labels)
@@ -138,13 +146,15 @@ def _in_bfloat16(model: nn.Module) -> nn.Module:
     """The model with autocast to bfloat16 around its forward, and logits in float32, as Fabric's ``bf16-mixed``."""
     device = next(model.parameters()).device.type
     forward = torch.autocast(device, torch.bfloat16)(model.forward)
-    model.forward = lambda x: forward(x).float()  # type: ignore[method-assign]
+    model.forward = lambda x: forward(x).float()
     return model
 
 
 def _with_loop(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
-    model.set_submodule(LAYER, MaskedLoop(model.get_submodule(LAYER)).train())
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, MoELayer)
+    model.set_submodule(LAYER, MaskedLoop(layer).train())
     return model
 
 
@@ -156,6 +166,7 @@ def _plain_trainer(
 
 
 def run(options: Options) -> list[Row]:
+    """A whole PGD-7 training step of a ResNet-18 with one routed block, beside loop trainers'."""
     count = options.batch or (8 if options.quick else 128 if options.device.type == "cuda" else 32)
     rows = []
     for experts in (4,) if options.quick else (4, 16):
@@ -197,8 +208,9 @@ def _case(
         if isinstance(step, OwnProcess):
             peak = step.peak_bytes(0)
         else:
-            peak = peak_bytes(lambda step=step: step(0), options.device)
+            peak = peak_bytes(partial(step, 0), options.device)
         peaks[name] = {"peak_mib": peak / 2**20}
     case = {"step": f"PGD-{STEPS}", "model": f"resnet18, {LAYER}", "E": experts, "k": config.model.moe.top_k}
+    assert isinstance(config.model, ResNet18Config)
     case |= {"B": count, "width": config.model.width, "threads": torch.get_num_threads()}
     return compare(case, steps, options, peaks, warmup=1)

@@ -3,6 +3,8 @@ layer's parameters."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,7 +94,7 @@ class AllExperts(_Routed):
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__(layer)
-        blocks = [layer.expert(i) for i in range(layer.num_experts)]
+        blocks: list[Any] = [layer.expert(i) for i in range(layer.num_experts)]  # residual blocks
         self.conv1 = _side_by_side([block.conv1 for block in blocks], groups=1)
         self.bn1 = _joined_norm([block.bn1 for block in blocks])
         self.conv2 = _side_by_side([block.conv2 for block in blocks], groups=len(blocks))
@@ -125,12 +127,11 @@ class DenseBlock(nn.Module):
 
 def _side_by_side(convolutions: list[nn.Conv2d] | tuple[nn.Conv2d, ...], groups: int) -> nn.Conv2d:
     first = convolutions[0]
+    form: dict[str, Any] = {name: getattr(first, name) for name in ("kernel_size", "stride", "padding")}
     joined = nn.Conv2d(
         first.in_channels * groups,
         first.out_channels * len(convolutions),
-        first.kernel_size,
-        first.stride,
-        first.padding,
+        **form,
         groups=groups,
         bias=False,
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Options, Row, check_close, compare
+from robust_moe.benchmarks.harness import Options, Row, Run, check_close, compare
 from robust_moe_kernels.ops.expert_mlp import expert_mlp
 from robust_moe_kernels.ops.routing import Route, sort_by_expert
 
@@ -149,6 +149,7 @@ def _check(case: _Case, variants: list[str]) -> None:
 
 
 def run(options: Options) -> list[Row]:
+    """A ViT-S's routed MLP beside the dense one, loops and the grouped product; float32."""
     tokens, channels, hidden = (97, 32, 128) if options.quick else (197 * 32, 384, 1536)
     rows = []
     for dtype, experts in ((torch.float32, 8), (torch.float32, 32)):
@@ -163,6 +164,6 @@ def run(options: Options) -> list[Row]:
         about = {"E": experts, "k": 2, "tokens": tokens, "widths": f"{channels}-{hidden}", "dtype": str(dtype)[6:],
                  "threads": torch.get_num_threads()}  # fmt: skip
         for mode, function in (("forward", _forward), ("forward+backward", _both)):
-            runs = {variant: partial(function, case, variant) for variant in variants}
+            runs: dict[str, Run] = {variant: partial(function, case, variant) for variant in variants}
             rows += compare({"mode": mode, **about}, runs, options, warmup=0)  # _check has run them all
     return rows
