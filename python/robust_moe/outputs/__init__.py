@@ -18,10 +18,12 @@ from robust_moe.outputs.checks import (
 )
 from robust_moe.outputs.files import (
     CERTIFIED_JOURNAL,
+    COMPARED,
     CONFIG,
     EVENTS_SUFFIX,
     JOURNAL,
     certificate_outputs,
+    comparison_outputs,
     evaluation_outputs,
     robustbench_file,
     run_outputs,
@@ -31,6 +33,7 @@ from robust_moe.outputs.kinds import Kind, Output, figure, figure_marks, json_wi
 
 __all__ = [
     "CERTIFIED_JOURNAL",
+    "COMPARED",
     "CONFIG",
     "EVENTS_SUFFIX",
     "JOURNAL",
@@ -38,6 +41,7 @@ __all__ = [
     "Output",
     "certificate_outputs",
     "clear_outputs",
+    "comparison_outputs",
     "evaluation_outputs",
     "expect_folder",
     "expect_json_name",

@@ -7,20 +7,23 @@ import zipfile
 from pathlib import Path
 
 from robust_moe.outputs.checks import place_of
-from robust_moe.outputs.kinds import JSON_LIMIT, Kind, Output, figure, head_of, journal, json_with, members_of
+from robust_moe.outputs.kinds import JSON_LIMIT, Kind, Output, figure, head_of, journal, json_with, members_of, text
 
 __all__ = [
     "CERTIFIED_JOURNAL",
+    "COMPARED",
     "CONFIG",
     "EVENTS_SUFFIX",
     "JOURNAL",
     "certificate_outputs",
+    "comparison_outputs",
     "evaluation_outputs",
     "robustbench_file",
     "run_outputs",
     "samples_file",
 ]
 
+COMPARED = "runs compared"  # ends the title of a comparison's page
 EVENTS_SUFFIX = ".robust-moe"  # of the names of TensorBoard's files
 
 
@@ -88,6 +91,8 @@ RESULTS = json_with("a result file of robust-moe eval", "format", "attacks", "cl
 REPORT = Kind("a report of robust-moe eval", lambda path, _: b"robustness report</title>" in head_of(path))
 JOURNAL = journal("the journal of an evaluation", foreign="by")
 ROBUSTBENCH = json_with("an entry of RobustBench", "autoattack_acc", "clean_acc")
+COMPARISON = Kind("a page of robust-moe runs", lambda path, _: COMPARED.encode() + b"</title>" in head_of(path))
+RUNS_TABLE = text("a table of robust-moe runs", "run,state,")
 CERTIFIED = json_with("a result file of robust-moe certify", "format", "by", "guarantee")
 CERTIFIED_JOURNAL = journal("the journal of robust-moe certify", foreign="preset")
 CERTIFIED_FIGURE = figure("certify")
@@ -136,6 +141,12 @@ def certificate_outputs(path: Path) -> list[Output]:
     """Of ``robust-moe certify``: the result file ``path``, its plot, its journal."""
     plot, kept = path.with_suffix(".png"), path.with_suffix(".journal")
     return [(path, CERTIFIED), (plot, CERTIFIED_FIGURE), (kept, CERTIFIED_JOURNAL)]
+
+
+def comparison_outputs(table: Path | None, page: Path | None) -> list[Output]:
+    """Of ``robust-moe runs``: the CSV file ``table``, the HTML file ``page``; None: not asked for."""
+    asked = ((table, RUNS_TABLE), (page, COMPARISON))
+    return [(path, kind) for path, kind in asked if path is not None]
 
 
 def run_outputs(folder: Path) -> list[Output]:
