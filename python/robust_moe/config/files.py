@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.config.schema import TrainConfig
+from robust_moe.data import ImageFolder
 from robust_moe.files import replace_file
 from robust_moe.settings import (
     ConfigError,
@@ -120,6 +121,7 @@ def resolve_config(source: str | Path | None = None, overrides: Sequence[str] | 
 
 def _resolve(layers: list[Layer], overrides: Sequence[str] | None) -> Resolved[TrainConfig]:
     layers = [*layers, _read_overrides(overrides)] if overrides else layers
+    layers = [*_own_images(layers), *layers]
     installed_plugins()
     modules: list[str] = []  # of all layers: a later one adds to what an earlier one needs
     for tree, _ in layers:
@@ -129,6 +131,15 @@ def _resolve(layers: list[Layer], overrides: Sequence[str] | None) -> Resolved[T
     if modules:
         layers = [*layers, Layer({"run": {"imports": list(dict.fromkeys(modules))}}, layers[-1].where)]
     return resolve(TrainConfig, layers)
+
+
+def _own_images(layers: Sequence[Layer]) -> list[Layer]:
+    """A folder of images where the layers say where the data are, and none of which data set they are."""
+    said = [tree["data"] for tree, _ in layers if "data" in tree]
+    named = any(not isinstance(section, Mapping) or "name" in section for section in said)
+    if named or not any("root" in section for section in said):
+        return []
+    return [Layer({"data": {"name": ImageFolder.Config.name}}, "data.root")]
 
 
 def _modules(imports: Any) -> list[str]:

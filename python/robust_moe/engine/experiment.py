@@ -22,11 +22,13 @@ from robust_moe.data import (
     Splits,
     channel_statistics,
     load_splits,
+    without_expectation,
 )
 from robust_moe.data.image_set import expect_room
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
 from robust_moe.methods import Method
 from robust_moe.models import NetworkConfig, build_model
+from robust_moe.settings import replaced
 
 __all__ = [
     "EVALUATION",
@@ -175,10 +177,12 @@ def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:
     images = ImageKind(len(data["class_names"]), data["channels"], data["image_size"])
     named = data["name"] in IMAGE_KINDS and data["name"] != config.expects
     if named or images != kind:
-        raise ConfigError(
+        error = ConfigError(
             f"data.expects: this configuration is for {config.expects} ({kind}), got {data['name']} ({images}); "
             "data.expects=null runs it on other images, for which its numbers were not chosen"
         )
+        error.settings = without_expectation(config)
+        raise error
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -231,8 +235,10 @@ def load_experiment(
     config = config_from_dict(checkpoint["config"], overrides, where=str(path))
     _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
-    splits = load_splits(config.data, config.run.seed) if splits is None else splits
     data = data_of(checkpoint, path)
+    if config.data.owner.finds_size and config.data.image_size is None:  # the training images', wherever these are
+        config = replaced(config, "data.image_size", data["image_size"])
+    splits = load_splits(config.data, config.run.seed) if splits is None else splits
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),
         ("channels", data["channels"], splits.test.channels),
