@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from robust_moe.data import (
 )
 from robust_moe.data.image_set import expect_room
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
+from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state
 from robust_moe.methods import Method
 from robust_moe.models import NetworkConfig, build_model
 from robust_moe.settings import replaced
@@ -134,39 +136,49 @@ class _Saved(NamedTuple):
 
     key: str  # the setting that names the file
     path: Path
-    state: dict[str, torch.Tensor]
+    state: PlainState | dict[str, torch.Tensor]  # from elsewhere, or a checkpoint's
     dense: bool  # of the network without the experts that the model has
 
     def load(self, model: nn.Module) -> None:
         """Into a model of the same architecture. Raises CheckpointError for another one."""
         try:
-            load_model_state(model, self.state, self.path)
+            state = fitted(self.state, model, self.path) if isinstance(self.state, PlainState) else self.state
+            load_model_state(model, state, self.path)
         except CheckpointError as error:
             raise CheckpointError(f"{self.key}: {error}") from error
 
 
 def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int]) -> _Saved:
-    """The weights in the checkpoint or run folder ``half.init_from``, the moving average where the run kept one; for a
-    half of a ``dual`` model, those of that half of another dual model or of a whole model."""
+    """The weights in the checkpoint, run folder or plain state dict ``half.init_from``, the moving average where a run
+    kept one; for a half of a ``dual`` model, those of that half of another dual model or of a whole model."""
     key, path = f"model.{place}init_from", checkpoint_file(str(half.init_from))
-    checkpoint = load_checkpoint(path)
-    classes = len(data_of(checkpoint, path)["class_names"])
-    if classes != size["num_classes"]:
-        raise ConfigError(f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}")
-    state = measured_weights(checkpoint)
+    plain = read_plain_state(path) if is_plain(path) else None
+    if plain is None:
+        checkpoint = load_checkpoint(path)
+        classes = len(data_of(checkpoint, path)["class_names"])
+        if classes != size["num_classes"]:
+            raise ConfigError(
+                f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}"
+            )
+        state = measured_weights(checkpoint)
+    else:
+        if plain.left_out is not None:
+            warnings.warn(f"{key}: {plain.left_out}", stacklevel=2)
+        state = plain.tensors
     prefix = f"{_HALVES[place]}."
     if dual and any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     experts, init, section = [f".{layer}.experts." for layer in half.moe.layers], half.moe.init, "moe"
     if half.mixture.num_experts > 0:
         experts, init, section = [".experts.networks."], half.mixture.init, "mixture"
-    dense = bool(experts) and not any(part in f".{name}" for name in state for part in experts)
+    routed = plain is not None and plain.routed
+    dense = bool(experts) and not routed and not any(part in f".{name}" for name in state for part in experts)
     if dense and init == "fresh":
         raise ConfigError(
             f"{key}: expected a model with experts, got a dense one in {path}; model.{place}{section}.init=copy starts "
             "every expert as its block or network"
         )
-    return _Saved(key, path, state, dense)
+    return _Saved(key, path, state if plain is None else plain._replace(tensors=state), dense)
 
 
 def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:
