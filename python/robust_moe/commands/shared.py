@@ -27,6 +27,7 @@ from robust_moe.signals import StopSignals
 
 __all__ = [
     "STOPPED",
+    "Dense",
     "DryRun",
     "Imports",
     "Overrides",
@@ -58,6 +59,10 @@ ResultFile = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and what it costs, and stop.")]
+Dense = Annotated[
+    bool,
+    typer.Option("--dense", help="The configuration's dense twin: the same network without experts, trained alike."),
+]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 Imports = Annotated[
     list[str] | None,

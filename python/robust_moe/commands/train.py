@@ -8,6 +8,7 @@ import typer
 
 from robust_moe.commands.shared import (
     STOPPED,
+    Dense,
     DryRun,
     Imports,
     Overrides,
@@ -41,6 +42,7 @@ def train(
     override: Annotated[
         bool, typer.Option("--override", help="Go on also with a changed configuration; says what changed.")
     ] = False,
+    dense: Dense = False,
     dry_run: DryRun = False,
     imports: Imports = None,
     show_traceback: Traceback = False,
@@ -49,7 +51,7 @@ def train(
 
     Ctrl-C saves and stops; the same command goes on from there.
     """
-    settings = load_config(config, import_modules(imports, overrides))
+    settings = load_config(config, import_modules(imports, overrides), dense=dense)
     if dry_run:
         with suggesting_settings(settings.data):
             facts = training_facts(settings)
