@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from robust_moe.config.schema import TrainConfig
 from robust_moe.methods import METHODS, Method
@@ -18,7 +19,7 @@ ORIGIN = "--dense"
 def dense_twin(found: Resolved[TrainConfig]) -> Resolved[TrainConfig]:
     """The configuration without routed layers, mixture and dual model; all else stays, ``run.out`` with ``-dense`` at
     its end unless an override names it. A method that is about experts gives way to the one that it adds to
-    (:attr:`~robust_moe.methods.Method.dense`), with what settings they share.
+    (``dense`` of its class), with what settings they share.
 
     Raises:
         ConfigError: there are no experts, or an override is about them.
@@ -30,7 +31,9 @@ def dense_twin(found: Resolved[TrainConfig]) -> Resolved[TrainConfig]:
     for key, where in origins.items():
         if where == "override" and key.split(".")[:2] in [["model", section] for section in EXPERTS]:
             raise ConfigError(f"dense: expected no setting of experts beside it, got {key}")
-    without = {field.name: field.default for field in dataclasses.fields(model) if field.name in EXPERTS}
+    without: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(model) if field.name in EXPERTS
+    }
     method = _method(config.method)
     run = config.run
     if origins.get("run.out") != "override":
@@ -44,9 +47,10 @@ def _method(config: Method.Config) -> Method.Config:
     name = type(config).owner.dense
     if name is None:
         return config
-    other = METHODS[name]
+    other: Any = METHODS[name]
     values = config.values()
-    return other(**{key: values[key] for key in field_types(other) if key in values})
+    twin: Method.Config = other(**{key: values[key] for key in field_types(other) if key in values})
+    return twin
 
 
 def _origins(origins: Mapping[str, str], before: TrainConfig, after: TrainConfig) -> dict[str, str]:

@@ -27,7 +27,7 @@ MOST_FOUND_SIDE = 224  # pixels: what networks for photographs take; more only w
 class ImageFolder(FolderDataSet):
     """Every image below ``data.root``, decoded into memory at one size (N * C * size^2 bytes).
 
-    The layout is found out (:func:`~robust_moe.data.folder_layout.find_layout`). Classes are the folders of ROOT/train,
+    The layout is found out: ROOT/train with ROOT/test or ROOT/val, or one tree. Classes are the folders of ROOT/train,
     or of ROOT, in alphabetical order; images lie in them at any depth. Where there are no labelled test images, a share
     of the others is held out as such, of every class, always the same. Read are the files that torchvision's
     ``ImageFolder`` reads, in its order: links are followed, and names that do not end as an image's are passed over.

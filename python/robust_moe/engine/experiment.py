@@ -30,13 +30,14 @@ from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoi
 from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state
 from robust_moe.methods import Method
 from robust_moe.models import NetworkConfig, build_model
-from robust_moe.settings import replaced
+from robust_moe.settings import plain, replaced
 
 __all__ = [
     "EVALUATION",
     "checkpoint_file",
     "cpu_threads",
     "describe_data",
+    "description_of",
     "load_experiment",
     "make_method",
     "make_model",
@@ -57,6 +58,7 @@ EVALUATION = (
     "run.imports",
 )
 
+_MADE_OF = "robust_moe_made_of"  # an attribute of a model that was made here
 _HALVES = {"": "robust", "dual.standard.": "standard"}  # place of a half's settings below model -> part of a DualModel
 
 
@@ -109,7 +111,22 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     for key, saved in found.items():
         if not saved.dense:
             saved.load(model.get_submodule(_HALVES[key]) if dual else model)
+    made_of = {"model": _without_files(plain(config.model)), "imports": list(config.run.imports), "data": data}
+    model.__dict__[_MADE_OF] = made_of
     return model
+
+
+def description_of(model: nn.Module) -> dict[str, Any] | None:
+    """What :func:`make_model` made ``model`` of, as plain types: ``model`` of the configuration, the ``imports`` of its
+    components, ``data``. None: it did not."""
+    made_of: dict[str, Any] | None = model.__dict__.get(_MADE_OF)
+    return made_of
+
+
+def _without_files(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model without the files that it started from."""
+    below = {name: _without_files(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    return {name: value for name, value in below.items() if name != "init_from"}
 
 
 def _expect_room_for(build: Callable[[], nn.Module]) -> None:
@@ -152,8 +169,8 @@ def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int])
     """The weights in the checkpoint, run folder or plain state dict ``half.init_from``, the moving average where a run
     kept one; for a half of a ``dual`` model, those of that half of another dual model or of a whole model."""
     key, path = f"model.{place}init_from", checkpoint_file(str(half.init_from))
-    plain = read_plain_state(path) if is_plain(path) else None
-    if plain is None:
+    foreign = read_plain_state(path) if is_plain(path) else None
+    if foreign is None:
         checkpoint = load_checkpoint(path)
         classes = len(data_of(checkpoint, path)["class_names"])
         if classes != size["num_classes"]:
@@ -162,23 +179,23 @@ def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int])
             )
         state = measured_weights(checkpoint)
     else:
-        if plain.left_out is not None:
-            warnings.warn(f"{key}: {plain.left_out}", stacklevel=2)
-        state = plain.tensors
+        if foreign.left_out is not None:
+            warnings.warn(f"{key}: {foreign.left_out}", stacklevel=2)
+        state = foreign.tensors
     prefix = f"{_HALVES[place]}."
     if dual and any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     experts, init, section = [f".{layer}.experts." for layer in half.moe.layers], half.moe.init, "moe"
     if half.mixture.num_experts > 0:
         experts, init, section = [".experts.networks."], half.mixture.init, "mixture"
-    routed = plain is not None and plain.routed
+    routed = foreign is not None and foreign.routed
     dense = bool(experts) and not routed and not any(part in f".{name}" for name in state for part in experts)
     if dense and init == "fresh":
         raise ConfigError(
             f"{key}: expected a model with experts, got a dense one in {path}; model.{place}{section}.init=copy starts "
             "every expert as its block or network"
         )
-    return _Saved(key, path, state if plain is None else plain._replace(tensors=state), dense)
+    return _Saved(key, path, state if foreign is None else foreign._replace(tensors=state), dense)
 
 
 def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:

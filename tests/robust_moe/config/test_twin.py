@@ -63,7 +63,9 @@ def test_settings_of_experts_beside_it_are_refused(override: str):
 
 
 def test_a_dense_configuration_has_no_twin():
-    with pytest.raises(ConfigError, match=r"^dense: expected a configuration with experts, got one of a dense network$"):
+    with pytest.raises(
+        ConfigError, match=r"^dense: expected a configuration with experts, got one of a dense network$"
+    ):
         load_config("digits-dense", dense=True)
 
 
