@@ -20,6 +20,14 @@ from robust_moe.engine.checkpoint_fields import DATA
 from robust_moe.engine.experiment import description_of, make_model, resolve_device
 from robust_moe.engine.plain_state import read_plain_state
 from robust_moe.files import replace_file, replacing
+from robust_moe.outputs import (
+    EXPORT_MARK,
+    expect_folder,
+    expect_named,
+    expect_outputs,
+    export_outputs,
+    pretrained_outputs,
+)
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import general_path
 
@@ -51,14 +59,15 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> list[Path]:
     Args:
         model: from :func:`robust_moe.load_model`, :func:`from_pretrained` or a training here; its weights may have
             been changed since, its modules not.
-        folder: made where it is not there; the two files are overwritten.
+        folder: made where it is not there; an earlier model in it is overwritten.
 
     Raises:
-        ValueError: a model that was not made by this package.
+        ValueError: a model that was not made by this package; files of another origin in the place of these.
     """
     described = description_of(model)
     expect(described is not None, "model", "one that robust_moe has made (load_model)", type(model).__name__)
-    folder = Path(folder).expanduser()
+    folder = expect_folder("folder", folder)
+    expect_outputs("folder", pretrained_outputs(folder / CONFIG, [folder / name for name in WEIGHTS]))
     folder.mkdir(parents=True, exist_ok=True)
     # as they lie: experts' tensors are parts of one, and safetensors takes whole ones alone
     state = {
@@ -112,10 +121,11 @@ def export_model(model: nn.Module, path: str | Path, *, image_size: int | None =
         image_size, channels: S and C; None: as the model was made here.
 
     Raises:
-        ValueError: another suffix, no size, a model that cannot be exported, or a package that is missing.
+        ValueError: another suffix, a file of another origin there, no size, or a package that is missing.
     """
-    path = Path(path).expanduser()
+    path = expect_named("path", path)
     expect(path.suffix in _WRITERS, "path", f"a name in {' or '.join(_WRITERS)}", str(path))
+    expect_outputs("path", export_outputs(path))
     described = description_of(model)
     if described is not None and image_size is None:
         image_size, channels = described["data"]["image_size"], described["data"]["channels"]
@@ -145,14 +155,16 @@ def _onnx(model: nn.Module, images: Tensor, sizes: Any, path: Path) -> None:
         verbose=False,
     )
     assert program is not None  # dynamo=True returns one
+    proto = program.model_proto
+    proto.doc_string = EXPORT_MARK
     with replacing(path) as file:
-        file.write(program.model_proto.SerializeToString())
+        file.write(proto.SerializeToString())
 
 
 def _exported(model: nn.Module, images: Tensor, sizes: Any, path: Path) -> None:
     program = torch.export.export(model, (images,), dynamic_shapes=sizes)
     with replacing(path) as file:
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files={EXPORT_MARK: "1"})
 
 
 _WRITERS: Mapping[str, Callable[[nn.Module, Tensor, Any, Path], None]] = {".onnx": _onnx, ".pt2": _exported}

@@ -19,6 +19,7 @@ from robust_moe.commands import app
 from robust_moe.config import load_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer
 from robust_moe.engine.experiment import make_model
+from robust_moe.outputs import export_outputs, is_free
 
 SIZE = 8
 DATA = {
@@ -155,6 +156,24 @@ def test_models_that_were_not_made_here_and_other_names_are_refused(tmp_path: Pa
         robust_moe.export_model(nn.Conv2d(3, 1, 1), tmp_path / "x.pt2")
 
 
+def test_files_of_another_origin_are_never_written_over(tmp_path: Path):
+    model = made("dense")
+    (tmp_path / "config.json").write_text('{"architectures": ["ResNet"]}')
+    with pytest.raises(
+        ValueError, match=r"folder: expected a new name or the description of a model of robust-moe, got"
+    ):
+        robust_moe.save_pretrained(model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model.pt").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"folder: expected a new name or the weights beside such a description, got"):
+        robust_moe.save_pretrained(model, tmp_path)
+    for name, kind in (("m.onnx", "an ONNX file"), ("m.pt2", "a program")):
+        (tmp_path / name).write_bytes(b"mine")
+        with pytest.raises(ValueError, match=rf"path: expected a new name or {kind} of robust-moe export, got"):
+            robust_moe.export_model(model, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == b"mine"
+
+
 # --- other programs
 
 
@@ -163,6 +182,7 @@ def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, kind: str):
     runtime = pytest.importorskip("onnxruntime")
     model = made(kind)
     file = robust_moe.export_model(model, tmp_path / "m.onnx")
+    assert is_free(*export_outputs(file)[0])  # and is written over the next time
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     assert {node.domain for node in pytest.importorskip("onnx").load(str(file)).graph.node} == {
         ""
@@ -185,6 +205,7 @@ def test_a_program_of_torch_export_needs_no_import_of_this_package(tmp_path: Pat
     before = {name: value.clone() for name, value in model.state_dict().items()}
     file = robust_moe.export_model(model, tmp_path / "m.pt2")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert is_free(*export_outputs(file)[0])
     torch.save(images(), tmp_path / "x.pt")
     arguments = [sys.executable, "-c", ALONE, str(file), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
     subprocess.run(arguments, check=True, cwd=tmp_path, timeout=300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from robust_moe.outputs.checks import place_of
@@ -13,15 +14,19 @@ __all__ = [
     "CERTIFIED_JOURNAL",
     "CONFIG",
     "EVENTS_SUFFIX",
+    "EXPORT_MARK",
     "JOURNAL",
     "certificate_outputs",
     "evaluation_outputs",
+    "export_outputs",
+    "pretrained_outputs",
     "robustbench_file",
     "run_outputs",
     "samples_file",
 ]
 
 EVENTS_SUFFIX = ".robust-moe"  # of the names of TensorBoard's files
+EXPORT_MARK = "robust-moe-export"  # in an ONNX file, and the name of an entry of a program of torch.export
 
 
 def _checkpoint(path: Path, known: bool) -> bool:
@@ -91,6 +96,10 @@ ROBUSTBENCH = json_with("an entry of RobustBench", "autoattack_acc", "clean_acc"
 CERTIFIED = json_with("a result file of robust-moe certify", "format", "by", "guarantee")
 CERTIFIED_JOURNAL = journal("the journal of robust-moe certify", foreign="preset")
 CERTIFIED_FIGURE = figure("certify")
+ONNX = Kind("an ONNX file of robust-moe export", lambda path, _: EXPORT_MARK.encode() in head_of(path))
+PROGRAM = Kind("a program of robust-moe export", lambda path, _: EXPORT_MARK in members_of(path))
+DESCRIPTION = json_with("the description of a model of robust-moe", "format", "robust_moe", "model", "data")
+WEIGHTS = Kind("the weights beside such a description", lambda path, known: known)
 RUN_FIGURES = {"training.png": figure("train", "epoch"), "routing.png": figure("train", "routing")}
 
 
@@ -136,6 +145,16 @@ def certificate_outputs(path: Path) -> list[Output]:
     """Of ``robust-moe certify``: the result file ``path``, its plot, its journal."""
     plot, kept = path.with_suffix(".png"), path.with_suffix(".journal")
     return [(path, CERTIFIED), (plot, CERTIFIED_FIGURE), (kept, CERTIFIED_JOURNAL)]
+
+
+def export_outputs(path: Path) -> list[Output]:
+    """Of an export to one file, ONNX by its suffix, or else a program of ``torch.export``."""
+    return [(path, ONNX if path.suffix == ".onnx" else PROGRAM)]
+
+
+def pretrained_outputs(description: Path, weights: Sequence[Path]) -> list[Output]:
+    """Of a model for others: its description, and the files that its weights may be in."""
+    return [(description, DESCRIPTION), *((path, WEIGHTS) for path in weights)]
 
 
 def run_outputs(folder: Path) -> list[Output]:

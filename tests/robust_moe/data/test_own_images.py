@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import robust_moe
 from robust_moe.commands import app
 from robust_moe.config import load_config
 from robust_moe.data import DataError, ImageFolder, ImageSet, load_splits
@@ -231,6 +232,14 @@ def test_a_preset_for_other_files_suggests_the_command_that_reads_the_folder(tmp
     again = run(*command[1:])
     assert again.exit_code == 0, again.stderr
     assert "image_folder:my images: 43 training, 5 validation, 12 test images" in again.stdout
+
+
+def test_in_python_the_error_says_so_too(tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"holds images in class folders, which data\.name=image_folder reads$"
+    ) as caught:
+        robust_moe.train("digits-dense", [f"data.root={fill(tmp_path / 'images')}", f"run.out={tmp_path / 'run'}"])
+    assert caught.value.settings == ("data.name=image_folder",)
 
 
 def test_the_same_from_the_folder_s_name_on(tmp_path: Path):
