@@ -17,7 +17,7 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("work began")
 
-    for module, name in ((report, "load_experiment"), (certifying, "load_experiment"), (studying, "run_jobs")):
+    for module, name in ((report, "load_measured"), (certifying, "load_experiment"), (studying, "run_jobs")):
         monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(Trainer, "fit", work)
     monkeypatch.setattr(trainer.CheckpointReader, "read", work)
