@@ -62,7 +62,9 @@ def load_measured(path: str | Path, overrides: list[str] | None, foreign: Foreig
         try:
             return load_experiment(path, overrides)
         except CheckpointError as error:
-            raise _say_model(Path(path), error) from error
+            if not is_plain(Path(path)):
+                raise
+            raise _unnamed(Path(path)) from error
     file = Path(path)
     source = foreign.model if foreign.model is not None and _is_configuration(foreign.model) else None
     named = [] if foreign.model is None or source is not None else [f"model.name={foreign.model}"]
@@ -94,10 +96,8 @@ def _is_configuration(name: str) -> bool:
     return name in preset_names() or Path(name).suffix in (".yaml", ".yml")
 
 
-def _say_model(path: Path, error: CheckpointError) -> CheckpointError:
+def _unnamed(path: Path) -> CheckpointError:
     """The error of a plain state dict that was taken for a checkpoint."""
-    if not path.is_file() or not is_plain(path):
-        return error
     state = read_plain_state(path)
     near = nearest_model(state.tensors, "", 3, 32)
     return CheckpointError(
