@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from robust_moe.outputs.checks import place_of
@@ -14,10 +15,13 @@ __all__ = [
     "COMPARED",
     "CONFIG",
     "EVENTS_SUFFIX",
+    "EXPORT_MARK",
     "JOURNAL",
     "certificate_outputs",
     "comparison_outputs",
     "evaluation_outputs",
+    "export_outputs",
+    "pretrained_outputs",
     "robustbench_file",
     "run_outputs",
     "samples_file",
@@ -25,6 +29,7 @@ __all__ = [
 
 COMPARED = "runs compared"  # ends the title of a comparison's page
 EVENTS_SUFFIX = ".robust-moe"  # of the names of TensorBoard's files
+EXPORT_MARK = "robust-moe-export"  # in an ONNX file, and the name of an entry of a program of torch.export
 
 
 def _checkpoint(path: Path, known: bool) -> bool:
@@ -96,6 +101,10 @@ RUNS_TABLE = text("a table of robust-moe runs", "run,state,")
 CERTIFIED = json_with("a result file of robust-moe certify", "format", "by", "guarantee")
 CERTIFIED_JOURNAL = journal("the journal of robust-moe certify", foreign="preset")
 CERTIFIED_FIGURE = figure("certify")
+ONNX = Kind("an ONNX file of robust-moe export", lambda path, _: EXPORT_MARK.encode() in head_of(path))
+PROGRAM = Kind("a program of robust-moe export", lambda path, _: EXPORT_MARK in members_of(path))
+DESCRIPTION = json_with("the description of a model of robust-moe", "format", "robust_moe", "model", "data")
+WEIGHTS = Kind("the weights beside such a description", lambda path, known: known)
 RUN_FIGURES = {"training.png": figure("train", "epoch"), "routing.png": figure("train", "routing")}
 
 
@@ -147,6 +156,16 @@ def comparison_outputs(table: Path | None, page: Path | None) -> list[Output]:
     """Of ``robust-moe runs``: the CSV file ``table``, the HTML file ``page``; None: not asked for."""
     asked = ((table, RUNS_TABLE), (page, COMPARISON))
     return [(path, kind) for path, kind in asked if path is not None]
+
+
+def export_outputs(path: Path) -> list[Output]:
+    """Of an export to one file, ONNX by its suffix, or else a program of ``torch.export``."""
+    return [(path, ONNX if path.suffix == ".onnx" else PROGRAM)]
+
+
+def pretrained_outputs(description: Path, weights: Sequence[Path]) -> list[Output]:
+    """Of a model for others: its description, and the files that its weights may be in."""
+    return [(description, DESCRIPTION), *((path, WEIGHTS) for path in weights)]
 
 
 def run_outputs(folder: Path) -> list[Output]:

@@ -18,7 +18,7 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("work began")
 
-    places = ((report, "load_experiment"), (certifying, "load_experiment"), (studying, "run_jobs"))
+    places = ((report, "load_measured"), (certifying, "load_experiment"), (studying, "run_jobs"))
     for module, name in (*places, (sweeping, "run_sweep")):
         monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(Trainer, "fit", work)
