@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["make_console", "print_line", "show_any_text"]
+__all__ = ["make_console", "print_line", "show_any_text", "visible"]
 
 
 def show_any_text(stream: TextIO) -> None:
@@ -30,3 +30,8 @@ def make_console(stderr: bool = False) -> Console:
 
     show_any_text(sys.stderr if stderr else sys.stdout)
     return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
+
+
+def visible(text: str) -> str:
+    """``text`` in one line, with a mark in place of what is not to be seen: a terminal acts on some such characters."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)

@@ -101,15 +101,19 @@ def append_line(file: BinaryIO, line: bytes, path: Path, sync: bool = True) -> N
         raise
 
 
-def lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO, shared: bool = False) -> bool:
     """Whether no other open file of that name has the lock, which ``file`` then keeps until it is closed. A file system
-    without locks is taken to have none."""
+    without locks is taken to have none.
+
+    Args:
+        shared: beside other shared ones, for a look at who has the lock; where the system has no such, as if alone.
+    """
     try:
         if sys.platform == "win32":
             file.seek(2**62)  # far beyond what is read: a locked byte cannot be
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

@@ -132,7 +132,7 @@ def run_side_by_side(what: str, works: Sequence[Work], workers: int, reporter: R
                 work = running.pop(future)
                 done += work.cost
                 _note(work, future, children.stopping, outcome, reporter)
-            now = int(done + sum(work.cost * work.progress() for work in running.values()))
+            now = int(done + sum(work.cost * _progress(work) for work in running.values()))
             if now > shown:
                 advance(now - shown)
                 shown = now
@@ -151,10 +151,28 @@ def _note(work: Work, ended: Future[_Ended], stopping: bool, outcome: Outcome, r
     if found is not None:
         reporter.line(f"{work.name}: {found}")
     elif not stopping:
-        lines = work.log.read_bytes()[said:].decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-        outcome.failed[work.name] = f"exit status {status}: {last} (log: {work.log})"
-        reporter.warn(f"{work.name} failed: {last}")
+        why = _cause(work.log, status, said)
+        outcome.failed[work.name] = f"exit status {status}: {why} (log: {work.log})"
+        reporter.warn(f"{work.name} failed: {why}")
+
+
+def _cause(log: Path, status: int | None, said: int) -> str:
+    """What ended a process: the signal that killed it, or else its last words."""
+    if status is not None and status < 0:  # its last line has nothing to do with it
+        known = {int(number): number.name for number in signal.Signals}
+        return f"killed by {known.get(-status, f'signal {-status}')}"
+    try:
+        lines = log.read_bytes()[said:].decode(errors="replace").split("\n")
+    except OSError as error:  # a user may delete the folder of a run
+        return f"its log cannot be read: {error.strerror}"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def _progress(work: Work) -> float:
+    try:
+        return work.progress()
+    except OSError:  # its files may go at any time; the work itself will say so
+        return 0.0
 
 
 def stop_with_parent() -> None:

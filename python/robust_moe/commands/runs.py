@@ -45,7 +45,7 @@ def runs(
     if not found:
         raise ConfigError(f"folder: expected a folder of run folders, found none in {folder}")
     out = make_console()
-    out.print(runs_table(found, f"runs in {folder}", datetime.now()))
+    out.print(runs_table(found, f"runs in {folder}", datetime.now(), out.width))
     for line in problem_lines(found):
         out.print(line, soft_wrap=True)
     if table is not None:

@@ -73,7 +73,7 @@ def sweep(
     reporter = Reporter(console=make_console())
     outcome = run_sweep(runs, jobs, reporter)
     found = [run.summary() for run in runs if run.folder.is_dir()]
-    reporter.console.print(runs_table(found, f"sweep in {folder}", datetime.now()))
+    reporter.console.print(runs_table(found, f"sweep in {folder}", datetime.now(), reporter.console.width))
     for line in problem_lines(found):
         reporter.line(line)
     if outcome.stopped:

@@ -16,6 +16,7 @@ from robust_moe.files import append_line, replace_file
 __all__ = ["MetricLog", "curves", "read_metrics"]
 
 FILE = "metrics.jsonl"
+MOST_NAMED = 20  # damaged lines; a file of another program has nothing else
 SHEET = "attack/clean, attacked, difference"  # tag of the pictures
 Say = Callable[[str], object] | None
 
@@ -42,8 +43,11 @@ def _texts(path: Path, say: Say) -> list[bytes]:
         texts.append(last)
     damaged = [number for number, text in enumerate(texts, 1) if text and _line(text) is None]
     if damaged and say is not None:
-        say(f"{path}: expected a JSON object a line, passed over damaged lines: {', '.join(map(str, damaged))}")
-    return [b"" if number in damaged else text for number, text in enumerate(texts, 1)]
+        named = ", ".join(map(str, damaged[:MOST_NAMED]))
+        more = f" and {len(damaged) - MOST_NAMED} more" if len(damaged) > MOST_NAMED else ""
+        say(f"{path}: expected a JSON object a line, passed over damaged lines: {named}{more}")
+    left_out = set(damaged)
+    return [b"" if number in left_out else text for number, text in enumerate(texts, 1)]
 
 
 def _line(text: bytes) -> dict[str, Any] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from robust_moe.config import ConfigError, load_config, yaml_text
 from robust_moe.files import lock
@@ -14,6 +16,7 @@ __all__ = ["LOCK", "TRAINED", "alone_in", "expect_other_folder", "is_running"]
 
 TRAINED = ("last.pt", "best.pt", "metrics.jsonl")  # by which a run is known
 LOCK = ".train.lock"  # not .lock, by which a study holds the folder around the training
+LOOKS, PAUSE = 10, 0.05  # tries for the lock, and seconds between two: is_running has it for the moment of a look
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
         while True:
             file = held.enter_context(open(folder / LOCK, "ab"))
-            if not lock(file):
+            if not _take(file):
                 raise ConfigError(f"run.out: expected a folder that no other training works in, got {folder}")
             with suppress(FileNotFoundError):
                 if os.path.samefile(folder / LOCK, file.fileno()):
@@ -44,11 +47,23 @@ def alone_in(folder: Path) -> Iterator[None]:
                     path.rmdir()
 
 
+def _take(file: BinaryIO) -> bool:
+    """Whether the lock is ours: looks at it are waited out."""
+    for _ in range(LOOKS):
+        if lock(file):
+            return True
+        time.sleep(PAUSE)
+    return lock(file)
+
+
 def is_running(folder: Path) -> bool:
-    """Whether a training is in ``folder``. A lock file that a killed one left is locked for the moment of the look."""
+    """Whether a training is in ``folder``. A lock that is free is taken for the moment of the look, beside other looks:
+    a training that starts in that moment waits it out."""
+    if not (folder / LOCK).is_file():  # a FIFO would be waited for
+        return False
     try:
         with open(folder / LOCK, "rb") as file:
-            return not lock(file)
+            return not lock(file, shared=True)
     except FileNotFoundError:
         return False
 

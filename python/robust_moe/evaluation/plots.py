@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from robust_moe.console import visible
 from robust_moe.evaluation.common import in_common
 from robust_moe.files import replacing
 from robust_moe.outputs import figure_marks
@@ -74,7 +75,7 @@ def tidy(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 def printable(name: str) -> str:
     """``name`` as a figure can show it: no control characters, not longer than a legend bears."""
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    text = visible(name)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 

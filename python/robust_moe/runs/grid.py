@@ -83,5 +83,5 @@ def _folder_name(text: str) -> str:
     name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
     if name == text and len(name) <= _LONGEST:
         return name
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     return f"{name[:_LONGEST]}-{digest}"

@@ -145,7 +145,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunSummary:
         test_clean, test_robust = _tested(folder / "results.json", problems)
         state = RUNNING if is_running(folder) else FINISHED if _is_over(settings, lines) else STOPPED
     except (ConfigError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = f"{error.filename or folder}: {error.strerror}" if isinstance(error, OSError) else str(error)
         return RunSummary(name, folder, UNKNOWN, problems=(*problems, text))
     return RunSummary(name, folder, state, settings, lines, written, test_clean, test_robust, tuple(problems))
 
@@ -178,7 +178,23 @@ def _written(path: Path) -> float | None:
 def settings_in(text: str) -> dict[str, str]:
     """The settings of a configuration in YAML by dotted name, as text; none where it is not made of sections."""
     tree = read_yaml(text, "config")
+    _expect_bounded(tree)
     return {key: str(value) for key, value in flatten(tree).items()} if isinstance(tree, Mapping) else {}
+
+
+def _expect_bounded(tree: Any) -> None:
+    """Refuse content that takes more than _LARGEST_CONFIG characters to write without aliases, which a few lines of
+    YAML multiply without end."""
+    left, size = [tree], 0
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            left += value
+        size += len(value) if isinstance(value, str) else 1
+        if size > _LARGEST_CONFIG:
+            raise ConfigError(f"config: expected at most {_LARGEST_CONFIG:,} characters, got more by aliases")
 
 
 def _count(text: str | None) -> int | None:
@@ -186,15 +202,19 @@ def _count(text: str | None) -> int | None:
 
 
 def _epochs(folder: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
-    """The metrics of every epoch; a line whose numbers are not as a run writes them is passed over and named."""
+    """The metrics of every epoch; lines whose numbers are not as a run writes them are passed over, the first named."""
+    foreign: list[ContentError] = []
     for line in read_metrics(folder, "epoch", problems.append):
         try:
             _POSITION(line, "")
             _MEASURED(line, "")
         except ContentError as error:
-            problems.append(f"{folder / 'metrics.jsonl'}: passed over the line of an epoch: {error}")
+            foreign.append(error)
         else:
             yield line
+    if foreign:
+        more = f" (and {len(foreign) - 1} more lines)" if len(foreign) > 1 else ""
+        problems.append(f"{folder / 'metrics.jsonl'}: passed over the line of an epoch: {foreign[0]}{more}")
 
 
 def _tested(path: Path, problems: list[str]) -> tuple[float | None, float | None]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robust_moe.config import ConfigError, TrainConfig, load_config, yaml_text
+from robust_moe.engine.experiment import resolve_device
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
-from robust_moe.engine.run_folder import expect_other_folder
+from robust_moe.engine.run_folder import expect_other_folder, is_running
 from robust_moe.engine.state import NEUTRAL
 from robust_moe.engine.trainer import Trainer
 from robust_moe.outputs import expect_folder
@@ -53,6 +54,8 @@ class _Training(Work):
         self.threads = run.config.run.threads or threads
 
     def command(self) -> Sequence[str]:
+        if is_running(self.run.folder):  # its words would stand among those of the other in one log
+            raise BlockingIOError(f"another training works in {self.run.folder}")
         self.run.folder.mkdir(parents=True, exist_ok=True)
         return [*self.worker, "train", *self.run.arguments]
 
@@ -98,6 +101,7 @@ def plan_sweep(source: str, settings: Sequence[str], out: str | Path, common: Se
     for run in runs:
         expect_other_folder(source, run.folder)
         Trainer(run.config, Reporter(enabled=False))
+        resolve_device(run.config.run.accelerator)
         _expect_same(run)
     return runs
 
@@ -130,8 +134,8 @@ def run_sweep(
 
     Args:
         runs: of :func:`plan_sweep`.
-        jobs: None: one on a GPU, on a CPU as many as it has cores for the threads of each. Runs without
-            ``run.threads`` share the cores.
+        jobs: None: one on a GPU, on a CPU as many as it has cores for the threads of each, where these differ of the
+            one with most. Runs without ``run.threads`` share the cores.
         worker: the command that is given ``train`` and its arguments.
 
     Raises:
@@ -139,8 +143,9 @@ def run_sweep(
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: expected a count >= 1, got {jobs}")
-    first = runs[0].config.run
-    jobs = min(jobs or default_workers(first.accelerator, first.threads), len(runs))
+    sections = [run.config.run for run in runs]
+    jobs = jobs or min(default_workers(section.accelerator, section.threads) for section in sections)
+    jobs = min(jobs, len(runs))
     threads = max(cpu_cores() // jobs, 1) if jobs > 1 else None
     finished = sum(run.finished() is not None for run in runs)
     reporter.line(f"{len(runs)} runs, {finished} finished already, {jobs} at a time")

@@ -1,6 +1,7 @@
 """One training in a folder at a time, whatever became of the last one."""
 
 import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 from robust_moe.commands import app
 from robust_moe.commands import train as train_command
 from robust_moe.config import ConfigError, save_config
-from robust_moe.engine import Reporter, Trainer
-from robust_moe.engine.run_folder import LOCK
+from robust_moe.engine import Reporter, Trainer, run_folder
+from robust_moe.engine.run_folder import LOCK, alone_in, is_running
+from robust_moe.files import lock
 from robust_moe.report import assess
 
 OTHERS = "run.out: expected a folder that no other training works in, got {folder}"
@@ -144,3 +146,18 @@ def test_a_note_in_the_configuration_stays_while_the_run_goes_on(tiny):
     assert trainer(config).fit().steps == 8
     assert path.read_text() == noted
     assert files(first.folder)["last.pt"] != before["last.pt"]
+
+
+def test_a_training_that_starts_while_its_folder_is_looked_at_waits_for_the_look(tmp_path, monkeypatch):
+    (tmp_path / LOCK).touch()
+    with open(tmp_path / LOCK, "rb") as look:
+        assert lock(look, shared=True)
+        assert not is_running(tmp_path)  # another look is no training
+        monkeypatch.setattr(run_folder.time, "sleep", lambda _: look.close())
+        with alone_in(tmp_path):
+            assert look.closed and is_running(tmp_path)
+
+
+def test_what_is_no_file_in_the_place_of_the_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    assert not is_running(tmp_path)

@@ -18,10 +18,10 @@ from rich.console import Console
 from robust_moe.config import ConfigError
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.run_folder import LOCK, alone_in, is_running
-from robust_moe.runs import find_runs, read_run, runs_table, write_page
+from robust_moe.runs import find_runs, read_run, runs_table, write_csv, write_page
 from robust_moe.runs.page import MOST_NAMED, curves, differing
 from robust_moe.runs.summary import FINISHED, RUNNING, STOPPED, UNKNOWN
-from robust_moe.runs.table import COLUMNS, written_at
+from robust_moe.runs.table import COLUMNS, problem_lines, written_at
 
 
 def shown(table: object, width: int = 80) -> str:
@@ -86,6 +86,12 @@ DAMAGE = {  # what is done to a run's files, and what its line says
         lambda folder: (folder / "config.yaml").write_text("model: {name: x}\nmethod: {name: y}\nrun: {epochs: -1}"),
         "run.epochs: expected a whole number >= 1, got '-1'",
     ),
+    "aliases": (  # a few lines that are 10**9 texts
+        lambda folder: (folder / "config.yaml").write_text(
+            "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(9))
+        ),
+        "got no readable YAML",
+    ),
     "too large": (lambda folder: (folder / "config.yaml").write_text("#" * 2**21), "more than 1,048,576 bytes"),
 }
 
@@ -120,6 +126,61 @@ def test_a_damaged_line_costs_that_epoch_alone(tmp_path, line, words):
     run = read_run(folder)
     assert [line["epoch"] for line in run.lines] == [1, 2, 4]
     assert len(run.problems) == 1 and words in run.problems[0]
+
+
+def test_of_a_file_that_is_another_programs_not_every_line_is_named(tmp_path):
+    folder = make_run(tmp_path / "a", epochs=1)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("no JSON\n" * 30 + '{"kind": "epoch"}\n' * 30)
+    damaged, foreign = read_run(folder).problems
+    assert damaged.endswith(f"damaged lines: {', '.join(map(str, range(2, 22)))} and 10 more")
+    assert foreign.endswith(" (and 29 more lines)") and "expected epoch, step, got nothing for" in foreign
+
+
+HOSTILE = {  # names of folders, and what is shown of them
+    "[bold]x[/bold]": "[bold]x[/bold]",
+    "\x1b[2J": "\ufffd[2J",  # would clear the screen
+    "a\nb": "a\ufffdb",
+    os.fsdecode(b"\xff"): "\ufffd",  # no UTF-8
+    "=1+1": "=1+1",
+    "\u6f22": "\u6f22",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_shown_without_what_acts_on_a_terminal_or_a_spreadsheet(tmp_path, name):
+    config = make_run(tmp_path / "runs" / name) / "config.yaml"
+    config.write_text(config.read_text().replace("name: pgd_at", r'name: "\ud800\e[2J"'))
+    broken = make_run(tmp_path / "runs" / f"{name}-") / "config.yaml"
+    broken.write_text("[")
+    runs = find_runs(tmp_path / "runs")
+    text = "\n".join([shown(runs_table(runs, "runs", datetime.now())), *problem_lines(runs)])
+    assert HOSTILE[name] in text and "method of all: \ufffd\ufffd[2J" in text
+    assert text.count(HOSTILE[name]) >= 4  # two rows, and name and path of the broken one
+    assert all(letter.isprintable() for line in text.split("\n") for letter in line)
+    write_csv(runs, tmp_path / "runs.csv")
+    (row, _) = csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text("utf-8"), newline=""))
+    assert row["run"] == {"=1+1": "'=1+1", os.fsdecode(b"\xff"): r"\udcff"}.get(name, name)
+    assert row["method"] == "\\ud800\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (80, "run state method model epoch SA RA best img/s when"),
+        (60, "run state method model epoch SA RA best"),
+        (40, "run state epoch RA best"),
+        (20, "run state"),
+    ],
+)
+def test_a_narrow_console_shows_the_names_and_fewer_columns(tmp_path, width, columns):
+    make_run(tmp_path / "optim.lr=0.1,run.seed=10", "method=trades", "model.mixture.num_experts=3", of=100)
+    make_run(tmp_path / "optim.lr=0.1,run.seed=11", of=100)
+    lines = shown(runs_table(find_runs(tmp_path), "runs", datetime.now(), width), width).splitlines()
+    assert lines[1].split() == columns.split()
+    assert all(len(line) <= width for line in lines)
+    assert "optim.lr=0.1,run.seed=10" in "".join(line[: len(lines[1].partition("state")[0])].strip() for line in lines)
+    assert "\u2026" not in "".join(lines)  # nothing is cut
 
 
 def test_runs_are_found_below_a_folder_by_name(tmp_path):

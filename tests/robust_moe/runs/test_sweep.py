@@ -17,6 +17,7 @@ from small_runs import TINY, assert_same_run
 from robust_moe.commands import sweep as command
 from robust_moe.config import ConfigError, load_config, save_config
 from robust_moe.engine import Reporter, Trainer, read_metrics
+from robust_moe.engine.run_folder import alone_in
 from robust_moe.runs import plan_sweep, run_sweep
 from robust_moe.runs import sweep as sweeping
 
@@ -87,6 +88,16 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(stubbed, tmp_path, monkey
     assert ran()[4:] == [runs[1].name]
 
 
+def test_a_run_that_another_training_is_at_is_left_to_it(stubbed, tmp_path):
+    runs, ran = stubbed
+    with alone_in(runs[1].folder):  # as another sweep's
+        done = sweep(tmp_path)
+    assert done.exit_code == 2
+    assert f"warning: {runs[1].name} failed: another training works in {runs[1].folder}" in done.output
+    assert runs[1].name not in ran() and len(ran()) == 3
+    assert not runs[1].folder.exists()  # nothing was written there
+
+
 def test_a_signal_stops_all_and_the_same_command_goes_on(stubbed, tmp_path, monkeypatch):
     runs, ran = stubbed
     monkeypatch.setenv("STOPS", runs[1].name)
@@ -119,6 +130,12 @@ def test_side_by_side_runs_share_the_cores(stubbed, tmp_path, monkeypatch):
     lines = dict(line.split() for line in (tmp_path / "order").read_text().splitlines())
     assert lines == {runs[0].name: "4", runs[1].name: "4", runs[2].name: "None", runs[3].name: "None"}
     assert (tmp_path / "other" / "order").read_text() == f"{runs[0].name} 3\n"  # as asked for
+    several = plan_sweep("digits-dense", ["run.threads=1,2,5"], tmp_path / "several" / "out")
+    monkeypatch.setattr("robust_moe.workers.cpu_cores", lambda: 10)
+    asked = []
+    monkeypatch.setattr(sweeping, "run_side_by_side", lambda what, works, jobs, reporter: asked.append(jobs))
+    run_sweep(several, None, quiet)
+    assert asked == [2]  # as many as the cores suffice for, whichever they are
     with pytest.raises(ConfigError, match="jobs: expected a count >= 1, got 0"):
         run_sweep(planned, 0, quiet)
 
@@ -134,11 +151,14 @@ def test_side_by_side_runs_share_the_cores(stubbed, tmp_path, monkeypatch):
         (["optim.lr=0.1,0.10"], "sweep: expected runs that differ, got the same for optim.lr=0.1 and optim.lr=0.10"),
         (["optim.lr=,0.1"], "optim.lr: expected values with commas between them"),
         (["run.seed=0,1", "run.seed=2"], "run.seed: expected one list of values, got the setting twice"),
+        (["run.accelerator=cpu,cuda"], "run.accelerator: expected a CUDA device for 'cuda'"),
         (["run.seed=3"], "sweep: expected a setting with several values"),
         (["model.moe.layers=[layr],[layer2.1]"], None),  # of the network, which is not made yet: its run says so
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_run(tmp_path, monkeypatch, settings, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
     def work(*_, **__):
         raise AssertionError("work began")
 
