@@ -27,7 +27,7 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 PACKAGES = [  # whose public names the reference shows, in the order of their __all__
     *("robust_moe", "robust_moe.attacks", "robust_moe.evaluation", "robust_moe.analysis", "robust_moe.methods"),
     *("robust_moe.models", "robust_moe.data", "robust_moe.optim", "robust_moe.engine", "robust_moe.config"),
-    *("robust_moe.settings", "robust_moe.outputs", "robust_moe.reproduce"),
+    *("robust_moe.settings", "robust_moe.outputs", "robust_moe.reproduce", "robust_moe.runs"),
     *("robust_moe_kernels", "robust_moe_kernels.modules", "robust_moe_kernels.ops"),
 ]
 SOURCES: dict[str, str] = {}  # page of the site -> file of the repository

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robust_moe.attacks import ATTACKS, PGD, Attack
 from robust_moe.config import ConfigError, TrainConfig, config_from_dict, load_config, preset_names
+from robust_moe.data import suggesting_settings
 from robust_moe.engine import Reporter, Trainer, TrainResult
 from robust_moe.engine.checkpoint import data_of, load_checkpoint, load_model_state, measured_weights
 from robust_moe.engine.experiment import checkpoint_file, make_model, resolve_device
@@ -55,7 +56,8 @@ def train(config_or_preset: str | Path | TrainConfig, overrides: Sequence[str] |
         config = config_from_dict(plain(config_or_preset), changes)
     else:
         config = load_config(config_or_preset, changes)
-    return Trainer(config).fit()
+    with suggesting_settings(config.data):
+        return Trainer(config).fit()
 
 
 def load_model(

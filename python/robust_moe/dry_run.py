@@ -11,7 +11,8 @@ from robust_moe.analysis import ModelCost, model_cost
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import ImageSet, load_splits
 from robust_moe.engine.cost import passes_of_run, steps_of_run
-from robust_moe.engine.experiment import describe_data, load_experiment, make_method, make_model
+from robust_moe.engine.experiment import describe_data, make_method, make_model
+from robust_moe.engine.foreign import Foreign, load_measured
 from robust_moe.evaluation import preset_stages
 from robust_moe.optim import expect_warmup_within
 from robust_moe.report import chosen_images, expect_choice
@@ -40,7 +41,7 @@ def training_facts(config: TrainConfig) -> Facts:
     facts = [
         ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),
         *(("data", note) for note in splits.notes),
-        _model(config, splits.train, cost),
+        _model(config.model.name, splits.train, cost),
         ("method", f"{config.method.name}, {config.run.epochs} epochs, {config.run.batch_size} images at a time"),
     ]
     try:
@@ -58,12 +59,18 @@ def training_facts(config: TrainConfig) -> Facts:
 
 
 def evaluation_facts(
-    checkpoint: Path, overrides: list[str], *, preset: str = "quick", split: str = "test", count: int | None = None
+    checkpoint: Path,
+    overrides: list[str],
+    *,
+    preset: str = "quick",
+    split: str = "test",
+    count: int | None = None,
+    foreign: Foreign | None = None,
 ) -> Facts:
     """(what, value) of an evaluation: images, model, attacks and their passes. Errors as those of
     :func:`~robust_moe.report.assess`."""
     expect_choice(split, count)
-    config, model, splits, state = load_experiment(checkpoint, overrides)
+    config, model, splits, state = load_measured(checkpoint, overrides, foreign)
     images, index = chosen_images(splits, split, count)
     n, device = len(index), next(model.parameters()).device
     cost = model_cost(model.cpu(), _image(images.images, 1))
@@ -71,8 +78,9 @@ def evaluation_facts(
     facts = [
         ("data", f"{images.name}: {n:,} of {len(images):,} {split} images"),
         *(("data", note) for note in splits.notes),
-        _model(config, images, cost),
-        ("checkpoint", f"{checkpoint}, epoch {state['position']['epoch']}, step {state['position']['step']}"),
+        _model(state.get("facts", {}).get("name", config.model.name), images, cost),
+        *(("model", note) for note in state.get("notes", ())),
+        ("checkpoint", ", ".join([str(checkpoint), *(f"{what} {n}" for what, n in state["position"].items())])),
     ]
     whole = 0
     for stage in preset_stages(model, config.eval.attack, preset, config.eval_seed, "eval.attack"):
@@ -83,13 +91,13 @@ def evaluation_facts(
     return facts
 
 
-def _model(config: TrainConfig, images: ImageSet, cost: ModelCost) -> tuple[str, str]:
+def _model(name: str, images: ImageSet, cost: ModelCost) -> tuple[str, str]:
     size = "x".join(map(str, images.images.shape[1:]))
     idle = cost.active_parameters < cost.parameters
     active = f", of which {cost.active_parameters:,} see an image" if idle else ""
     return (
         "model",
-        f"{config.model.name} for {size} images: {cost.parameters:,} parameters{active}; "
+        f"{name} for {size} images: {cost.parameters:,} parameters{active}; "
         f"{cost.multiply_adds:.3g} multiply-adds a forward",
     )
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.data import ImageSet, Splits
-from robust_moe.engine.experiment import checkpoint_file, cpu_threads, load_experiment
+from robust_moe.engine.experiment import checkpoint_file, cpu_threads
+from robust_moe.engine.foreign import Foreign, load_measured
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.evaluation import (
@@ -73,6 +74,7 @@ def assess(
     beside: Sequence[str | Path] = (),
     robustbench: str | None = None,
     fast: bool = False,
+    foreign: Foreign | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a checkpoint, or a run folder's best one: (results, the file they are in).
@@ -96,6 +98,8 @@ def assess(
             ``full``.
         fast: attacks compute in bfloat16 where the device is faster in it; every verdict is scored in float32, and the
             results say so (``attack_dtype``). Where it is not, the evaluation is the exact one, and a line says why.
+        foreign: what ``checkpoint`` is, where it is no checkpoint of robust-moe; ``overrides`` are all its settings
+            then.
 
     Raises:
         CheckpointError, ConfigError, DataError: what cannot be read or does not fit; a file in the place of one that
@@ -119,8 +123,8 @@ def assess(
 
     given = None if out is None else expect(expect_json_name("out", out))
     reporter = reporter or Reporter()
-    config, model, splits, state = load_experiment(checkpoint, overrides)
-    for note in splits.notes:
+    config, model, splits, state = load_measured(checkpoint, overrides, foreign)
+    for note in (*splits.notes, *state.get("notes", ())):
         reporter.line(note)
     whole, index = chosen_images(splits, split, count)
     fast = fast and faster_in_half(model, "--fast", reporter.line)
@@ -130,7 +134,7 @@ def assess(
     classes = list(whole.class_names)
     image_size = state["data"]["image_size"]
     facts = {
-        "model": {**plain(config.model), **state["position"]},
+        "model": state.get("facts") or {**plain(config.model), **state["position"]},
         "data": {"name": whole.name, "split": split, "image_size": image_size, "classes": classes},
         "settings": {"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
     }

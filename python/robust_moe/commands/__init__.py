@@ -15,6 +15,12 @@ COMMANDS = {  # name: (module, what the list says: the first sentence of its hel
     "train": ("train", "Train, then evaluate the best checkpoint on the test images, and draw the figures."),
     "eval": ("evaluate", "Clean and robust accuracy of a checkpoint, on the images of its configuration."),
     "certify": ("certify", "Certified accuracy over the radius, by bounds on the network or by randomised smoothing."),
+    "sweep": ("sweep", "Train every combination of settings with several values, side by side on this machine."),
+    "runs": ("runs", "The runs in a folder, side by side: state, accuracies, speed."),
+    "export": (
+        "export",
+        "A trained model as a file that other programs run, or as a folder that from_pretrained reads.",
+    ),
     "config": ("config", "Every setting in force, with its unit, its meaning and where it came from."),
     "reproduce": ("reproduce", "Put published claims to the test: train the models over several seeds, and measure."),
     "env": ("env", "Versions, devices, and which implementation of every op can run here."),

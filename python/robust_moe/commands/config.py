@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from robust_moe.commands.shared import (
+    Dense,
     Imports,
     Overrides,
     SettingsCommand,
@@ -65,12 +66,13 @@ def config(
         str, typer.Argument(help=f"A YAML file, or one of: {', '.join(preset_names())}.", show_default=False)
     ],
     overrides: Overrides = None,
+    dense: Dense = False,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="As a YAML file that train reads.")] = False,
     imports: Imports = None,
     show_traceback: Traceback = False,
 ) -> None:
     """Every setting in force, with its unit, its meaning and where it came from."""
-    found = resolve_config(source, import_modules(imports, overrides))
+    found = resolve_config(source, import_modules(imports, overrides), dense=dense)
     out = make_console()
     if as_yaml:
         out.print(yaml_text(found.config), end="", soft_wrap=True)

@@ -25,6 +25,7 @@ from robust_moe.console import make_console
 from robust_moe.dry_run import evaluation_facts
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
+from robust_moe.engine.foreign import foreign_of
 from robust_moe.evaluation import PRESETS
 from robust_moe.evaluation.common import checkpoint_name
 from robust_moe.outputs import robustbench_file
@@ -38,8 +39,33 @@ app = new_app()
 @app.command(cls=SettingsCommand)
 @one_line_errors
 def evaluate_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or a run folder: its best.pt.", show_default=False)],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder: its best.pt; a checkpoint; with --model a plain state dict; an exported model (.pt2).",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What a plain state dict is of: a model.name such as torchvision:resnet18, or a preset or YAML file. "
+            "All settings may be given then.",
+            show_default=False,
+        ),
+    ] = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Of a plain state dict or an exported model, what its images are normalised by: data, none, imagenet, "
+            "cifar10, ... or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25; default: of a state dict the data's "
+            "statistics, of an exported model none.",
+            show_default=False,
+        ),
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in PRESETS.items()) + ".")
     ] = "quick",
@@ -85,8 +111,8 @@ def evaluate_checkpoint(
     Writes results as JSON, arrays of every image and an HTML report. Ctrl-C stops, and the same command goes on
     after the last finished batch, also after a kill.
 
-    Settings that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack), model.dual.alpha,
-    model.moe.inference, model.mixture.inference, run.accelerator, run.threads.
+    Settings of a checkpoint that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack),
+    model.dual.alpha, model.moe.inference, model.mixture.inference, run.accelerator, run.threads.
     """
     settings = import_modules(imports, overrides)
     for name, value in (("steps", attack_steps), ("eps", attack_eps), ("restarts", attack_restarts)):
@@ -97,8 +123,9 @@ def evaluate_checkpoint(
     if robustbench is not None and preset not in ("standard", "full"):
         raise ConfigError(f"robustbench: expected --preset standard, which it is about, got {preset!r}")
     file = checkpoint_file(checkpoint)
+    foreign = foreign_of(file, model, normalize)
     if dry_run:
-        for what, value in evaluation_facts(file, settings, preset=preset, split=split, count=n):
+        for what, value in evaluation_facts(file, settings, preset=preset, split=split, count=n, foreign=foreign):
             make_console().print(f"{what}: {value}", soft_wrap=True)
         return
     reporter = Reporter(console=make_console())
@@ -114,6 +141,7 @@ def evaluate_checkpoint(
             beside=beside or (),
             robustbench=robustbench,
             fast=fast,
+            foreign=foreign,
             reporter=reporter,
         )
     show(reporter.console, checkpoint_name(file.resolve()), results, written)

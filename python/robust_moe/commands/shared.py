@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from robust_moe.signals import StopSignals
 
 __all__ = [
     "STOPPED",
+    "Dense",
     "DryRun",
     "Imports",
     "Overrides",
@@ -41,6 +43,7 @@ __all__ = [
 
 # What a user can cause and mend: one line, exit status 2. Anything else is a fault of ours and keeps its traceback.
 USERS = (ConfigError, DataError, CheckpointError, FloatingPointError, ValueError, OSError)
+GIVEN = "robust_moe.given"  # in a context of Click: the words after the command's name
 STOPPED = 130  # exit status of a run that SIGINT or SIGTERM stopped, as shells have it
 
 Overrides = Annotated[
@@ -56,6 +59,10 @@ ResultFile = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and what it costs, and stop.")]
+Dense = Annotated[
+    bool,
+    typer.Option("--dense", help="The configuration's dense twin: the same network without experts, trained alike."),
+]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 Imports = Annotated[
     list[str] | None,
@@ -70,10 +77,20 @@ Imports = Annotated[
 
 
 class SettingsCommand(TyperCommand):
-    """A command that takes settings as KEY=VALUE: ``--epochs 1`` is answered with ``run.epochs=1``."""
+    """A command that takes settings as KEY=VALUE: ``--epochs 1`` is answered with ``run.epochs=1``, and an error that
+    knows ``settings`` which would do with the whole command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.Exit as end:
+            if settings := getattr(end.__cause__, "settings", ()):
+                command = f"{ctx.command_path} {shlex.join([*ctx.meta[GIVEN], *settings])}"
+                make_console(stderr=True).print(f"try: {command}", soft_wrap=True, highlight=False, markup=False)
+            raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
+        ctx.meta[GIVEN] = given = list(args)
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter:

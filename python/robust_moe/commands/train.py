@@ -8,6 +8,7 @@ import typer
 
 from robust_moe.commands.shared import (
     STOPPED,
+    Dense,
     DryRun,
     Imports,
     Overrides,
@@ -21,6 +22,7 @@ from robust_moe.commands.shared import (
 )
 from robust_moe.config import load_config, preset_names
 from robust_moe.console import make_console
+from robust_moe.data import suggesting_settings
 from robust_moe.dry_run import training_facts
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.run_folder import expect_other_folder
@@ -40,6 +42,7 @@ def train(
     override: Annotated[
         bool, typer.Option("--override", help="Go on also with a changed configuration; says what changed.")
     ] = False,
+    dense: Dense = False,
     dry_run: DryRun = False,
     imports: Imports = None,
     show_traceback: Traceback = False,
@@ -48,15 +51,18 @@ def train(
 
     Ctrl-C saves and stops; the same command goes on from there.
     """
-    settings = load_config(config, import_modules(imports, overrides))
+    settings = load_config(config, import_modules(imports, overrides), dense=dense)
     if dry_run:
-        for what, value in training_facts(settings):
+        with suggesting_settings(settings.data):
+            facts = training_facts(settings)
+        for what, value in facts:
             make_console().print(f"{what}: {value}", soft_wrap=True)
         return
     expect_other_folder(config, settings.run.out)
     reporter = Reporter(console=make_console())
     with Trainer(settings, reporter) as trainer:  # the folder is this command's until the evaluation is written
-        outcome = trainer.fit(resume=resume, override=override)
+        with suggesting_settings(settings.data):
+            outcome = trainer.fit(resume=resume, override=override)
         if not trainer.fabric.is_global_zero:
             return
         draw(outcome.folder, say=reporter.warn)

@@ -17,6 +17,7 @@ from robust_moe.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from robust_moe.config.twin import dense_twin
 from robust_moe.settings import ConfigError, choose, parse_fraction
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "choose",
     "config_from_dict",
+    "dense_twin",
     "flatten",
     "load_config",
     "parse_fraction",

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_moe.config.schema import TrainConfig
+from robust_moe.config.twin import dense_twin
+from robust_moe.data import ImageFolder
 from robust_moe.files import replace_file
 from robust_moe.settings import (
     ConfigError,
@@ -113,13 +115,17 @@ def _merged(before: Any, after: Any) -> Any:
     return Written(merged, after.text) if isinstance(after, Written) else merged
 
 
-def resolve_config(source: str | Path | None = None, overrides: Sequence[str] | None = None) -> Resolved[TrainConfig]:
+def resolve_config(
+    source: str | Path | None = None, overrides: Sequence[str] | None = None, *, dense: bool = False
+) -> Resolved[TrainConfig]:
     """As :func:`load_config`, with where every setting that was chosen comes from."""
-    return _resolve([] if source is None else [_read_file(source)], overrides)
+    found = _resolve([] if source is None else [_read_file(source)], overrides)
+    return dense_twin(found) if dense else found
 
 
 def _resolve(layers: list[Layer], overrides: Sequence[str] | None) -> Resolved[TrainConfig]:
     layers = [*layers, _read_overrides(overrides)] if overrides else layers
+    layers = [*_own_images(layers), *layers]
     installed_plugins()
     modules: list[str] = []  # of all layers: a later one adds to what an earlier one needs
     for tree, _ in layers:
@@ -131,6 +137,15 @@ def _resolve(layers: list[Layer], overrides: Sequence[str] | None) -> Resolved[T
     return resolve(TrainConfig, layers)
 
 
+def _own_images(layers: Sequence[Layer]) -> list[Layer]:
+    """A folder of images where the layers say where the data are, and none of which data set they are."""
+    said = [tree["data"] for tree, _ in layers if "data" in tree]
+    named = any(not isinstance(section, Mapping) or "name" in section for section in said)
+    if named or not any("root" in section for section in said):
+        return []
+    return [Layer({"data": {"name": ImageFolder.Config.name}}, "data.root")]
+
+
 def _modules(imports: Any) -> list[str]:
     """What ``run.imports`` says before it is resolved: the components that it brings are needed to resolve the rest."""
     if isinstance(imports, Plain):
@@ -138,12 +153,15 @@ def _modules(imports: Any) -> list[str]:
     return [str(name) for name in imports] if isinstance(imports, (list, tuple)) else []
 
 
-def load_config(source: str | Path | None = None, overrides: Sequence[str] | None = None) -> TrainConfig:
-    """Defaults, then the YAML file or preset ``source``, then ``overrides`` such as ``["run.epochs=3"]``.
+def load_config(
+    source: str | Path | None = None, overrides: Sequence[str] | None = None, *, dense: bool = False
+) -> TrainConfig:
+    """Defaults, then the YAML file or preset ``source``, then ``overrides`` such as ``["run.epochs=3"]``; of that the
+    :func:`~robust_moe.config.dense_twin` if ``dense``.
 
     Raises :class:`ConfigError` for an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    return resolve_config(source, overrides).config
+    return resolve_config(source, overrides, dense=dense).config
 
 
 def config_from_dict(

@@ -22,6 +22,7 @@ from robust_moe.data.poison import PoisonConfig, poisoned, triggered
 from robust_moe.data.seeding import generator
 from robust_moe.data.splits import stratified_split
 from robust_moe.data.statistics import CHANNEL_STATISTICS, channel_statistics
+from robust_moe.data.suggested import suggesting_settings, without_expectation
 from robust_moe.data.tiny_imagenet import TinyImageNet
 
 __all__ = [
@@ -56,7 +57,9 @@ __all__ = [
     "poisoned",
     "read_idx",
     "stratified_split",
+    "suggesting_settings",
     "triggered",
+    "without_expectation",
 ]
 
 

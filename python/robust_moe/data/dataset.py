@@ -72,6 +72,7 @@ class DataSet(ABC):
             return self.owner(self, **self.fixed)
 
     config: Config
+    finds_size: ClassVar[bool] = False  # whether image_size=null depends on the images that are there
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -13,7 +13,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from robust_moe.data.dataset import FolderDataSet
 from robust_moe.data.image_set import DataError, expect_room, import_extra, listed
 from robust_moe.settings import setting
 
-__all__ = ["Decoded", "EncodedConfig", "decode_images", "read_image_file"]
+__all__ = ["Decoded", "EncodedConfig", "decode_images", "read_image_file", "read_image_sizes"]
 
 GREY_MODES = frozenset({"1", "L", "LA"})
 COLOUR_MODES = frozenset({"P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "PA"})
@@ -51,17 +51,37 @@ class Decoded(NamedTuple):
 
     images: Tensor  # uint8 [M, C, H, W]; C is 1 if all are grey, else 3
     kept: Tensor  # int64 [M], ascending: positions among all images
-    notes: tuple[str, ...]  # what was left out, one sentence; nothing where all were read
+    notes: tuple[str, ...]  # what was left out and what was converted, one sentence each; nothing where all are alike
 
 
 def read_image_file(path: Path) -> bytes:
     """The content of an image file. Raises OSError or ValueError for what is no file, or is far too large."""
+    _expect_image_file(path)
+    return path.read_bytes()
+
+
+def _expect_image_file(path: Path) -> None:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
         raise ValueError("no ordinary file")
     if found.st_size > MOST_BYTES:
         raise ValueError(f"{found.st_size:,} bytes, more than {MOST_BYTES:,}")
-    return path.read_bytes()
+
+
+def read_image_sizes(paths: Sequence[Path]) -> Tensor:
+    """[M, 2] int64: width and height of those images whose headers can be read, in their order; no pixel is decoded."""
+    image_module = import_extra("PIL.Image", "Pillow", "encoded images")
+    sizes = []
+    for path in paths:
+        try:
+            _expect_image_file(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", image_module.DecompressionBombWarning)
+                with image_module.open(path) as image:
+                    sizes.append(image.size)
+        except Exception:  # decoding raises it again, and says which image it is
+            continue
+    return torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
 
 
 def decode_images(
@@ -78,8 +98,9 @@ def decode_images(
     size: side in pixels: the image is scaled to cover the square (bilinear) and cut to its centre; None: as it is,
         and then all must be of one size
     on_error: leave out images that cannot be used, or stop at the first
-    Transparency is dropped. Raises :class:`DataError` for the first image that cannot be used; with ``skip`` where none
-    can, and for images of several sizes; and for more images than memory.
+    Where some are in colour, grey ones get three equal channels; transparency is dropped; the notes name both. Raises
+    :class:`DataError` for the first image that cannot be used; with ``skip`` where none can, and for images of several
+    sizes; and for more images than memory.
     """
     if count == 0:
         raise DataError(f"{where(0)}: expected at least one image, got none")
@@ -122,7 +143,7 @@ def decode_images(
     width, height = first.size if size is None else (size, size)
     expect_room(count * 3 * height * width, f"{where(0)}: {count:,} images of {width}x{height} pixels")
     pixels = np.empty((count, 3, height, width), dtype=np.uint8)
-    grey = np.ones(count, dtype=bool)
+    grey, transparent = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
 
     def fill(start: int) -> None:
         for i in range(start, min(start + CHUNK, count)):
@@ -130,6 +151,7 @@ def decode_images(
             if image is None:
                 continue
             grey[i] = image.mode in GREY_MODES
+            transparent[i] = _is_transparent(image)
             if image.mode != "RGB":
                 image = image.convert("RGB")
             if size is not None:
@@ -149,6 +171,24 @@ def decode_images(
     if faults:
         pixels = pixels[kept]
     images = torch.from_numpy(pixels[:, :1].copy() if grey.all() else pixels)
-    left_out = f"left out {len(faults)} of {count} images, which cannot be read (data.on_error=skip): "
-    named = listed([str(faults[i]) for i in sorted(faults)], "; ")
-    return Decoded(images, torch.from_numpy(kept), (left_out + named,) if faults else ())
+    notes = []
+    if faults:
+        named = listed([str(faults[i]) for i in sorted(faults)], "; ")
+        notes.append(f"left out {len(faults)} of {count} images, which cannot be read (data.on_error=skip): {named}")
+    others = grey[kept].any() and not grey[kept].all()
+    for marked, what in (
+        (grey[kept] & others, "grey images to colour, as the others are"),
+        (transparent[kept], "images with transparent parts to opaque ones"),
+    ):
+        if marked.any():
+            named = listed([where(int(i)) for i in kept[marked]], most=3)
+            notes.append(f"converted {int(marked.sum()):,} of {len(kept):,} {what}: {named}")
+    return Decoded(images, torch.from_numpy(kept), tuple(notes))
+
+
+def _is_transparent(image: Any) -> bool:
+    """Whether any pixel is not opaque."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    alpha = image.convert("RGBA").getchannel("A")
+    return bool(alpha.getextrema()[0] < 255)

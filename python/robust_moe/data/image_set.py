@@ -30,6 +30,8 @@ __all__ = [
 class DataError(RuntimeError):
     """Data that cannot be used; the message names the file (and row), what was expected and what came."""
 
+    settings: tuple[str, ...] = ()  # KEY=VALUE with which the same command goes, where that is known
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:

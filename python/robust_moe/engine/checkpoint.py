@@ -23,16 +23,18 @@ __all__ = [
     "CheckpointError",
     "CheckpointReader",
     "data_of",
+    "expect_content",
     "load_checkpoint",
     "load_model_state",
     "measured_weights",
+    "read_archive",
     "refuse_foreign",
     "save_checkpoint",
 ]
 
 FORMAT = 2  # of the dict; raised when a reader of the old one would misread the new one
 OLD = 1  # still read: the configuration has the settings of all components in one section
-KEYS = ("config", "data", "model", "position")  # what every checkpoint carries
+KEYS = ("config", "data", "model", "position")  # what every checkpoint carries, and by which it is known
 
 
 class CheckpointError(RuntimeError):
@@ -62,8 +64,47 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         CheckpointError: the file is missing, truncated, damaged, of a newer format, or is not such a checkpoint.
     """
     path = Path(path)
+    state = read_archive(path, device)
+    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+    if missing:
+        raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
+    if state.get("format") not in (OLD, FORMAT):
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
+    refuse_foreign(state, path)
+    expect_content(DESCRIPTION, state, path)
+    if state["format"] == OLD:
+        try:
+            state |= {"format": FORMAT, "config": modernised(state["config"])}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected the configuration of format {OLD}, got {error!r}") from error
+    return state
+
+
+def read_archive(path: Path, device: str | torch.device = "cpu", *, legacy: bool = False) -> Any:
+    """What ``torch.save`` wrote: plain types and tensors; no code in the file is run.
+
+    Args:
+        legacy: a file from before PyTorch 1.6, which is no archive and has no checksums, is read too.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged, or holds anything else.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a checkpoint file, found {'a folder' if path.is_dir() else 'nothing'}")
+    if not legacy or zipfile.is_zipfile(path):
+        _expect_whole(path)
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        unknown = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds a {unknown[1]}" if unknown else type(error).__name__
+        raise CheckpointError(
+            f"{path}: expected plain types and tensors, got a file that is refused ({what})"
+        ) from error
+
+
+def _expect_whole(path: Path) -> None:
+    """Raise CheckpointError unless the archive is as it was written."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -78,27 +119,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: expected a whole checkpoint, got a wrong checksum in its entry {damaged!r}")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        unknown = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds a {unknown[1]}" if unknown else type(error).__name__
-        raise CheckpointError(
-            f"{path}: expected plain types and tensors, got a file that is refused ({what})"
-        ) from error
-    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
-    if missing:
-        raise CheckpointError(f"{path}: expected a checkpoint of robust-moe, got a file without {', '.join(missing)}")
-    if state.get("format") not in (OLD, FORMAT):
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {state.get('format')!r}")
-    refuse_foreign(state, path)
-    _expect(DESCRIPTION, state, path)
-    if state["format"] == OLD:
-        try:
-            state |= {"format": FORMAT, "config": modernised(state["config"])}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: expected the configuration of format {OLD}, got {error!r}") from error
-    return state
 
 
 class CheckpointReader:
@@ -127,7 +147,8 @@ class CheckpointReader:
         return state
 
 
-def _expect(check: Check, state: Mapping[str, Any], source: str | Path) -> None:
+def expect_content(check: Check, state: Mapping[str, Any], source: str | Path) -> None:
+    """Raise :class:`CheckpointError`, which names ``source``, unless the content is as described."""
     try:
         check(state, "")
     except (ContentError, RecursionError) as error:
@@ -137,7 +158,7 @@ def _expect(check: Check, state: Mapping[str, Any], source: str | Path) -> None:
 def data_of(state: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """What a checkpoint says of the images that its model is for. Raises :class:`CheckpointError` where a part of it is
     missing."""
-    _expect(fields({"data": fields(DATA)}), state, source)
+    expect_content(fields({"data": fields(DATA)}), state, source)
     data = state["data"]
     if not len(data["mean"]) == len(data["std"]) == data["channels"]:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -22,9 +23,9 @@ __all__ = ["Events"]
 
 
 class Events:
-    """Appends scalars to a new file of events in ``folder``, which is made if missing.
+    """Appends scalars and pictures to a new file of events in ``folder``, which is made if missing.
 
-    Each record is written before :meth:`add` returns. TensorBoard's own writer leaves that to a thread, which prints a
+    Each record is written before the method returns. TensorBoard's own writer leaves that to a thread, which prints a
     traceback where the disk is full, and whose error comes with a later number.
 
     Args:
@@ -51,6 +52,18 @@ class Events:
         """The values, by their tags, as one record."""
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
         self._append(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def add_picture(self, step: int, tag: str, picture: Image.Image) -> None:
+        """The picture, as a PNG file in the record; ``picture``: of mode L or RGB."""
+        file = io.BytesIO()
+        picture.save(file, format="png", optimize=True)
+        channels = len(picture.getbands())
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=channels, encoded_image_string=file.getvalue()
+        )
+        self._append(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
+        )
 
     def _append(self, event: Event) -> None:
         record = io.BytesIO()

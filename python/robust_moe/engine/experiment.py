@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -22,17 +23,21 @@ from robust_moe.data import (
     Splits,
     channel_statistics,
     load_splits,
+    without_expectation,
 )
 from robust_moe.data.image_set import expect_room
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
+from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state
 from robust_moe.methods import Method
 from robust_moe.models import NetworkConfig, build_model
+from robust_moe.settings import plain, replaced
 
 __all__ = [
     "EVALUATION",
     "checkpoint_file",
     "cpu_threads",
     "describe_data",
+    "description_of",
     "load_experiment",
     "make_method",
     "make_model",
@@ -53,6 +58,7 @@ EVALUATION = (
     "run.imports",
 )
 
+_MADE_OF = "robust_moe_made_of"  # an attribute of a model that was made here
 _HALVES = {"": "robust", "dual.standard.": "standard"}  # place of a half's settings below model -> part of a DualModel
 
 
@@ -105,7 +111,22 @@ def make_model(config: TrainConfig, data: dict[str, Any], warm_start: bool = Tru
     for key, saved in found.items():
         if not saved.dense:
             saved.load(model.get_submodule(_HALVES[key]) if dual else model)
+    made_of = {"model": _without_files(plain(config.model)), "imports": list(config.run.imports), "data": data}
+    model.__dict__[_MADE_OF] = made_of
     return model
+
+
+def description_of(model: nn.Module) -> dict[str, Any] | None:
+    """What :func:`make_model` made ``model`` of, as plain types: ``model`` of the configuration, the ``imports`` of its
+    components, ``data``. None: it did not."""
+    made_of: dict[str, Any] | None = model.__dict__.get(_MADE_OF)
+    return made_of
+
+
+def _without_files(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model without the files that it started from."""
+    below = {name: _without_files(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    return {name: value for name, value in below.items() if name != "init_from"}
 
 
 def _expect_room_for(build: Callable[[], nn.Module]) -> None:
@@ -132,39 +153,49 @@ class _Saved(NamedTuple):
 
     key: str  # the setting that names the file
     path: Path
-    state: dict[str, torch.Tensor]
+    state: PlainState | dict[str, torch.Tensor]  # from elsewhere, or a checkpoint's
     dense: bool  # of the network without the experts that the model has
 
     def load(self, model: nn.Module) -> None:
         """Into a model of the same architecture. Raises CheckpointError for another one."""
         try:
-            load_model_state(model, self.state, self.path)
+            state = fitted(self.state, model, self.path) if isinstance(self.state, PlainState) else self.state
+            load_model_state(model, state, self.path)
         except CheckpointError as error:
             raise CheckpointError(f"{self.key}: {error}") from error
 
 
 def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int]) -> _Saved:
-    """The weights in the checkpoint or run folder ``half.init_from``, the moving average where the run kept one; for a
-    half of a ``dual`` model, those of that half of another dual model or of a whole model."""
+    """The weights in the checkpoint, run folder or plain state dict ``half.init_from``, the moving average where a run
+    kept one; for a half of a ``dual`` model, those of that half of another dual model or of a whole model."""
     key, path = f"model.{place}init_from", checkpoint_file(str(half.init_from))
-    checkpoint = load_checkpoint(path)
-    classes = len(data_of(checkpoint, path)["class_names"])
-    if classes != size["num_classes"]:
-        raise ConfigError(f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}")
-    state = measured_weights(checkpoint)
+    foreign = read_plain_state(path) if is_plain(path) else None
+    if foreign is None:
+        checkpoint = load_checkpoint(path)
+        classes = len(data_of(checkpoint, path)["class_names"])
+        if classes != size["num_classes"]:
+            raise ConfigError(
+                f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}"
+            )
+        state = measured_weights(checkpoint)
+    else:
+        if foreign.left_out is not None:
+            warnings.warn(f"{key}: {foreign.left_out}", stacklevel=2)
+        state = foreign.tensors
     prefix = f"{_HALVES[place]}."
     if dual and any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     experts, init, section = [f".{layer}.experts." for layer in half.moe.layers], half.moe.init, "moe"
     if half.mixture.num_experts > 0:
         experts, init, section = [".experts.networks."], half.mixture.init, "mixture"
-    dense = bool(experts) and not any(part in f".{name}" for name in state for part in experts)
+    routed = foreign is not None and foreign.routed
+    dense = bool(experts) and not routed and not any(part in f".{name}" for name in state for part in experts)
     if dense and init == "fresh":
         raise ConfigError(
             f"{key}: expected a model with experts, got a dense one in {path}; model.{place}{section}.init=copy starts "
             "every expert as its block or network"
         )
-    return _Saved(key, path, state, dense)
+    return _Saved(key, path, state if foreign is None else foreign._replace(tensors=state), dense)
 
 
 def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:
@@ -175,10 +206,12 @@ def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:
     images = ImageKind(len(data["class_names"]), data["channels"], data["image_size"])
     named = data["name"] in IMAGE_KINDS and data["name"] != config.expects
     if named or images != kind:
-        raise ConfigError(
+        error = ConfigError(
             f"data.expects: this configuration is for {config.expects} ({kind}), got {data['name']} ({images}); "
             "data.expects=null runs it on other images, for which its numbers were not chosen"
         )
+        error.settings = without_expectation(config)
+        raise error
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -231,8 +264,10 @@ def load_experiment(
     config = config_from_dict(checkpoint["config"], overrides, where=str(path))
     _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
-    splits = load_splits(config.data, config.run.seed) if splits is None else splits
     data = data_of(checkpoint, path)
+    if config.data.owner.finds_size and config.data.image_size is None:  # the training images', wherever these are
+        config = replaced(config, "data.image_size", data["image_size"])
+    splits = load_splits(config.data, config.run.seed) if splits is None else splits
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),
         ("channels", data["channels"], splits.test.channels),

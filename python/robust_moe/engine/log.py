@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, and the same numbers as TensorBoard events."""
+"""Metrics of a run: one JSON object a line, and of the same numbers those that make curves as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from robust_moe.engine.events import Events
+from robust_moe.evaluation.html_report.pictures import attack_sheet
 from robust_moe.files import append_line, replace_file
 
-__all__ = ["MetricLog", "read_metrics"]
+__all__ = ["MetricLog", "curves", "read_metrics"]
 
 FILE = "metrics.jsonl"
+SHEET = "attack/clean, attacked, difference"  # tag of the pictures
 Say = Callable[[str], object] | None
 
 
@@ -51,8 +55,31 @@ def _line(text: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
 
 
+def curves(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line that TensorBoard shows as curves, by tag.
+
+    ``kind/name``, without what is no curve (epochs, seconds) or one that is there already: of an epoch the rate and
+    the means of training, which the ``"train"`` lines have. Of the routing of test images ``experts/LAYER/E``: the
+    share that is sent to the layer's expert E.
+    """
+    twice = ("lr", "train_") if kind == "epoch" else ()
+    found = {
+        f"{kind}/{name}": value
+        for name, value in values.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not (name == "epoch" or name.endswith("seconds") or name.startswith(twice))
+    }
+    if kind == "routing" and values.get("split") == "test":
+        digits = len(str(len(values["selected"]) - 1))  # in the order of the experts, also by name
+        for expert, share in enumerate(values["selected"]):
+            found[f"experts/{values['layer']}/{expert:0{digits}d}"] = share
+    return found
+
+
 class MetricLog:
-    """Appends to ``folder/metrics.jsonl`` and to TensorBoard events in ``folder/tensorboard``.
+    """Appends to ``folder/metrics.jsonl``, and what :func:`curves` finds, and pictures, to TensorBoard events in
+    ``folder/tensorboard``.
 
     Args:
         folder: the run folder; made if missing.
@@ -82,7 +109,7 @@ class MetricLog:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line ``{"kind", "step", **values}``; numbers also go to TensorBoard as ``kind/name``.
+        """One line ``{"kind", "step", **values}``.
 
         Raises:
             ValueError: a value is NaN or infinite (JSON has neither).
@@ -93,9 +120,13 @@ class MetricLog:
         line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n"
         append_line(self._file, line.encode(), self._path, sync=False)
         self.lines += 1
-        numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        if numbers:
-            self._events.add(step, {f"{kind}/{name}": value for name, value in numbers.items()})
+        if found := curves(kind, values):
+            self._events.add(step, found)
+
+    def attacked(self, step: int, clean: Tensor, adversarial: Tensor) -> None:
+        """A picture of images [K, C, H, W] in [0, 1], before and after an attack, for TensorBoard alone."""
+        if self.enabled:
+            self._events.add_picture(step, SHEET, attack_sheet(clean.numpy(), adversarial.numpy()))
 
     def close(self) -> None:
         if self.enabled:

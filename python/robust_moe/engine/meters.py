@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NEGATIVE_BALANCE", "Meter", "describe_loss"]
+__all__ = ["NEGATIVE_BALANCE", "Meter", "Speed", "describe_loss"]
 
 NEGATIVE_BALANCE = (
     "a balance below 0 is right: it is minus the entropy of how the experts are used, the lower the more evenly "
@@ -48,6 +49,27 @@ class Meter:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])
         self.count = state["count"]
+
+
+class Speed:
+    """Images a second since :meth:`start`. It is as exact as the moment at which it is asked: the host runs ahead of
+    the device until it reads something there."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.start()
+
+    def start(self) -> None:
+        """Count from here."""
+        self._began, self._images = self._clock(), 0
+
+    def add(self, images: int) -> None:
+        self._images += images
+
+    def read(self) -> float | None:
+        """None: no images yet."""
+        seconds = self._clock() - self._began
+        return self._images / seconds if self._images and seconds > 0 else None
 
 
 def describe_loss(values: Mapping[str, float], prefix: str = "") -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from robust_moe.attacks.pace import clock
 from robust_moe.console import make_console
@@ -13,6 +15,33 @@ from robust_moe.console import make_console
 __all__ = ["Reporter"]
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
+
+
+class _Bar(Progress):
+    """A bar, and below it the lines that its reporter has."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        notes = [] if reporter.below else [TextColumn("{task.fields[note]}", markup=False)]
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None if reporter.below else 40),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            *notes,
+            console=reporter.console,
+            transient=True,
+            expand=reporter.below is not None,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self._reporter.below is not None and self.tasks:  # not before there is a bar
+            console = self._reporter.console
+            for line in self._reporter.below(console.width, console.options.ascii_only):
+                yield Text(line, no_wrap=True)
 
 
 class _Task:
@@ -27,17 +56,7 @@ class _Task:
 
     def __enter__(self) -> _Task:
         if self._reporter.bars:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                console=self._reporter.console,
-                transient=True,
-            )
+            self._bar = _Bar(self._reporter)
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=self._total, completed=self._done, note="")
         return self
@@ -79,8 +98,12 @@ class Reporter:
 
     Args:
         enabled: False: says nothing but warnings (tests; all processes but the first).
-        console: where; None: standard output.
+        console: where; None: standard output. A terminal without control characters (``TERM=dumb``) gets plain lines,
+            and with ``NO_COLOR`` bars have no colours.
     """
+
+    # lines below every bar on a terminal, in place of its note; given the most characters of one, and whether in ASCII
+    below: Callable[[int, bool], list[str]] | None = None
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self.enabled = enabled
@@ -88,7 +111,7 @@ class Reporter:
 
     @property
     def bars(self) -> bool:
-        return self.enabled and self.console.is_terminal
+        return self.enabled and self.console.is_terminal and not self.console.is_dumb_terminal
 
     def task(self, name: str, total: int, done: int = 0) -> _Task:
         """``with reporter.task("epoch 1/15", 90) as advance: ...; advance(1, note="loss 2.3")``."""

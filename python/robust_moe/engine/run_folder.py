@@ -10,7 +10,7 @@ from pathlib import Path
 from robust_moe.config import ConfigError, load_config, yaml_text
 from robust_moe.files import lock
 
-__all__ = ["LOCK", "alone_in", "expect_other_folder"]
+__all__ = ["LOCK", "TRAINED", "alone_in", "expect_other_folder", "is_running"]
 
 TRAINED = ("last.pt", "best.pt", "metrics.jsonl")  # by which a run is known
 LOCK = ".train.lock"  # not .lock, by which a study holds the folder around the training
@@ -42,6 +42,15 @@ def alone_in(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
                 for path in made:
                     path.rmdir()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a training is in ``folder``. A lock file that a killed one left is locked for the moment of the look."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            return not lock(file)
+    except FileNotFoundError:
+        return False
 
 
 def expect_other_folder(source: str | Path, folder: str | Path) -> None:

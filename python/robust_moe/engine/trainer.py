@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_
 from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, precision_notes
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
-from robust_moe.engine.meters import NEGATIVE_BALANCE, describe_loss
+from robust_moe.engine.meters import NEGATIVE_BALANCE, Speed
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.rng import seed_all
@@ -27,6 +28,7 @@ from robust_moe.engine.run_folder import alone_in
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
+from robust_moe.engine.view import View, epoch_line, expert_line, memory_in_use, seconds_left, view_lines
 from robust_moe.optim import expect_warmup_within, learning_rate
 from robust_moe.outputs import CONFIG, expect_folder, expect_outputs, is_free, run_outputs
 from robust_moe.seeding import derive_seed
@@ -124,6 +126,7 @@ class Trainer:
                 with StopRequest(self.fabric) as self.stop, library_algorithms(self.config.run.deterministic):
                     finished = self._run()
             finally:
+                self.reporter.below = None
                 self.log.close()
         state = self.state
         return TrainResult(self.folder, finished, state.step, dict(state.best), time.perf_counter() - began)
@@ -214,6 +217,8 @@ class Trainer:
         self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
         if len(self.validation) == 0:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
+        self.speed = Speed()  # of this epoch, in this call
+        self.view = View(best=self.state.best.get("robust"))
         self._warned: set[tuple[str, str]] = set()
         self._told = False  # what a balance loss below 0 means
 
@@ -230,6 +235,8 @@ class Trainer:
 
     def _run(self) -> bool:
         state = self.state
+        self._began, self._began_at = time.perf_counter(), state.step  # for the time left
+        self.reporter.below = partial(view_lines, self.view)
         while state.step < self.total_steps or state.batch > 0:
             try:
                 self._train_epoch()
@@ -245,12 +252,14 @@ class Trainer:
         state, run = self.state, self.config.run
         left = min(len(self.loader) - state.batch, self.total_steps - state.step)
         name = f"epoch {state.epoch + 1}/{run.epochs}"
+        self.speed.start()
         with self.reporter.task(name, state.batch + left, state.batch) as advance:
             for batch in self.loader.epoch(state.epoch, state.batch):
                 if state.step >= self.total_steps:
                     break
                 with self.guard.report():
                     self._step(batch)
+                self.speed.add(len(batch.labels) * self.fabric.world_size)
                 note = None
                 if state.step % run.log_every == 0 or state.step == self.total_steps:
                     note = self._write_interval()
@@ -292,7 +301,16 @@ class Trainer:
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         self.log.write("train", state.step, {"epoch": state.epoch + 1, **values})
         state.interval.reset()
-        return f"{describe_loss(values)}  accuracy {values['accuracy']:.3f}"
+        self.view.interval = values
+        self._tell_pace()
+        return self.view.note()
+
+    def _tell_pace(self) -> None:
+        """The host has just waited for the device."""
+        step, elapsed = self.state.step, time.perf_counter() - self._began
+        self.view.speed = self.speed.read()
+        self.view.left = seconds_left(elapsed, step - self._began_at, self.total_steps - step)
+        self.view.memory = memory_in_use(self.fabric.device)
 
     # --- ends of epochs ---
 
@@ -300,8 +318,11 @@ class Trainer:
         state, config = self.state, self.config
         last = state.step >= self.total_steps
         self.guard.means()  # never validate, nor save, a state that is already lost
+        self._tell_pace()
         values: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         values |= {f"train_{name}": value for name, value in state.running.read(self.guard.mean_of_processes).items()}
+        if self.view.speed is not None:
+            values["images_per_second"] = round(self.view.speed, 1)
         improved = False
         if last or (state.epoch + 1) % config.eval.every == 0:
             # on one process: the others' BN statistics differ until the next training step
@@ -334,10 +355,14 @@ class Trainer:
         for split, name, shares in self.validation.routing(model, result):
             line = {"epoch": epoch, "split": split, "layer": name, "collapsed": shares.collapsed}
             self.log.write("routing", self.state.step, line | {"selected": shares.selected, "first": shares.first})
+            if split == "test":
+                self.view.routed, self.view.experts = epoch, {**self.view.experts, name: shares.selected}
             if shares.collapsed:
                 self._warn_once(("collapse", name), describe_collapse(name, shares))
         if result is None:
             return {}
+        if result.examples is not None:
+            self.log.attacked(self.state.step, *result.examples)
         return {"val_clean": result.clean, "val_robust": result.robust, "val_seconds": result.seconds}
 
     def _interruptible(self, advance: Callable[[int], None]) -> Callable[[int], None]:
@@ -350,11 +375,11 @@ class Trainer:
         return on_batch
 
     def _announce(self, values: dict[str, Any]) -> None:
-        parts = [f"epoch {values['epoch']}/{self.config.run.epochs}", describe_loss(values, "train_")]
-        for name, label in (("val_clean", "val clean"), ("val_robust", "val robust")):
-            if name in values:
-                parts.append(f"{label} {values[name]:.1%}")
-        self.reporter.line("  ".join(parts))
+        self.view.validated(values, self.state.best)
+        self.reporter.line(epoch_line(values, self.config.run.epochs, self.view))
+        if self.view.routed == values["epoch"] and not self.reporter.bars:  # on a terminal they stand below the bar
+            for layer, shares in self.view.experts.items():
+                self.reporter.line(f"  experts, test images: {expert_line(layer, shares, 100, ascii_only=True)}")
         if values.get("train_balance_loss", 0.0) < 0 and not self._told:
             self._told = True
             self.reporter.line(NEGATIVE_BALANCE)

@@ -19,6 +19,8 @@ from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["EvalResult", "accuracy", "routing_shares", "used_experts"]
 
+EXAMPLES = 4  # images that a result keeps, to be looked at
+
 
 @dataclass(frozen=True, eq=False)
 class EvalResult:
@@ -31,6 +33,7 @@ class EvalResult:
     robust_mask: Tensor | None  # bool [N]
     routing: dict[str, LayerRouting] = field(default_factory=dict)  # by layer name, on the clean images
     seconds: float = 0.0  # wall clock
+    examples: tuple[Tensor, Tensor] | None = None  # first K images [K, C, H, W], clean and attacked; None: no attack
 
 
 def accuracy(
@@ -69,10 +72,15 @@ def accuracy(
     )
     layers = moe_layers(model)
 
+    examples: list[tuple[Tensor, Tensor]] = []
+
     def look(batch: Batch) -> dict[str, Tensor]:
         found = {"clean": run.right(batch.images, batch.labels), **routes(layers)}
         if attack is not None:
-            found["robust"] = found["clean"] & run.right(run.craft(attack, batch), batch.labels)
+            attacked = run.craft(attack, batch)
+            if not examples:  # copies: an attack may craft the next batch in the same memory
+                examples.append((batch.images[:EXAMPLES].clone(), attacked[:EXAMPLES].clone()))
+            found["robust"] = found["clean"] & run.right(attacked, batch.labels)
         return found
 
     found = run.over("accuracy", look)
@@ -86,6 +94,7 @@ def accuracy(
         robust_mask=robust,
         routing=used_experts(found, layers),
         seconds=time.perf_counter() - began,
+        examples=(examples[0][0].cpu(), examples[0][1].cpu()) if examples else None,
     )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "plot_routing",
     "plot_training",
     "save_figure",
+    "series",
     "tidy",
 ]
 
@@ -87,8 +88,9 @@ def named_legend(
         text.set(parse_math=False, text=printable(name), color=INK)
 
 
-def _series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
-    points = [(line["epoch"], line[name]) for line in lines if name in line]
+def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
+    """(epochs, values of ``name``) of the ``"epoch"`` lines that have it."""
+    points = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
@@ -100,13 +102,13 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
     """
     if not lines:
         raise ValueError("lines: expected at least one epoch of metrics, got none")
-    epochs, balance = _series(lines, "train_balance_loss")
+    epochs, balance = series(lines, "train_balance_loss")
     panels = 3 if epochs else 2  # the balance loss has a scale of its own
     figure = new_figure(WIDTH, 2.9 * panels, title)
     left, right, *third = figure.subplots(panels, 1)
-    task = _series(lines, "train_task_loss")
+    task = series(lines, "train_task_loss")
     left.plot(*task, "-o", color=CLEAN, markersize=3.5, label="task loss")
-    if (whole := _series(lines, "train_loss"))[0] and whole != task:
+    if (whole := series(lines, "train_loss"))[0] and whole != task:
         left.plot(*whole, "--o", color=NEUTRAL, markersize=3.5, label="loss: task and all weighted terms")
         left.legend(frameon=False, ncols=2, **ABOVE)
     tidy(left, "epoch", "training loss")
@@ -118,8 +120,8 @@ def plot_training(lines: Sequence[Line], path: str | Path, title: str = "Trainin
         ("val_clean", "clean", CLEAN, "-o"),
         ("val_robust", "robust", ROBUST, "-s"),
     ):
-        right.plot(*_series(lines, name), style, color=color, markersize=3.5, label=label)
-    epochs, robust = _series(lines, "val_robust")
+        right.plot(*series(lines, name), style, color=color, markersize=3.5, label=label)
+    epochs, robust = series(lines, "val_robust")
     if epochs:
         best = int(np.argmax(robust))
         right.axvline(epochs[best], color=NEUTRAL, linewidth=0.9, linestyle=":")

@@ -18,6 +18,8 @@ __all__ = [
     "caption_text",
     "flag_lines",
     "moe_table",
+    "name_and_numbers",
+    "plain_table",
     "results_table",
     "title_text",
 ]
@@ -32,10 +34,10 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
     rows = in_common(rows)
     attacks = "; ".join(dict.fromkeys(attack_name(results) for _, results in rows))
     extra = any(results.get("own") for _, results in rows)
-    table = _table(
+    table = plain_table(
         title, f"robust: {attacks}. [95 % interval]\nrobust is right on the clean image and after these attacks"
     )
-    _columns(table, "run", "weights", "clean %", "robust %", "s", *(["after all\nits own %"] if extra else []))
+    name_and_numbers(table, "run", "weights", "clean %", "robust %", "s", *(["after all\nits own %"] if extra else []))
     for name, results in rows:
         table.add_row(
             Text(name),
@@ -51,7 +53,7 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> 
 _WIDTH = 78  # for captions, which are broken where a table ends; a narrower console has narrower tables
 
 
-def _table(title: str, caption: str) -> Table:
+def plain_table(title: str, caption: str) -> Table:
     """Without lines between columns, so that it fits 80 characters."""
     return Table(
         title=title_text(title),
@@ -64,7 +66,7 @@ def _table(title: str, caption: str) -> Table:
     )
 
 
-def _columns(table: Table, name: str, *numbers: str) -> None:
+def name_and_numbers(table: Table, name: str, *numbers: str) -> None:
     """A column of names, which go on in a next line where the console is narrow, and columns of numbers, which are
     never cut."""
     table.add_column(name, overflow="fold")
@@ -90,9 +92,9 @@ def attack_table(results: Mapping[str, Any]) -> Table:
     )
     if results[AUTOATTACK] is not None:
         caption += f"\nAutoAttack by itself: {_percent(results, AUTOATTACK)} %."
-    table = _table("attacks", caption)
+    table = plain_table("attacks", caption)
     columns = ("images\ngiven", "images\nbroken", "robust\nafter %", "robust\nalone %")
-    _columns(table, "attack", *columns, "passes\nforward", "passes\nback", "s")
+    name_and_numbers(table, "attack", *columns, "passes\nforward", "passes\nback", "s")
     for attack in results["attacks"]:
         passes = attack["passes_per_image"]
         alone = attack["alone"]
@@ -111,8 +113,10 @@ def attack_table(results: Mapping[str, Any]) -> Table:
 
 def moe_table(results: Mapping[str, Any]) -> Table:
     """One row for each attack on a mixture and its worst case, in percent with 95 % intervals."""
-    table = _table("mixture of experts under PGD", "RA: robust accuracy, right on the clean and on the attacked image")
-    _columns(table, "images right", "%")
+    table = plain_table(
+        "mixture of experts under PGD", "RA: robust accuracy, right on the clean and on the attacked image"
+    )
+    name_and_numbers(table, "images right", "%")
     names = {
         "sa": "SA: clean",
         "ra": "RA: whole model attacked",

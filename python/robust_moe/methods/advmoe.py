@@ -39,6 +39,8 @@ class AdversarialRouters(RoutedMethod):
         ConfigError: a model without two routed experts, a dual model, an attack that is not a single PGD.
     """
 
+    dense = "trades"  # the loss of its experts
+
     @dataclass(frozen=True, kw_only=True)
     class Config(BetaOption, RoutedMethod.Config):
         """Settings of AdvMoE."""

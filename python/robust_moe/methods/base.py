@@ -112,6 +112,7 @@ class Method(ABC):
             """
             return batches * self.passes(attack_steps)
 
+    dense: ClassVar[str | None] = None  # name of the method for a network without experts; None: this one trains it
     distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:

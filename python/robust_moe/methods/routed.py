@@ -23,6 +23,8 @@ class RoutedMethod(AdversarialMethod):
         ConfigError: a model without two routed experts, a dual model, or gates that are not trained.
     """
 
+    dense = "pgd_at"
+
     def __init__(self, config: AdversarialMethod.Config, model: ModelConfig, devices: int = 1) -> None:
         super().__init__(config, model, devices)
         expect_experts(model, config.name)

@@ -52,6 +52,8 @@ class RTER(AdversarialMethod):
         ConfigError: a model without two routed experts, a dual model, an attack that is not a single PGD.
     """
 
+    dense = "pgd_at"  # without the term of the experts
+
     @dataclass(frozen=True, kw_only=True)
     class Config(BetaOption, FormOption, AdversarialMethod.Config):
         """Settings of RT-ER."""

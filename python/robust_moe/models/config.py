@@ -145,7 +145,9 @@ class NetworkConfig(Config):
     normalizes: ClassVar[bool] = False  # whether the network subtracts mean and divides by std itself
 
     init_from: str | None = setting(
-        None, "checkpoint or run folder that weights are taken from; in a dual model those of this half", path=True
+        None,
+        "checkpoint, run folder or plain state dict that weights are taken from; in a dual model those of this half",
+        path=True,
     )
     moe: MoEConfig = setting(MoEConfig(), "experts inside the network")
     mixture: MixtureConfig = setting(MixtureConfig(), "the network as the expert of a mixture of networks")

@@ -66,7 +66,7 @@ class DualModel(nn.Module):
         parts = torch.stack([standard, robust], 1)  # [B, 2, classes]
         kind = torch.promote_types(parts.dtype, torch.float32)
         # a copy in float64 too: autograd keeps it, and alpha may be set before the backward
-        shares = self._shares.to(kind, copy=True).expand(len(x), 2)
+        shares = self._shares.to(kind, copy=True).expand(x.shape[0], 2)  # len(x) would be a constant to torch.export
         if self.mix == "logits":
             return (shares[:, :, None] * parts.to(kind)).sum(1).to(parts.dtype)
         return log_mixture(F.log_softmax(parts.to(kind), -1), shares)

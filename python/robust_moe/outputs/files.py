@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from robust_moe.outputs.checks import place_of
-from robust_moe.outputs.kinds import JSON_LIMIT, Kind, Output, figure, head_of, journal, json_with, members_of
+from robust_moe.outputs.kinds import JSON_LIMIT, Kind, Output, figure, head_of, journal, json_with, members_of, text
 
 __all__ = [
     "CERTIFIED_JOURNAL",
+    "COMPARED",
     "CONFIG",
     "EVENTS_SUFFIX",
+    "EXPORT_MARK",
     "JOURNAL",
     "certificate_outputs",
+    "comparison_outputs",
     "evaluation_outputs",
+    "export_outputs",
+    "pretrained_outputs",
     "robustbench_file",
     "run_outputs",
     "samples_file",
 ]
 
+COMPARED = "runs compared"  # ends the title of a comparison's page
 EVENTS_SUFFIX = ".robust-moe"  # of the names of TensorBoard's files
+EXPORT_MARK = "robust-moe-export"  # in an ONNX file, and the name of an entry of a program of torch.export
 
 
 def _checkpoint(path: Path, known: bool) -> bool:
@@ -88,9 +96,15 @@ RESULTS = json_with("a result file of robust-moe eval", "format", "attacks", "cl
 REPORT = Kind("a report of robust-moe eval", lambda path, _: b"robustness report</title>" in head_of(path))
 JOURNAL = journal("the journal of an evaluation", foreign="by")
 ROBUSTBENCH = json_with("an entry of RobustBench", "autoattack_acc", "clean_acc")
+COMPARISON = Kind("a page of robust-moe runs", lambda path, _: COMPARED.encode() + b"</title>" in head_of(path))
+RUNS_TABLE = text("a table of robust-moe runs", "run,state,")
 CERTIFIED = json_with("a result file of robust-moe certify", "format", "by", "guarantee")
 CERTIFIED_JOURNAL = journal("the journal of robust-moe certify", foreign="preset")
 CERTIFIED_FIGURE = figure("certify")
+ONNX = Kind("an ONNX file of robust-moe export", lambda path, _: EXPORT_MARK.encode() in head_of(path))
+PROGRAM = Kind("a program of robust-moe export", lambda path, _: EXPORT_MARK in members_of(path))
+DESCRIPTION = json_with("the description of a model of robust-moe", "format", "robust_moe", "model", "data")
+WEIGHTS = Kind("the weights beside such a description", lambda path, known: known)
 RUN_FIGURES = {"training.png": figure("train", "epoch"), "routing.png": figure("train", "routing")}
 
 
@@ -136,6 +150,22 @@ def certificate_outputs(path: Path) -> list[Output]:
     """Of ``robust-moe certify``: the result file ``path``, its plot, its journal."""
     plot, kept = path.with_suffix(".png"), path.with_suffix(".journal")
     return [(path, CERTIFIED), (plot, CERTIFIED_FIGURE), (kept, CERTIFIED_JOURNAL)]
+
+
+def comparison_outputs(table: Path | None, page: Path | None) -> list[Output]:
+    """Of ``robust-moe runs``: the CSV file ``table``, the HTML file ``page``; None: not asked for."""
+    asked = ((table, RUNS_TABLE), (page, COMPARISON))
+    return [(path, kind) for path, kind in asked if path is not None]
+
+
+def export_outputs(path: Path) -> list[Output]:
+    """Of an export to one file, ONNX by its suffix, or else a program of ``torch.export``."""
+    return [(path, ONNX if path.suffix == ".onnx" else PROGRAM)]
+
+
+def pretrained_outputs(description: Path, weights: Sequence[Path]) -> list[Output]:
+    """Of a model for others: its description, and the files that its weights may be in."""
+    return [(description, DESCRIPTION), *((path, WEIGHTS) for path in weights)]
 
 
 def run_outputs(folder: Path) -> list[Output]:

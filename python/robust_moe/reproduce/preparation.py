@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,6 @@ __all__ = [
     "StudyError",
     "alone_in",
     "data_digest",
-    "default_workers",
     "describe",
     "expect_runnable",
     "load_data",
@@ -120,11 +118,3 @@ def remove(jobs: Sequence[Job], folder: Path) -> None:
             held.enter_context(alone_in(path))
         for path in there:
             remove_folder(path, job_outputs(path))
-
-
-def default_workers(job: Job) -> int:
-    """Runs at a time: as many as the CPU's cores suffice for; on a GPU one."""
-    if resolve_device(job.config.run.accelerator).type != "cpu":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // (job.config.run.threads or cores), 1)

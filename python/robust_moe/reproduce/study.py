@@ -18,7 +18,6 @@ from robust_moe.reproduce.preparation import (
     StudyError,
     alone_in,
     data_digest,
-    default_workers,
     describe,
     expect_runnable,
     load_data,
@@ -30,6 +29,7 @@ from robust_moe.reproduce.runner import run_jobs
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.scales import SCALES
 from robust_moe.reproduce.studies import PARTS, STUDIES
+from robust_moe.workers import default_workers
 
 __all__ = ["reproduce"]
 
@@ -100,7 +100,8 @@ def reproduce(
         expect_outputs("runs", job_outputs(job.folder))
     for note in notes:
         reporter.line(note)
-    workers = workers or default_workers(jobs[0])
+    run = jobs[0].config.run
+    workers = workers or default_workers(run.accelerator, run.threads)
     described: dict[str, Any] = {"name": scale, **dataclasses.asdict(size), "settings": list(size.settings)}
     described["families"] = {name: list(settings) for name, settings in size.families.items()}
     asked: dict[str, Any] = {

@@ -6,11 +6,8 @@ the end of standard input, which is a pipe of the process that started it: no wo
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -32,6 +29,7 @@ from robust_moe.reproduce.preparation import alone_in
 from robust_moe.reproduce.probes import PROBES
 from robust_moe.reproduce.runs import RUNS
 from robust_moe.reproduce.subject import Subject
+from robust_moe.workers import stop_with_parent
 
 __all__ = ["STOPPED", "work"]
 
@@ -126,19 +124,8 @@ def _model(job: Job, splits: Splits) -> tuple[nn.Module, dict[str, Any]]:
     return model.to(resolve_device(job.config.run.accelerator)).eval(), {}
 
 
-def _stop_with_parent() -> None:
-    """Ask this process to stop when its standard input ends."""
-
-    def wait() -> None:
-        while os.read(0, 4096):  # not sys.stdin, whose lock a waiting thread would hold at the interpreter's end
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> None:
-    _stop_with_parent()
+    stop_with_parent()
     job = Job.read(Path(sys.argv[1]))
     torch.set_num_threads(job.config.run.threads or torch.get_num_threads())
     with alone_in(job.folder, PATIENCE):

@@ -19,6 +19,8 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")  
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, what was expected and what came."""
 
+    settings: tuple[str, ...] = ()  # KEY=VALUE with which the same command goes, where that is known
+
 
 class _Short(reprlib.Repr):
     """``repr`` of at most some lines: a file may hold a megabyte of text, or a list of lists of lists."""

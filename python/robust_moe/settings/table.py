@@ -80,11 +80,15 @@ class Table(Mapping[str, type[Config]]):
 
         return enter
 
+    def members(self, prefix: str) -> list[str]:
+        """All names of the family ``prefix``, without it. Raises :class:`ConfigError` where they cannot be known."""
+        return self._families[prefix][1]()
+
     def choose(self, name: str, key: str) -> type[Config]:
         """The settings under ``name``. Raises :class:`ConfigError`, with the nearest name, where there are none."""
         prefix, colon, member = name.partition(":")
         if colon and prefix in self._families:
-            members = self._families[prefix][1]()
+            members = self.members(prefix)
             if member not in members:
                 near = hint(member, members, 0.6)
                 raise ConfigError(f"{key}: expected a {self.what} of {prefix}, got {shown(member)}{near}")

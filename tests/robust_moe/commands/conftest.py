@@ -6,6 +6,7 @@ import pytest
 
 from robust_moe import certify as certifying
 from robust_moe import report
+from robust_moe.commands import sweep as sweeping
 from robust_moe.engine import Trainer, trainer
 from robust_moe.reproduce import study as studying
 
@@ -17,7 +18,8 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("work began")
 
-    for module, name in ((report, "load_experiment"), (certifying, "load_experiment"), (studying, "run_jobs")):
+    places = ((report, "load_measured"), (certifying, "load_experiment"), (studying, "run_jobs"))
+    for module, name in (*places, (sweeping, "run_sweep")):
         monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(Trainer, "fit", work)
     monkeypatch.setattr(trainer.CheckpointReader, "read", work)

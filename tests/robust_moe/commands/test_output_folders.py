@@ -29,6 +29,7 @@ COMMANDS_WITH_FOLDERS = {
     "out": ("demo", "--out", "PATH"),
     "runs": ("reproduce", "rt-er", "--runs", "PATH"),
     "out ": ("reproduce", "rt-er", "--out", "PATH"),
+    "out  ": ("sweep", "digits-dense", "run.seed=0,1", "--out", "PATH"),
 }
 
 

@@ -18,6 +18,7 @@ from output_files import (
 
 from robust_moe.config import ConfigError, load_config, save_config
 from robust_moe.engine import Trainer
+from robust_moe.engine.events import Events
 from robust_moe.engine.log import MetricLog
 from robust_moe.evaluation.plots import new_figure
 from robust_moe.outputs import (
@@ -158,7 +159,11 @@ def test_a_runs_events_are_known_by_their_names(tmp_path):
     log.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
     assert path in dict(run_outputs(tmp_path))
-    path = path.rename(path.with_suffix(""))  # as earlier versions named it
+    path.unlink()
+    events = Events(tmp_path / "tensorboard")
+    events.add(1, {"train/epoch": 1.0})  # as earlier versions logged it
+    events.close()
+    path = events.path.rename(events.path.with_suffix(""))  # and named the file
     assert path in dict(run_outputs(tmp_path))
 
 

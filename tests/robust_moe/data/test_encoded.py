@@ -67,8 +67,6 @@ def test_image_folder_cuts_the_centre_of_an_oblong_image(folder: Path):
 
 
 def test_image_folder_errors_name_the_path(folder: Path):
-    with pytest.raises(DataError, match=r"data.image_size: expected the side in pixels"):
-        load("image_folder", folder)
     bad = folder / "train" / "bee" / "2.png"
     bad.write_bytes(bad.read_bytes()[:60])
     with pytest.raises(DataError, match="expected an image that decodes") as caught:
@@ -82,7 +80,7 @@ def test_image_folder_errors_name_the_path(folder: Path):
     (folder / "val" / "bees").rmdir()
     with pytest.raises(DataError, match="cat: expected images"):
         load("image_folder", folder, image_size=6)
-    with pytest.raises(DataError, match="nowhere/train: expected a folder"):
+    with pytest.raises(DataError, match="nowhere: expected a folder"):
         load("image_folder", folder / "nowhere", image_size=6)
 
 

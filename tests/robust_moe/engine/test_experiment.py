@@ -165,19 +165,23 @@ def test_an_evaluation_may_find_the_images_elsewhere(tmp_path: Path):
         (images / place).mkdir(parents=True)
         for number in range(4):
             Image.new("L", (8, 8), 40 * number).save(images / place / f"{number}.png")
-    settings = ["data.name=image_folder", f"data.root={images}", "data.image_size=8", "data.validation_fraction=0.5"]
+    settings = ["data.name=image_folder", f"data.root={images}", "data.validation_fraction=0.5"]
     trained = load_config(None, [*settings, "model.width=2", "model.blocks=[1,1]"])
     splits = load_splits(trained.data, 0)
     model = make_model(trained, describe_data(splits.train))
     content = {"config": plain(trained), "data": describe_data(splits.train), "position": {}}
     save_checkpoint({**content, "model": model.state_dict(), "ema": None}, tmp_path / "last.pt")
     images.rename(tmp_path / "there")
-    with pytest.raises(DataError, match="here/train: expected a folder"):
+    with pytest.raises(DataError, match="here: expected a folder of images"):
         load_experiment(tmp_path)
     _, _, again, _ = load_experiment(tmp_path, [f"data.root={tmp_path / 'there'}"])
     assert torch.equal(again.val.images, splits.val.images)
     with pytest.raises(ConfigError, match=r"got data\.name=digits \(the checkpoint has image_folder\)"):
         load_experiment(tmp_path, ["data.name=digits"])
+    for image in (tmp_path / "there").rglob("*.png"):  # a size that was found out is the training images' for good
+        Image.open(image).resize((10, 10)).save(image)
+    _, _, again, _ = load_experiment(tmp_path, [f"data.root={tmp_path / 'there'}"])
+    assert again.test.images.shape[2:] == (8, 8)
 
 
 def test_the_share_of_a_dual_model_is_swept_at_evaluation(tiny, tmp_path: Path):

@@ -1,12 +1,16 @@
 import io
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from robust_moe.engine import MetricLog, Reporter, progress, read_metrics
-from robust_moe.engine.meters import Meter
+from robust_moe.engine import MetricLog, Reporter, Trainer, progress, read_metrics
+from robust_moe.engine.log import curves
+from robust_moe.engine.meters import Meter, Speed
+from robust_moe.evaluation import accuracy
 
 
 def test_lines_and_events_hold_the_same_numbers(tmp_path):
@@ -25,6 +29,89 @@ def test_lines_and_events_hold_the_same_numbers(tmp_path):
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 0.25), (10, 0.125)]
     assert "routing/collapsed" not in events.Tags()["scalars"]  # truth values are no numbers
+
+
+def test_curves_are_of_numbers_that_change_once_each():
+    """Noise in a list of curves: the number of the epoch, times of the wall clock, what another curve shows."""
+    assert curves("train", {"epoch": 1, "loss": 0.5, "lr": 0.1}) == {"train/loss": 0.5, "train/lr": 0.1}
+    values = {"epoch": 1, "lr": 0.1, "train_loss": 0.5, "val_clean": 0.5, "val_robust": None, "val_seconds": 3.0}
+    assert curves("epoch", {**values, "images_per_second": 9.0}) == {
+        "epoch/val_clean": 0.5,
+        "epoch/images_per_second": 9.0,
+    }
+
+
+def test_every_expert_of_every_layer_has_one_curve(tmp_path):
+    log = MetricLog(tmp_path)
+    for step, layer, split in ((5, "layer3.1", "test"), (5, "layer4.1", "test"), (5, "layer4.1", "val")):
+        shares = [(expert + len(split)) / 100 for expert in range(11)]
+        log.write("routing", step, {"epoch": 1, "split": split, "layer": layer, "collapsed": False, "selected": shares})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = [f"experts/{layer}/{expert:02d}" for layer in ("layer3.1", "layer4.1") for expert in range(11)]
+    assert sorted(events.Tags()["scalars"]) == tags  # in the order of the experts
+    (event,) = events.Scalars("experts/layer4.1/10")
+    assert (event.step, event.value) == (5, pytest.approx(0.14))  # of test images
+
+
+def read_sheet(folder, step):
+    """The picture of a step, as an array [h, w] or [h, w, 3]."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (tag,) = events.Tags()["images"]
+    assert tag == "attack/clean, attacked, difference"
+    (event,) = (event for event in events.Images(tag) if event.step == step)
+    sheet = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert sheet.shape[:2] == (event.height, event.width)
+    return sheet
+
+
+@pytest.mark.parametrize(("channels", "size", "shown"), [(1, 8, 64), (3, 32, 64), (3, 224, 112), (4, 96, 96)])
+def test_an_attack_is_shown_beside_its_images(tmp_path, channels, size, shown):
+    clean = torch.full((2, channels, size, size), 0.4)
+    adversarial = clean.clone()
+    adversarial[1, :, size // 2 :] += 8 / 255
+    log = MetricLog(tmp_path)
+    log.attacked(7, clean, adversarial)
+    log.close()
+    assert read_metrics(tmp_path) == []  # a picture is no metric
+    sheet = read_sheet(tmp_path, 7).astype(float)
+    sheet = sheet.mean(2) if sheet.ndim == 3 else sheet
+    side = shown + 2  # with its white edge
+    assert sheet.shape == (2 * side, 3 * side)
+    cells = sheet.reshape(2, side, 3, side).transpose(0, 2, 1, 3)[:, :, 1:-1, 1:-1]
+    assert (cells[0, 0] == 102).all() and (cells[0, 1] == 102).all()
+    assert (cells[0, 2] == 128).all()  # no change is grey
+    assert (cells[1, 1, : shown // 2] == 102).all() and (cells[1, 1, shown // 2 :] == 110).all()
+    assert np.abs(cells[1, 2, shown // 2 :] - 255 * (0.5 + 10 * 8 / 255)).max() <= 1  # ten times magnified
+
+
+def test_other_processes_have_no_pictures(tmp_path):
+    log = MetricLog(tmp_path / "run", enabled=False)
+    log.attacked(1, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_shows_its_attack_once_a_validation(tiny):
+    config = tiny("run.epochs=2", "run.out=" + str(tiny().run.out))
+    trainer = Trainer(config, Reporter(enabled=False))
+    assert trainer.fit().finished
+    first, second = (read_sheet(trainer.folder, step) for step in (4, 8))
+    side = 66
+    count = len(trainer.validation) if len(trainer.validation) < 4 else 4
+    assert first.shape == second.shape == (count * side, 3 * side)
+    assert (first[:, :side] == second[:, :side]).all()  # the same clean images each time
+    assert (first[:, side:] != second[:, side:]).any()  # another model, another attack
+    clean, attacked = trainer.validation.accuracy(trainer.model).examples
+    images = trainer.validation.val.images[:count] / 255
+    assert torch.equal(clean, images)
+    assert 0 < (attacked - clean).abs().max() <= 0.1 + 1e-6  # eval.attack.eps
+    assert accuracy(trainer.model, trainer.validation.val).examples is None  # no attack
+    events = EventAccumulator(str(trainer.folder / "tensorboard"))
+    events.Reload()
+    assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("experts/layer2.1/")]) == 4
+    assert not [tag for tag in events.Tags()["scalars"] if tag.endswith(("epoch", "seconds"))]
 
 
 def test_going_on_drops_what_will_be_done_again(tmp_path):
@@ -114,6 +201,18 @@ def test_meter_means_and_state():
     assert copy.read(lambda means: means * 2) == {"loss": 6.0, "bad": 0.5}
     meter.reset()
     assert meter.read() == {}
+
+
+def test_speed_counts_from_its_start():
+    clock = iter([0.0, 4.0, 10.0, 12.0, 12.0, 13.0])
+    speed = Speed(lambda: next(clock))
+    assert speed.read() is None  # no images yet
+    speed.start()
+    speed.add(6)
+    speed.add(4)
+    assert speed.read() == 5.0
+    speed.start()
+    assert speed.read() is None
 
 
 def test_without_a_terminal_there_are_plain_lines_with_the_time_left(monkeypatch):

@@ -70,7 +70,8 @@ summary { cursor: pointer; color: var(--link); }
   td.word { white-space: normal; }
   td.words, tbody th { min-width: 0; }
   /* a row of many columns becomes a block of lines, each with its column's name */
-  table.wide thead { position: absolute; clip-path: inset(50%); }
+  table.wide thead { position: absolute; display: block; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); }
   table.wide, .wide caption, .wide tbody, .wide tr, .wide tbody th { display: block; }
   .wide tbody tr { padding: .4rem 0; border-bottom: 1px solid var(--line); }
   .wide tbody th { border: 0; padding: 0; }

@@ -1,4 +1,5 @@
-"""Adversarial examples as pictures inside the page: the image, its perturbation magnified, the attacked image."""
+"""Adversarial examples as pictures: the image, its perturbation magnified, the attacked image; inside the page, and as
+one picture for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from PIL import Image
 
 from robust_moe.evaluation.html_report.blocks import Example, Examples, Missing, Picture, Section, Text, command
 
-__all__ = ["example_section"]
+__all__ = ["attack_sheet", "example_section"]
 
 _SMALL = 96  # pixels up to which an image is shown enlarged
+_SHEET = (64, 128)  # least and most pixels of an image's longer side in a sheet
 
 
 def example_section(results: Mapping[str, Any], samples: Mapping[str, np.ndarray]) -> Section | Missing:
@@ -71,12 +73,30 @@ def _magnification(largest: float) -> float:
 
 def _picture(image: np.ndarray, alt: str) -> Picture:
     """A PNG of one image [C, H, W] in [0, 1]."""
-    pixels = np.rint(255 * image.clip(0, 1)).astype(np.uint8)
-    if len(pixels) == 3:
-        drawn = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    else:
-        drawn = Image.fromarray(np.rint(pixels.mean(0)).astype(np.uint8))
     file = io.BytesIO()
-    drawn.save(file, format="png", optimize=True)
+    _drawn(image).save(file, format="png", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
     return Picture(source, alt, max(image.shape[1:]) <= _SMALL)
+
+
+def _drawn(image: np.ndarray) -> Image.Image:
+    """One image [C, H, W] in [0, 1]: in colour, or of other than three channels their mean in grey."""
+    pixels = np.rint(255 * image.clip(0, 1)).astype(np.uint8)
+    if len(pixels) == 3:
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return Image.fromarray(np.rint(pixels.mean(0)).astype(np.uint8))
+
+
+def attack_sheet(clean: np.ndarray, adversarial: np.ndarray) -> Image.Image:
+    """Images [K, C, H, W] in [0, 1] as one picture of K rows: clean, attacked, and their difference around grey,
+    magnified as far as the grey scale allows. Small images are enlarged, of large ones every n-th pixel is shown."""
+    clean, adversarial = _unit(clean), _unit(adversarial)
+    change = adversarial - clean
+    differences = 0.5 + _magnification(float(np.abs(change).max())) * change
+    longest = max(clean.shape[2:])
+    step, times = -(-longest // _SHEET[1]), max(1, _SHEET[0] // longest)
+    parts = [part[..., ::step, ::step] for part in (clean, adversarial, differences)]
+    parts = [part.repeat(times, 2).repeat(times, 3) for part in parts]
+    parts = [np.pad(part, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1.0) for part in parts]  # a white edge
+    rows = np.concatenate(parts, axis=3)  # [K, C, h, 3 w]
+    return _drawn(np.concatenate(list(rows), axis=1))

@@ -26,7 +26,33 @@ from robust_moe.evaluation.html_report.sections import (
 from robust_moe.evaluation.results import FORMAT
 from robust_moe.files import replace_file
 
-__all__ = ["write_report"]
+__all__ = ["render_page", "write_report"]
+
+
+def render_page(
+    title: str,
+    subtitle: str,
+    parts: Sequence[Section | Missing | None],
+    cards: Sequence[Mapping[str, Any]] = (),
+    raised: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """A page that fetches nothing, on a narrow screen, a dark one and on paper too.
+
+    Args:
+        parts: sections, in their order, and what is missing; None: nothing to say.
+        cards: the numbers at the top (:func:`~robust_moe.evaluation.html_report.sections.headline`).
+        raised: sanity flags that are raised.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(PAGE).render(
+        title=title,
+        subtitle=subtitle,
+        cards=cards,
+        raised=raised,
+        sections=[part for part in parts if isinstance(part, Section)],
+        missing=[part for part in parts if isinstance(part, Missing)],
+        palette=figures.PALETTE,
+    )
 
 
 def write_report(
@@ -65,15 +91,12 @@ def write_report(
     ]
     data = results["data"]
     origin = results["checkpoint"] or "a model given in Python"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(PAGE).render(
-        title=f"{run_name(results)}: robustness report",
-        subtitle=f"{origin} ({results['model']['name']}), {data['split']} images of {data['name']}",
-        cards=headline(results),
-        raised=[flag for flag in results["flags"] if flag["raised"]],
-        sections=[part for part in parts if isinstance(part, Section)],
-        missing=[part for part in parts if isinstance(part, Missing)],
-        palette=figures.PALETTE,
+    page = render_page(
+        f"{run_name(results)}: robustness report",
+        f"{origin} ({results['model']['name']}), {data['split']} images of {data['name']}",
+        parts,
+        headline(results),
+        [flag for flag in results["flags"] if flag["raised"]],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
