@@ -16,13 +16,16 @@ from robust_moe.settings import setting
 
 @ATTACKS.register("corners")
 class Corners(Attack):
-    """Random corners of the ball, each pixel up or down by eps: the image keeps the corner of largest loss."""
+    """Random corners of an L-infinity ball, each pixel up or down by eps: the image of largest loss, the clean one's
+    included."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Attack.Config):
         tries: int = setting(20, "corners that are tried", at_least=1, at_most=10_000)
 
     def __init__(self, eps, tries=20, norm="Linf", **settings):
+        if norm != "Linf":
+            raise ValueError(f"norm: expected 'Linf', whose ball has corners, got {norm!r}")
         super().__init__(steps=tries, **settings)
         self.eps, self.norm = eps, norm
 

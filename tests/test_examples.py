@@ -99,6 +99,7 @@ def test_components_of_ones_own_train_and_attack(tmp_path):
     source = shorter(
         (EXAMPLES / "own_attack_and_method.py").read_text(encoding="utf-8"), ("run.epochs=4", "run.epochs=2")
     )
+    source += "\ntry:\n    Corners(0.1, norm='L2')\nexcept ValueError as error:\n    print(error)\n"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python")))}
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
@@ -110,6 +111,7 @@ def test_components_of_ones_own_train_and_attack(tmp_path):
     ]
     left = [float(row[2]) for row in found]
     assert all(corners > pgd for corners, pgd in zip(left[::2], left[1::2], strict=True))  # the weaker attack
+    assert done.stdout.endswith("norm: expected 'Linf', whose ball has corners, got 'L2'\n")
     configs = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("runs/own/*/config.yaml"))]
     assert ["share: 0.5" in text for text in configs] == [True, False, False]
     assert ["tries: 4" in text for text in configs] == [False, True, False]

@@ -21,10 +21,8 @@ SUFFIXES = (".py", ".typed", ".yaml", ".json")
 def test_the_source_distribution_holds_what_a_build_needs(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
     command += ["sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
-    env = {
-        **os.environ,
-        "RMK_BUILD": "none",
-    }  # so that no list of the compiler's inputs adds what MANIFEST.in leaves out
+    # so that no list of the compiler's inputs adds what MANIFEST.in leaves out
+    env = {**os.environ, "RMK_BUILD": "none"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar")

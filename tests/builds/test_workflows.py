@@ -22,6 +22,10 @@ WHEELS = PROJECT["tool"]["cibuildwheel"]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 # What the commands of workflows, and of cibuildwheel's tests, may be: a further one gets a check of its own below.
 INSTALLED = {"pip", "python", "sudo"}
+# Versions before these run on Node 20, whose removal from the runners was announced for September 2026.
+ON_NODE_24 = {"actions/checkout": 5, "actions/setup-python": 6, "actions/upload-artifact": 6}
+# Runners of these labels are gone (actions/runner-images issues 11101, 12045, 13046, 13518): such a job never starts.
+RETIRED = {"ubuntu-20.04", "windows-2019", "macos-13", "macos-14"}
 
 
 def load(path: Path) -> dict[Any, Any]:
@@ -91,6 +95,16 @@ def test_a_workflow_calls_what_is_there(path):
                 assert re.fullmatch(r"[\w-]+/[\w-]+@v\d[\d.]*", step["uses"]), step["uses"]
             else:
                 assert [fault for line in step["run"].splitlines() for fault in faults_of(line)] == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_asks_for_runners_and_actions_that_still_run(path):
+    for job in jobs(load(path)):
+        matrix = job.get("strategy", {}).get("matrix", {}).get("include", [])
+        labels = {row["runs-on"] for row in matrix} or {job["runs-on"]}
+        assert not labels & RETIRED
+        for action, _, version in (step["uses"].partition("@v") for step in job["steps"] if "uses" in step):
+            assert int(version.split(".")[0]) >= ON_NODE_24.get(action, 0), action
 
 
 def test_what_a_job_keeps_is_what_it_made():

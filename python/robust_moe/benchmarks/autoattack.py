@@ -4,6 +4,8 @@ Ours once more as ``robust-moe eval --fast`` runs it: attacks in bfloat16, every
 
 A CNN on digits, L-infinity and L2; with a folder of CIFAR-10 (``--data``) in its place pyautoattack's own ResNet-18,
 which takes a CPU about an hour a round.
+
+Needs the extra ``train`` and pyautoattack.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from robust_moe.attacks import AutoAttack, Counts
 from robust_moe.attacks.autoattack import QUERIES_A_STEP
 from robust_moe.benchmarks.harness import Options, Row, compare
 from robust_moe.data import Parquet
-from robust_moe.evaluation import plan, run_suite
 
 __all__ = ["run"]
 
@@ -97,6 +98,8 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, step
 
 def in_bfloat16(attack: AutoAttack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Which images withstand every attack, as a fast evaluation finds it."""
+    from robust_moe.evaluation import plan, run_suite  # needs the extra train
+
     stages = plan("autoattack", attack)
     with torch.autocast(x.device.type, torch.bfloat16):
         found = run_suite(model, x, y, stages, eps=attack.eps, norm=attack.norm, batch_size=BATCH)
