@@ -33,7 +33,7 @@ class EvalResult:
     robust_mask: Tensor | None  # bool [N]
     routing: dict[str, LayerRouting] = field(default_factory=dict)  # by layer name, on the clean images
     seconds: float = 0.0  # wall clock
-    examples: tuple[Tensor, Tensor] | None = None  # first K images [K, C, H, W], clean and attacked; None: no attack
+    examples: Tensor | None = None  # [2, K, C, H, W]: the first K images, clean and attacked; None: no attack
 
 
 def accuracy(
@@ -72,14 +72,14 @@ def accuracy(
     )
     layers = moe_layers(model)
 
-    examples: list[tuple[Tensor, Tensor]] = []
+    examples: list[Tensor] = []
 
     def look(batch: Batch) -> dict[str, Tensor]:
         found = {"clean": run.right(batch.images, batch.labels), **routes(layers)}
         if attack is not None:
             attacked = run.craft(attack, batch)
-            if not examples:  # copies: an attack may craft the next batch in the same memory
-                examples.append((batch.images[:EXAMPLES].clone(), attacked[:EXAMPLES].clone()))
+            if not examples:  # a copy: an attack may craft the next batch in the same memory
+                examples.append(torch.stack((batch.images[:EXAMPLES], attacked[:EXAMPLES])))
             found["robust"] = found["clean"] & run.right(attacked, batch.labels)
         return found
 
@@ -94,7 +94,7 @@ def accuracy(
         robust_mask=robust,
         routing=used_experts(found, layers),
         seconds=time.perf_counter() - began,
-        examples=(examples[0][0].cpu(), examples[0][1].cpu()) if examples else None,
+        examples=examples[0].cpu() if examples else None,
     )
 
 
