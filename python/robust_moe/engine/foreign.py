@@ -13,7 +13,7 @@ from robust_moe.data import CHANNEL_STATISTICS, ImageSet, Splits, load_splits
 from robust_moe.engine.checkpoint import CheckpointError
 from robust_moe.engine.experiment import describe_data, load_experiment, make_model, resolve_device
 from robust_moe.engine.nearest import nearest_model
-from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state
+from robust_moe.engine.plain_state import PlainState, fitted, is_plain, normalises, read_plain_state
 from robust_moe.models import Normalize
 from robust_moe.settings import shown
 
@@ -85,7 +85,9 @@ def load_measured(path: str | Path, overrides: list[str] | None, foreign: Foreig
         state = read_plain_state(file)
         model = make_model(config, {**data, "mean": mean, "std": std}, warm_start=False)
         model.load_state_dict(_of_model(state, model, file, foreign.model, data))
-        own = any(name.endswith("normalize.mean") for name in state.tensors)
+        own = normalises(state.tensors)
+        if own and foreign.normalize is not None:
+            raise ConfigError(f"normalize: expected none for {file}, which has its own, got {foreign.normalize!r}")
         position = {"normalize": "file" if own else foreign.normalize or "data"}
         facts, notes = {}, (*state.notes, f"{file}: images are normalised by {'its own numbers' if own else said}")
     device = resolve_device(config.run.accelerator)

@@ -81,6 +81,17 @@ def test_what_was_found_out_is_said_and_each_normalisation_has_a_result_file(tmp
     assert len(list(tmp_path.glob("results-w-test-pgd2-*.json"))) == 2
 
 
+def test_a_normalisation_beside_the_file_s_own_is_refused(tmp_path, folder, model):
+    own = {"normalize.mean": torch.zeros(3), "normalize.std": torch.ones(3)}
+    torch.save(model.state_dict() | own, tmp_path / "w.pt")
+    arguments = (tmp_path / "w.pt", "--model", "resnet18", f"data.root={folder}", *SMALL)
+    done = run("eval", *arguments, "--normalize", "imagenet")
+    assert done.exit_code == 2
+    assert f"normalize: expected none for {tmp_path / 'w.pt'}, which has its own, got 'imagenet'" in done.stderr
+    results = evaluated(*arguments, out=tmp_path / "r.json")
+    assert (results["clean"], results["model"]["normalize"]) == (clean_of(model, folder, 0, 1), "file")
+
+
 def test_a_preset_or_a_file_says_the_whole_model(tmp_path, folder, model):
     (tmp_path / "mine.yaml").write_text("model: {name: resnet18, width: 4, blocks: [2, 2]}\n")
     torch.save(model.state_dict(), tmp_path / "w.pt")
