@@ -135,6 +135,23 @@ def test_exported_models_of_other_inputs_are_one_sentence(tmp_path, folder, mode
     assert "expected a program that torch.export.save wrote" in run("eval", tmp_path / "x.pt2", "data=digits").stderr
 
 
+def test_an_exported_model_in_training_or_of_other_classes_is_refused(tmp_path, folder):
+    """It would give numbers, and wrong ones."""
+    batch = ({0: torch.export.Dim("batch")},)
+    parts = {"norm": nn.BatchNorm2d(3), "dropout": nn.Dropout()}
+    for name, part in parts.items():
+        network = nn.Sequential(part, nn.Flatten(), nn.Linear(3 * 64, 10))
+        program = torch.export.export(network.train(), (torch.rand(2, 3, 8, 8),), dynamic_shapes=batch)
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+        done = run("eval", tmp_path / f"{name}.pt2", f"data.root={folder}")
+        assert done.exit_code == 2
+        assert re.search(rf"exported in evaluation .* got one in training, by its aten\..*{name}", done.stderr)
+    wide = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(3 * 64, 12))
+    file = exported(wide, tmp_path / "wide.pt2")
+    done = run("eval", file, f"data.root={folder}")
+    assert "expected logits of 10 classes, as image_folder:images has, got 12" in done.stderr
+
+
 def refusals(tmp_path: Path, folder: Path) -> dict[str, tuple[object, ...]]:
     root, file = f"data.root={folder}", tmp_path / "w.pt"
     return {
