@@ -95,7 +95,7 @@ def certify_run(
         raise ConfigError(f"seconds-per-image: expected a finite number of seconds > 0, got {seconds_per_image}")
     reporter = reporter or Reporter()
     config, model, splits, state = load_experiment(checkpoint, overrides)
-    whole, index = chosen_images(splits, split, count)
+    whole, index = chosen_images(splits, split, count, state)
     shape, classes = tuple(whole.images.shape[1:]), whole.num_classes
     certifier = make_certifier(by, model, shape, classes, norm=norm, search=search, noise=noise, batch_size=batch_size)
     settings = {"by": by, "norm": certifier.norm, **certifier.settings, "seconds_per_image": seconds_per_image}

@@ -71,7 +71,7 @@ def evaluation_facts(
     :func:`~robust_moe.report.assess`."""
     expect_choice(split, count)
     config, model, splits, state = load_measured(checkpoint, overrides, foreign)
-    images, index = chosen_images(splits, split, count)
+    images, index = chosen_images(splits, split, count, state)
     n, device = len(index), next(model.parameters()).device
     cost = model_cost(model.cpu(), _image(images.images, 1))
     model.to(device)

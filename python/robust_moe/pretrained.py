@@ -18,7 +18,7 @@ from robust_moe.content import ContentError, anything, fields, items, mapping, t
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_model_state
 from robust_moe.engine.checkpoint_fields import DATA
 from robust_moe.engine.experiment import description_of, make_model, resolve_device
-from robust_moe.engine.plain_state import read_plain_state
+from robust_moe.engine.plain_state import read_tensors
 from robust_moe.files import replace_file, replacing
 from robust_moe.outputs import (
     EXPORT_MARK,
@@ -104,7 +104,7 @@ def from_pretrained(folder: str | Path, *, device: str | torch.device | None = N
     tree = {"model": described["model"], "run": {"imports": described["imports"]}}
     data = data_of(described, folder / CONFIG)
     model = make_model(config_from_dict(tree, where=str(folder / CONFIG)), data, warm_start=False)
-    load_model_state(model, read_plain_state(weights).tensors, weights)
+    load_model_state(model, read_tensors(weights), weights)
     return model.to(resolve_device("auto") if device is None else torch.device(device)).eval()
 
 

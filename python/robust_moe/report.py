@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, TrainConfig
-from robust_moe.data import ImageSet, Splits
+from robust_moe.data import DataError, ImageSet, Splits, count_trained_on
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads
 from robust_moe.engine.foreign import Foreign, load_measured
 from robust_moe.engine.log import read_metrics
@@ -49,16 +49,26 @@ def expect_choice(split: str, count: int | None) -> None:
         raise ConfigError(f"n: expected a count >= 1, got {count}")
 
 
-def chosen_images(splits: Splits, split: str, count: int | None) -> tuple[ImageSet, Tensor]:
+def chosen_images(
+    splits: Splits, split: str, count: int | None, checkpoint: Mapping[str, Any]
+) -> tuple[ImageSet, Tensor]:
     """(all images of a split, positions int64 of the first ``count`` of every class in their shares; None: of all).
 
     Raises:
         ConfigError: as :func:`expect_choice`, and for a split without images.
+        DataError: a split that was drawn anew, as the images are others, and has training images of ``checkpoint``
+            now; older checkpoints do not tell.
     """
     expect_choice(split, count)
     whole: ImageSet = getattr(splits, split)
     if len(whole) == 0:
         raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
+    seen = count_trained_on(checkpoint["data_digest"], splits, split) if "data_digest" in checkpoint else 0
+    if seen:
+        raise DataError(
+            f"data.root: expected {split} images that the checkpoint was not trained on, got {seen:,} of "
+            f"{len(whole):,} that it was: images were added or removed since, and others are held out now"
+        )
     return whole, whole.head_index(len(whole) if count is None else count)
 
 
@@ -126,7 +136,7 @@ def assess(
     config, model, splits, state = load_measured(checkpoint, overrides, foreign)
     for note in (*splits.notes, *state.get("notes", ())):
         reporter.line(note)
-    whole, index = chosen_images(splits, split, count)
+    whole, index = chosen_images(splits, split, count, state)
     fast = fast and faster_in_half(model, "--fast", reporter.line)
     path = given or expect(_result_file(file, config, split, preset, count, state["position"], fast))
     with open(file, "rb") as stream:

@@ -42,7 +42,8 @@ def evaluate_checkpoint(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A run folder: its best.pt; a checkpoint; with --model a plain state dict; an exported model (.pt2).",
+            help="A run folder: its best.pt; a checkpoint; with --model a plain state dict; an exported model (.pt2), "
+            "whose code may run here.",
             show_default=False,
         ),
     ],

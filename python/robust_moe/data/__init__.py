@@ -10,7 +10,7 @@ import torch
 from robust_moe.data.augment import AugmentConfig, AugmentDraw, apply_augmentation, draw_augmentation
 from robust_moe.data.cifar import CIFAR10, CIFAR100
 from robust_moe.data.dataset import DATASETS, DataSet, FolderDataSet
-from robust_moe.data.digest import FIXED_DATA, data_differences, data_digest
+from robust_moe.data.digest import FIXED_DATA, count_trained_on, data_differences, data_digest
 from robust_moe.data.digits import Digits
 from robust_moe.data.fashion_mnist import FashionMNIST, read_idx
 from robust_moe.data.image_folder import ImageFolder
@@ -50,6 +50,7 @@ __all__ = [
     "TinyImageNet",
     "apply_augmentation",
     "channel_statistics",
+    "count_trained_on",
     "data_differences",
     "data_digest",
     "draw_augmentation",

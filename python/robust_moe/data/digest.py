@@ -14,7 +14,7 @@ from torch import Tensor
 from robust_moe.data.image_set import ImageSet, Splits
 from robust_moe.settings import shown
 
-__all__ = ["FIXED_DATA", "data_differences", "data_digest"]
+__all__ = ["FIXED_DATA", "count_trained_on", "data_differences", "data_digest"]
 
 NOUNS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -41,6 +41,16 @@ def _hashes(part: ImageSet) -> Tensor:
     rows = part.images.contiguous().numpy()
     joined = b"".join(blake2b(row.data, digest_size=8).digest() for row in rows)
     return torch.from_numpy(np.frombuffer(joined, np.int64).copy())
+
+
+def count_trained_on(digest: Mapping[str, Any], splits: Splits, part: str) -> int:
+    """How many images of ``part`` of ``splits`` are training images of a :func:`data_digest` that are none of
+    ``splits``: they changed sides since. Images that a data set has twice stay on both sides, and do not count."""
+    if part == "train":
+        return 0
+    images = _hashes(getattr(splits, part)).numpy()
+    seen = images[np.isin(images, digest["train"]["images"].numpy())]
+    return int(np.isin(seen, _hashes(splits.train).numpy(), invert=True).sum()) if len(seen) else 0
 
 
 def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -13,6 +13,8 @@ __all__ = ["FolderLayout", "class_folders", "find_layout"]
 
 PARTS = ("train", "test", "val")
 TEST_PARTS = ("test", "val")  # the first that holds class folders is read
+# in small letters, what others name parts: two such folders are no classes
+PART_WORDS = {*PARTS, "training", "testing", "valid", "validation", "eval", "dev"}
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,32 @@ def find_layout(root: Path) -> FolderLayout:
             raise DataError(
                 f"{root / 'train'}: expected a folder with one folder per class, beside {parts[0]}, got none"
             )
+        _refuse_parts_as_classes(root)
         _expect_classes(root)
         return FolderLayout(root, None, f"{root}: one tree of classes, without train and test")
     train = root / "train"
     _expect_classes(train)
     there = [root / name for name in TEST_PARTS if (root / name).is_dir()]
     labelled = [folder for folder in there if class_folders(folder)]
-    unread = [folder for folder in there if folder not in labelled[:1]]
+    others = [root / name for name in class_folders(root) if name not in PARTS and name.lower() in PART_WORDS]
+    unread = [folder for folder in (*there, *others) if folder not in labelled[:1]]
     passed_over = f"passed over {listed([folder.name for folder in unread])}" if unread else ""
     if labelled:
         note = f"{root}: the test images are those of {labelled[0].name}; {passed_over}" if unread else None
         return FolderLayout(train, labelled[0], note)
-    without = f", and {passed_over}, without class folders" if unread else ""
+    why = ", which is not named test or val" if others else ", without class folders"
+    without = f", and {passed_over}{why}" if unread else ""
     return FolderLayout(train, None, f"{root}: train without labelled test images{without}")
+
+
+def _refuse_parts_as_classes(root: Path) -> None:
+    """Raise DataError for parts under other names than ours, which would be taken for classes, such as Train, Test."""
+    parts = [name for name in class_folders(root) if name.lower() in PART_WORDS]
+    if len(parts) >= 2:
+        raise DataError(
+            f"{root}: expected train and test (or val), or one folder per class, got parts under other names, "
+            f"{listed(parts)}; rename them, or link to them under those names"
+        )
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from robust_moe.data import CHANNEL_STATISTICS, ImageSet, Splits, load_splits
 from robust_moe.engine.checkpoint import CheckpointError
 from robust_moe.engine.experiment import describe_data, load_experiment, make_model, resolve_device
 from robust_moe.engine.nearest import nearest_model
-from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state
+from robust_moe.engine.plain_state import PlainState, fitted, is_plain, normalises, read_plain_state
 from robust_moe.models import Normalize
 from robust_moe.settings import shown
 
@@ -85,7 +85,9 @@ def load_measured(path: str | Path, overrides: list[str] | None, foreign: Foreig
         state = read_plain_state(file)
         model = make_model(config, {**data, "mean": mean, "std": std}, warm_start=False)
         model.load_state_dict(_of_model(state, model, file, foreign.model, data))
-        own = any(name.endswith("normalize.mean") for name in state.tensors)
+        own = normalises(state.tensors)
+        if own and foreign.normalize is not None:
+            raise ConfigError(f"normalize: expected none for {file}, which has its own, got {foreign.normalize!r}")
         position = {"normalize": "file" if own else foreign.normalize or "data"}
         facts, notes = {}, (*state.notes, f"{file}: images are normalised by {'its own numbers' if own else said}")
     device = resolve_device(config.run.accelerator)
@@ -175,6 +177,15 @@ def _program(file: Path, images: ImageSet, normalize: str | None) -> tuple[nn.Mo
         raise CheckpointError(
             f"{file}: expected images {shape[1:]} (channels, height, width), got {size} of {images.name}"
         )
+    if trains := _in_training(loaded):
+        raise CheckpointError(
+            f"{file}: expected a program exported in evaluation (model.eval()), got one in training, by its {trains}"
+        )
+    outputs = _outputs(loaded)
+    if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] != images.num_classes:
+        raise CheckpointError(
+            f"{file}: expected logits of {images.num_classes} classes, as {images.name} has, got {outputs[0].shape[1]}"
+        )
     mean, std, said = _statistics(normalize or "none", images)
     return ExportedProgram(loaded.module(), Normalize(mean, std)), f"{file}: images are normalised by {said}"
 
@@ -184,3 +195,24 @@ def _inputs(program: Any) -> list[Tensor]:
     names = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     return [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _outputs(program: Any) -> list[Tensor]:
+    """Stand-ins for what the program returns."""
+    names = set(program.graph_signature.user_outputs)
+    nodes = [node for node in program.graph.nodes if node.name in names]
+    return [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _in_training(program: Any) -> str | None:
+    """The first operator that computes as in training: a batch norm that has running statistics and does not use them,
+    or a dropout. Such a program says nothing of the network that was meant."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+        own_statistics = "running_mean" in given and given["running_mean"] is None
+        if (given.get("training") or given.get("train")) and given.get("p") != 0 and not own_statistics:
+            return str(node.target)
+    return None

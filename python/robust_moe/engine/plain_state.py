@@ -15,9 +15,9 @@ What is known of other codes' files is in :func:`read_plain_state`, what of thei
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,11 +27,13 @@ from robust_moe.engine.checkpoint import KEYS, CheckpointError, expect_content, 
 from robust_moe.engine.checkpoint_fields import STATE_DICT
 from robust_moe_kernels.modules.experts import by_expert
 
-__all__ = ["PlainState", "canonical", "fitted", "is_plain", "read_plain_state"]
+__all__ = ["PlainState", "canonical", "fitted", "is_plain", "normalises", "read_plain_state", "read_tensors"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "net", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 SAFETENSORS = ".safetensors"
+NORMALISATION = ("normalize.mean", "normalize.std")
+COUNTERS = ("num_batches_tracked",)
 _RENAMED = (  # of the dual-model paper's code
     (re.compile(r"^Smoe\."), "standard."),
     (re.compile(r"^Rmoe\."), "robust."),
@@ -68,13 +70,15 @@ def read_plain_state(path: Path) -> PlainState:
         CheckpointError: a missing or damaged file, one of robust-moe, which says itself which model it is of, or one
             that holds anything but tensors by name.
     """
-    content = _read_safetensors(path) if path.suffix == SAFETENSORS else read_archive(path, legacy=True)
+    content = _read(path)
     if isinstance(content, dict) and all(key in content for key in KEYS):
         raise CheckpointError(f"{path}: expected a state dict, got a checkpoint of robust-moe, which says its model")
     notes: list[str] = []
     wrapper = next((key for key in WRAPPERS if isinstance(content, dict) and _is_mapping(content.get(key))), None)
     if wrapper is not None:
-        notes.append(f"{path}: the state dict under {wrapper!r}")
+        others = [repr(key) for key, value in content.items() if key != wrapper and _has_tensors(value)]
+        passed_over = f"; passed over the tensors under {listed(others)}" if others else ""
+        notes.append(f"{path}: the state dict under {wrapper!r}{passed_over}")
         content = content[wrapper]
     if not _is_mapping(content) or not content:
         got = f"a dict of {listed([repr(key) for key in content], most=5)}" if content else "nothing"
@@ -100,6 +104,19 @@ def read_plain_state(path: Path) -> PlainState:
     return PlainState(tensors, routed, tuple(notes), left_out)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of :func:`robust_moe.save_pretrained`, under the names that they have there.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or one that holds anything but tensors by name.
+    """
+    content = _read(path)
+    if not _is_mapping(content):
+        raise CheckpointError(f"{path}: expected tensors by name, got {type(content).__name__}")
+    expect_content(fields({"state dict": STATE_DICT}), {"state dict": dict(content)}, path)
+    return dict(content)
+
+
 def fitted(state: PlainState, model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     """The tensors of ``state`` under the names of ``model``, all of them and no other.
 
@@ -113,13 +130,14 @@ def fitted(state: PlainState, model: nn.Module, source: str | Path) -> dict[str,
     names: dict[str, str] = {}
     for name in own:
         names[canonical(name)] = name if canonical(name) not in names else ""  # two of one name: by their own alone
-    found = {
-        (name if name in own else names.get(canonical(name)) or name): value for name, value in state.tensors.items()
-    }
+    found: dict[str, Tensor] = {}
+    for name, value in sorted(state.tensors.items(), key=lambda item: item[0] not in own):  # the model's own first
+        place = name if name in own else names.get(canonical(name)) or name
+        found[name if place in found else place] = value  # a second tensor for one place is left over
     found = {
         name: _reshaped(value, own.get(name)) for name, value in by_expert(_taken_apart(found, own), model).items()
     }
-    kept = ("normalize.mean", "normalize.std", "num_batches_tracked")
+    kept = COUNTERS if normalises(found) else (*NORMALISATION, *COUNTERS)  # half of one's own is a fault
     for name, value in own.items():
         if name not in found and (name.endswith(kept) or (state.left_out and ".gate." in f".{name}")):
             found[name] = value
@@ -129,9 +147,16 @@ def fitted(state: PlainState, model: nn.Module, source: str | Path) -> dict[str,
     return found
 
 
+def normalises(names: Iterable[str]) -> bool:
+    """Whether a state with these names has a normalisation of its images."""
+    return any(name.endswith(NORMALISATION) for name in names)
+
+
 def canonical(name: str) -> str:
-    """A parameter's name without what codes name differently: ``network``, in front of which we normalise, and words
-    for one part of a residual network."""
+    """A parameter's name without what codes name differently: prefixes of all names, ``network``, in front of which we
+    normalise, and words for one part of a residual network."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
     return ".".join(_SAME.get(part, part) for part in name.split(".") if part != "network")
 
 
@@ -183,6 +208,14 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(key, str) and isinstance(one, Tensor) for key, one in value.items()
     )
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+
+
+def _read(path: Path) -> Any:
+    return _read_safetensors(path) if path.suffix == SAFETENSORS else read_archive(path, legacy=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

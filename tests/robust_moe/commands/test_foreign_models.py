@@ -81,6 +81,17 @@ def test_what_was_found_out_is_said_and_each_normalisation_has_a_result_file(tmp
     assert len(list(tmp_path.glob("results-w-test-pgd2-*.json"))) == 2
 
 
+def test_a_normalisation_beside_the_file_s_own_is_refused(tmp_path, folder, model):
+    own = {"normalize.mean": torch.zeros(3), "normalize.std": torch.ones(3)}
+    torch.save(model.state_dict() | own, tmp_path / "w.pt")
+    arguments = (tmp_path / "w.pt", "--model", "resnet18", f"data.root={folder}", *SMALL)
+    done = run("eval", *arguments, "--normalize", "imagenet")
+    assert done.exit_code == 2
+    assert f"normalize: expected none for {tmp_path / 'w.pt'}, which has its own, got 'imagenet'" in done.stderr
+    results = evaluated(*arguments, out=tmp_path / "r.json")
+    assert (results["clean"], results["model"]["normalize"]) == (clean_of(model, folder, 0, 1), "file")
+
+
 def test_a_preset_or_a_file_says_the_whole_model(tmp_path, folder, model):
     (tmp_path / "mine.yaml").write_text("model: {name: resnet18, width: 4, blocks: [2, 2]}\n")
     torch.save(model.state_dict(), tmp_path / "w.pt")
@@ -122,6 +133,23 @@ def test_exported_models_of_other_inputs_are_one_sentence(tmp_path, folder, mode
     assert "expected images [3, 8, 8] (channels, height, width), got [3, 6, 6]" in done.stderr
     (tmp_path / "x.pt2").write_bytes(b"nothing")
     assert "expected a program that torch.export.save wrote" in run("eval", tmp_path / "x.pt2", "data=digits").stderr
+
+
+def test_an_exported_model_in_training_or_of_other_classes_is_refused(tmp_path, folder):
+    """It would give numbers, and wrong ones."""
+    batch = ({0: torch.export.Dim("batch")},)
+    parts = {"norm": nn.BatchNorm2d(3), "dropout": nn.Dropout()}
+    for name, part in parts.items():
+        network = nn.Sequential(part, nn.Flatten(), nn.Linear(3 * 64, 10))
+        program = torch.export.export(network.train(), (torch.rand(2, 3, 8, 8),), dynamic_shapes=batch)
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+        done = run("eval", tmp_path / f"{name}.pt2", f"data.root={folder}")
+        assert done.exit_code == 2
+        assert re.search(rf"exported in evaluation .* got one in training, by its aten\..*{name}", done.stderr)
+    wide = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(3 * 64, 12))
+    file = exported(wide, tmp_path / "wide.pt2")
+    done = run("eval", file, f"data.root={folder}")
+    assert "expected logits of 10 classes, as image_folder:images has, got 12" in done.stderr
 
 
 def refusals(tmp_path: Path, folder: Path) -> dict[str, tuple[object, ...]]:

@@ -90,6 +90,18 @@ def test_train_alone_holds_out_test_images(tmp_path: Path):
     )
 
 
+def test_a_part_under_another_name_is_passed_over_and_said(tmp_path: Path):
+    fill(tmp_path / "train", 5)
+    fill(tmp_path / "valid", 2)
+    train, test = load(tmp_path)
+    said = f"{tmp_path}: train without labelled test images, and passed over valid, which is not named test or val"
+    assert (len(train), len(test), train.notes[0]) == (12, 3, said)
+    fill(tmp_path / "test", 1)
+    train, test = load(tmp_path)
+    said = f"{tmp_path}: the test images are those of test; passed over valid"
+    assert (len(train), len(test), train.notes) == (15, 3, (said,))
+
+
 # --- size
 
 
@@ -179,6 +191,12 @@ def part_alone(root: Path) -> str:
     return r"train: expected a folder with one folder per class, beside test, got none$"
 
 
+def parts_under_other_names(root: Path) -> str:
+    fill(root / "Training")
+    fill(root / "Testing")
+    return r"expected train and test .*, got parts under other names, Testing, Training; rename them"
+
+
 def one_image(root: Path) -> str:
     fill(root)
     save(root / "dog" / "0.png")
@@ -191,7 +209,9 @@ def empty_class(root: Path) -> str:
     return r"dog: expected images \(.*\), got none$"
 
 
-@pytest.mark.parametrize("make", [one_class, one_folder_around, no_class, part_alone, one_image, empty_class])
+@pytest.mark.parametrize(
+    "make", [one_class, one_folder_around, no_class, part_alone, parts_under_other_names, one_image, empty_class]
+)
 def test_what_is_no_data_set_is_one_sentence(tmp_path: Path, make):
     message = make(tmp_path)
     with pytest.raises(DataError, match=message):

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from robust_moe.data import data_differences, data_digest, load_splits
+from robust_moe.config import load_config
+from robust_moe.data import DataError, count_trained_on, data_differences, data_digest, load_splits
 from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, save_checkpoint, trainer
+from robust_moe.report import chosen_images
 
 
 def fit(config, **options):
@@ -176,3 +178,37 @@ def test_shapes_and_parts_without_images_are_told_apart(tiny):
     assert data_differences(old, new) == {"number of validation images": "number of validation images: 29 became 0"}
     found = data_differences(old, data_digest(squeezed(splits)))
     assert found["image shape"] == "image shape: [1, 8, 8] became [1, 8, 7]"
+
+
+def one_tree(root):
+    """Two classes of 20 images, all different, out of which test and validation images are held out."""
+    for number, name in enumerate(("ant", "bee")):
+        (root / name).mkdir()
+        for i in range(20):
+            Image.new("L", (4, 4), 40 * number + i).save(root / name / f"{i:02}.png")
+    return load_config(None, [f"data.root={root}", "data.validation_fraction=0.25"]).data
+
+
+def test_images_that_change_sides_after_the_training_are_not_measured_as_unseen(tmp_path):
+    config = one_tree(tmp_path)
+    trained = load_splits(config, 0)
+    checkpoint = {"data_digest": data_digest(trained)}
+    for part in ("train", "val", "test"):
+        assert len(chosen_images(trained, part, None, checkpoint)[0]) == len(getattr(trained, part))
+    Image.new("L", (4, 4), 200).save(tmp_path / "ant" / "new.png")
+    now = load_splits(config, 0)
+    before = {int(image[0, 0, 0]) for image in trained.train.images}
+    for part in ("val", "test"):
+        moved = sum(int(image[0, 0, 0]) in before for image in getattr(now, part).images)
+        assert moved > 0
+        whole = len(getattr(now, part))
+        with pytest.raises(DataError, match=rf"expected {part} images that .*, got {moved} of {whole} that it was: "):
+            chosen_images(now, part, None, checkpoint)
+    chosen_images(now, "train", None, checkpoint)  # asked for as what they are
+    chosen_images(now, "test", None, {})  # a checkpoint from before digests
+
+
+def test_an_image_that_a_data_set_has_twice_is_no_sign_of_another_division(tmp_path):
+    splits = load_splits(one_tree(tmp_path), 0)
+    twice = replace(splits, test=splits.train.subset(torch.arange(3)))
+    assert count_trained_on(data_digest(splits), twice, "test") == 0

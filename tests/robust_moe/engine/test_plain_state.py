@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robust_moe.config import ConfigError, load_config
 from robust_moe.engine import CheckpointError
 from robust_moe.engine.experiment import make_model
-from robust_moe.engine.plain_state import is_plain, read_plain_state
+from robust_moe.engine.plain_state import fitted, is_plain, read_plain_state, read_tensors
 from robust_moe_kernels.modules import moe_layers
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -222,3 +222,44 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path):
     ):
         with pytest.raises(CheckpointError, match=rf"{name}: .*({message})"):
             read_plain_state(tmp_path / name)
+
+
+def test_of_two_tensors_for_one_place_the_second_is_left_over(tmp_path: Path):
+    """Whichever comes first in the file: neither takes the other's place in silence."""
+    state = ReleasedResNet().state_dict()  # its last layer is "linear", ours "fc"
+    both = state | {name.replace("linear", "fc"): value + 1 for name, value in state.items() if "linear" in name}
+    for content in (both, dict(reversed(both.items()))):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=r"left over 2 of \d+: linear\.(weight|bias), linear\."):
+            started(tmp_path / "w.pt", *SMALL)
+
+
+@pytest.mark.parametrize("half", ["normalize.mean", "normalize.std"])
+def test_half_a_normalisation_is_not_completed_by_the_images(tmp_path: Path, half: str):
+    torch.save(ReleasedResNet().state_dict() | {half: torch.ones(3)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"weights of another model: missing 1 of \d+: normalize\.(mean|std)$"):
+        started(tmp_path / "w.pt", *SMALL)
+
+
+def test_other_state_dicts_in_the_file_are_named(tmp_path: Path):
+    state = ReleasedResNet().state_dict()
+    torch.save({"model_ema": state, "model": state, "optimizer": {"state": {}}, "epoch": 3}, tmp_path / "w.pt")
+    note = f"{tmp_path / 'w.pt'}: the state dict under 'model'; passed over the tensors under 'model_ema'"
+    assert read_plain_state(tmp_path / "w.pt").notes == (note,)
+
+
+@pytest.mark.parametrize("prefix", ["net", "model"])
+def test_a_model_whose_own_names_begin_with_a_prefix_takes_its_own_state(tmp_path: Path, prefix: str):
+    theirs = nn.ModuleDict({prefix: nn.Linear(3, 2)})
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    found = fitted(read_plain_state(tmp_path / "w.pt"), nn.ModuleDict({prefix: nn.Linear(3, 2)}), "w.pt")
+    assert found.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in found.items())
+
+
+def test_the_tensors_of_a_model_saved_here_keep_their_names(tmp_path: Path):
+    """Nothing in them is a prefix or a name of other code."""
+    state = {"net.router.gate.weight": torch.ones(2), "net.linear.bias": torch.zeros(1)}
+    torch.save(state, tmp_path / "model.pt")
+    assert read_tensors(tmp_path / "model.pt").keys() == state.keys()
+    assert read_plain_state(tmp_path / "model.pt").tensors.keys() != state.keys()
