@@ -1,4 +1,4 @@
-"""The examples run as they are, but for shorter training, and show what they say that they show."""
+"""Every example runs, some with shorter training, and prints what its docstring promises."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Residual(nn.Module):
 
 
 class ReleasedResNet(nn.Module):
-    """A residual network of two blocks a stage, with the names of CIFAR work; images as they are given to it."""
+    """A residual network, two blocks a stage, layers named as in code for CIFAR; it does not normalise its images."""
 
     def __init__(self, width: int = 4, stages: int = 2, classes: int = 10, experts: int = 0) -> None:
         super().__init__()

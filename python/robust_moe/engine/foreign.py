@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -166,7 +167,7 @@ def _program(file: Path, images: ImageSet, normalize: str | None) -> tuple[nn.Mo
         loaded = torch.export.load(file)
     except Exception as error:
         raise CheckpointError(f"{file}: expected a program that torch.export.save wrote, got: {error}") from error
-    shape = next((list(spec.shape) for spec in _inputs(loaded)), [])
+    shape = next((list(spec.shape) for spec in _stand_ins(loaded, loaded.graph_signature.user_inputs)), [])
     size = list(images.images.shape[1:])
     if len(shape) != 4 or isinstance(shape[0], int):
         got = "one of other inputs" if len(shape) != 4 else f"one of batches of {shape[0]}"
@@ -181,7 +182,7 @@ def _program(file: Path, images: ImageSet, normalize: str | None) -> tuple[nn.Mo
         raise CheckpointError(
             f"{file}: expected a program exported in evaluation (model.eval()), got one in training, by its {trains}"
         )
-    outputs = _outputs(loaded)
+    outputs = _stand_ins(loaded, loaded.graph_signature.user_outputs)
     if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] != images.num_classes:
         raise CheckpointError(
             f"{file}: expected logits of {images.num_classes} classes, as {images.name} has, got {outputs[0].shape[1]}"
@@ -190,17 +191,10 @@ def _program(file: Path, images: ImageSet, normalize: str | None) -> tuple[nn.Mo
     return ExportedProgram(loaded.module(), Normalize(mean, std)), f"{file}: images are normalised by {said}"
 
 
-def _inputs(program: Any) -> list[Tensor]:
-    """Stand-ins for what the program is called with; a size that may vary is no int."""
-    names = set(program.graph_signature.user_inputs)
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    return [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
-
-
-def _outputs(program: Any) -> list[Tensor]:
-    """Stand-ins for what the program returns."""
-    names = set(program.graph_signature.user_outputs)
-    nodes = [node for node in program.graph.nodes if node.name in names]
+def _stand_ins(program: Any, names: Iterable[object]) -> list[Tensor]:
+    """Stand-ins for the tensors of those names in the program's graph; a size that may vary is no int."""
+    wanted = set(names)
+    nodes = [node for node in program.graph.nodes if node.name in wanted]
     return [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
 
 

@@ -92,7 +92,8 @@ class RunSummary:
     @property
     def best_epoch(self) -> int | None:
         """The first epoch with that accuracy."""
-        return next((line["epoch"] for line in self.lines if line.get("val_robust") == self.best is not None), None)
+        best = self.best
+        return None if best is None else next(line["epoch"] for line in self.lines if line.get("val_robust") == best)
 
     @property
     def speed(self) -> float | None:

@@ -34,6 +34,7 @@ class SweptRun:
     folder: Path
     arguments: tuple[str, ...]  # of robust-moe train
     config: TrainConfig
+    settings: Mapping[str, str]  # of ``config`` by dotted name, as text
 
     def summary(self) -> RunSummary:
         """What its folder says."""
@@ -93,11 +94,12 @@ def plan_sweep(source: str, settings: Sequence[str], out: str | Path, common: Se
         place = folder / point.name
         arguments = (source, *point.settings, *common, f"run.out={place}")
         config = load_config(source, arguments[1:])
-        content = "\n".join(f"{key}: {value}" for key, value in _settings(config).items() if key != "run.out")
+        found = settings_in(yaml_text(config))
+        content = "\n".join(f"{key}: {value}" for key, value in found.items() if key != "run.out")
         if content in known:
             raise ConfigError(f"sweep: expected runs that differ, got the same for {known[content]} and {point.name}")
         known[content] = point.name
-        runs.append(SweptRun(point.name, place, arguments, config))
+        runs.append(SweptRun(point.name, place, arguments, config, found))
     for run in runs:
         expect_other_folder(source, run.folder)
         Trainer(run.config, Reporter(enabled=False))
@@ -106,16 +108,12 @@ def plan_sweep(source: str, settings: Sequence[str], out: str | Path, common: Se
     return runs
 
 
-def _settings(config: TrainConfig) -> dict[str, str]:
-    return settings_in(yaml_text(config))
-
-
 def _expect_same(run: SweptRun) -> None:
     """Refuse a folder that has a run with other settings, which would be taken for this one."""
-    there, asked = run.summary(), _settings(run.config)
+    there = run.summary()
     changed: Mapping[str, str] = {
         key: f"{key}: {there.settings[key]} there, {value} asked for"
-        for key, value in asked.items()
+        for key, value in run.settings.items()
         if key not in NEUTRAL and there.settings.get(key, value) != value
     }
     if there.state != FINISHED:  # a training that goes on compares the images themselves

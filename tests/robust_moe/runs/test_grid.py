@@ -59,7 +59,7 @@ def test_names_are_names_of_folders_and_differ():
     escaped = [value.replace(",", r"\,") if not value.startswith("[") else value for value in values]
     names = [point.name for point in grid([f"key={','.join(escaped)}"])]
     assert len(set(names)) == len(values)
-    assert names[1] == "key=8_255"  # as it is; the others that cannot be have a digest
+    assert names[1] == "key=8_255"  # a name that a folder may have is kept; any other gets a digest
     assert all("/" not in name and "\\" not in name and len(name) < 140 and name.isascii() for name in names)
     again = [point.name for point in grid(["key=8/255,4/255"])]
     assert again[0] == names[0]  # whatever else is in the grid: a sweep with more values goes on
