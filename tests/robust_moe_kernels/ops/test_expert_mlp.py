@@ -292,7 +292,7 @@ WRONG = {
                             "weight1: expected H1 = 16 outputs for glu_silu and H = 8, got 8"),
     "activation unknown": ({"activation": "swish"}, ValueError, "activation: expected one of gelu, gelu_tanh, relu, "),
     "activation not gated": ({"activation": "sigmoid"}, ValueError, "activation: expected one of gelu, "),
-    "route a tuple": ({"route": (1, 2)}, TypeError, "route: expected a Route, got tuple"),
+    "route a tuple": ({"route": (1, 2)}, TypeError, "route: expected a Route, as sort_by_expert makes it, got tuple"),
     "route of other experts": ({"route": sort_by_expert(torch.tensor([[0, 1], [1, 2], [2, 0]]), 4)}, ValueError,
                                "offsets: expected shape [4] ([E+1]), got [5]"),
     "order out of range": (changed_route(order=torch.tensor([0, 5, 1, 2, 3, 6])), ValueError,
