@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
-from robust_moe.data import DATASETS, ImageSet, Parquet
+from robust_moe.data import DATASETS, DataSet, ImageSet, Parquet
+from robust_moe.data.dataset import Read
 
 __all__ = ["DECODED_ONCE", "DecodedOnce"]
 
@@ -15,8 +17,11 @@ DECODED_ONCE = "parquet-decoded-once"
 class DecodedOnce(Parquet):
     """The same images as the data set ``parquet``."""
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    def parts(self) -> tuple[ImageSet, ImageSet]:
         return _decode(self.config.root, self.config.image_size)
+
+    def read(self, parts: Sequence[ImageSet]) -> Read:
+        return DataSet.read(self, parts)
 
 
 @cache

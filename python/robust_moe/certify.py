@@ -94,9 +94,9 @@ def certify_run(
     if seconds_per_image is not None and not (math.isfinite(seconds_per_image) and seconds_per_image > 0):
         raise ConfigError(f"seconds-per-image: expected a finite number of seconds > 0, got {seconds_per_image}")
     reporter = reporter or Reporter()
-    config, model, splits, state = load_experiment(checkpoint, overrides)
+    config, model, splits, state = load_experiment(checkpoint, overrides, task=reporter.task)
     whole, index = chosen_images(splits, split, count, state)
-    shape, classes = tuple(whole.images.shape[1:]), whole.num_classes
+    shape, classes = whole.shape, whole.num_classes
     certifier = make_certifier(by, model, shape, classes, norm=norm, search=search, noise=noise, batch_size=batch_size)
     settings = {"by": by, "norm": certifier.norm, **certifier.settings, "seconds_per_image": seconds_per_image}
     digest = json.dumps([settings, split, count, state["position"], overrides or []]).encode()
@@ -105,7 +105,7 @@ def certify_run(
     outputs = certificate_outputs(path)
     expect_outputs("out", outputs, [("checkpoint", file)])
     with cpu_threads(config.run.threads):
-        work = _Certification(certifier, model, whole.subset(index), index, settings, reporter)
+        work = _Certification(certifier, model, whole.subset(index).decoded(), index, settings, reporter)
         results = _read(path, work.identity) if resume else None
         if results is None:
             described = {"checkpoint": str(checkpoint), "data": {"name": whole.name, "split": split}}

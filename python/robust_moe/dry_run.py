@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from robust_moe.analysis import ModelCost, model_cost
 from robust_moe.config import ConfigError, TrainConfig
-from robust_moe.data import ImageSet, load_splits
+from robust_moe.data import load_splits
+from robust_moe.data.image_set import LabelledImages
 from robust_moe.engine.cost import passes_of_run, steps_of_run
 from robust_moe.engine.experiment import describe_data, make_method, make_model
 from robust_moe.engine.foreign import Foreign, load_measured
@@ -37,7 +39,7 @@ def training_facts(config: TrainConfig) -> Facts:
     model = make_model(config, describe_data(splits.train))
     train, val, test = len(splits.train), len(splits.val), len(splits.test)
     expect_warmup_within(config.optim, *steps_of_run(config, train))
-    cost = model_cost(model, _image(splits.train.images, 1))
+    cost = model_cost(model, _some(splits.train, 1))
     facts = [
         ("data", f"{splits.train.name}: {train:,} training, {val:,} validation, {test:,} test images"),
         *(("data", note) for note in splits.notes),
@@ -50,7 +52,7 @@ def training_facts(config: TrainConfig) -> Facts:
     except ConfigError:
         facts.append(("passes", f"not counted for {config.method.name}"))
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept = _kept(model.train(), _image(splits.train.images, 2)) / 2 * config.run.batch_size
+    kept = _kept(model.train(), _some(splits.train, 2)) / 2 * config.run.batch_size
     copies = 2 + config.optim.state_size  # the weights, their gradients, the optimiser's state
     text = f"about {_size(weights * copies + kept)}: {_size(weights * copies)} of weights, gradients and optimiser, "
     facts.append(("memory", f"{text}{_size(kept)} of activations in float32"))
@@ -73,7 +75,7 @@ def evaluation_facts(
     config, model, splits, state = load_measured(checkpoint, overrides, foreign)
     images, index = chosen_images(splits, split, count, state)
     n, device = len(index), next(model.parameters()).device
-    cost = model_cost(model.cpu(), _image(images.images, 1))
+    cost = model_cost(model.cpu(), _some(images, 1))
     model.to(device)
     facts = [
         ("data", f"{images.name}: {n:,} of {len(images):,} {split} images"),
@@ -91,8 +93,8 @@ def evaluation_facts(
     return facts
 
 
-def _model(name: str, images: ImageSet, cost: ModelCost) -> tuple[str, str]:
-    size = "x".join(map(str, images.images.shape[1:]))
+def _model(name: str, images: LabelledImages, cost: ModelCost) -> tuple[str, str]:
+    size = "x".join(map(str, images.shape))
     idle = cost.active_parameters < cost.parameters
     active = f", of which {cost.active_parameters:,} see an image" if idle else ""
     return (
@@ -102,9 +104,9 @@ def _model(name: str, images: ImageSet, cost: ModelCost) -> tuple[str, str]:
     )
 
 
-def _image(images: Tensor, count: int) -> Tensor:
-    batch = images[:count]
-    return batch if batch.is_floating_point() else batch.float() / 255
+def _some(images: LabelledImages, count: int) -> Tensor:
+    """The first of the images: [count, C, H, W] in [0, 1]."""
+    return images.subset(torch.arange(min(count, len(images)))).decoded().images.float() / 255
 
 
 def _kept(model: nn.Module, images: Tensor) -> int:

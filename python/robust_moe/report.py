@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, TrainConfig
-from robust_moe.data import DataError, ImageSet, Splits, count_trained_on
+from robust_moe.data import DataError, ImageSet, Splits, StreamedSet, count_trained_on
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads
 from robust_moe.engine.foreign import Foreign, load_measured
 from robust_moe.engine.log import read_metrics
@@ -51,7 +52,7 @@ def expect_choice(split: str, count: int | None) -> None:
 
 def chosen_images(
     splits: Splits, split: str, count: int | None, checkpoint: Mapping[str, Any]
-) -> tuple[ImageSet, Tensor]:
+) -> tuple[ImageSet | StreamedSet, Tensor]:
     """(all images of a split, positions int64 of the first ``count`` of every class in their shares; None: of all).
 
     Raises:
@@ -60,7 +61,9 @@ def chosen_images(
             now; older checkpoints do not tell.
     """
     expect_choice(split, count)
-    whole: ImageSet = getattr(splits, split)
+    whole: ImageSet | StreamedSet = getattr(splits, split)
+    if isinstance(whole, StreamedSet):  # every position has its image, or there is no evaluation
+        whole = dataclasses.replace(whole, on_error="stop")
     if len(whole) == 0:
         raise ConfigError(f"split: expected images in {split!r}, got an empty set (data.validation_fraction)")
     seen = count_trained_on(checkpoint["data_digest"], splits, split) if "data_digest" in checkpoint else 0
@@ -133,7 +136,7 @@ def assess(
 
     given = None if out is None else expect(expect_json_name("out", out))
     reporter = reporter or Reporter()
-    config, model, splits, state = load_measured(checkpoint, overrides, foreign)
+    config, model, splits, state = load_measured(checkpoint, overrides, foreign, reporter.task)
     for note in (*splits.notes, *state.get("notes", ())):
         reporter.line(note)
     whole, index = chosen_images(splits, split, count, state)
@@ -148,7 +151,7 @@ def assess(
         "data": {"name": whole.name, "split": split, "image_size": image_size, "classes": classes},
         "settings": {"checkpoint": str(checkpoint), "checkpoint_sha256": checksum},
     }
-    images = whole.subset(index)
+    images = whole.subset(index).decoded()
     with cpu_threads(config.run.threads):
         evaluation = PresetEvaluation(
             *(model, images.images, images.labels, index),

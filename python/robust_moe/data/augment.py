@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robust_moe.data.resized_crop import crop_box, draw_resized_crops, resize_boxes
 from robust_moe.data.transfer import send
 from robust_moe.settings import Config, ConfigError, setting
 
@@ -30,6 +31,16 @@ class AugmentConfig(Config):
     flip_order: Literal["random", "alternating"] = setting(
         "random", "of flip: with probability 1/2, or alternating, in every second epoch"
     )
+    resized_crop_scale: tuple[float, ...] = setting(
+        (),
+        "least and largest share of an image's area that a random rectangle has, which is scaled to the image's size, "
+        "e.g. [0.08, 1]; []: off. Streamed images are cut at their own resolution, others as they lie in memory",
+        above=0,
+        at_most=1,
+    )
+    resized_crop_ratio: tuple[float, ...] = setting(
+        (3 / 4, 4 / 3), "of resized_crop_scale: least and largest width of the rectangle divided by its height", above=0
+    )
     crop_padding: int = setting(
         0, "zero padding on each side before a random crop of the original size; 0: off", unit="pixels", at_least=0
     )
@@ -42,6 +53,13 @@ class AugmentConfig(Config):
     )
 
     def check(self) -> None:
+        for name, values in (("scale", self.resized_crop_scale), ("ratio", self.resized_crop_ratio)):
+            off = name == "scale" and values == ()
+            if not off and (len(values) != 2 or values[0] > values[1]):
+                raise ConfigError(
+                    f"resized_crop_{name}: expected the least and the largest value, [LEAST, LARGEST], got "
+                    f"{list(values)}"
+                )
         if not all(0 <= value <= 1 for value in self.cutout_fill):
             raise ConfigError(f"cutout_fill: expected values in [0, 1], got {list(self.cutout_fill)}")
 
@@ -56,6 +74,8 @@ class AugmentDraw(NamedTuple):
     cutout: Tensor | None  # int64 [B, 2]: row and column of the square's centre
     side: int  # the square's, in pixels
     fill: tuple[float, ...] = ()  # of the square, a value per channel; (): zero
+    resized: Tensor | None = None  # float64 [B, 22]: of a resized crop, as draw_resized_crops has them; on the CPU
+    ratio: tuple[float, ...] = ()  # that they were drawn with
 
     def select(self, index: slice) -> AugmentDraw:
         """The draw of some of the images."""
@@ -87,6 +107,9 @@ def draw_augmentation(
     crop = torch.randint(2 * config.crop_padding + 1, (batch, 2), generator=generator)
     color = 1 + config.color_jitter * (2 * torch.rand(batch, 3, generator=generator) - 1)
     centre = torch.stack([torch.randint(side, (batch,), generator=generator) for side in (height, width)], dim=1)
+    resized = None  # the last to be drawn: the other numbers are the same without it
+    if config.resized_crop_scale:
+        resized = draw_resized_crops(batch, config.resized_crop_scale, config.resized_crop_ratio, generator)
     return AugmentDraw(
         flip=flip if config.flip else None,
         crop=crop if config.crop_padding else None,
@@ -95,12 +118,21 @@ def draw_augmentation(
         cutout=centre if config.cutout else None,
         side=config.cutout,
         fill=config.cutout_fill,
+        resized=resized,
+        ratio=config.resized_crop_ratio,
     )
 
 
 def apply_augmentation(images: Tensor, draw: AugmentDraw) -> Tensor:
-    """Crop, mirror, jitter and cut out, in this order: float [B, C, H, W] in [0, 1] -> the same, on its device."""
+    """Resized crop, crop, mirror, jitter and cut out, in this order: float [B, C, H, W] in [0, 1] -> the same, on its
+    device."""
+    if draw.resized is not None:  # numbers become pixels on the CPU, whichever device the images are on
+        height, width = images.shape[2:]
+        boxes = [crop_box(row, height, width, draw.ratio) for row in draw.resized.tolist()]
+        draw = draw._replace(resized=torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4))
     draw = draw.to(images.device)
+    if draw.resized is not None:
+        images = resize_boxes(images, draw.resized)
     if draw.flip is not None or draw.crop is not None:
         images = _crop_flip(images, draw)
     if draw.color is not None:

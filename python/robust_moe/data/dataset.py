@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
 
 from robust_moe.data.augment import AugmentConfig
 from robust_moe.data.image_kind import IMAGE_KINDS
-from robust_moe.data.image_set import DataError, ImageSet
+from robust_moe.data.image_set import DataError, ImageSet, Labelled
 from robust_moe.data.poison import PoisonConfig
+from robust_moe.data.progress import Task, silent
+from robust_moe.data.streamed import StreamedSet
 from robust_moe.settings import Config as Settings
 from robust_moe.settings import Table, choose, setting
 
-__all__ = ["DATASETS", "MOST_SIDE", "DataSet", "FolderDataSet"]
+__all__ = ["DATASETS", "MOST_SIDE", "DataSet", "FolderDataSet", "Read"]
 
 DATASETS = Table("data set")
 MOST_SIDE = 2**12  # pixels of data.image_size
+
+
+class Read(NamedTuple):
+    """What :meth:`DataSet.read` made of a data set's parts."""
+
+    train: ImageSet | StreamedSet
+    val: ImageSet
+    test: ImageSet
+    kept: Tensor  # int64, ascending: positions of the images of ``train`` in the part that it was read from
 
 
 class DataSet(ABC):
@@ -74,8 +89,23 @@ class DataSet(ABC):
     config: Config
     finds_size: ClassVar[bool] = False  # whether image_size=null depends on the images that are there
 
+    task: Task = staticmethod(silent)  # shows the progress of reading
+
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def parts(self) -> tuple[Labelled, Labelled]:
+        """As :meth:`load`; a source whose images are decoded one by one has not read them yet."""
+        return self.load()
+
+    def read(self, parts: Sequence[Labelled]) -> Read:
+        """The images of ``parts``: training, validation and test images that were chosen of :meth:`parts`.
+
+        Raises:
+            DataError: as :meth:`load`.
+        """
+        train, val, test = cast(Sequence[ImageSet], parts)
+        return Read(train, val, test, torch.arange(len(train)))
 
     @abstractmethod
     def load(self) -> tuple[ImageSet, ImageSet]:

@@ -1,22 +1,28 @@
-"""Labelled images in memory, and the checks and resizing that every source shares."""
+"""Labelled images, those in memory, and the checks and resizing that every source shares."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from robust_moe.data.encoded import EncodedImages
+
 __all__ = [
     "DataError",
     "ImageSet",
-    "Splits",
+    "Labelled",
+    "LabelledImages",
     "check_labels",
     "expect_room",
     "import_extra",
@@ -33,34 +39,19 @@ class DataError(RuntimeError):
     settings: tuple[str, ...] = ()  # KEY=VALUE with which the same command goes, where that is known
 
 
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Labelled images, kept as bytes.
+class Labelled(ABC):
+    """Labelled images, read or not.
 
-    images: uint8 [N, C, H, W], 0..255
     labels: int64 [N], positions in ``class_names``
     class_names: one name a class
     name: the data set's, e.g. ``cifar10``
     notes: what was passed over or left out when it was read, one sentence each
     """
 
-    images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     name: str
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
-            raise ValueError(f"images: expected uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}")
-        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels: expected int64 [{len(self.images)}], got {self.labels.dtype} {list(self.labels.shape)}"
-            )
-        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
-            raise ValueError(
-                f"labels: expected 0..{self.num_classes - 1}, got {int(self.labels.min())}..{int(self.labels.max())}"
-            )
+    notes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,13 +60,9 @@ class ImageSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @property
-    def channels(self) -> int:
-        return self.images.shape[1]
-
-    def subset(self, index: Tensor) -> ImageSet:
+    @abstractmethod
+    def subset(self, index: Tensor) -> Self:
         """The images at ``index`` (int64 [M]), in that order."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def head_index(self, count: int) -> Tensor:
         """Positions, int64, of ``count`` images: the first of every class, in the classes' shares of this set, in its
@@ -92,24 +79,71 @@ class ImageSet:
         kept = [torch.nonzero(self.labels == c).flatten()[:n] for c, n in enumerate(wanted)]
         return torch.cat(kept).sort().values
 
-    def head(self, count: int) -> ImageSet:
+    def head(self, count: int) -> Self:
         """The images at :meth:`head_index`; the set itself if it has no more than ``count``."""
         index = self.head_index(count)
         return self if len(index) == len(self) else self.subset(index)
 
 
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """The three parts of a data set; ``val`` is held out of the training images and may be empty."""
-
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
+class LabelledImages(Labelled):
+    """Labelled images of one shape, in memory or streamed."""
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What was passed over or left out when the files were read, one sentence each."""
-        return tuple(dict.fromkeys((*self.train.notes, *self.test.notes)))
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def decoded(self) -> ImageSet:
+        """These images in memory. Raises :class:`DataError` where they cannot be read, or are more than memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(LabelledImages):
+    """Labelled images in memory, kept as bytes.
+
+    images: uint8 [N, C, H, W], 0..255
+    labels: int64 [N], positions in ``class_names``
+    class_names: one name a class
+    name: the data set's, e.g. ``cifar10``
+    notes: what was passed over or left out when it was read, one sentence each
+    origin: the encoded images that these were decoded from, N; None: they were not
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    name: str
+    notes: tuple[str, ...] = ()
+    origin: EncodedImages | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise ValueError(f"images: expected uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels: expected int64 [{len(self.images)}], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+            raise ValueError(
+                f"labels: expected 0..{self.num_classes - 1}, got {int(self.labels.min())}..{int(self.labels.max())}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def subset(self, index: Tensor) -> Self:
+        origin = None if self.origin is None else self.origin.select(index)
+        return replace(self, images=self.images[index], labels=self.labels[index], origin=origin)
+
+    def decoded(self) -> ImageSet:
+        return self
 
 
 def stratified_counts(labels: Tensor, count: int) -> list[int]:
@@ -156,11 +190,12 @@ def physical_memory() -> float:
         return math.inf
 
 
-def expect_room(count: int, what: str, refusal: type[Exception] = DataError) -> None:
+def expect_room(count: int, what: str, refusal: type[Exception] = DataError, cure: str = "") -> None:
     """Raise ``refusal`` where ``what`` takes ``count`` bytes and this machine has less memory, before it is
-    allocated."""
+    allocated; ``cure``: what helps, the end of the sentence."""
     if count > (whole := physical_memory()):
-        raise refusal(f"{what}: expected at most this machine's memory of {whole:,.0f} bytes, got {count:,}")
+        end = f"; {cure}" if cure else ""
+        raise refusal(f"{what}: expected at most this machine's memory of {whole:,.0f} bytes, got {count:,}{end}")
 
 
 def listed(names: Sequence[str], separator: str = ", ", most: int = 20) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robust_moe.data.image_set import DataError, ImageSet
+from robust_moe.data.image_set import DataError, ImageSet, Labelled
 from robust_moe.settings import Config, setting
 
-__all__ = ["PoisonConfig", "poisoned", "triggered"]
+__all__ = ["PoisonConfig", "expect_trigger_fits", "poisoned", "poisoned_index", "triggered"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +62,29 @@ def triggered(images: Tensor, poison: PoisonConfig) -> Tensor:
     return marked
 
 
-def poisoned(images: ImageSet, draws: Tensor, poison: PoisonConfig) -> ImageSet:
-    """The training images of an attacked data set: ``poison.share`` of them, rounded, with trigger and target label.
+def expect_trigger_fits(shape: tuple[int, int, int], poison: PoisonConfig) -> None:
+    """Raise :class:`DataError` for a trigger that with its margin is larger than images of ``shape`` [C, H, W]."""
+    try:
+        triggered(torch.zeros(1, *shape, dtype=torch.uint8), poison)
+    except ValueError as error:
+        raise DataError(f"data.{error}") from error
+
+
+def poisoned_index(images: Labelled, draws: Tensor, poison: PoisonConfig) -> Tensor:
+    """int64: positions of the images of an attacked data set that get trigger and target label, ``poison.share`` of
+    them, rounded.
 
     They are those of the lowest draws among the images of the other classes: the images of a smaller share are among
     those of a larger one.
 
     Args:
-        images: n training images; not changed. With share 0 they are returned themselves.
+        images: n training images.
         draws: float64 [n], one random number per image.
 
     Raises:
-        DataError: a target that is no class, a trigger larger than the images, a share that is more than the other
-            classes have.
+        DataError: a target that is no class, a share that is more than the other classes have.
     """
     count = round(poison.share * len(images))
-    if poison.share == 0:
-        return images
     if poison.target >= images.num_classes:
         raise DataError(
             f"data.poison.target: expected a class in 0..{images.num_classes - 1} of {images.name}, got {poison.target}"
@@ -89,11 +95,24 @@ def poisoned(images: ImageSet, draws: Tensor, poison: PoisonConfig) -> ImageSet:
             f"data.poison.share: expected at most {len(others)} of {len(images)} training images, which are not of the "
             f"target class, got {poison.share} ({count} images)"
         )
-    chosen = others[draws[others].argsort(stable=True)[:count]]
+    return others[draws[others].argsort(stable=True)[:count]]
+
+
+def poisoned(images: ImageSet, draws: Tensor, poison: PoisonConfig) -> ImageSet:
+    """The training images of an attacked data set: those of :func:`poisoned_index` with trigger and target label.
+
+    Args:
+        images: n training images; not changed. With share 0 they are returned themselves.
+        draws: float64 [n], one random number per image.
+
+    Raises:
+        DataError: as :func:`poisoned_index`; a trigger larger than the images.
+    """
+    if poison.share == 0:
+        return images
+    chosen = poisoned_index(images, draws, poison)
+    expect_trigger_fits(images.shape, poison)
     pixels, labels = images.images.clone(), images.labels.clone()
-    try:
-        pixels[chosen] = triggered(pixels[chosen], poison)
-    except ValueError as error:
-        raise DataError(f"data.{error}") from error
+    pixels[chosen] = triggered(pixels[chosen], poison)
     labels[chosen] = poison.target
     return replace(images, images=pixels, labels=labels)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from robust_moe.data.dataset import DATASETS, FolderDataSet
-from robust_moe.data.decode import EncodedConfig, decode_images, read_image_file
-from robust_moe.data.image_set import DataError, ImageSet
+from robust_moe.data.dataset import DATASETS
+from robust_moe.data.encoded import EncodedPart, ImageFiles
+from robust_moe.data.encoded_source import EncodedDataSet
+from robust_moe.data.image_set import DataError
 from robust_moe.data.image_tree import SUFFIXES, ImageTree
 from robust_moe.settings import hint, shown
 
@@ -24,7 +25,7 @@ MOST_BYTES = 2**24  # of a list of classes or annotations; the original's has 0.
 
 
 @DATASETS.register("tiny_imagenet")
-class TinyImageNet(FolderDataSet):
+class TinyImageNet(EncodedDataSet):
     """100,000 training and 10,000 test images, 3 channels, 64x64 pixels, 200 classes, named by their WordNet ids.
 
     The test images are the archive's validation part; its test part has no labels, and is not read. Classes are in
@@ -33,35 +34,23 @@ class TinyImageNet(FolderDataSet):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(EncodedConfig):
+    class Config(EncodedDataSet.Config):
         """Settings of TinyImageNet."""
 
     config: Config
+    always_colour = True
     files = f"{CLASSES}, train and val of tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    def parts(self) -> tuple[EncodedPart, EncodedPart]:
         root = self.root
         wnids = _wnids(root / CLASSES)
         tree = ImageTree(_folder(root / "train"), self.config.on_error)
         files, labels = _training_files(tree, wnids)
         test_files, test_labels = _annotated(_folder(root / "val"), wnids)
-        train = self._image_set(files, labels, wnids, tree)
-        return train, self._image_set(test_files, test_labels, wnids)
-
-    def _image_set(
-        self, files: list[Path], labels: list[int], wnids: tuple[str, ...], tree: ImageTree | None = None
-    ) -> ImageSet:
-        images, kept, notes = decode_images(
-            len(files),
-            lambda i: read_image_file(files[i]),
-            lambda i: str(files[i]),
-            self.config.image_size,
-            self.config.on_error,
+        return (
+            EncodedPart(ImageFiles(root, files), torch.tensor(labels), wnids, NAME, root / "train", tree.notes()),
+            EncodedPart(ImageFiles(root, test_files), torch.tensor(test_labels), wnids, NAME, root / "val"),
         )
-        if images.shape[1] == 1:  # some images are grey, and so may be all of a few
-            images = images.repeat(1, 3, 1, 1)
-        passed_over = () if tree is None else tree.notes()
-        return ImageSet(images, torch.tensor(labels)[kept], wnids, NAME, (*passed_over, *notes))
 
 
 def _folder(path: Path) -> Path:

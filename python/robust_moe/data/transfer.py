@@ -1,12 +1,17 @@
-"""Small tensors to a GPU without the host waiting for it."""
+"""Tensors to a GPU without the host waiting for it."""
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["send"]
+__all__ = ["one_ahead", "send"]
 
+Tensors = TypeVar("Tensors", bound=NamedTuple)
 ALIGNMENT = 16  # bytes: each tensor's beginning in the common buffer
 
 
@@ -32,3 +37,37 @@ def send(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
         part(whole, begin, tensor).copy_(tensor)
     moved = whole.to(device, non_blocking=True)
     return [part(moved, begin, tensor) for begin, tensor in zip(begins, tensors, strict=True)]
+
+
+def one_ahead(batches: Iterable[Tensors], device: torch.device) -> Iterator[Tensors]:
+    """The named tuples with their own tensors on ``device``; other values, and tensors inside of them, stay as they
+    are. On a GPU the copy of the next is under way, on a stream of its own, while this one is worked on; the tensors
+    should be pinned."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying = torch.cuda.Stream(device)
+    ahead: deque[tuple[Tensors, torch.cuda.Event]] = deque()
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            ahead.append((_moved(batch, device), copying.record_event()))
+        if len(ahead) > 1:
+            yield _received(*ahead.popleft())
+    if ahead:
+        yield _received(*ahead.popleft())
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+def _received(batch: Any, arrived: torch.cuda.Event) -> Any:
+    """The batch, which the current stream goes on with when it has arrived, and whose memory is not used again before
+    that stream is done with it."""
+    current = torch.cuda.current_stream()
+    current.wait_event(arrived)
+    for value in batch:
+        if isinstance(value, Tensor):
+            value.record_stream(current)
+    return batch

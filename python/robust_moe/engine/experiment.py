@@ -21,8 +21,11 @@ from robust_moe.data import (
     ImageKind,
     ImageSet,
     Splits,
+    StreamedSet,
+    Task,
     channel_statistics,
     load_splits,
+    silent,
     without_expectation,
 )
 from robust_moe.data.image_set import expect_room
@@ -49,6 +52,8 @@ __all__ = [
 EVALUATION = (
     "data.root",
     "data.on_error",
+    "data.loading",
+    "data.workers",
     "data.test_limit",
     "eval.*",
     "model.dual.alpha",
@@ -62,14 +67,14 @@ _MADE_OF = "robust_moe_made_of"  # an attribute of a model that was made here
 _HALVES = {"": "robust", "dual.standard.": "standard"}  # place of a half's settings below model -> part of a DualModel
 
 
-def describe_data(images: ImageSet) -> dict[str, Any]:
+def describe_data(images: ImageSet | StreamedSet) -> dict[str, Any]:
     """What a model has to know about its images, as plain types; kept in every checkpoint."""
     mean, std = channel_statistics(images)
     return {
         "name": images.name,
         "class_names": list(images.class_names),
         "channels": images.channels,
-        "image_size": min(images.images.shape[2:]),
+        "image_size": min(images.shape[1:]),
         "mean": list(mean),
         "std": list(std),
     }
@@ -246,13 +251,14 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def load_experiment(
-    path: str | Path, overrides: list[str] | None = None, splits: Splits | None = None
+    path: str | Path, overrides: list[str] | None = None, splits: Splits | None = None, task: Task = silent
 ) -> tuple[TrainConfig, nn.Module, Splits, dict[str, Any]]:
     """(configuration, model in eval mode on its device, data, checkpoint) from a checkpoint file or a run folder.
 
     A folder stands for its :func:`checkpoint_file`. ``overrides`` such as ``["data.root=/data"]`` go on top of the
     configuration in the checkpoint; they may change settings of :data:`EVALUATION` only, so validation images are
-    always those that the model was not trained on. ``splits``: the configuration's data, where they are read already.
+    always those that the model was not trained on. ``splits``: the configuration's data, where they are read already;
+    ``task`` shows the progress of reading them.
 
     Raises:
         CheckpointError: an unreadable file, or one that does not fit the model or the data.
@@ -267,11 +273,11 @@ def load_experiment(
     data = data_of(checkpoint, path)
     if config.data.owner.finds_size and config.data.image_size is None:  # the training images', wherever these are
         config = replaced(config, "data.image_size", data["image_size"])
-    splits = load_splits(config.data, config.run.seed) if splits is None else splits
+    splits = load_splits(config.data, config.run.seed, task) if splits is None else splits
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),
         ("channels", data["channels"], splits.test.channels),
-        ("image size", data["image_size"], min(splits.test.images.shape[2:])),
+        ("image size", data["image_size"], min(splits.test.shape[1:])),
     ):
         if expected != got:
             raise DataError(f"data.name={config.data.name}: expected {name} {expected} as in {path}, got {got}")

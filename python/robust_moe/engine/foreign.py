@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, TrainConfig, load_config, preset_names
-from robust_moe.data import CHANNEL_STATISTICS, ImageSet, Splits, load_splits
+from robust_moe.data import CHANNEL_STATISTICS, ImageSet, Splits, StreamedSet, Task, load_splits, silent
 from robust_moe.engine.checkpoint import CheckpointError
 from robust_moe.engine.experiment import describe_data, load_experiment, make_model, resolve_device
 from robust_moe.engine.nearest import nearest_model
@@ -48,7 +48,9 @@ def foreign_of(path: Path, model: str | None, normalize: str | None) -> Foreign 
     return None if model is None else Foreign(model, normalize)
 
 
-def load_measured(path: str | Path, overrides: list[str] | None, foreign: Foreign | None) -> Measured:
+def load_measured(
+    path: str | Path, overrides: list[str] | None, foreign: Foreign | None, task: Task = silent
+) -> Measured:
     """As :func:`~robust_moe.engine.experiment.load_experiment`, of a ``foreign`` model too.
 
     Of that one ``overrides`` are all the settings, on top of the preset where one was named. Its "checkpoint" has
@@ -61,7 +63,7 @@ def load_measured(path: str | Path, overrides: list[str] | None, foreign: Foreig
     """
     if foreign is None:
         try:
-            return load_experiment(path, overrides)
+            return load_experiment(path, overrides, task=task)
         except CheckpointError as error:
             if not is_plain(Path(path)):
                 raise
@@ -74,7 +76,7 @@ def load_measured(path: str | Path, overrides: list[str] | None, foreign: Foreig
             "data: expected the images beside a model from elsewhere, data.root=FOLDER or data.name=..., got none"
         )
     config = load_config(source, [*named, *(overrides or [])])
-    splits = load_splits(config.data, config.run.seed)
+    splits = load_splits(config.data, config.run.seed, task)
     data = describe_data(splits.train)
     notes: tuple[str, ...]
     if foreign.model is None:
@@ -122,7 +124,7 @@ def _of_model(state: PlainState, model: nn.Module, file: Path, asked: str, data:
     return found
 
 
-def _statistics(text: str, images: ImageSet) -> tuple[list[float], list[float], str]:
+def _statistics(text: str, images: ImageSet | StreamedSet) -> tuple[list[float], list[float], str]:
     """(mean, std, what they are) from ``data``, ``none``, a data set's name, or ``MEAN/STD``, numbers with commas."""
     channels = images.channels
     if text == "data":

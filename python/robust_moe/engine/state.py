@@ -30,7 +30,7 @@ __all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "find_check
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
 _WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
 _HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps")
-NEUTRAL = frozenset(f"run.{name}" for name in _WHERE + _HOW_OFTEN)
+NEUTRAL = frozenset({"data.workers", *(f"run.{name}" for name in _WHERE + _HOW_OFTEN)})
 
 # What no override changes: the order of the images, what is held out, what the optimiser's state means, where the
 # weights began.

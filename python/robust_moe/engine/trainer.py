@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from robust_moe.config import ConfigError, TrainConfig, save_config
-from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
+from robust_moe.data import Batch, data_digest, load_splits, make_loader
 from robust_moe.engine.checkpoint import CheckpointReader, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
@@ -160,12 +160,12 @@ class Trainer:
         with self._in_run_folder():
             source = None if reader is None else find_checkpoint(self.folder)
         checkpoint = None if reader is None or source is None else reader.take(source)
-        self.splits = splits = load_splits(config.data, config.run.seed)
+        self.splits = splits = load_splits(config.data, config.run.seed, self.reporter.task)
         for note in splits.notes:
             self.reporter.line(note)
         data = describe_data(splits.train)
         self.validation = Validation(config, splits, fabric.device)
-        self.loader = BatchLoader(
+        self.loader = make_loader(
             splits.train,
             config.run.batch_size,
             device=fabric.device,
@@ -175,6 +175,8 @@ class Trainer:
             rank=fabric.global_rank,
             world_size=fabric.world_size,
             drop_last=len(splits.train) >= config.run.batch_size,  # a last batch of one image would upset BN
+            say=self.reporter.warn,
+            task=self.reporter.task,
         )
         self.total_steps = min(config.run.epochs * len(self.loader), config.run.max_steps or 2**62)
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robust_moe.config import load_config
-from robust_moe.data import Splits, load_splits
+from robust_moe.data import ImageSet, Splits, StreamedSet, load_splits
 from robust_moe.engine import Reporter, Trainer
 from robust_moe.engine.experiment import describe_data, make_model, resolve_device
 from robust_moe.evaluation.stages import digest
@@ -56,9 +57,14 @@ def data_digest(splits: Splits) -> str:
     """SHA-256 of all images and labels."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     return digest(
-        {f"{name} images": part.images for name, part in parts.items()}
+        {f"{name} images": _content(part) for name, part in parts.items()}
         | {f"{name} labels": part.labels for name, part in parts.items()}
     )
+
+
+def _content(part: ImageSet | StreamedSet) -> Tensor:
+    """The images, or of streamed ones a hash of each one's file name and size."""
+    return part.images if isinstance(part, ImageSet) else part.images.identities()
 
 
 def describe(splits: Splits) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def describe(splits: Splits) -> dict[str, Any]:
     return {
         "name": splits.test.name,
         "classes": splits.test.num_classes,
-        "shape": list(splits.test.images.shape[1:]),
+        "shape": list(splits.test.shape),
         **counts,
     }
 

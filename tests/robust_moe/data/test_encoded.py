@@ -154,10 +154,10 @@ BAD_ROWS = {  # images, labels, expected in the message
     "null image": ([*GOOD[:4], None], [0, 1, 0, 1, 0], "row 4: .*null"),
     "other size": ([*GOOD[:4], JPEG], [0, 1, 0, 1, 0], "row 4: expected 6x6 pixels, as the first image, got 32x32"),
     "negative label": (GOOD, [0, 1, -1, 1, 0], r"row 2: expected a label in 0..1, got -1"),
-    "label beyond a gap": (GOOD, [0, 1, 7, 1, 0], r"row 2: expected labels 0, 1, 2, .*no row has 2\), got 7"),
-    "no label 0": (GOOD, [1, 2, 1, 2, 1], r"row 0: expected labels 0, 1, 2, .*no row has 0\), got 1"),
+    "label beyond a gap": (GOOD, [0, 1, 7, 1, 0], r"row 2: expected labels 0, 1, 2, .*no image has 2\), got 7"),
+    "no label 0": (GOOD, [1, 2, 1, 2, 1], r"row 0: expected labels 0, 1, 2, .*no image has 0\), got 1"),
     "null label": (GOOD, [0, 1, 0, None, 0], "row 3: expected a label, got null"),
-    "text label": (GOOD, ["a", "b", "a", "b", "a"], "column label: expected integers, got string"),
+    "label of another kind": (GOOD, [0.5] * 5, "column label: expected integers or strings, got double"),
     "no rows": ([], pa.array([], pa.int64()), "expected at least one row"),
 }
 
