@@ -130,14 +130,17 @@ class StreamLoader(Loader):
         asked: deque[Planned] = deque()  # and not answered yet
         with _lost_workers_found_here():
             answers = iter(self._requested(batches, asked))
-        while (answer := _next(answers)) is not None:
-            planned = asked.popleft()
-            if answer.error is not None:
-                raise DataError(answer.error)
-            faults.update(dict.fromkeys(answer.faults))
-            if planned.draw is not None:
-                planned = planned._replace(draw=planned.draw._replace(resized=None))  # done
-            yield Fetched(planned, answer.pixels, answer.labels, answer.index)
+        try:
+            while (answer := _next(answers)) is not None:
+                planned = asked.popleft()
+                if answer.error is not None:
+                    raise DataError(answer.error)
+                faults.update(dict.fromkeys(answer.faults))
+                if planned.draw is not None:
+                    planned = planned._replace(draw=planned.draw._replace(resized=None))  # done
+                yield Fetched(planned, answer.pixels, answer.labels, answer.index)
+        finally:
+            del answers  # ends the workers; an error's traceback would keep them
 
     def _requested(self, batches: Iterable[Planned], asked: deque[Planned]) -> DataLoader[_Answer]:
         workers = self.workers or 0
@@ -179,13 +182,12 @@ def _as_it_is(answer: Any) -> Any:
 def _next(answers: Iterator[_Answer]) -> _Answer | None:
     try:
         return next(answers, None)
-    except RuntimeError as error:  # of the DataLoader: a worker was killed, or there is no shared memory
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"data.workers: expected worker processes that decode images, one has ended: {error}; data.workers=0 "
-            "decodes without them"
-        ) from error
+    except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or there is no shared memory
+        why = str(error)
+    raise DataError(  # not within the block above, whose error would keep the other workers
+        f"data.workers: expected worker processes that decode images, one has ended: {why}; data.workers=0 decodes "
+        "without them"
+    )
 
 
 @contextmanager
@@ -200,9 +202,17 @@ def _lost_workers_found_here() -> Iterator[None]:
 
 def _leave_signals_to_parent(worker: int) -> None:
     """A signal to stop meets all processes of a terminal or a job. The training ends in order, with batches of its
-    workers, which end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    workers, which end when it says so: of SIGTERM its own is heeded alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on every system
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _useful_workers(device: torch.device, world_size: int) -> int:

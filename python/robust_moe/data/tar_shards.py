@@ -124,7 +124,7 @@ def read_shard(shard: Path) -> Iterator[Sample | DataError]:
 def _expect_end(shard: Path, file: tarfile.TarFile) -> None:
     """Raise DataError for a file that ends after a member, without the blocks of zeros that every writer ends with."""
     with open(shard, "rb") as raw:
-        raw.seek(file.offset - BLOCK if file.offset >= BLOCK else 0)
+        raw.seek(file.offset)  # of what tarfile took for the end
         if raw.read(BLOCK) != bytes(BLOCK):
             raise DataError(f"{shard}: expected a whole tar file, got one without an end: truncated")
 
