@@ -20,8 +20,8 @@ class DecodedOnce(Parquet):
     def parts(self) -> tuple[ImageSet, ImageSet]:
         return _decode(self.config.root, self.config.image_size)
 
-    def read(self, parts: Sequence[ImageSet]) -> Read:
-        return DataSet.read(self, parts)
+    def read(self, whole: ImageSet, chosen: Sequence[ImageSet]) -> Read:
+        return DataSet.read(self, whole, chosen)
 
 
 @cache

@@ -98,7 +98,7 @@ def load_splits(config: DataSet.Config, seed: int, task: Task = silent) -> Split
         train.subset(val),
         test if config.test_limit is None else test.head(config.test_limit),
     )
-    read = source.read(chosen)
+    read = source.read(train, chosen)
     fill = config.augment.cutout_fill
     if fill and len(fill) != read.train.channels:
         raise DataError(

@@ -98,13 +98,18 @@ class DataSet(ABC):
         """As :meth:`load`; a source whose images are decoded one by one has not read them yet."""
         return self.load()
 
-    def read(self, parts: Sequence[Labelled]) -> Read:
-        """The images of ``parts``: training, validation and test images that were chosen of :meth:`parts`.
+    def read(self, whole: Labelled, chosen: Sequence[Labelled]) -> Read:
+        """The images that are used.
+
+        Args:
+            whole: all training images of :meth:`parts`; what is found out about images is found out from these, so that
+                it does not depend on the choice.
+            chosen: training, validation and test images out of :meth:`parts`.
 
         Raises:
             DataError: as :meth:`load`.
         """
-        train, val, test = cast(Sequence[ImageSet], parts)
+        train, val, test = cast(Sequence[ImageSet], chosen)
         return Read(train, val, test, torch.arange(len(train)))
 
     @abstractmethod

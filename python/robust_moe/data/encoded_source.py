@@ -84,10 +84,10 @@ class EncodedDataSet(FolderDataSet):
         train, test = (_image_set(part, decoded, channels) for part, decoded in zip(parts, found, strict=True))
         return _with_notes(train, notes), test
 
-    def read(self, parts: Sequence[Labelled]) -> Read:
+    def read(self, whole: Labelled, chosen: Sequence[Labelled]) -> Read:
         names = ("training", "validation", "test")
-        train, *measured = cast(Sequence[EncodedPart], parts)
-        side, notes = self._side(train)
+        train, *measured = cast(Sequence[EncodedPart], chosen)
+        side, notes = self._side(cast(EncodedPart, whole))
         streamed, why = self._streamed(len(train), side)
         found = [] if streamed else [self._decoded(train, side, names[0])]
         found += [self._decoded(part, side, name) for part, name in zip(measured, names[1:], strict=True)]

@@ -127,9 +127,9 @@ class _CopiedImages(EncodedImages):
         self._file, self._bytes = source._file, source._bytes
         self._rows, places = np.unique(source._index, return_inverse=True)
         super().__init__(len(self._rows))
-        self._copy = _TemporaryFile()
         sizes = []
         try:
+            self._copy = _TemporaryFile()
             with task("copying training images", len(self._rows)) as advance:
                 for row in self._rows:  # ascending
                     data = source._groups.row(int(row))

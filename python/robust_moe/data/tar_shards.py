@@ -114,9 +114,9 @@ def read_shard(shard: Path) -> Iterator[Sample | DataError]:
                     members = []
                 key = stem
                 members.append(member)
+            _expect_end(shard, file)  # before it is said what the last sample lacks
             if members:
                 yield _sample(shard, file, members)
-            _expect_end(shard, file)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{shard}: expected a whole tar file, not compressed, got: {error}") from error
 
