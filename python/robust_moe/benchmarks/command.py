@@ -36,6 +36,9 @@ BENCHMARKS = {
     "routing_ops": Benchmark(9, "gate, sort, dispatch and combine: every implementation"),
     "attack_step": Benchmark(9, "one PGD step and its random start: every implementation"),
     "apgd": Benchmark(9, "one Auto-PGD step and its tracking: every implementation"),
+    "loader": Benchmark(
+        5, "the loader of streamed JPEGs alone beside torchvision's, its memory over 100,000; needs the extra train"
+    ),
     "autoattack": Benchmark(
         3, "AutoAttack standard, whole, against pyautoattack; needs it and the extra train; CPU: ~10 minutes"
     ),
@@ -75,7 +78,9 @@ def main(prog: str = "python -m robust_moe.benchmarks", programs: Mapping[str, s
         help="default: the GPU if there is one",
     )
     parser.add_argument(
-        "--repeats", type=int, help="timed runs of each variant (default: 9; expert_sweep 5, whole steps and attacks 3)"
+        "--repeats",
+        type=int,
+        help="timed runs of each variant (default: 9; expert_sweep and loader 5, whole steps and attacks 3)",
     )
     parser.add_argument("--seconds", type=float, help="a case starts no further round after so long (two at least)")
     parser.add_argument("--batch", type=int, help="images of train_step (128; on the CPU 32) and rt_er_step (64)")

@@ -160,6 +160,7 @@ def show(rows: list[Row]) -> None:
             last = row.case
             print("\n" + ", ".join(f"{key} {value}" for key, value in row.case.items()))
         more = f"  {row.extra['peak_mib']:8.1f} MiB" if "peak_mib" in row.extra else ""
+        more += f"  {row.extra['images_per_second']:8.1f} images/s" if "images_per_second" in row.extra else ""
         more += f"  {row.extra['gflops']:8.1f} GFLOP/s" if "gflops" in row.extra else ""
         more += f"  {row.extra['share']:4.0%}" if "share" in row.extra else ""
         more += f"  scaling {row.extra['scaling']:.2f}" if "scaling" in row.extra else ""

@@ -3,8 +3,9 @@
 A row lies compressed among those of its row group, 100 to 100,000 rows, which is read as a whole. In the order of the
 file that costs nothing: the groups last read are kept. In a shuffled order every image would cost a group. So the
 encoded bytes of streamed images are copied once, in one pass over the file, to a temporary file, from which any of them
-is one read: it takes the disk as much room as the images take in the Parquet file, about 1 s for each GB, and no
-memory but the system's cache.
+is one read. That takes as much room on the disk as the images take in the Parquet file, and no memory but the system's
+cache. Measured with groups of 100 images of 100 kB on two busy cores: 129 MB a second are copied; then an image of a
+shuffled order is read in 0.08..0.24 ms, out of the groups in 27..48 ms.
 """
 
 from __future__ import annotations

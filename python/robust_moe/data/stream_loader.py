@@ -35,8 +35,9 @@ class _Request(NamedTuple):
     """What a worker decodes at a time: the images of a batch."""
 
     positions: list[int]  # in the set
-    crops: list[list[float]] | None  # numbers of a random resized crop of each image
-    ratio: tuple[float, ...]
+    crops: list[list[float]] | None = None  # numbers of a random resized crop of each image
+    ratio: tuple[float, ...] = ()  # that they were drawn with
+    flips: list[bool] | None = None  # which images are mirrored left-right
 
 
 class _Answer(NamedTuple):
@@ -61,7 +62,9 @@ class _Decoder(Dataset[_Answer]):
         try:
             for place, asked in enumerate(request.positions):
                 crop = None if request.crops is None else request.crops[place]
-                index[place], pixels[place] = self._read(asked, crop, request.ratio, faults)
+                index[place], image = self._read(asked, crop, request.ratio, faults)
+                mirrored = request.flips is not None and request.flips[place]
+                pixels[place] = image[:, :, ::-1] if mirrored else image
         except DataError as fault:
             error = str(fault)
         return _Answer(torch.from_numpy(pixels), images.labels[index], index, faults, error)
@@ -136,9 +139,7 @@ class StreamLoader(Loader):
                 if answer.error is not None:
                     raise DataError(answer.error)
                 faults.update(dict.fromkeys(answer.faults))
-                if planned.draw is not None:
-                    planned = planned._replace(draw=planned.draw._replace(resized=None))  # done
-                yield Fetched(planned, answer.pixels, answer.labels, answer.index)
+                yield Fetched(_rest(planned), answer.pixels, answer.labels, answer.index)
         finally:
             del answers  # ends the workers; an error's traceback would keep them
 
@@ -159,6 +160,15 @@ class StreamLoader(Loader):
         )
 
 
+def _rest(planned: Planned) -> Planned:
+    """What of the changes a worker has not done: a resized crop comes first, and costs least on what is decoded; a flip
+    costs nothing there where no other crop comes before it."""
+    draw = planned.draw
+    if draw is None:
+        return planned
+    return planned._replace(draw=draw._replace(resized=None, flip=draw.flip if draw.crop is not None else None))
+
+
 class _Requests:
     """What the workers are asked for, in order; each plan joins ``asked`` when its request is made."""
 
@@ -168,11 +178,12 @@ class _Requests:
     def __iter__(self) -> Iterator[_Request]:
         for planned in self._batches:
             self._asked.append(planned)
-            draw, positions = planned.draw, planned.positions.tolist()
-            if draw is None or draw.resized is None:
-                yield _Request(positions, None, ())
-            else:
-                yield _Request(positions, draw.resized.tolist(), draw.ratio)
+            draw, request = planned.draw, _Request(planned.positions.tolist())
+            if draw is not None and draw.resized is not None:
+                request = request._replace(crops=draw.resized.tolist(), ratio=draw.ratio)
+            if draw is not None and draw.flip is not None and draw.crop is None:
+                request = request._replace(flips=draw.flip.tolist())
+            yield request
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -3,7 +3,8 @@
 A sample is the members, one after the other, whose names are the same up to the first dot of the file's name: KEY.jpg
 and KEY.cls. The package ``webdataset`` reads shards from their beginning to their end and shuffles among the samples
 of a buffer. Exact shuffling, and going on in the middle of an epoch, want any sample at any time, which the format
-allows: tar does not compress. Members are found once, by the standard library's tarfile, at 20,000 to 50,000 a second.
+allows: tar does not compress. Members are found once, by the standard library's tarfile (measured on two busy cores:
+3,400 samples of two members a second).
 """
 
 from __future__ import annotations
@@ -149,9 +150,10 @@ def _sample(shard: Path, file: tarfile.TarFile, members: list[tarfile.TarInfo]) 
 
 
 def _content(file: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = file.extractfile(member)
-    assert stream is not None  # an ordinary file
-    return stream.read(MOST_LABEL_BYTES)
+    """Without extractfile, whose layers take most of the time of an index."""
+    assert file.fileobj is not None  # of an archive that is open
+    file.fileobj.seek(member.offset_data)
+    return file.fileobj.read(min(member.size, MOST_LABEL_BYTES))
 
 
 def _text(file: tarfile.TarFile, member: tarfile.TarInfo) -> str:

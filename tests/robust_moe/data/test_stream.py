@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +50,9 @@ def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
     assert len(got) == len(expected) > 0
     for one, other in zip(got, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-        assert one.images.is_contiguous() and other.images.is_contiguous()  # another layout would change the last bits of a training
+        assert (
+            one.images.is_contiguous() and other.images.is_contiguous()
+        )  # another layout would change the last bits of a training
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -68,6 +72,8 @@ def test_streamed_batches_are_those_of_memory(source: Callable[[str], Path], nam
     assert torch.equal(streamed.train.labels, memory.train.labels)
     for epoch in (0, 1):
         assert_equal(batches(streamed.train, epoch), batches(memory.train, epoch))
+    flips = AugmentConfig(flip=True, flip_order="alternating")  # alone they are the workers'
+    assert_equal(batches(streamed.train, augment=flips), batches(memory.train, augment=flips))
     assert_equal(
         batches(streamed.train, shuffle=False, augment=None), batches(memory.train, shuffle=False, augment=None)
     )
@@ -248,6 +254,7 @@ def test_a_process_that_ends_in_the_middle_of_an_epoch_takes_its_workers_along(s
     """Also where something still holds the epoch, as a traceback does."""
     program = f"""
 import sys
+import tracemalloc
 sys.path[:0] = {sys.path!r}
 from robust_moe.config import load_config
 from robust_moe.data import load_splits, make_loader
@@ -284,3 +291,26 @@ def test_poisoned_images_are_those_of_memory(source: Callable[[str], Path]):
         load("image_folder", root, "data.loading=stream", *poison, "data.augment.resized_crop_scale=[0.2,1]")
     with pytest.raises(DataError, match=r"data.poison: expected size \+ margin <= 6 pixels"):
         load("image_folder", root, "data.loading=stream", "data.poison.share=0.3", "data.poison.size=7")
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path):
+    """What Python and NumPy allocate while an epoch passes: that of some batches, whether 200 or 800 images pass."""
+    data = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(data, "JPEG")
+    for part, count in (("train", 400), ("test", 1)):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / part / name / f"{i}.jpg").write_bytes(data.getvalue())
+    images = load("image_folder", tmp_path, "data.loading=stream", "data.workers=0", image_size=64).train
+    peaks = []
+    for count in (100, 200, 700):  # the first imports and fills what is kept
+        loader = make_loader(images.subset(torch.arange(count)), 10, device="cpu")
+        tracemalloc.start()
+        for _ in loader.epoch(0):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    batch = 10 * 3 * 64 * 64
+    assert batch < peaks[1] < 4 * batch
+    assert peaks[2] < peaks[1] + batch  # decoded, the 500 more would take 50 batches
