@@ -14,7 +14,7 @@ from robust_moe.data.dataset import FolderDataSet, Read
 from robust_moe.data.decode import open_image
 from robust_moe.data.decode_all import Decoded, Headers, Side, decode_all, read_headers, spread
 from robust_moe.data.encoded import EncodedImages, EncodedPart
-from robust_moe.data.image_set import DataError, ImageSet, Labelled, physical_memory
+from robust_moe.data.image_set import DataError, ImageSet, Labelled, expect_room, physical_memory
 from robust_moe.data.streamed import StreamedSet
 from robust_moe.settings import setting
 
@@ -89,6 +89,7 @@ class EncodedDataSet(FolderDataSet):
         train, *measured = cast(Sequence[EncodedPart], chosen)
         side, notes = self._side(cast(EncodedPart, whole))
         streamed, why = self._streamed(len(train), side)
+        self._expect_room(measured if streamed else [train, *measured], side)
         found = [] if streamed else [self._decoded(train, side, names[0])]
         found += [self._decoded(part, side, name) for part, name in zip(measured, names[1:], strict=True)]
         grey = not self.always_colour and all(decoded.grey for decoded in found)
@@ -99,6 +100,13 @@ class EncodedDataSet(FolderDataSet):
         images = self._stream(train, side, grey) if streamed else _image_set(train, found[0], channels)
         val, test = (_image_set(*each, channels) for each in zip(measured, found[-2:], strict=True))
         return Read(_with_notes(images, (*notes, *why)), val, test, kept)
+
+    def _expect_room(self, parts: Sequence[EncodedPart], side: Side) -> None:
+        """Raise :class:`DataError` where parts that fit into memory one by one do not together, before any is read."""
+        sizes = [len(part) * 3 * side.height * side.width for part in parts]
+        if max(sizes) <= physical_memory():
+            what = f"{self.root}: {sum(map(len, parts)):,} images of {side.width}x{side.height} pixels"
+            expect_room(sum(sizes), what, cure=", ".join(CURES[name] for name in list(CURES)[-len(parts) :]))
 
     def _streamed(self, count: int, side: Side) -> tuple[bool, tuple[str, ...]]:
         """Whether so many training images are streamed, and why, where that was not asked for."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import parent_process
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,7 +153,7 @@ class StreamLoader(Loader):
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=_live_with_parent,
             prefetch_factor=PREFETCHED if workers else None,
             generator=torch.Generator(),  # the global one is not moved
             # elsewhere the system's own way; a worker that Linux would start anew imports PyTorch for seconds
@@ -211,16 +212,25 @@ def _lost_workers_found_here() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """A signal to stop meets all processes of a terminal or a job. The training ends in order, with batches of its
-    workers, which end when it says so: of SIGTERM its own is heeded alone."""
+def _live_with_parent(worker: int) -> None:
+    """Not longer: a fork has the lock of the run folder open too, and a training that was killed could not be started
+    again at once. Not shorter: a signal to stop meets all processes of a terminal or a job, and the training ends in
+    order, with batches of its workers, which end when it says so; of SIGTERM its own is heeded alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on every system
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads that start from here on too
+        threading.Thread(target=_end_at_word_of, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_after_parent, daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_after_parent() -> None:
+    parent = parent_process()
+    assert parent is not None  # of a worker
+    parent.join()  # also the end of one that was killed
+    os._exit(1)
+
+
+def _end_at_word_of(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

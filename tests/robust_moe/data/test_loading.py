@@ -99,9 +99,20 @@ def test_more_than_memory_names_the_setting_that_helps(root: Path, monkeypatch: 
     for memory, loading, message in (
         (27 * SIX - 1, "memory", r"27 images of 6x6 pixels: .*; data.loading=stream decodes them while it trains$"),
         (3 * SIX - 1, "stream", r"3 images of 6x6 pixels: .*; a smaller data.validation_fraction holds out fewer$"),
+        (
+            27 * SIX,
+            "memory",
+            r"image_folder: 36 images of 6x6 pixels: .*; data.loading=stream .*, .*, data.test_limit takes fewer$",
+        ),
+        (
+            6 * SIX,
+            "stream",
+            r"9 images of 6x6 pixels: .*; a smaller data.validation_fraction .*, data.test_limit takes",
+        ),
         (6 * SIX - 1, "stream", r"6 images of 6x6 pixels: .*; data.test_limit takes fewer$"),
     ):
-        monkeypatch.setattr(image_set, "physical_memory", lambda memory=memory: float(memory))
+        for module in (image_set, encoded_source):
+            monkeypatch.setattr(module, "physical_memory", lambda memory=memory: float(memory))
         with pytest.raises(DataError, match=message):
             load(root, f"data.loading={loading}")
 

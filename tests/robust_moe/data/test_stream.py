@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -137,6 +138,18 @@ def test_the_global_generator_is_neither_read_nor_moved(source: Callable[[str], 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_gives_the_batches_of_the_cpu(source: Callable[[str], Path], workers: int):
+    """Copied on a stream of their own, one ahead: each is whole when the step begins."""
+    images = load("image_folder", source("image_folder"), "data.loading=stream", f"data.workers={workers}").train
+    moved = AugmentConfig(flip=True, crop_padding=2, cutout=2)  # moves pixels, so that equal means bit-equal
+    expected = batches(images, augment=moved)
+    got = batches(images, augment=moved, device="cuda")
+    assert all(part.device.type == "cuda" for batch in got for part in batch)
+    assert_equal([Batch(*(part.cpu() for part in batch)) for batch in got], expected)
+
+
 def test_an_epoch_that_is_left_early_leaves_no_worker(source: Callable[[str], Path]):
     images = load("image_folder", source("image_folder"), "data.loading=stream", "data.workers=2").train
     left = make_loader(images, 8, device="cpu").epoch(0)
@@ -249,20 +262,36 @@ def test_workers_leave_signals_to_their_parent(source: Callable[[str], Path]):
     assert len(found) == len(images)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
-def test_a_process_that_ends_in_the_middle_of_an_epoch_takes_its_workers_along(source: Callable[[str], Path]):
-    """Also where something still holds the epoch, as a traceback does."""
-    program = f"""
+PROGRAM = """
 import sys
-import tracemalloc
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = {path!r}
+import torch
 from robust_moe.config import load_config
 from robust_moe.data import load_splits, make_loader
-config = load_config(None, ["data.root={source("image_folder")}", "data.loading=stream", "data.workers=1"])
-held = make_loader(load_splits(config.data, 0).train, 1, device="cpu").epoch(0)
+config = load_config(None, ["data.root={root}", "data.loading=stream", "data.workers=2"])
+held = make_loader(load_splits(config.data, 0).train, 1, device="cpu").epoch(0)  # as a traceback holds it
 next(held)
+print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
+sys.stdin.read()
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for processes that are no children of its own")
+@pytest.mark.parametrize("how", ["ends", "is killed"])
+def test_a_process_that_ends_in_the_middle_of_an_epoch_takes_its_workers_along(source: Callable[[str], Path], how: str):
+    program = PROGRAM.format(path=sys.path, root=source("image_folder"))
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        workers = [os.pidfd_open(int(pid)) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        if how == "is killed":
+            process.kill()
+        process.stdin.close()
+        assert process.wait(timeout=120) == (0 if how == "ends" else -signal.SIGKILL)
+    for worker in workers:
+        ended, _, _ = select.select([worker], [], [], 120)
+        assert ended
+        os.close(worker)
 
 
 # --- what the whole set is asked
