@@ -126,9 +126,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def fitted(
-    state: PlainState, model: nn.Module, source: str | Path, own_head: int | None = None
-) -> dict[str, Tensor]:
+def fitted(state: PlainState, model: nn.Module, source: str | Path, own_head: int | None = None) -> dict[str, Tensor]:
     """The tensors of ``state`` under the names of ``model``, all of them and no other.
 
     own_head: the model's classes, for :func:`with_own_head`; None: the last layer is the file's as all others.

@@ -113,7 +113,7 @@ def test_a_warm_start_that_does_not_fit_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"model\.dual\.standard\.init_from: .* another architecture"):
         make_model(config(dual=source), DATA)
     few = {**DATA, "class_names": ["a", "b"]}
-    named = r"model\.init_from: expected a model of 2 classes, got one of 10 in .*other.*; model\.init_head=fresh starts"
+    named = r"model\.init_from: expected a model of 2 classes, got one of 10 in .*other.*; model\.init_head=fresh"
     with pytest.raises(ConfigError, match=named):
         make_model(config(init_from=str(path)), few)
     with pytest.raises(CheckpointError, match="expected a checkpoint file, found nothing"):
