@@ -17,7 +17,6 @@ from robust_moe.attacks.autoattack import VERSIONS
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.evaluation.curve import curve_radii, error_curve
 from robust_moe.evaluation.full import full_notes, full_stages
-from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.moe import run_moe
 from robust_moe.evaluation.moe_numbers import mixture_attacks
 from robust_moe.evaluation.outcome import MOE, Stage, SuiteResult
@@ -175,7 +174,7 @@ class PresetEvaluation:
         if results is not None and resume and (finished := self._finished(results)) is not None:
             self.say(f"{results}: finished already; --fresh (resume=False) evaluates again")
             if report is not None:  # it may be another evaluation's
-                write_report(finished, read_samples(samples_file(results)), report, beside)
+                _write_report(finished, read_samples(samples_file(results)), report, beside)
             return finished
         first = results or report
         with Journal(first and first.with_suffix(".journal"), self.identity, resume) as journal:
@@ -192,7 +191,7 @@ class PresetEvaluation:
             if results is not None:
                 content = write_results(content, samples, results)
             if report is not None:
-                write_report(content, samples, report, beside)
+                _write_report(content, samples, report, beside)
             journal.remove()
         return content
 
@@ -250,3 +249,9 @@ class PresetEvaluation:
         assert suite.robust is not None  # there are attacks
         robust = float(suite.robust.mean())
         return suite, {**moe, "union": robust, "union_interval": list(wilson_interval(robust, len(self.labels)))}
+
+
+def _write_report(*what: Any) -> None:
+    from robust_moe.evaluation.html_report import write_report  # with matplotlib, only now
+
+    write_report(*what)
