@@ -76,7 +76,8 @@ def _memory(root: Path, options: Options) -> list[Row]:
 
     def epoch(number: int) -> None:
         seen = [_own_mib() for place, _ in enumerate(loader.epoch(0)) if place % every == every - 1]
-        found.update(first_mib=seen[0], peak_mib=max(seen), last_mib=seen[-1])
+        middle = seen[len(seen) // 2]  # from there on it should not rise, whatever forks had to copy first
+        found.update(first_mib=seen[0], middle_mib=middle, peak_mib=max(seen), last_mib=seen[-1])
 
     case = {"pixels": 32, "images": loader.order.count, "batch": BATCH, "workers": WORKERS, "what": "memory"}
     return compare(case, {FOLDER: epoch}, replace(options, repeats=1), extra={FOLDER: found}, warmup=0)
