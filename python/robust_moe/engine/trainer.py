@@ -226,7 +226,7 @@ class Trainer:
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
         self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
-        if len(self.validation) == 0:
+        if len(self.validation) == 0 and fabric.is_global_zero:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self.speed = Speed()  # of this epoch, in this call
         self.view = View(best=self.state.best.get("robust"))
