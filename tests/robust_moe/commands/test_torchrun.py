@@ -12,7 +12,7 @@ from small_runs import TINY
 
 from robust_moe.config import config_from_dict, load_config, save_config
 from robust_moe.engine import load_checkpoint, read_metrics
-from robust_moe.evaluation import read_results, read_samples
+from robust_moe.evaluation.results import read_results, read_samples
 from robust_moe.evaluation.store import Journal
 from robust_moe.outputs import samples_file
 from robust_moe.report import assess
