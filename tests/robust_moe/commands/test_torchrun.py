@@ -126,7 +126,7 @@ def content(out):
 @pytest.fixture(scope="module")
 def alone(run, tmp_path_factory):
     """What one process finds."""
-    results, written = assess(run[0], tmp_path_factory.mktemp("alone") / "alone.json", **EVAL)
+    results, written = assess(run[0] / "best.pt", tmp_path_factory.mktemp("alone") / "alone.json", **EVAL)
     assert results["robust"] < results["clean"]
     return content(written)
 
@@ -158,7 +158,7 @@ def test_two_processes_go_on_where_one_was_killed(run, alone, evaluate, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "put", killed)
         with pytest.raises(KeyboardInterrupt):
-            assess(run[0], out, **EVAL)
+            assess(run[0] / "best.pt", out, **EVAL)
     before = out.with_suffix(".journal").read_bytes()
     assert len(before.splitlines()) == 1 + 7
     evaluate(2, out)
