@@ -11,24 +11,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from robust_moe.averaging import average_buffers
 from robust_moe.config import ConfigError, TrainConfig, save_config
 from robust_moe.data import Batch, data_digest, load_splits, make_loader
 from robust_moe.engine.checkpoint import CheckpointReader, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
-from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, precision_notes
+from robust_moe.engine.fabric import StopRequest, backend_notes, library_algorithms, make_fabric, precision_notes
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.meters import NEGATIVE_BALANCE, Speed
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
+from robust_moe.engine.ranks import expect_one_data_set, expect_one_run, join_ranks
 from robust_moe.engine.rng import seed_all
 from robust_moe.engine.run_folder import alone_in
 from robust_moe.engine.state import RunState, clear_run, find_checkpoint, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.engine.view import View, epoch_line, expert_line, memory_in_use, seconds_left, view_lines
+from robust_moe.engine.world import world_of
+from robust_moe.evaluation.shards import Shards
 from robust_moe.optim import expect_warmup_within, learning_rate
 from robust_moe.outputs import CONFIG, expect_folder, expect_outputs, is_free, run_outputs
 from robust_moe.seeding import derive_seed
@@ -74,13 +78,14 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
         self.config = config
+        self.world = world_of(config.run.devices)
         self.folder = expect_folder("run.out", config.run.out)
         sources = [(f"model.{place}init_from", half.init_from) for place, half in config.model.halves()]
         read = [(key, source and checkpoint_file(source)) for key, source in sources]
         expect_outputs("run.out", run_outputs(self.folder), read)
         self.reporter = reporter or Reporter()
         self._alone: ExitStack | None = None  # of a with block: holds the folder's lock from the first fit on
-        make_method(config)  # refuses what it cannot train
+        make_method(config, self.world.size)  # refuses what it cannot train
 
     def __enter__(self) -> Self:
         self._alone = ExitStack()
@@ -116,11 +121,11 @@ class Trainer:
             expect_outputs("run.out", [(self.folder / "config.yaml", CONFIG)])
         with cpu_threads(self.config.run.threads), ExitStack() as held:
             reader = CheckpointReader()
-            self.fabric = make_fabric(self.config, self._began_in(reader) if resume else None)
-            if self.fabric.local_rank == 0:
+            self.fabric = make_fabric(self.config, self._began_in(reader) if resume else None, self.world)
+            if self.world.rank == 0:
                 with self._in_run_folder():
                     self._lock(held)
-            self.processes = held.enter_context(Processes(self.fabric, self.config.run.devices))
+            self.processes = held.enter_context(Processes(self.fabric, self.world))
             self._set_up(reader if resume else None, override)
             try:
                 with StopRequest(self.fabric) as self.stop, library_algorithms(self.config.run.deterministic):
@@ -155,16 +160,18 @@ class Trainer:
         config, fabric = self.config, self.fabric
         self.processes.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
-        for note in precision_notes(fabric.strategy.precision.precision, fabric.device):
+        number_format = fabric.strategy.precision.precision
+        for note in (*precision_notes(number_format, fabric.device), *backend_notes(self.world, fabric.device)):
             self.reporter.line(note)
         with self._in_run_folder():
             source = None if reader is None else find_checkpoint(self.folder)
         checkpoint = None if reader is None or source is None else reader.take(source)
+        expect_one_run(self.world, config, number_format, source, checkpoint)
         self.splits = splits = load_splits(config.data, config.run.seed, self.reporter.task)
         for note in splits.notes:
             self.reporter.line(note)
         data = describe_data(splits.train)
-        self.validation = Validation(config, splits, fabric.device)
+        self.validation = Validation(config, splits, fabric.device, Shards(self.world.size, self.world.rank))
         self.loader = make_loader(
             splits.train,
             config.run.batch_size,
@@ -182,7 +189,8 @@ class Trainer:
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
-        self.method = make_method(config)  # fresh: it may carry a perturbation from an earlier call
+        join_ranks(self.model, config.run, self.world, None if self.loader.drop_last else len(splits.train))
+        self.method = make_method(config, self.world.size)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
         optimizer = config.optim.build(self.model, fused)
@@ -192,6 +200,7 @@ class Trainer:
         average = WeightAverage(self.model, decay) if decay > 0 else None
         precision = fabric.strategy.precision
         digest = data_digest(splits)
+        expect_one_data_set(self.world, digest)
         self.state = RunState(config, data, digest, self.model, optimizer, precision, self.method, average)
         lines = 0
         if source is not None and checkpoint is not None:
@@ -217,7 +226,7 @@ class Trainer:
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
         self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
-        if len(self.validation) == 0:
+        if len(self.validation) == 0 and fabric.is_global_zero:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self.speed = Speed()  # of this epoch, in this call
         self.view = View(best=self.state.best.get("robust"))
@@ -281,6 +290,8 @@ class Trainer:
         self.method.epoch, self.method.step = state.epoch, state.step
         self.method.progress = state.step / self.total_steps
         logs, nonfinite = self.updater.run(batch, derive_seed(config.run.seed, "attack", state.step))
+        if not config.run.sync_batch_norm:  # or they are the same everywhere
+            average_buffers(self.model)
         if state.average is not None:
             state.average.update(self.model)
         state.interval.add(logs if nonfinite is None else {**logs, "attack_nonfinite": nonfinite})
@@ -327,10 +338,9 @@ class Trainer:
             values["images_per_second"] = round(self.view.speed, 1)
         improved = False
         if last or (state.epoch + 1) % config.eval.every == 0:
-            # on one process: the others' BN statistics differ until the next training step
             with self.guard.report():
-                validated = self._validate() if self.fabric.is_global_zero else {}
-            validated = self.fabric.broadcast(validated)
+                validated = self._validate()
+            validated = self.fabric.broadcast(validated)  # with one process's seconds
             values |= validated
             if validated:
                 score = {"robust": validated["val_robust"], "clean": validated["val_clean"]}
