@@ -1,0 +1,202 @@
+"""Twenty kills of one run: a process of two is killed at a random moment, the other ends, and the next attempt goes on.
+
+One process imports everything and forks both processes of each attempt, as a launcher would start them: an attempt
+takes a second or two, where a command takes ten.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from small_runs import TINY, assert_same_run
+
+from robust_moe.config import config_from_dict, load_config, save_config
+from robust_moe.engine import load_checkpoint
+from robust_moe.engine.run_checkpoints import past_checkpoints
+from robust_moe.settings import plain
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked"),
+    pytest.mark.slow,
+]
+
+KILLS, EPOCHS, STEPS = 20, 14, 4  # more steps, four an epoch, than the kills let pass
+SETTINGS = (
+    "run.devices=2",
+    f"run.epochs={EPOCHS}",
+    "run.log_every=100",
+    "run.checkpoint_steps=1",
+    "run.keep=2",
+    "run.ema_decay=0.9",
+    "data.augment.flip=true",
+)
+# moments of a step, or of what follows it, and the processes that have them
+MOMENTS = {
+    "before the step": (0, 1),
+    "in a forward of the attack": (0, 1),
+    "in the backward": (0, 1),
+    "after the step": (0, 1),
+    "before a checkpoint has its name": (0,),
+    "after a checkpoint has its name": (0,),
+    "in a validation": (0,),
+}
+# ends of an attempt that are no kill: the process asks itself to stop
+STOPS = {"SIGTERM in a step": 1, "SIGTERM in a validation": 0}
+
+SERVER = """
+    import json, os, signal, socket, sys
+    import sklearn.datasets
+    import torch
+    from robust_moe.config import load_config
+    from robust_moe.engine import LostProcessError, Reporter, Trainer, fabric, processes
+
+    processes.BEAT, processes.SILENCE = 0.1, 10_000  # seconds; a busy machine is no loss
+    fabric.ASKING = 0.1
+
+    def send(number):
+        os.kill(os.getpid(), number)
+
+    def die(*_):
+        send(signal.SIGKILL)
+
+    def doomed(trainer, moment, at):
+        step, replace, validate = trainer._step, os.replace, trainer._validate
+
+        def stepped(batch):
+            now = trainer.state.step == at
+            if now and moment == "before the step":
+                die()
+            if now and moment == "in a forward of the attack":
+                trainer.model.register_forward_pre_hook(die)
+            if now and moment == "in the backward":
+                next(trainer.model.parameters()).register_hook(die)
+            if now and moment == "SIGTERM in a step":
+                send(signal.SIGTERM)
+            step(batch)
+            if now and moment == "after the step":
+                die()
+
+        def renamed(source, target):
+            now = str(target).endswith("last.pt") and trainer.state.step >= at
+            if now and moment == "before a checkpoint has its name":
+                die()
+            replace(source, target)
+            if now and moment == "after a checkpoint has its name":
+                die()
+
+        def validated():
+            if moment == "in a validation":
+                die()
+            if moment == "SIGTERM in a validation":
+                send(signal.SIGTERM)
+            return validate()
+
+        trainer._step, trainer._validate, os.replace = stepped, validated, renamed
+
+    def process(rank, path, who, moment, at):
+        trainer = Trainer(load_config(path), Reporter(enabled=False))
+        if rank == who:
+            doomed(trainer, moment, at)
+        try:
+            return 0 if trainer.fit().finished else 3
+        except LostProcessError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    def attempt(path, who, moment, at):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children, logs = [], [f"{path}.{rank}.log" for rank in (0, 1)]
+        for rank in (0, 1):
+            child = os.fork()
+            if child == 0:
+                os.environ |= {
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "kills",
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+                    "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                }
+                log = os.open(logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                status = 1
+                try:
+                    status = process(rank, path, who, moment, at)
+                except BaseException:
+                    import traceback
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(status)
+            children.append(child)
+        ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        return ends, [open(log).read() for log in logs]
+
+    for line in sys.stdin:
+        print(json.dumps(attempt(*json.loads(line))), flush=True)
+"""
+
+
+@pytest.fixture
+def attempt(tmp_path):
+    """``attempt(name, who, moment, step)``: both processes of the run ``name`` to their ends: [statuses, errors]."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+    def run(name, who=None, moment=None, step=None):
+        path = tmp_path / f"{name}.yaml"
+        if not path.exists():
+            small = plain(load_config(None, list(TINY)))
+            save_config(config_from_dict(small, [*SETTINGS, f"run.out={tmp_path / name}"]), path)
+        server.stdin.write(json.dumps([str(path), who, moment, step]) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())  # empty where the server has failed
+
+    yield run
+    os.killpg(server.pid, signal.SIGKILL)  # forked ones that hang, too
+    server.wait()
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(attempt, tmp_path):
+    choose = random.Random(20)
+    assert attempt("whole")[0] == [0, 0]
+    last = tmp_path / "killed" / "last.pt"
+    moments = choose.sample([*MOMENTS] * 3, KILLS)
+
+    def position():
+        return load_checkpoint(last)["position"] if last.exists() else {"step": 0}
+
+    assert set(moments) == set(MOMENTS)
+    for kill, moment in enumerate(moments):
+        who, step = choose.choice(MOMENTS[moment]), position()["step"] + choose.randrange(3)
+        ends, said = attempt("killed", who, moment, step)
+        assert ends[who] == -signal.SIGKILL, (kill, moment, step, said)
+        assert ends[1 - who] == 2, (kill, moment, step, said)
+        (sentence,) = (line for line in said[1 - who].splitlines() if line.startswith("error: "))
+        assert f": process {who} has ended; the same command goes on from the last checkpoint" in sentence
+        assert "Traceback" not in said[1 - who]
+    for moment, who in STOPS.items():
+        ends, said = attempt("killed", who, moment, position()["step"] + 1)
+        assert ends == [3, 3], (moment, said)  # both of the same step, or they would wait for each other
+        inside = position()["batch"] != 0
+        assert inside or moment == "SIGTERM in a step"
+        if moment == "SIGTERM in a validation":
+            assert position()["batch"] == STEPS  # which is done again
+    assert position()["step"] < EPOCHS * STEPS
+    assert attempt("killed")[0] == [0, 0]
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert list(past_checkpoints(tmp_path / "killed")) == [EPOCHS * STEPS - 2, EPOCHS * STEPS - 1]
+    assert not list((tmp_path / "killed").glob(".*"))
