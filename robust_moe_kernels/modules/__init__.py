@@ -15,7 +15,9 @@ from robust_moe_kernels.modules.model import (
 )
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE
 from robust_moe_kernels.modules.momentum import Momentum
+from robust_moe_kernels.modules.over_ranks import batch_over_ranks
 from robust_moe_kernels.modules.pruning import prune_experts
+from robust_moe_kernels.modules.ranks import mean_over_ranks, rank_count, sum_over_ranks
 from robust_moe_kernels.modules.route_control import (
     AllExperts,
     DropTop,
@@ -61,15 +63,19 @@ __all__ = [
     "TwoConvGate",
     "attack_mode",
     "balance_loss",
+    "batch_over_ranks",
     "check_finite",
     "general_path",
     "last_routes",
     "link_layers",
+    "mean_over_ranks",
     "moe_layers",
     "only_expert",
     "prune_experts",
+    "rank_count",
     "replace_blocks",
     "replace_mlps",
     "rerouted",
     "shared_launches",
+    "sum_over_ranks",
 ]

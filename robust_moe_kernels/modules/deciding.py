@@ -13,6 +13,7 @@ from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.assignment import chosen_by_experts, within_capacity
 from robust_moe_kernels.modules.gates import noisy_choice, score_noise_scale
 from robust_moe_kernels.modules.general_path import decide_plainly
+from robust_moe_kernels.modules.ranks import drawn_over_ranks
 from robust_moe_kernels.modules.route_options import Reroute, RouteOptions, checked_routes
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.ops.gate import top_k_gate, top_k_route
@@ -31,9 +32,10 @@ class Decision(NamedTuple):
 
 def decide(
     gate: Callable[[Tensor], Tensor], x: Tensor, num_experts: int, options: RouteOptions, training: bool, *,
-    shape: tuple[int, ...], padding: Tensor | None = None, plainly: bool = False,
+    shape: tuple[int, ...], padding: Tensor | None = None, plainly: bool = False, over_ranks: bool = False,
 ) -> Decision:  # fmt: skip
-    """Where rows x [N, ...] go; ``plainly``: by operations of PyTorch alone."""
+    """Where rows x [N, ...] go; ``plainly``: by operations of PyTorch alone; ``over_ranks``: they are a part of a batch
+    on all ranks, for which noise is drawn."""
     rows = x.shape[0]
     clean = gate(x)
     wanted = f"logits of shape [{rows}, {num_experts}]"
@@ -43,10 +45,10 @@ def decide(
     if noise in ("logits", "vmoe"):
         constant = noise == "vmoe"
         scale = _equal_noise_scale(clean, options) if constant else score_noise_scale(clean, options.noise_std)
-        logits = clean + scale * torch.randn_like(clean)
+        logits = clean + scale * (drawn_over_ranks(clean, shape) if over_ranks else torch.randn_like(clean))
     own = None if training else options.inference
     if noise == "released":
-        own = _choose_by_noise
+        own = _choose_by_noise_over_ranks if over_ranks else _choose_by_noise
     route = None
     if plainly:
         out = decide_plainly(logits, options)
@@ -79,10 +81,16 @@ def _equal_noise_scale(logits: Tensor, options: RouteOptions) -> Tensor:
 def _ruled(rule: Reroute, options: RouteOptions, record: RoutingRecord) -> RoutingRecord:
     """The record with the routes of a rule. What it names is computed: it replaces what buffers have dropped too."""
     routes = rule(options, record)
-    indices, weights, invalid = (*routes, None) if rule is _choose_by_noise else checked_routes(routes, record)
+    ours = rule in (_choose_by_noise, _choose_by_noise_over_ranks)
+    indices, weights, invalid = (*routes, None) if ours else checked_routes(routes, record)
     return replace(record, indices=indices, weights=weights, invalid=invalid, dropped=None)
 
 
 def _choose_by_noise(options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
     indices = noisy_choice(record.scores, options.noise_std, options.top_k)
+    return indices, options.weigh(record.scores.gather(1, indices))
+
+
+def _choose_by_noise_over_ranks(options: RouteOptions, record: RoutingRecord) -> tuple[Tensor, Tensor]:
+    indices = noisy_choice(record.scores, options.noise_std, options.top_k, record.shape)
     return indices, options.weigh(record.scores.gather(1, indices))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_moe_kernels.modules.norm_over_ranks import norm_over_ranks
+from robust_moe_kernels.modules.ranks import rank_count
 from robust_moe_kernels.modules.walk import modules_of, tensors_of
 
 __all__ = ["ExpertBatchNorm2d", "copied", "copies", "kind_of", "original"]
@@ -29,8 +31,11 @@ class ExpertBatchNorm2d(nn.BatchNorm2d):
     """
 
     replaces: ClassVar[type[nn.Module]] = nn.BatchNorm2d
+    over_ranks = False  # whether its rows in training are those of all ranks (``batch_over_ranks``)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.over_ranks and self.training and rank_count() > 1:
+            return self._of_all_ranks(x)
         if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
         if x.shape[0] > 0 and self.track_running_stats and self.running_mean is not None:
@@ -39,6 +44,16 @@ class ExpertBatchNorm2d(nn.BatchNorm2d):
             _move_mean(self, x)
         zeros = _zeros(x)
         return (zeros.to(self.weight.dtype) * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        batches: Any = self.num_batches_tracked
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
+        out, count = norm_over_ranks(x, self.running_mean, self.running_var, self.weight, self.bias, momentum, self.eps)
+        if batches is not None:
+            batches += (count > 0).to(batches.dtype)
+        return out
 
 
 class _FewRows(_BatchNorm):

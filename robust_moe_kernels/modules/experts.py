@@ -79,6 +79,8 @@ class Experts(nn.ModuleList, ABC):
     together: ClassVar[bool] = True  # whether the experts' tensors lie in one memory, as the engine reads them
     known: ClassVar[bool] = True  # whether ``batch_independent`` knows all that may draw or mix rows in training
 
+    over_ranks = False  # whether every expert runs in training, for norms of all ranks (``batch_over_ranks``)
+
     # During an attack, what a forward has cast, one entry or none; see ``attack_mode``.
     held: list[CastFilters] | None = None
 
@@ -205,7 +207,7 @@ class Experts(nn.ModuleList, ABC):
         """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         taken = sum(counts)
-        every = learns or taken == 0
+        every = learns or taken == 0 or (self.over_ranks and self.training)
         pairs = zip(self, rows[:taken].split(counts), strict=True)
         parts = [expert(segment) for expert, segment in pairs if every or len(segment)]
         if taken < len(rows):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules.general_path import is_general
 from robust_moe_kernels.modules.interception import has_hooks
+from robust_moe_kernels.modules.ranks import drawn_over_ranks, sum_over_ranks
 from robust_moe_kernels.ops.gate import pool_linear
 
 __all__ = [
@@ -149,7 +150,7 @@ def score_noise_scale(logits: Tensor, noise_std: float) -> Tensor:
     return noise_std * logits.detach().std(dim=1, keepdim=True, correction=0)
 
 
-def noisy_choice(scores: Tensor, noise_std: float, top_k: int) -> Tensor:
+def noisy_choice(scores: Tensor, noise_std: float, top_k: int, over_ranks: tuple[int, ...] | None = None) -> Tensor:
     """The ``top_k`` experts of each row under the score noise of the code released with 2509.05086, best first.
 
     They are the largest of ``scores / std(scores) + N(0, noise_std)``, with one (unbiased) standard deviation of the
@@ -160,14 +161,21 @@ def noisy_choice(scores: Tensor, noise_std: float, top_k: int) -> Tensor:
         scores: [B, E], softmax over the experts.
         noise_std: >= 0; the noise is drawn from PyTorch's global generator of the device.
         top_k: 1 <= k <= E.
+        over_ranks: how the rows belong to samples, where the scores are this rank's part of a matrix that lies on all
+            ranks. None: they are all of it.
 
     Returns:
         int64 [B, k]; ties go to the lowest index.
     """
     scores = scores.detach()
     known = scores.isnan().logical_not()
-    count = known.sum()
-    mean = scores.nansum() / count
-    spread = ((scores - mean).square().nansum() / (count - 1)).sqrt()  # a row with NaN is that row's alone
-    noisy = scores + noise_std * spread * torch.randn_like(scores)  # times the spread: the order is the same
+    shape = over_ranks
+    count, total = known.sum(), scores.nansum()
+    if shape is not None:
+        count, total = sum_over_ranks(count), sum_over_ranks(total)
+    square = (scores - total / count).square().nansum()
+    square = square if shape is None else sum_over_ranks(square)
+    spread = (square / (count - 1)).sqrt()  # a row with NaN is that row's alone
+    noise = torch.randn_like(scores) if shape is None else drawn_over_ranks(scores, shape)
+    noisy = scores + noise_std * spread * noise  # times the spread: the order is the same
     return noisy.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

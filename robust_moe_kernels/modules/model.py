@@ -15,6 +15,7 @@ from robust_moe_kernels.modules.linking import link_layers
 from robust_moe_kernels.modules.mlp_layer import FusedMLPMoE
 from robust_moe_kernels.modules.moe_layer import FusedBlockMoE, FusedConvMoE
 from robust_moe_kernels.modules.momentum import Momentum
+from robust_moe_kernels.modules.ranks import rank_count
 from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
@@ -135,6 +136,9 @@ def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor]
         kind: a key of ``BALANCE_LOSSES``: entropy, kl, switch, entropy_released, importance, load, z or vmoe; or a
             function of one layer's record.
 
+    Of layers whose batch lies on several ranks (``batch_over_ranks``) the record, and so the loss, is that of the whole
+    batch, the same on every rank.
+
     Returns:
         A scalar on the graph of that forward; 0 for a model without such layers.
 
@@ -151,7 +155,11 @@ def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor]
     if torch.is_grad_enabled():
         for name, layer in moe_layers(model).items():
             _expect_graph(name, layer, records[name])
-    losses = [loss(record) for record in records.values()]
+    several = rank_count() > 1
+    layers = moe_layers(model).values()
+    of_all = [several and layer.over_ranks and layer.training for layer in layers]
+    rows = [r.of_all_ranks() if wide else r for r, wide in zip(records.values(), of_all, strict=True)]
+    losses = [loss(record) for record in rows]
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
 

@@ -20,6 +20,7 @@ from robust_moe_kernels.modules.experts import (
 )
 from robust_moe_kernels.modules.interception import Snapshot
 from robust_moe_kernels.modules.probe import drawn_state, first_line, modes_kept
+from robust_moe_kernels.modules.ranks import rank_count
 from robust_moe_kernels.modules.reading import POOLING
 from robust_moe_kernels.modules.routed_block import Layer, Plan, fold_norm, routed_block
 from robust_moe_kernels.modules.stacks import Stack, guarded, overwrite, same, stacked, states, unchanged
@@ -55,7 +56,7 @@ class Stages(NamedTuple):
 
     pools: nn.Module  # before the skip's convolution
     geometries: list[Geometry]
-    norms: list[list[nn.BatchNorm2d]]
+    norms: list[list[ExpertBatchNorm2d]]
     filters: list[Stack]
     numbers: list[list[Stack]]  # of each norm: weight, bias, running mean, running variance, number of batches
     trained: list[Stack]  # filters, then weight and bias of each norm
@@ -144,7 +145,8 @@ class ResidualExperts(Experts):
             return None
         fixed = []
         for geometry, (norm, *_), training in zip(content.geometries, content.norms, modes, strict=True):
-            fixed.append(Layer(geometry, norm.eps, float(norm.momentum or 0.0), training))
+            over_ranks = training and norm.over_ranks and rank_count() > 1
+            fixed.append(Layer(geometry, norm.eps, float(norm.momentum or 0.0), training, over_ranks))
         count = len(fixed)
         plan = Plan(tuple(fixed), count > self.depth)
         dtype = engine_dtype(x)

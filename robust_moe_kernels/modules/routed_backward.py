@@ -15,6 +15,7 @@ from torch import Tensor
 
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.layout import Geometry
+from robust_moe_kernels.modules.ranks import sum_over_ranks
 from robust_moe_kernels.ops.expert_block import (
     column_sums,
     head_backward,
@@ -41,6 +42,7 @@ class Layer:
     eps: float
     momentum: float
     training: bool  # of the norm: batch statistics, or the running ones
+    over_ranks: bool = False  # batch statistics of the rows of all ranks
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Backward:
         made = {}
         for key, size in ctx.tile_plans:
             made[key], rest = list(rest[:size]), rest[size:]
+        (self.counted,) = rest  # offsets of the rows that the norms count
         self.tiles = TilePlans(self.offsets, len(self.order), made)
         self.gradients: list[Tensor | None] = [None] * (FIXED + PER_LAYER * count)
 
@@ -194,6 +197,9 @@ class Backward:
             if self._norm_wants(i):
                 at = self._argument(i)
                 self.gradients[at + 1], self.gradients[at + 2] = found[:2]
+            if training and self.plan.layers[i].over_ranks:  # weight and bias have the gradient of this rank's loss
+                shares = sum_over_ranks(shares.sum(1, keepdim=True))
+                found = norm_finalise_backward(shares, self.counted, pixels, scale, mean, rstd, training, AUTO)
             if training:
                 q, r = found[2:]
         return norm_backward(d, z, self.offsets, scale, q, r, *mask, AUTO)

@@ -20,6 +20,7 @@ from torch import Tensor
 from robust_moe_kernels.dispatch import AUTO
 from robust_moe_kernels.modules.interception import version
 from robust_moe_kernels.modules.plain_block import KEPT, plain_block
+from robust_moe_kernels.modules.ranks import offsets_over_ranks, sum_over_ranks
 from robust_moe_kernels.modules.routed_backward import FIXED, PER_LAYER, Backward, Layer, Plan, TilePlans
 from robust_moe_kernels.ops.expert_block import column_sums, head_forward, norm_finalise, scale_shift, share_count
 from robust_moe_kernels.ops.expert_conv import conv_forward
@@ -70,18 +71,21 @@ def fold_norm(
 
 
 def _normalize(
-    z: Tensor, offsets: Tensor, numbers: tuple[Tensor, ...], folded: tuple[Tensor | None, ...], layer: Layer,
-    wants_gradient: bool,
+    z: Tensor, offsets: Tensor, counted: Tensor, numbers: tuple[Tensor, ...], folded: tuple[Tensor | None, ...],
+    layer: Layer, wants_gradient: bool,
 ) -> _Norm:  # fmt: skip
-    """A norm of z by its weight, bias, running mean, running variance and number of batches, or as it was folded."""
+    """A norm of z by its weight, bias, running mean, running variance and number of batches, or as it was folded;
+    ``counted``: the offsets of the rows that its statistics are of, in training."""
     weight, bias, running_mean, running_variance, tracked = numbers
     scale, shift = folded
     if scale is not None and shift is not None:
         return _Norm(scale, shift)
     if layer.training:
         shares = column_sums(z, z, offsets, None, None, share_count(z, offsets), AUTO)
+        if layer.over_ranks:
+            shares = sum_over_ranks(shares.sum(1, keepdim=True))
         scale, shift, mean, rstd, *moved = norm_finalise(
-            shares, offsets, z.shape[2] * z.shape[3], weight, bias, running_mean, running_variance, tracked, layer.eps,
+            shares, counted, z.shape[2] * z.shape[3], weight, bias, running_mean, running_variance, tracked, layer.eps,
             layer.momentum, AUTO,
         )  # fmt: skip
         return _Norm(scale, shift, mean, rstd, tuple(moved))
@@ -111,6 +115,8 @@ class _RoutedBlock(torch.autograd.Function):
         layers = [tensors[i : i + PER_LAYER] for i in range(0, len(tensors), PER_LAYER)]
         tiles = TilePlans(offsets, order.shape[0], {})
         zs, norms = [], []
+        over_ranks = any(layer.over_ranks and layer.training for layer in plan.layers)
+        counted = offsets_over_ranks(offsets) if over_ranks else offsets
         source: Tensor = x
         index: Tensor | None = sample
         for i, (layer, parameters) in enumerate(zip(plan.layers, layers, strict=True)):
@@ -120,7 +126,7 @@ class _RoutedBlock(torch.autograd.Function):
             z = conv_forward(source, parameters[0], offsets, index, made, layer.geometry, AUTO)
             first = FIXED + PER_LAYER * i + 1
             wants_gradient = any(ctx.needs_input_grad[first : first + 2])
-            norm = _normalize(z, offsets, parameters[1:6], parameters[6:], layer, wants_gradient)
+            norm = _normalize(z, offsets, counted, parameters[1:6], parameters[6:], layer, wants_gradient)
             zs.append(z)
             norms.append(norm)
             if i < plan.depth - 1:
@@ -159,7 +165,7 @@ class _RoutedBlock(torch.autograd.Function):
         # They may move before a backward, which does not read them.
         if not torch.compiler.is_compiling():
             ctx.numbers, ctx.versions = numbers, _versions(numbers)
-        ctx.save_for_backward(*maps, weights, order, sample, inverse, offsets, *zs, *tables, *filters, *made)
+        ctx.save_for_backward(*maps, weights, order, sample, inverse, offsets, *zs, *tables, *filters, *made, counted)
         statistics = [moved for norm in norms for moved in norm.moved]
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
@@ -185,6 +191,8 @@ def _twice_differentiable(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient in plain PyTorch, for another derivative."""
     saved = ctx.saved_tensors
     x, x_skip, weights, *route = saved[:7]
+    if any(layer.over_ranks and layer.training for layer in ctx.plan.layers):
+        raise RuntimeError("a derivative of the gradient through batch norms over several ranks was asked for")
     if x is None or (x_skip is None and ctx.skip_size is not None):
         raise RuntimeError(
             "a derivative of the gradient through experts whose parameters are frozen, with a downsampling skip, was"

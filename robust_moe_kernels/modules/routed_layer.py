@@ -21,6 +21,7 @@ from robust_moe_kernels.modules.gates import GATES, Gate, build_gate
 from robust_moe_kernels.modules.general_path import general_path, mix_plainly, wanted
 from robust_moe_kernels.modules.interception import has_ended
 from robust_moe_kernels.modules.momentum import Momentum
+from robust_moe_kernels.modules.ranks import rank_count
 from robust_moe_kernels.modules.route_options import Option, Reroute, RouteOptions, expect_expert
 from robust_moe_kernels.modules.routing_record import RoutingRecord
 from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
@@ -99,6 +100,7 @@ class MoELayer(nn.Module):
     limited: ClassVar[bool] = False  # whether ``capacity`` and ``choice`` can limit an expert's rows
     linkable: ClassVar[bool] = False  # whether a skip stands around it alone, so that momentum means something
     output_place: Place | None = None  # in the chain of outputs that momentum goes along (``link_layers``)
+    over_ranks = False  # whether a batch in training is that of all ranks (``batch_over_ranks``)
     choice_place: Place | None = None  # in the chain of first choices, for gates that ask for them
 
     def __init__(
@@ -254,8 +256,13 @@ class MoELayer(nn.Module):
             linked = self.choice_place is not None
             expect(linked, "gate", "a layer that is linked (see link_layers) for AdaptiveClusteringGate", "one alone")
             gate = partial(gate, clusters=clusters, padding=padding)
+        over_ranks = self.over_ranks and training and rank_count() > 1
         decision = decide(
-            gate, rows, self.num_experts, options, training, shape=shape, padding=padding, plainly=plainly
+            *(gate, rows, self.num_experts, options, training),
+            shape=shape,
+            padding=padding,
+            plainly=plainly,
+            over_ranks=over_ranks,
         )
         self._hand_on(decision.record)
         return decision

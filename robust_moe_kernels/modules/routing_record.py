@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robust_moe_kernels.checks import expect
+from robust_moe_kernels.modules.ranks import gather_over_ranks, mean_over_ranks, rank_count
 from robust_moe_kernels.ops.gate.reference_impl import entropies
 
 __all__ = ["RoutingRecord"]
@@ -73,6 +74,39 @@ class RoutingRecord:
             mean_square_lse=(lse.square() * share).sum(),
             padding=padding,
         )
+
+    def of_all_ranks(self) -> Self:
+        """The record of the rows of every rank, each having as many, with one rank's below the other's; on its graph.
+        What was drawn for a row, or chosen for it, stays; ``shape`` has the samples of all. All ranks have to ask."""
+        floats = [self.scores, self.logits, self.clean_logits, self.weights]
+        floats += [] if self.noise_scale is None else [self.noise_scale]
+        kind = torch.promote_types(self.scores.dtype, self.logits.dtype)
+        widths = [part.shape[1] for part in floats]
+        parts = gather_over_ranks(torch.cat([part.to(kind) for part in floats], 1)).split(widths, 1)
+        scores, logits, clean, weights, *scale = (part.to(own.dtype) for part, own in zip(parts, floats, strict=True))
+        means = torch.cat(
+            [self.mean_scores, self.argmax_fraction, self.mean_entropy.view(1), self.mean_square_lse.view(1)]
+        )
+        experts = len(self.mean_scores)
+        mean_scores, first, entropy, lse = mean_over_ranks(means).split([experts, experts, 1, 1])
+        flags = [self.dropped, self.padding]
+        dropped, padding = (None if flag is None else gather_over_ranks(flag.int()).bool() for flag in flags)
+        whole = replace(
+            self,
+            scores=scores,
+            indices=gather_over_ranks(self.indices),
+            weights=weights,
+            logits=logits,
+            clean_logits=clean,
+            noise_scale=scale[0] if scale else None,
+            mean_scores=mean_scores,
+            argmax_fraction=first,
+            mean_entropy=entropy[0],
+            mean_square_lse=lse[0],
+            shape=(self.shape[0] * rank_count(), *self.shape[1:]),
+            dropped=dropped,
+        )
+        return whole if padding is None else whole.with_padding(padding)  # of which ranks have not alike
 
     def dropping(self, dropped: Tensor) -> Self:
         """The record with the pairs ``dropped`` [N, k] dropped, beside those that are."""

@@ -6,12 +6,15 @@ Each row's logits are from that row alone, but for :class:`AdaptiveClusteringGat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.general_path import is_general
 from robust_moe_kernels.modules.interception import has_hooks, transforming
+from robust_moe_kernels.modules.ranks import sum_over_ranks
 from robust_moe_kernels.ops.gate import pool_linear
 
 __all__ = ["TOKEN_GATES", "AdaptiveClusteringGate", "LinearGate", "NoisyTopKGate"]
@@ -74,7 +77,8 @@ class AdaptiveClusteringGate(LinearGate):
     logits are from that row and its cluster alone; a cluster that was never seen has the identity. Running means take
     the newest batch with a weight of ``rate``, the first batches with equal weights; not under
     :func:`~robust_moe_kernels.modules.attack_mode`, nor from a cluster of fewer than two tokens or with numbers that
-    are not finite. Each process has its own. M_k is a constant: no gradient passes through it.
+    are not finite. Each process has its own, but for ``batch_over_ranks``. M_k is a constant: no gradient passes
+    through it.
 
     State: that of :class:`LinearGate`; where there is a layer before, ``spread`` [K, C], the running means, and
     ``seen`` int64 [K], how many batches they are of, K being the number of that layer's experts.
@@ -90,6 +94,7 @@ class AdaptiveClusteringGate(LinearGate):
 
     spread: Tensor | None
     seen: Tensor | None
+    over_ranks = False  # whether the batch in training is that of all ranks (``batch_over_ranks``)
 
     def __init__(self, in_features: int, num_experts: int, floor: float = 0.1, rate: float = 0.1) -> None:
         super().__init__(in_features, num_experts)
@@ -137,10 +142,11 @@ class AdaptiveClusteringGate(LinearGate):
         member = clusters[:, None] == torch.arange(len(self.spread), device=x.device)
         if padding is not None:
             member = member & ~padding[:, None]
-        count = member.sum(0)  # [K]
+        whole: Callable[[Tensor], Tensor] = sum_over_ranks if self.over_ranks else _unchanged
+        count = whole(member.sum(0))  # [K]
         share = member.to(x.dtype) / count.clamp_min(1)  # [N, K] of each row in its cluster's means
-        deviation = (x - (share.t() @ x).index_select(0, clusters)).abs()
-        spread = share.t() @ deviation  # [K, C]
+        deviation = (x - whole(share.t() @ x).index_select(0, clusters)).abs()
+        spread = whole(share.t() @ deviation)  # [K, C]
         known = count >= 2
         if self.learns:
             if (reason := transforming()) is not None:
@@ -157,6 +163,10 @@ class AdaptiveClusteringGate(LinearGate):
         relative = spread / mean.clamp_min(torch.finfo(spread.dtype).tiny)
         inverse = 1.0 / relative.clamp_min(self.floor)
         return inverse / inverse.mean(1, keepdim=True)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 TOKEN_GATES: dict[str, type[nn.Module]] = {
