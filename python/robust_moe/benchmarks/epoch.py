@@ -225,7 +225,9 @@ def _plain(answer: Answer, config: TrainConfig, sizes: Sizes, device: torch.devi
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     images, labels = _read(folder / "images" / "train")
     data, held_out = (_PerImage(images[part], labels[part]) for part in (slice(sizes.images), slice(sizes.validated)))
-    loader = torch.utils.data.DataLoader(data, sizes.batch, shuffle=True, num_workers=WORKERS, drop_last=True)
+    # started once: what a start costs depends on how this process was started, and is no part of an epoch
+    kept = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
+    loader = torch.utils.data.DataLoader(data, sizes.batch, shuffle=True, drop_last=True, **kept)
     scored = torch.utils.data.DataLoader(held_out, sizes.batch)
     clock = Clock(device)
 

@@ -210,6 +210,11 @@ class RunState:
             self.interval.load_state_dict(state["meters"]["interval"], device)
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
+            if (before := len(state["rng"])) != (now := _processes()):
+                self.notes.append(
+                    f"processes: checkpoint has {before}, got {now}; order, augmentation and attacks stay, random "
+                    "numbers of a process and the rounding of sums over processes do not"
+                )
             return int(state["log_lines"]), list(changed.values())
         except CheckpointError:
             raise
@@ -258,11 +263,17 @@ def _as_process(state: dict[str, Any], rank: int) -> dict[str, Any]:
     return mine
 
 
+def _processes() -> int:
+    """Of the run."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return 1 if alone else torch.distributed.get_world_size()
+
+
 def _all_ranks(value: Any) -> list[Any]:
     """``value`` of every process, in order of rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if _processes() == 1:
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
+    values: list[Any] = [None] * _processes()
     torch.distributed.all_gather_object(values, value)
     return values
 

@@ -118,7 +118,10 @@ class CheckpointWriter:
             try:
                 self._after()
             except OSError as error:
-                raise CheckpointError(f"{error.filename or self.folder}: {error.strerror or error}") from error
+                raise CheckpointError(
+                    f"{error.filename or self.folder}: the settings beside the checkpoint could not be written "
+                    f"({error.strerror or error})"
+                ) from error
         except CheckpointError as error:
             self._error = error
         except BaseException as error:

@@ -27,7 +27,6 @@ pytestmark = [
 
 KILLS, EPOCHS, STEPS = 20, 14, 4  # more steps, four an epoch, than the kills let pass
 SETTINGS = (
-    "run.devices=2",
     f"run.epochs={EPOCHS}",
     "run.log_every=100",
     "run.checkpoint_steps=1",
@@ -53,7 +52,7 @@ SERVER = """
     import sklearn.datasets
     import torch
     from robust_moe.config import load_config
-    from robust_moe.engine import LostProcessError, Reporter, Trainer, fabric, processes
+    from robust_moe.engine import LostProcessError, Trainer, fabric, processes
 
     processes.BEAT, processes.SILENCE = 0.1, 10_000  # seconds; a busy machine is no loss
     fabric.ASKING = 0.1
@@ -99,27 +98,36 @@ SERVER = """
         trainer._step, trainer._validate, os.replace = stepped, validated, renamed
 
     def process(rank, path, who, moment, at):
-        trainer = Trainer(load_config(path), Reporter(enabled=False))
+        trainer = Trainer(load_config(path))
         if rank == who:
             doomed(trainer, moment, at)
+        step = trainer._step
+
+        def noted(batch):
+            sums = [float(image.double().sum()) for image in batch.images]
+            with open(f"{path}.batches", "a") as file:  # one write a line, of both processes
+                file.write(json.dumps([trainer.state.step, dict(zip(batch.index.tolist(), sums))]) + chr(10))
+            step(batch)
+
+        trainer._step = noted
         try:
             return 0 if trainer.fit().finished else 3
         except LostProcessError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
 
-    def attempt(path, who, moment, at):
+    def attempt(path, world, who, moment, at):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children, logs = [], [f"{path}.{rank}.log" for rank in (0, 1)]
-        for rank in (0, 1):
+        children, logs = [], [f"{path}.{rank}.log" for rank in range(world)]
+        for rank in range(world):
             child = os.fork()
             if child == 0:
                 os.environ |= {
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "kills",
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
-                    "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                    "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                 }
                 log = os.open(logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(log, 1)
@@ -145,7 +153,7 @@ SERVER = """
 
 @pytest.fixture
 def attempt(tmp_path):
-    """``attempt(name, who, moment, step)``: both processes of the run ``name`` to their ends: [statuses, errors]."""
+    """``attempt(name, who, moment, step)``: the processes of the run ``name`` to their ends: [statuses, outputs]."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SERVER)],
@@ -156,12 +164,12 @@ def attempt(tmp_path):
         start_new_session=True,
     )
 
-    def run(name, who=None, moment=None, step=None):
+    def run(name, who=None, moment=None, step=None, world=2, more=()):
         path = tmp_path / f"{name}.yaml"
-        if not path.exists():
-            small = plain(load_config(None, list(TINY)))
-            save_config(config_from_dict(small, [*SETTINGS, f"run.out={tmp_path / name}"]), path)
-        server.stdin.write(json.dumps([str(path), who, moment, step]) + "\n")
+        small = plain(load_config(None, list(TINY)))
+        settings = [*SETTINGS, f"run.devices={world}", f"run.out={tmp_path / name}", *more]
+        save_config(config_from_dict(small, settings), path)
+        server.stdin.write(json.dumps([str(path), world, who, moment, step]) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())  # empty where the server has failed
 
@@ -200,3 +208,27 @@ def test_twenty_kills_at_random_moments_change_no_bit(attempt, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert list(past_checkpoints(tmp_path / "killed")) == [EPOCHS * STEPS - 2, EPOCHS * STEPS - 1]
     assert not list((tmp_path / "killed").glob(".*"))
+
+
+def batches(tmp_path, name):
+    """Of every step the images that its processes had: their numbers, and sums of their augmented pixels."""
+    found = {}
+    for line in (tmp_path / f"{name}.yaml.batches").read_text().splitlines():
+        step, images = json.loads(line)
+        assert found.setdefault(step, {}).keys().isdisjoint(images)
+        found[step] |= images
+    return found
+
+
+def test_a_run_goes_on_in_another_number_of_processes_with_the_images_of_before(attempt, tmp_path):
+    more = ("run.epochs=2", "data.augment.crop_padding=1")
+    assert attempt("alone", world=1, more=more)[0] == [0]
+    for world, step in ((1, 2), (2, 5)):
+        ends, said = attempt("moved", 0, "SIGTERM in a step", step, world=world, more=more)
+        assert ends == [3] * world, said
+    assert "processes: checkpoint has 1, got 2; order, augmentation and attacks stay" in said[0]
+    ends, said = attempt("moved", world=1, more=more)
+    assert ends == [0], said
+    assert "processes: checkpoint has 2, got 1" in said[0]
+    assert batches(tmp_path, "moved") == batches(tmp_path, "alone")
+    assert load_checkpoint(tmp_path / "moved" / "last.pt")["position"] == {"epoch": 2, "batch": 0, "step": 2 * STEPS}
