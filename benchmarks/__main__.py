@@ -18,6 +18,7 @@ PROGRAMS = {
     "sass": ("benchmarks.sass", "instructions and registers of its compiled loops, without a GPU"),
     "speedrun": ("benchmarks.speedrun", "the speed-run's ingredients, one by one, on the CPU"),
     "timm_blocks": ("benchmarks.timm_blocks", "which blocks of timm's residual networks become experts"),
+    "cluster": ("benchmarks.cluster", "a step on 8, 64 and 512 GPUs, on paper"),
     "published": ("benchmarks.published", "what the published numbers of Robust Experts say about its claims"),
     "plots": ("benchmarks.plots", "figures of results"),
 }

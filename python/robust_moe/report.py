@@ -16,6 +16,7 @@ from robust_moe.engine.experiment import checkpoint_file, cpu_threads
 from robust_moe.engine.foreign import Foreign, load_measured
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
+from robust_moe.engine.world import World, agree
 from robust_moe.evaluation import (
     PresetEvaluation,
     plot_routing,
@@ -25,6 +26,7 @@ from robust_moe.evaluation import (
 )
 from robust_moe.evaluation.common import checkpoint_name, expect_comparable, run_name
 from robust_moe.evaluation.scorer import device_of
+from robust_moe.evaluation.shards import Shards
 from robust_moe.files import replace_file
 from robust_moe.outputs import (
     evaluation_outputs,
@@ -34,6 +36,7 @@ from robust_moe.outputs import (
     samples_file,
 )
 from robust_moe.precision import bfloat16_of
+from robust_moe.provenance import versions
 from robust_moe.settings import plain
 
 __all__ = ["SPLITS", "assess", "chosen_images", "draw", "expect_choice", "faster_in_half"]
@@ -86,6 +89,7 @@ def assess(
     fast: bool = False,
     foreign: Foreign | None = None,
     reporter: Reporter | None = None,
+    world: World | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a checkpoint, or a run folder's best one: (results, the file they are in).
 
@@ -110,6 +114,8 @@ def assess(
             results say so (``attack_dtype``). Where it is not, the evaluation is the exact one, and a line says why.
         foreign: what ``checkpoint`` is, where it is no checkpoint of robust-moe; ``overrides`` are all its settings
             then.
+        world: processes that share the batches, and have met (:func:`~robust_moe.engine.world.meet`); the first one
+            writes. Results do not depend on their number. None: one.
 
     Raises:
         CheckpointError, ConfigError, DataError: what cannot be read or does not fit; a file in the place of one that
@@ -119,6 +125,7 @@ def assess(
         ValueError: one of ``beside`` is no result file, or is of other images, or has no attack in common with this
             evaluation.
     """
+    world = world or World()
     expect_choice(split, count)
     if fast and robustbench is not None:
         raise ConfigError("robustbench: expected an exact evaluation, got --fast, whose attacks round to bfloat16")
@@ -161,10 +168,12 @@ def assess(
             say=reporter.line,
             key="eval.attack",
             fast=fast,
+            shards=Shards(world.size, world.rank),
         )
+        agree(world, {"evaluation": evaluation.identity, "software": versions()})
         expect_comparable(evaluation.planned(), others)  # sooner said than after hours of attacks
         results = evaluation.complete(path, path.with_suffix(".html"), resume=resume, beside=others)
-    if robustbench is not None:
+    if robustbench is not None and world.rank == 0:
         text = json.dumps(robustbench_json(results, robustbench), indent=2, allow_nan=False)
         replace_file(robustbench_file(path), f"{text}\n".encode())
     return results, path

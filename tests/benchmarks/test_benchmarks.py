@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.plots import plot_sweep, plot_train_step
-from robust_moe.benchmarks import expert_sweep, harness, layer_case, load, scaling, train_step
+from robust_moe.benchmarks import expert_sweep, harness, layer_case, load, ranks, scaling, train_step
 from robust_moe.benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
 from robust_moe.benchmarks.expert_sweep import baselines, sweep
 from robust_moe.benchmarks.harness import BusyMachine, Options, Row, check_close, compare, peak_bytes, save
@@ -316,6 +316,19 @@ def test_scaling_compares_thread_counts_and_models_from_the_first_and_last(monke
         assert row.extra["operations_ms"] == pytest.approx({"convolution": row.median_ms, "rest": 0.0})
         assert row.extra["model_ms"]["1"] == pytest.approx(first.median_ms)
     assert "model_ms" not in rows[0].extra and "operations_ms" not in rows[2].extra
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_benchmark_train_what_one_does():
+    ranks.check(8)
+
+
+def test_efficiency_is_the_share_of_twice_the_speed():
+    rows = [
+        harness.Row({}, name, median, median, median, 1.0, 1, {})
+        for name, median in (("1", 100.0), ("strong", 80.0), ("weak", 125.0))
+    ]
+    assert [row.extra["efficiency"] for row in ranks.with_efficiency(rows)] == [1.0, 50 / 80, 0.8]
 
 
 def test_the_plain_attack_stays_in_its_ball_and_leaves_no_gradients():

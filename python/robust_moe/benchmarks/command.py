@@ -29,6 +29,7 @@ BENCHMARKS = {
     "expert_sweep": Benchmark(5, "the layer over E, B, k and map size; rates; CPU: ~12 minutes"),
     "scaling": Benchmark(7, "the layer beside the dense block over thread counts, and a model of more; CPU only"),
     "train_step": Benchmark(3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
+    "ranks": Benchmark(5, "that step in one process and in two: strong and weak scaling; CPU only: minutes"),
     "rt_er_step": Benchmark(3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
     "epoch": Benchmark(3, "a whole epoch of training a ResNet-18, beside a plain loop trainer; CPU: ~15 minutes"),
     "expert_mlp": Benchmark(

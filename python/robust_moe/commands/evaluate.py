@@ -26,6 +26,7 @@ from robust_moe.dry_run import evaluation_facts
 from robust_moe.engine import Reporter
 from robust_moe.engine.experiment import checkpoint_file
 from robust_moe.engine.foreign import foreign_of
+from robust_moe.engine.world import meet, world_of
 from robust_moe.evaluation import PRESETS
 from robust_moe.evaluation.common import checkpoint_name
 from robust_moe.outputs import robustbench_file
@@ -110,7 +111,7 @@ def evaluate_checkpoint(
     """Clean and robust accuracy of a checkpoint, on the images of its configuration.
 
     Writes results as JSON, arrays of every image and an HTML report. Ctrl-C stops, and the same command goes on
-    after the last finished batch, also after a kill.
+    after the last finished batch, also after a kill. Under torchrun its processes share the batches.
 
     Settings of a checkpoint that may change: data.root, data.test_limit, eval.* (eval.seed: of the attack),
     model.dual.alpha, model.moe.inference, model.mixture.inference, run.accelerator, run.threads.
@@ -129,7 +130,10 @@ def evaluate_checkpoint(
         for what, value in evaluation_facts(file, settings, preset=preset, split=split, count=n, foreign=foreign):
             make_console().print(f"{what}: {value}", soft_wrap=True)
         return
+    world = world_of(1)
+    meet(world)
     reporter = Reporter(console=make_console())
+    reporter.enabled = reporter.enabled and world.rank == 0
     with stoppable(reporter.line, resume):
         results, written = assess(
             file,
@@ -144,7 +148,10 @@ def evaluate_checkpoint(
             fast=fast,
             foreign=foreign,
             reporter=reporter,
+            world=world,
         )
+    if world.rank > 0:
+        return
     show(reporter.console, checkpoint_name(file.resolve()), results, written)
     if robustbench is not None:
         reporter.line(f"RobustBench entry: {robustbench_file(written)}")

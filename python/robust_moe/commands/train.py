@@ -63,12 +63,16 @@ def train(
     with Trainer(settings, reporter) as trainer:  # the folder is this command's until the evaluation is written
         with suggesting_settings(settings.data):
             outcome = trainer.fit(resume=resume, override=override)
-        if not trainer.fabric.is_global_zero:
-            return
-        draw(outcome.folder, say=reporter.warn)
+        first = trainer.fabric.is_global_zero
+        if first:
+            draw(outcome.folder, say=reporter.warn)
         if not outcome.finished:
             raise typer.Exit(STOPPED)
         with stoppable(reporter.line):
-            results, written = assess(outcome.folder, outcome.folder / "results.json", reporter=reporter)
+            results, written = assess(
+                outcome.folder, outcome.folder / "results.json", reporter=reporter, world=trainer.world
+            )
+    if not first:
+        return
     show(reporter.console, outcome.folder.name, results, written)
     reporter.console.print(f"run folder: {outcome.folder}", soft_wrap=True)

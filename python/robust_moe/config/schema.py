@@ -56,7 +56,10 @@ class RunConfig(Config):
         0, "past checkpoints that stay beside last.pt and best.pt, as step-N.pt", at_least=0, at_most=1000
     )
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", "Fabric's")
-    devices: int = setting(1, "processes, one for each device", at_least=1, at_most=256)
+    devices: int = setting(1, "processes, one for each device; 1 under torchrun", at_least=1, at_most=256)
+    sync_batch_norm: bool = setting(
+        False, "of several processes, batch norms take their statistics from all images of a step, and not their own"
+    )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Fabric's; auto: bf16-mixed where the device is faster in it, and what a run began with when it goes on"
     )

@@ -142,10 +142,10 @@ def _expect_room_for(build: Callable[[], nn.Module]) -> None:
     expect_room(count, "model: weights", ConfigError)
 
 
-def make_method(config: TrainConfig) -> Method:
-    """The training method of ``config``, for its model and devices. Raises :class:`ConfigError` where it cannot train
-    that model."""
-    return config.method.build(config.model, config.run.devices)
+def make_method(config: TrainConfig, processes: int = 1) -> Method:
+    """The training method of ``config``, for its model and so many processes. Raises :class:`ConfigError` where it
+    cannot train that model."""
+    return config.method.build(config.model, processes)
 
 
 class _Saved(NamedTuple):

@@ -7,22 +7,24 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, TrainConfig
 from robust_moe.engine.experiment import resolve_device
+from robust_moe.engine.world import PATIENCE, World
 from robust_moe.precision import bfloat16_of
 from robust_moe.signals import StopSignals
 
 __all__ = [
     "StopRequest",
+    "backend_notes",
     "explain_precision",
     "library_algorithms",
     "make_fabric",
@@ -30,9 +32,6 @@ __all__ = [
     "resolve_precision",
 ]
 
-# How long a process waits for the others, who may validate meanwhile. Whether they still live is another's business:
-# robust_moe.engine.processes
-PATIENCE = timedelta(days=7)
 ASKING = 2.0  # seconds between two moments at which processes ask one another whether to stop
 
 
@@ -95,35 +94,67 @@ def library_algorithms(deterministic: bool) -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
 
 
-def make_fabric(config: TrainConfig, began: str | None = None) -> Fabric:
-    """Fabric for ``config.run``, its precision resolved (:func:`resolve_precision`); with several devices one process a
-    device, gradients averaged (DDP).
+class _Averaging(DDPStrategy):
+    """One process a device, which all have the same weights; the gradients are averaged by ``robust_moe.engine.
+    averaging`` once a backward is over. PyTorch's wrapper, which sends them on the way, allows one forward a backward,
+    and most methods make more."""
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        for tensor in (*module.parameters(), *module.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)
+        return module
+
+
+def make_fabric(config: TrainConfig, began: str | None = None, world: World | None = None) -> Fabric:
+    """Fabric for ``config.run``, its precision resolved (:func:`resolve_precision`), in the processes of ``world``.
 
     Args:
         config: the run's.
         began: the precision of the checkpoint that the run goes on from; None: it begins.
+        world: None: one process.
 
     Raises:
-        ConfigError: more devices than there are, or a batch that does not divide over them.
+        ConfigError: more processes on a machine than it has GPUs, or a batch that does not divide over all of them.
     """
+    world = world or World()
     run = resolve_precision(config, began).run
     device = resolve_device(run.accelerator)
-    if device.type == "cuda" and run.devices > torch.cuda.device_count():
-        raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {run.devices}")
-    if run.batch_size % run.devices:
-        raise ConfigError(f"run.batch_size: expected a multiple of run.devices={run.devices}, got {run.batch_size}")
-    # experts of a layer all get a gradient, also those without an image; a network without images gets none
-    unused = any(half.mixture.num_experts > 0 for _, half in config.model.halves())
-    # Otherwise DDP sorts the gradients anew after the first step of every process, also of a resumed one, and three
-    # terms are summed in an order that depends on that
-    unused |= run.deterministic and run.devices > 2
-    ddp = DDPStrategy(find_unused_parameters=unused, timeout=PATIENCE)
-    strategy = "auto" if run.devices == 1 else ddp
+    if device.type == "cuda" and world.local_size > torch.cuda.device_count():
+        raise ConfigError(f"run.devices: expected at most {torch.cuda.device_count()} GPUs, got {world.local_size}")
+    if run.batch_size % world.size:
+        raise ConfigError(
+            f"run.batch_size: expected a multiple of the {world.size} processes ({world.name}), got {run.batch_size}"
+        )
+    strategy: Any = "auto"
+    if world.size > 1:
+        strategy = _Averaging(timeout=PATIENCE, process_group_backend=_backend(device))
     assert run.precision != "auto"  # it is resolved
-    fabric = Fabric(accelerator=device.type, devices=run.devices, precision=run.precision, strategy=strategy)
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=world.local_size,
+        num_nodes=world.nodes,
+        precision=run.precision,
+        strategy=strategy,
+        # named, as Fabric would otherwise ask a cluster's scheduler, which has not started these processes
+        plugins=[TorchElasticEnvironment() if world.torchrun else LightningEnvironment()],
+    )
     # Fabric's mixed precisions round the images of the training pass, by half a grey level in bfloat16
     fabric.strategy.precision.convert_input = _unchanged  # type: ignore[method-assign]
     return fabric
+
+
+def _backend(device: torch.device) -> str:
+    """NCCL between GPUs, where this PyTorch has it; gloo, through the host's memory, elsewhere."""
+    return "nccl" if device.type == "cuda" and torch.distributed.is_nccl_available() else "gloo"
+
+
+def backend_notes(world: World, device: torch.device) -> list[str]:
+    """What several processes should say of how they exchange numbers, a sentence each: that GPUs do so by gloo."""
+    if world.size > 1 and device.type == "cuda" and _backend(device) == "gloo":
+        return [
+            f"{world.name}: this PyTorch has no NCCL; the GPUs exchange gradients by gloo, through the host's memory"
+        ]
+    return []
 
 
 def _unchanged(data: Any) -> Any:

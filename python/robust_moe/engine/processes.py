@@ -9,12 +9,15 @@ import sys
 import threading
 from collections import Counter
 from multiprocessing.connection import Client, Connection, Listener
+from socket import gethostbyname
 from subprocess import Popen, TimeoutExpired
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
 from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from robust_moe.engine.world import World
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -43,15 +46,18 @@ class Processes:
     run do not count. What then fails here as a broken connection leaves as :class:`LostProcessError`. Where this
     process waits in an operation that only a living partner could end, it is ended :data:`GRACE` seconds later, with
     the same sentence on standard error and exit status :data:`EXIT`. The first process ends a stopped one that it has
-    launched.
+    launched; those of torchrun torchrun ends.
+
+    Signs of life go through the loopback interface, or between several machines to the address at which torchrun's
+    processes meet (``MASTER_ADDR``), at a port that the system chooses; a key that the processes exchange opens it.
 
     Args:
         fabric: not launched yet.
-        count: of the processes; with one nothing is done.
+        world: with one process nothing is done.
     """
 
-    def __init__(self, fabric: Fabric, count: int) -> None:
-        self.fabric, self.count, self.rank = fabric, count, fabric.local_rank
+    def __init__(self, fabric: Fabric, world: World) -> None:
+        self.fabric, self.world, self.count, self.rank = fabric, world, world.size, world.rank
         self.silence, self.beats = SILENCE, 0
         self.lost: str | None = None  # the sentence
         self._known, self._over = threading.Event(), threading.Event()
@@ -67,7 +73,8 @@ class Processes:
 
     def launch(self) -> None:
         """Start the other processes, or join them."""
-        if self.count > 1 and isinstance(launcher := self.fabric.strategy.launcher, _SubprocessScriptLauncher):
+        ours = self.count > 1 and not self.world.torchrun
+        if ours and isinstance(launcher := self.fabric.strategy.launcher, _SubprocessScriptLauncher):
             launcher.procs = _Taken(self._children)
         self.fabric.launch()
         if self.count == 1:
@@ -75,8 +82,9 @@ class Processes:
         links: dict[int, Connection] = {}
         if self.rank == 0:
             key = secrets.token_bytes(16)
-            with Listener(("127.0.0.1", 0), backlog=self.count, authkey=key) as listener:
-                self.fabric.broadcast((listener.address, key))
+            with _listening(self.world, key) as listener:
+                _, port = listener.address
+                self.fabric.broadcast(((_meeting_place(self.world), port), key))
                 while len(links) < self.count - 1:
                     link = listener.accept()
                     links[int(link.recv_bytes())] = link
@@ -169,7 +177,24 @@ class Processes:
     def _sentence(self, what: str) -> str:
         what = " ".join(what.split())
         then = "the same command goes on from the last checkpoint, or begins anew where there is none yet"
-        return f"run.devices={self.count}: {what}; {then}"
+        return f"{self.world.name}: {what}; {then}"
+
+
+def _meeting_place(world: World) -> str:
+    """The address of the first process's machine, as the others reach it."""
+    return "127.0.0.1" if world.nodes == 1 else os.environ["MASTER_ADDR"]
+
+
+def _listening(world: World, key: bytes) -> Listener:
+    """A listener of the first process, at the interface of that address where it has one here: a machine may know its
+    own name as a loopback address, at which no other reaches it."""
+    place = _meeting_place(world)
+    if world.nodes > 1 and gethostbyname(place).startswith("127."):
+        place = "0.0.0.0"
+    try:
+        return Listener((place, 0), backlog=world.size, authkey=key)
+    except OSError:  # an address that only the others know this machine by
+        return Listener(("0.0.0.0", 0), backlog=world.size, authkey=key)
 
 
 class _Taken(list["Popen[bytes]"]):

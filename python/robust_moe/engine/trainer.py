@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from robust_moe.config import ConfigError, TrainConfig, save_config
+from robust_moe.averaging import average_buffers
+from robust_moe.config import ConfigError, TrainConfig, flatten, save_config
 from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
-from robust_moe.engine.fabric import StopRequest, library_algorithms, make_fabric, precision_notes
+from robust_moe.engine.fabric import StopRequest, backend_notes, library_algorithms, make_fabric, precision_notes
 from robust_moe.engine.guards import describe_collapse, describe_gain
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.meters import NEGATIVE_BALANCE, Speed
@@ -29,13 +30,18 @@ from robust_moe.engine.state import RunState, clear_run, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.engine.view import View, epoch_line, expert_line, memory_in_use, seconds_left, view_lines
+from robust_moe.engine.world import agree, world_of
 from robust_moe.engine.writer import CheckpointWriter
+from robust_moe.evaluation.shards import Shards
 from robust_moe.optim import expect_warmup_within, learning_rate
 from robust_moe.outputs import CONFIG, expect_folder, expect_outputs, is_free, run_outputs
+from robust_moe.provenance import versions
 from robust_moe.seeding import derive_seed
-from robust_moe_kernels.modules import check_finite
+from robust_moe_kernels.modules import batch_over_ranks, check_finite
 
 __all__ = ["TrainResult", "Trainer"]
+
+_OWN = ("run.devices", "run.threads")  # settings that processes may have each its own of
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,14 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, reporter: Reporter | None = None) -> None:
         self.config = config
+        self.world = world_of(config.run.devices)
         self.folder = expect_folder("run.out", config.run.out)
         sources = [(f"model.{place}init_from", half.init_from) for place, half in config.model.halves()]
         read = [(key, source and checkpoint_file(source)) for key, source in sources]
         expect_outputs("run.out", run_outputs(self.folder), read)
         self.reporter = reporter or Reporter()
         self._alone: ExitStack | None = None  # of a with block: holds the folder's lock from the first fit on
-        make_method(config)  # refuses what it cannot train
+        make_method(config, self.world.size)  # refuses what it cannot train
 
     def __enter__(self) -> Self:
         self._alone = ExitStack()
@@ -121,11 +128,11 @@ class Trainer:
             expect_outputs("run.out", [(self.folder / "config.yaml", CONFIG)])
         with cpu_threads(self.config.run.threads), ExitStack() as held:
             reader = CheckpointReader()
-            self.fabric = make_fabric(self.config, self._began_in(reader) if resume else None)
-            if self.fabric.local_rank == 0:
+            self.fabric = make_fabric(self.config, self._began_in(reader) if resume else None, self.world)
+            if self.world.rank == 0:
                 with self._in_run_folder():
                     self._lock(held)
-            self.processes = held.enter_context(Processes(self.fabric, self.config.run.devices))
+            self.processes = held.enter_context(Processes(self.fabric, self.world))
             self._set_up(reader if resume else None, override)
             try:
                 algorithms = library_algorithms(self.config.run.deterministic)
@@ -160,16 +167,18 @@ class Trainer:
         config, fabric = self.config, self.fabric
         self.processes.launch()
         self.reporter.enabled = self.reporter.enabled and fabric.is_global_zero
-        for note in precision_notes(fabric.strategy.precision.precision, fabric.device):
+        number_format = fabric.strategy.precision.precision
+        for note in (*precision_notes(number_format, fabric.device), *backend_notes(self.world, fabric.device)):
             self.reporter.line(note)
         with self._in_run_folder():
             source = None if reader is None else find_checkpoint(self.folder)
         checkpoint = None if reader is None or source is None else reader.take(source)
+        self._expect_agreement(number_format, source, checkpoint)
         self.splits = splits = load_splits(config.data, config.run.seed)
         for note in splits.notes:
             self.reporter.line(note)
         data = describe_data(splits.train)
-        self.validation = Validation(config, splits, fabric.device)
+        self.validation = Validation(config, splits, fabric.device, Shards(self.world.size, self.world.rank))
         self.loader = BatchLoader(
             splits.train,
             config.run.batch_size,
@@ -185,7 +194,9 @@ class Trainer:
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
-        self.method = make_method(config)  # fresh: it may carry a perturbation from an earlier call
+        if self.world.size > 1:
+            self._join_ranks()
+        self.method = make_method(config, self.world.size)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
         optimizer = config.optim.build(self.model, fused)
@@ -236,6 +247,28 @@ class Trainer:
         self.view = View(best=self.state.best.get("robust"))
         self._warned: set[tuple[str, str]] = set()
         self._told = False  # what a balance loss below 0 means
+
+    def _join_ranks(self) -> None:
+        """Make a batch of the model that of all processes."""
+        try:
+            batch_over_ranks(self.model, norms=self.config.run.sync_batch_norm)
+        except ValueError as error:
+            raise ConfigError(f"run.sync_batch_norm: {error}") from error
+        if not self.loader.drop_last and len(self.splits.train) % self.world.size:
+            raise ConfigError(
+                f"run.batch_size: expected at most the {len(self.splits.train)} training images where these are no "
+                f"multiple of the {self.world.size} processes, got {self.config.run.batch_size}"
+            )
+
+    def _expect_agreement(self, precision: str, source: Path | None, checkpoint: dict[str, Any] | None) -> None:
+        """Raise ConfigError unless all processes have one configuration, software and checkpoint: on several machines
+        each reads files of its own, unless a file system is common to them."""
+        facts = {name: value for name, value in flatten(self.config).items() if name not in _OWN}
+        facts |= {f"version of {name}": version for name, version in versions().items()}
+        position = None if checkpoint is None else checkpoint["position"]
+        agree(
+            self.world, {**facts, "precision": precision, "checkpoint in run.out": source and [source.name, position]}
+        )
 
     @contextmanager
     def _in_run_folder(self) -> Iterator[None]:
@@ -300,6 +333,8 @@ class Trainer:
         self.method.epoch, self.method.step = state.epoch, state.step
         self.method.progress = state.step / self.total_steps
         logs, nonfinite = self.updater.run(batch, derive_seed(config.run.seed, "attack", state.step))
+        if not config.run.sync_batch_norm:  # or they are the same everywhere
+            average_buffers(self.model)
         if state.average is not None:
             state.average.update(self.model)
         state.interval.add(logs if nonfinite is None else {**logs, "attack_nonfinite": nonfinite})
@@ -347,12 +382,9 @@ class Trainer:
             values["images_per_second"] = round(self.view.speed, 1)
         improved = False
         if last or (state.epoch + 1) % config.eval.every == 0:
-            # on one process: the others' BN statistics differ until the next training step
             with self.guard.report():
-                validated = self._validate() if self.fabric.is_global_zero else {}
-            validated = self.fabric.broadcast(validated)
-            if validated is None:
-                raise _Interrupted
+                validated = self._validate()
+            validated = self.fabric.broadcast(validated)  # with one process's seconds
             values |= validated
             if validated:
                 score = {"robust": validated["val_robust"], "clean": validated["val_clean"]}
@@ -367,18 +399,14 @@ class Trainer:
         if improved or due:
             self._save(*[BEST] * improved, *[LAST] * due)
 
-    def _validate(self) -> dict[str, float | None] | None:
-        """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images.
-        None: a signal asked to stop meanwhile."""
+    def _validate(self) -> dict[str, float | None]:
+        """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images."""
         epoch, result = self.state.epoch + 1, None
         average = self.state.average
         model = average.model if average is not None and self.config.eval.ema_eval else self.model
         if len(self.validation):
             with self.reporter.task(f"validation {epoch}", len(self.validation)) as advance:
-                try:
-                    result = self.validation.accuracy(model, self._interruptible(advance))
-                except _Interrupted:
-                    return None
+                result = self.validation.accuracy(model, self._interruptible(advance))
         for split, name, shares in self.validation.routing(model, result):
             line = {"epoch": epoch, "split": split, "layer": name, "collapsed": shares.collapsed}
             self.log.write("routing", self.state.step, line | {"selected": shares.selected, "first": shares.first})
@@ -396,7 +424,7 @@ class Trainer:
         def on_batch(count: int) -> None:
             advance(count)
             self.processes.check()
-            if self.stop.requested:
+            if self.stop.requested:  # of this process; the others hear of it where they join their results
                 raise _Interrupted
 
         return on_batch

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from robust_moe.averaging import average_gradients, may_lack_gradients
 from robust_moe.data import Batch
 from robust_moe.engine.guards import GateWatch
 from robust_moe.engine.pass_graph import PassGraphs
@@ -28,7 +29,7 @@ class Updater:
 
     Args:
         fabric: precision, backward and gradient clipping.
-        model: the bare model, which attacks work on: a distributed wrapper would wait for weight gradients.
+        model: the bare model, which attacks work on. In several processes its gradients are averaged after a backward.
         wrapped: the training pass, as ``fabric.setup`` returned it.
         optimizer: as ``fabric.setup`` returned it.
         method: what the updates are.
@@ -51,6 +52,7 @@ class Updater:
         self.fabric, self.model, self.wrapped, self.optimizer = fabric, model, wrapped, optimizer
         self.method, self.max_norm = method, max_norm
         self.gates = GateWatch(model)
+        self.some_have_none = may_lack_gradients(model)
         # a gradient scaler's norms are scaled, and may be infinite in a step that it then leaves out
         self.measures = fabric.strategy.precision.precision != "16-mixed"
         self.passes = PassGraphs(model, fabric.backward, self._finish, self._why_no_graph(), graph, capturer)
@@ -100,6 +102,7 @@ class Updater:
             for parameter in self.model.parameters():
                 if id(parameter) not in moving:
                     parameter.grad = None  # the optimiser skips it: no momentum, no weight decay
+        average_gradients(self.model.parameters(), self.some_have_none)
         return self._finish()
 
     def _finish(self) -> dict[str, Tensor]:
@@ -110,7 +113,7 @@ class Updater:
     def _why_no_graph(self) -> str | None:
         """Reason why no training pass of this run can be captured, or ``None``."""
         if self.fabric.world_size > 1:
-            return "several processes train together, and average their gradients in the backward"
+            return "several processes train together, and talk to each other between a backward and the step"
         if not self.measures:
             return "a gradient scaler (run.precision=16-mixed) decides on the host whether a step is taken"
         if self.method.perturbation is not None:

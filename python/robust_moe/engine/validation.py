@@ -12,20 +12,22 @@ from robust_moe.config import TrainConfig
 from robust_moe.data import Splits
 from robust_moe.evaluation.accuracy import EvalResult, accuracy, routing_shares
 from robust_moe.evaluation.scorer import LayerRouting
+from robust_moe.evaluation.shards import ONE, Shards
 from robust_moe.seeding import derive_seed
 
 __all__ = ["Validation"]
 
 
 class Validation:
-    """Measures a model as ``config.eval`` says, on the same images with the same random starts every time."""
+    """Measures a model as ``config.eval`` says, on the same images with the same random starts every time; ``shards``
+    are the processes that share the batches."""
 
-    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device, shards: Shards = ONE) -> None:
         limit = config.eval.limit
         self.val = splits.val if limit is None else splits.val.head(limit)
         self.test = splits.test if limit is None else splits.test.head(limit)
         self.attack = config.eval.attack.build(seed=derive_seed(config.eval_seed, "validation"))
-        self.how: dict[str, Any] = {"batch_size": config.eval.batch_size, "device": device}
+        self.how: dict[str, Any] = {"batch_size": config.eval.batch_size, "device": device, "shards": shards}
 
     def __len__(self) -> int:
         """Validation images; may be 0."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from robust_moe.attacks import Attack
 from robust_moe.data import Batch, ImageSet
 from robust_moe.evaluation.routing_measures import expert_use, routes
 from robust_moe.evaluation.scorer import LayerRouting, score
+from robust_moe.evaluation.shards import ONE, Shards
 from robust_moe.evaluation.staged import StagedEvaluation, share
 from robust_moe_kernels.modules import moe_layers
 
@@ -44,6 +46,7 @@ def accuracy(
     batch_size: int = 256,
     device: str | torch.device | None = None,
     on_batch: Callable[[int], None] | None = None,
+    shards: Shards = ONE,
 ) -> EvalResult:
     """Clean and robust accuracy of ``model`` over every image of ``images``.
 
@@ -58,6 +61,7 @@ def accuracy(
         batch_size: images a forward; changes nothing but speed (up to the rounding of the model's own kernels).
         device: where the images go; None: where the model's parameters are.
         on_batch: called after each batch with the number of its images.
+        shards: processes that share the batches; each gets the whole result.
 
     Raises:
         ValueError: ``images`` is empty.
@@ -68,7 +72,7 @@ def accuracy(
     began = time.perf_counter()
     task = None if on_batch is None else lambda *_: nullcontext(lambda advance=1, note=None: on_batch(advance))
     run = StagedEvaluation(
-        model, images.images, images.labels, batch_size=batch_size, device=device, task=task, waits=False
+        model, images.images, images.labels, batch_size=batch_size, device=device, task=task, shards=shards, waits=False
     )
     layers = moe_layers(model)
 
@@ -99,13 +103,20 @@ def accuracy(
 
 
 def routing_shares(
-    model: nn.Module, images: ImageSet, *, batch_size: int = 256, device: str | torch.device | None = None
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    shards: Shards = ONE,
 ) -> dict[str, LayerRouting]:
-    """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run)."""
+    """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run). ``shards``: as
+    for :func:`accuracy`."""
     layers = moe_layers(model)
     if not layers or len(images) == 0:
         return {}
-    run = StagedEvaluation(model, images.images, images.labels, batch_size=batch_size, device=device, waits=False)
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "shards": shards}
+    run = StagedEvaluation(model, images.images, images.labels, **how, waits=False)
 
     def look(batch: Batch) -> dict[str, Tensor]:
         score(model, batch.images)  # whatever the logits are

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from robust_moe.evaluation.results import (
 )
 from robust_moe.evaluation.sanity import curve_flag
 from robust_moe.evaluation.scorer import device_of
+from robust_moe.evaluation.shards import ONE, Shards
 from robust_moe.evaluation.staged import Task
 from robust_moe.evaluation.stages import describe_attack, identity, plan
 from robust_moe.evaluation.store import Journal
@@ -96,6 +98,7 @@ class PresetEvaluation:
         fast: attacks compute in bfloat16. Every verdict is the float32 model's on the float32 images that an attack
             leaves: where one that fooled the model in bfloat16 does not fool it in float32, the image goes on to the
             next attack of the chain. False: as the caller computes, in float32 unless autocast is on.
+        shards: processes that evaluate together; the first one writes.
 
     Raises:
         ConfigError: as :func:`preset_stages`.
@@ -117,7 +120,9 @@ class PresetEvaluation:
         say: Callable[[str], None] | None = None,
         key: str = "attack",
         fast: bool = False,
+        shards: Shards = ONE,
     ) -> None:
+        self.shards = shards
         self.fast = fast
         self.model, self.images, self.labels, self.index = model, images, labels, index
         self.attack, self.preset, self.facts = attack, preset, facts
@@ -172,14 +177,17 @@ class PresetEvaluation:
             ValueError: images, labels or a model that cannot be evaluated; see
                 :func:`~robust_moe.evaluation.run_suite`.
         """
-        if results is not None and resume and (finished := self._finished(results)) is not None:
+        writes = self.shards.rank == 0
+        done = None if results is None or not resume else self.shards.first(partial(self._finished, results))
+        if done is not None:
             self.say(f"{results}: finished already; --fresh (resume=False) evaluates again")
-            if report is not None:  # it may be another evaluation's
-                write_report(finished, read_samples(samples_file(results)), report, beside)
-            return finished
+            if results is not None and report is not None and writes:  # it may be another evaluation's
+                write_report(done, read_samples(samples_file(results)), report, beside)
+            return done
         first = results or report
-        with Journal(first and first.with_suffix(".journal"), self.identity, resume) as journal:
-            clear_outputs(evaluation_outputs(results, report), anew=not resume, keep=JOURNAL)
+        with Journal(first and first.with_suffix(".journal"), self.identity, resume, self.shards) as journal:
+            if writes:
+                clear_outputs(evaluation_outputs(results, report), anew=not resume, keep=JOURNAL)
             try:
                 with self._attacks():
                     content, samples = self._run(journal)
@@ -189,9 +197,9 @@ class PresetEvaluation:
                 if journal.get("sanity") is None:
                     journal.remove()
                 raise
-            if results is not None:
+            if results is not None and writes:
                 content = write_results(content, samples, results)
-            if report is not None:
+            if report is not None and writes:
                 write_report(content, samples, report, beside)
             journal.remove()
         return content

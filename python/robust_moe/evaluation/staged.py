@@ -21,6 +21,7 @@ from robust_moe.data import Batch
 from robust_moe.data.transfer import send
 from robust_moe.evaluation.routing_measures import distance
 from robust_moe.evaluation.scorer import device_of, refuse_nonfinite, score
+from robust_moe.evaluation.shards import Shards
 from robust_moe.evaluation.stages import Stage, identity
 from robust_moe.evaluation.store import Journal, Result, ResumeError
 from robust_moe.seeding import derive_seed
@@ -86,6 +87,8 @@ class StagedEvaluation:
         device: where batches go; None: where the model's parameters are.
         journal: where batches are kept, of this model, images and settings; None: in memory.
         task: shows the progress of each stage; see :meth:`robust_moe.engine.Reporter.task`. None: shows none.
+        shards: the processes that share the batches, all of which run the same stages; None: those of the journal, or
+            one.
         waits: the host waits for each batch, checks it and keeps it. False, for validation while training: it reads the
             device at the end of a stage only, so neither inputs nor passes are looked at, nothing is kept, generators
             are left alone, and stages give tensors on the device.
@@ -108,6 +111,7 @@ class StagedEvaluation:
         device: torch.device | str | None = None,
         journal: Journal | None = None,
         task: Task | None = None,
+        shards: Shards | None = None,
         waits: bool = True,
     ) -> None:
         self.model, self.images, self.labels = model, images, labels
@@ -118,6 +122,7 @@ class StagedEvaluation:
         self.device = device_of(model, device)
         self.journal = Journal(None, {}) if journal is None else journal
         self._own_journal = journal is None
+        self.shards = shards or self.journal.shards
         self.task = task or _silent
         self.seconds = 0.0  # of all work, in all sessions
         self.stages_in_all = 0  # for the titles of the progress; 0: the stages are not counted
@@ -152,18 +157,22 @@ class StagedEvaluation:
         return Batch(x.to(torch.float32).div_(self._white) if x.dtype == torch.uint8 else x, y, index)
 
     def once(self, key: str, compute: Callable[[], Found]) -> Found:
-        """What ``compute`` finds, tensors as arrays; it is called where the journal has no ``key``."""
+        """What ``compute`` finds, tensors as arrays; it is called where the journal has no ``key``, in one process."""
         record = self.journal.get(key)
         if record is None:
-            began = time.perf_counter()
-            with drawing(derive_seed(self.seed, key), self.device):
-                found = compute()
-            found = {
-                name: value.numpy(force=True) if isinstance(value, Tensor) else value for name, value in found.items()
-            }
-            record = self.journal.put(key, {**found, "seconds": time.perf_counter() - began})
+            record = self.journal.put(key, self.shards.first(lambda: self._found(key, compute)))
         self.seconds += record["seconds"]
         return record
+
+    def _found(self, key: str, compute: Callable[[], Found]) -> Found:
+        """What ``compute`` finds with the random numbers of ``key``, as a journal takes it."""
+        began = time.perf_counter()
+        with drawing(derive_seed(self.seed, key), self.device):
+            found = compute()
+        arrays = {
+            name: value.numpy(force=True) if isinstance(value, Tensor) else value for name, value in found.items()
+        }
+        return {**arrays, "seconds": time.perf_counter() - began}
 
     def batches(
         self, stage: str, look: Callable[[Batch], Found], rows: np.ndarray | None = None, title: str | None = None
@@ -182,14 +191,59 @@ class StagedEvaluation:
         known = sum(len(batch) for key, batch in batches.items() if self.journal.get(key) is not None)
         with self.task(title or stage, len(rows), known) as advance:
             self._advance = advance
-            for key, batch in batches.items():
-                new = self.journal.get(key) is None
-                compute = partial(lambda rows: look(self.take(rows)), batch)
-                found = self.once(key, compute) if self.waits else compute()
-                if not new:
-                    _expect_entries(key, found, len(batch))
-                yield batch, found, advance if new else _quiet
+            yield from self._kept(batches, look) if self.waits else self._unkept(list(batches.values()), look)
         self._advance = _quiet
+
+    def _kept(
+        self, batches: Mapping[str, np.ndarray], look: Callable[[Batch], Found]
+    ) -> Iterator[tuple[np.ndarray, Found, Progress]]:
+        """Batches by key, with what the journal has of them or is given: in rounds of one in each process."""
+        new, advance = [key for key in batches if self.journal.get(key) is None], self._advance
+        number = {key: number for number, key in enumerate(new)}
+
+        def own(keys: list[str]) -> Found | None:
+            if self.shards.rank >= len(keys):
+                return None
+            key = keys[self.shards.rank]
+            return self._found(key, lambda: look(self.take(batches[key])))
+
+        for key, rows in batches.items():
+            if number.get(key, 1) % self.shards.count == 0:
+                begun = new[number[key] :][: self.shards.count]
+                for each, found in zip(begun, self.shards.each(partial(own, begun)), strict=False):
+                    assert found is not None  # there are no more keys than processes
+                    self.journal.put(each, found)
+            record = self.journal.get(key)
+            assert record is not None  # by now
+            if key not in number:
+                _expect_entries(key, record, len(rows))
+            self.seconds += record["seconds"]
+            yield rows, record, advance if key in number else _quiet
+
+    def _unkept(
+        self, batches: list[np.ndarray], look: Callable[[Batch], Found]
+    ) -> Iterator[tuple[np.ndarray, Found, Progress]]:
+        """The batches; of several processes each computes its own first, and they tell each other at the end."""
+        count, advance = self.shards.count, self._advance
+        if count == 1:
+            for rows in batches:
+                yield rows, look(self.take(rows)), advance
+            return
+
+        def own() -> tuple[dict[int, dict[str, Tensor]], int]:
+            found = {}
+            for begin in range(0, len(batches), count):
+                number = begin + self.shards.rank
+                if number < len(batches):
+                    found[number] = {name: value.cpu() for name, value in look(self.take(batches[number])).items()}
+                advance(sum(map(len, batches[begin : begin + count])))
+            return found, int(torch.stack(self._bad).sum()) if self._bad else 0
+
+        parts = self.shards.each(own)
+        self._bad = [torch.tensor(sum(bad for _, bad in parts))]
+        for number, rows in enumerate(batches):
+            found = parts[number % count][0][number]
+            yield rows, {name: value.to(self.device) for name, value in found.items()}, _quiet
 
     def over(self, stage: str, look: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``look`` finds for each image [B, ...] of a batch, by name, joined over all batches to [n, ...]: on the

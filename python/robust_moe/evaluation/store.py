@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from robust_moe.evaluation import file_fields
+from robust_moe.evaluation.shards import ONE, Shards
 from robust_moe.files import append_line, lock
 
 __all__ = ["Journal", "Result", "ResumeError"]
@@ -38,20 +39,27 @@ class Journal:
         path: the file; None: kept in memory only.
         identity: what the results depend on, plain values by name: hashes of model and data, settings.
         resume: go on with the file that is there; False: write it anew.
+        shards: processes that evaluate together and all put the same: the first one has the file.
 
     Raises:
         ResumeError: the file is of another identity, or damaged in its first line, or open in another evaluation.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any], resume: bool = True) -> None:
+    def __init__(
+        self, path: Path | None, identity: Mapping[str, Any], resume: bool = True, shards: Shards = ONE
+    ) -> None:
         self.path = path
+        self.shards = shards
         self._kept: dict[str, dict[str, Any]] = {}
         self._damaged: list[int] = []  # numbers of the lines that were passed over, the first being 1
         self._file: BinaryIO | None = None
-        header = _line({"format": FORMAT, "identity": dict(identity)})
-        if path is None:
-            return
+        if path is not None:
+            header = _line({"format": FORMAT, "identity": dict(identity)})
+            self._kept, self._damaged = shards.first(lambda: self._open(path, header, resume))
+
+    def _open(self, path: Path, header: bytes, resume: bool) -> tuple[dict[str, dict[str, Any]], list[int]]:
+        """Open the file; (results in it, its damaged lines)."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = file = open(path, "a+b", buffering=0)  # noqa: SIM115 - until closed
         try:
@@ -73,6 +81,7 @@ class Journal:
         except BaseException:
             self.close()
             raise
+        return self._kept, self._damaged
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +139,7 @@ class Journal:
     def remove(self) -> None:
         """Delete the file: the evaluation is done."""
         self.close()
-        if self.path is not None:
+        if self.path is not None and self.shards.rank == 0:
             self.path.unlink(missing_ok=True)
 
     def _read(self, data: bytes, identity: Mapping[str, Any]) -> int:

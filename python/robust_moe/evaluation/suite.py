@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -215,7 +216,9 @@ class _Suite:
         for rows, found, advance in self.loop.batches(f"attack/{stage.name}", look, attacked, stage.name):
             wrong = rows[found["prediction"] != self.label[rows]]
             left[wrong] = self.robust[wrong] = False
-            for place, adversarial in zip(found["examples"], found["adversarial"], strict=True):
+            broken = zip(found["examples"], found["adversarial"], strict=True)
+            room = EXAMPLES - len(self._examples)  # of several processes each may have found as many
+            for place, adversarial in itertools.islice(broken, room):
                 self._examples.append((rows[place], found["prediction"][place], adversarial))
             parts.append(found)
             advance(len(rows), note=f"robust {self.robust.mean():.1%}")

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.data import Batch
-from robust_moe.graphs import several_processes
 from robust_moe.methods.options import AttackOptions, LabelSmoothing
 from robust_moe.methods.table import METHODS
 from robust_moe.methods.weight_perturbation import WeightPerturbation
@@ -72,10 +71,13 @@ class Method(ABC):
     Args:
         config: the method's settings.
         model: those of the model that it trains.
-        devices: processes that it runs in.
+        devices: processes that it runs in. Each has a part of every batch, as large as the others'; they all make the
+            same forwards and backwards in the same order, and the engine averages their gradients. What an update or a
+            decision takes from the whole batch, and is no mean over its images, the method sums over them
+            (``over_ranks``; :func:`robust_moe_kernels.modules.sum_over_ranks`).
 
     Raises:
-        ConfigError: a model or number of devices that the method cannot train; the message names the whole key.
+        ConfigError: a model that the method cannot train; the message names the whole key.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -113,10 +115,10 @@ class Method(ABC):
             return batches * self.passes(attack_steps)
 
     dense: ClassVar[str | None] = None  # name of the method for a network without experts; None: this one trains it
-    distributed: ClassVar[bool] = False  # every update is one pass through ``forward``: gradients can be averaged
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:
         self.config = config
+        self.over_ranks = devices > 1
         self.balance = model.moe.balance.build()
         self.label_smoothing = config.label_smoothing if isinstance(config, LabelSmoothing) else 0.0
         self.train_mode = config.train_mode if isinstance(config, AttackOptions) else "train"  # the engine sets it
@@ -128,11 +130,6 @@ class Method(ABC):
         self.perturbation_starts = config.awp_warmup_epochs
         gamma = config.awp_gamma
         self.perturbation = WeightPerturbation(gamma) if gamma > 0 else None
-        if devices > 1 and not (self.distributed and self.perturbation is None):
-            what = config.name if self.perturbation is None else "adversarial weight perturbation"
-            raise ConfigError(
-                f"run.devices: expected 1 for {what}, whose updates are more than one pass of the model, got {devices}"
-            )
 
     @abstractmethod
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
@@ -152,7 +149,7 @@ class Method(ABC):
             model: in the mode ``train_mode``; logits [B, classes].
             batch: images [B, C, H, W] in [0, 1], labels [B], index [B].
             step_seed: of every random choice in this step; with the index it decides an attack's random start.
-            forward: the training pass, e.g. a distributed wrapper of ``model``; None: ``model`` itself.
+            forward: the training pass, e.g. Fabric's wrapper of ``model``; None: ``model`` itself.
             learn: runs the forward and the backward of an objective in a way of its own, e.g. as a CUDA graph, and
                 returns what its ``compute`` does; or None where it leaves the objective alone.
         """
@@ -225,7 +222,7 @@ def _expect_same_routing(model: ModelConfig) -> None:
 
 
 def _in_few_launches(model: nn.Module, compute: Callable[..., Scored], *inputs: Tensor) -> Scored:
-    with shared_launches(model, casts=several_processes() is None):
+    with shared_launches(model):
         return compute(*inputs)
 
 

@@ -19,6 +19,7 @@ from robust_moe.methods.options import LabelSmoothing
 from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
 from robust_moe.settings import setting
+from robust_moe_kernels.modules import mean_over_ranks
 
 __all__ = ["FastAdversarialTraining"]
 
@@ -75,7 +76,9 @@ class FastAdversarialTraining(AdversarialMethod):
             images = self.craft(model, batch, seed, attack).images
             with attack_mode(model), torch.no_grad():
                 found.append(accuracy(model(images), batch.labels))
-        self.with_pgd = bool(found[0] - found[1] > GAP)
+        gap = found[0] - found[1]
+        gap = mean_over_ranks(gap) if self.over_ranks else gap  # one decision in all processes
+        self.with_pgd = bool(gap > GAP)
         self.met |= self.with_pgd
         return {"fgsm_accuracy": found[0], "pgd_accuracy": found[1]}
 

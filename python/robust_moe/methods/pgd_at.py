@@ -28,8 +28,6 @@ class PGDAdversarialTraining(AdversarialMethod):
         def passes(self, attack_steps: int) -> int:
             return self.climb(attack_steps) + self.trained(TRAINING)
 
-    distributed = True
-
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         images, nonfinite = self.craft(model, batch, step_seed)
         yield Objective(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from robust_moe.methods.table import METHODS
 from robust_moe.models.config import ModelConfig
 from robust_moe.seeding import derive_seed
 from robust_moe.settings import setting
-from robust_moe_kernels.modules import moe_layers
+from robust_moe_kernels.modules import mean_over_ranks, moe_layers
 
 __all__ = ["DIVERGENCES", "RouterConsistency", "pairwise_consistency"]
 
@@ -36,7 +37,7 @@ def _symmetric(clean: Tensor, attacked: Tensor) -> Tensor:
     return (_kl(clean, attacked) + _kl(attacked, clean)) / 2
 
 
-def pairwise_consistency(clean: Tensor, attacked: Tensor) -> Tensor:
+def pairwise_consistency(clean: Tensor, attacked: Tensor, over_ranks: bool = False) -> Tensor:
     """The authors' loss on a matrix of pairs: with C = E/B Σ_b r(x_b) r(x'_b)ᵀ [E, E], r = softmax of the logits,
 
     mean_i (C_ii − 1)² + 10 mean_{i≠j} C_ij².
@@ -47,11 +48,13 @@ def pairwise_consistency(clean: Tensor, attacked: Tensor) -> Tensor:
     Args:
         clean, attacked: logits [N, E] of one gate, E >= 2, of images or of their tokens; computed in fp32 at least,
             inside autocast too.
+        over_ranks: the images are this process's part of a batch that lies on all of them; C is that of the batch.
     """
     one, other = full(clean).softmax(1), full(attacked).softmax(1)
     experts = one.shape[1]
     with torch.autocast(one.device.type, enabled=False):  # which would round the product to bfloat16
         pairs = one.T @ other * (experts / len(one))
+    pairs = mean_over_ranks(pairs) if over_ranks else pairs
     same = pairs.diagonal()
     different = (pairs.square().sum() - same.square().sum()) / (experts * (experts - 1))
     return (same - 1).square().mean() + OFF_DIAGONAL * different
@@ -114,6 +117,8 @@ class RouterConsistency(RoutedMethod):
         super().__init__(config, model, devices)
         self.beta = config.beta
         self.divergence = DIVERGENCES[config.consistency]
+        if config.consistency == "pairwise":
+            self.divergence = partial(pairwise_consistency, over_ranks=self.over_ranks)
         self.router: RoutePGD | None = None
         if config.adversary == "router":
             self.router = RoutePGD(predictions=False, **config.attack.arguments(), mode=config.attack_mode)

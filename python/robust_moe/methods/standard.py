@@ -27,7 +27,5 @@ class Standard(Method):
         def passes(self, attack_steps: int) -> int:
             return self.trained(TRAINING)
 
-    distributed = True
-
     def objectives(self, model: nn.Module, batch: Batch, step_seed: int, forward: Forward) -> Iterator[Objective]:
         yield Objective(partial(self.classify, model, forward), inputs=(batch.images, batch.labels))

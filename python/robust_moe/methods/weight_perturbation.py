@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from robust_moe.averaging import may_lack_gradients, mean_gradients
 from robust_moe.weights import filters_and_matrices
 
 __all__ = ["WeightPerturbation"]
@@ -47,7 +48,8 @@ class WeightPerturbation:
             torch.clear_autocast_cache()
 
         try:
-            grads = torch.autograd.grad(compute()[0] * _SCALE, weights, allow_unused=True)
+            own = torch.autograd.grad(compute()[0] * _SCALE, weights, allow_unused=True)
+            grads = mean_gradients(weights, own, may_lack_gradients(model))  # one perturbation in all processes
             restore()
             for weight, grad in zip(weights, grads, strict=True):
                 if grad is not None:

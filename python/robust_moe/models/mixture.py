@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.layout import expert_of_row
-from robust_moe_kernels.modules import MoELayer, moe_layers
+from robust_moe_kernels.modules import MoELayer, moe_layers, rank_count, sum_over_ranks
 from robust_moe_kernels.ops.permute import combine, dispatch
 from robust_moe_kernels.ops.routing import Route
 
@@ -42,6 +42,8 @@ class NetworkExperts(nn.Module):
         ValueError: no networks, another ``mix``, networks with routed layers of their own; in a forward, networks
             whose outputs differ in shape, or that refuse the images they are sent.
     """
+
+    over_ranks = False  # whether the networks' norms in training are those of all ranks (``batch_over_ranks``)
 
     def __init__(self, networks: Sequence[nn.Module], in_channels: int, mix: str = "logits") -> None:
         super().__init__()
@@ -83,7 +85,10 @@ class NetworkExperts(nn.Module):
         returns them."""
         if rows.shape[0] == 0:
             return self.one(0, rows)
-        outputs = [self._run(i, segment) for i, segment in enumerate(rows.split(counts)) if len(segment)]
+        # one whose norms are those of all ranks takes part, without rows, where another rank has some
+        wide = self.over_ranks and self.training and rank_count() > 1
+        run = sum_over_ranks(torch.tensor(counts, device=rows.device)).tolist() if wide else counts
+        outputs = [self._run(i, segment) for i, segment in enumerate(rows.split(counts)) if run[i]]
         self._expect_one_shape(outputs)
         return self._in_domain(torch.cat(outputs))
 

@@ -422,7 +422,7 @@ def test_gradient_clipping_bounds_the_update(tiny):
         ("model.name=resnet_smal", "model.name: .* did you mean 'resnet_small'"),
         ("model.moe.layers=[layr2.1]", "did you mean 'layer2.1'"),
         ("model.moe.gate=gap_fcc", "gate.*gap_fc"),
-        ("run.devices=3", "run.batch_size: expected a multiple of run.devices=3, got 16"),
+        ("run.devices=3", r"run.batch_size: expected a multiple of the 3 processes \(run.devices=3\), got 16"),
     ],
 )
 def test_names_that_do_not_exist_write_nothing(tiny, tmp_path, override, words):

@@ -338,7 +338,6 @@ def test_gates_that_are_not_trained_are_refused(tiny, name, settings, words):
             "expected jtdmoe for a dual",
         ),
         (["model.moe.layers=[]"], "model.mixture.num_experts: expected at least 2"),
-        (["run.devices=2"], "run.devices: expected 1 for"),
     ],
 )
 def test_models_without_a_choice_are_refused(tiny, name, overrides, words):

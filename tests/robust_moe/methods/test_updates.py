@@ -258,8 +258,6 @@ def test_fast_at_goes_over_to_pgd_while_the_two_attacks_disagree(tiny):
         ),
         (["method.name=standard", "method.train_mode=eval"], "unknown key 'method.train_mode' of method 'standard'"),
         (["method.name=free_at", "method.attack.norm=L2"], "method.attack.norm: expected 'Linf'"),
-        (["method.name=trades", "run.devices=2"], "run.devices: expected 1 for trades"),
-        (["method.awp_gamma=0.01", "run.devices=2"], "run.devices: expected 1 for adversarial weight perturbation"),
         (
             ["method.attack.name=apgd-ce", "method.attack.loss=dlr"],
             "unknown key 'method.attack.loss' of attack 'apgd-ce'",
