@@ -103,7 +103,7 @@ class Processes:
         if self.count == 1:
             return
         unreachable = isinstance(error, torch.distributed.DistError)
-        broken = unreachable or type(error) is RuntimeError  # gloo's own
+        broken = unreachable or type(error) in (RuntimeError, ConnectionError)  # gloo's own, a shared validation's
         if broken:
             last = self.beats + GRACE  # a connection breaks before the reason is known
             while self.beats < last and not self._known.wait(BEAT):

@@ -7,6 +7,7 @@ takes a second or two, where a command takes ten.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ MOMENTS = {
     "after the step": (0, 1),
     "before a checkpoint has its name": (0,),
     "after a checkpoint has its name": (0,),
-    "in a validation": (0,),
+    "in a validation": (0, 1),
 }
 # ends of an attempt that are no kill: the process asks itself to stop
 STOPS = {"SIGTERM in a step": 1, "SIGTERM in a validation": 0}
@@ -151,31 +152,40 @@ SERVER = """
 """
 
 
-@pytest.fixture
-def attempt(tmp_path):
-    """``attempt(name, who, moment, step)``: the processes of the run ``name`` to their ends: [statuses, outputs]."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
+@pytest.fixture(scope="module")
+def server():
+    """It is asked by a line of JSON, and answers by one."""
+    process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SERVER)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)  # forked ones that hang, too
+    process.wait()
+
+
+def configured(folder, world, *more):
+    """The file of the settings of a run in ``folder``."""
+    settings = [*SETTINGS, f"run.devices={world}", f"run.out={folder}", *more]
+    save_config(config_from_dict(plain(load_config(None, list(TINY))), settings), folder.with_suffix(".yaml"))
+    return folder.with_suffix(".yaml")
+
+
+@pytest.fixture
+def attempt(server, tmp_path):
+    """``attempt(name, who, moment, step)``: the processes of the run ``name`` to their ends: [statuses, outputs]."""
 
     def run(name, who=None, moment=None, step=None, world=2, more=()):
-        path = tmp_path / f"{name}.yaml"
-        small = plain(load_config(None, list(TINY)))
-        settings = [*SETTINGS, f"run.devices={world}", f"run.out={tmp_path / name}", *more]
-        save_config(config_from_dict(small, settings), path)
+        path = configured(tmp_path / name, world, *more)
         server.stdin.write(json.dumps([str(path), world, who, moment, step]) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())  # empty where the server has failed
 
-    yield run
-    os.killpg(server.pid, signal.SIGKILL)  # forked ones that hang, too
-    server.wait()
+    return run
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(attempt, tmp_path):
@@ -232,3 +242,38 @@ def test_a_run_goes_on_in_another_number_of_processes_with_the_images_of_before(
     assert "processes: checkpoint has 2, got 1" in said[0]
     assert batches(tmp_path, "moved") == batches(tmp_path, "alone")
     assert load_checkpoint(tmp_path / "moved" / "last.pt")["position"] == {"epoch": 2, "batch": 0, "step": 2 * STEPS}
+
+
+# what torchrun starts: process 1 is killed before its fourth step, unless it has been started again
+RESTARTED = """
+    import os, signal, sys
+    from robust_moe.config import load_config
+    from robust_moe.engine import LostProcessError, Trainer
+
+    trainer = Trainer(load_config(sys.argv[1]))
+    step, first = trainer._step, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
+    def killed(batch):
+        if first and os.environ["RANK"] == "1" and trainer.state.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(batch)
+
+    trainer._step = killed
+    try:
+        sys.exit(not trainer.fit().finished)
+    except LostProcessError as error:
+        sys.exit(f"error: {error}")
+"""
+
+
+def test_torchrun_starts_a_killed_run_again_and_it_ends_in_the_same_bits(attempt, tmp_path):
+    more = ("run.epochs=2",)
+    assert attempt("whole", more=more)[0] == [0, 0]
+    path = configured(tmp_path / "restarted", 2, *more)
+    (tmp_path / "restarted.py").write_text(textwrap.dedent(RESTARTED))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    done = subprocess.run([*launcher, tmp_path / "restarted.py", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"going on from .*last\.pt: [23] of 8 steps done", done.stdout)  # of step 3 where it was in time
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert_same_run(tmp_path / "restarted", tmp_path / "whole")
