@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,10 +28,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from robust_moe.attacks import PGD
-from robust_moe.benchmarks.harness import Options, Row, compare
+from robust_moe.benchmarks.harness import Options, Row, Run, compare
 from robust_moe.benchmarks.own_process import own_worker
-from robust_moe.benchmarks.train_step import EPS, LAYER, check_step, plain_attack, with_loop
+from robust_moe.benchmarks.train_step import EPS, LAYER, STEPS, check_step, plain_attack, with_loop
 from robust_moe.config import TrainConfig, load_config
 from robust_moe.data import Batch
 from robust_moe.models import build_model
@@ -140,6 +140,7 @@ def _settings(sizes: Sizes, device: torch.device, folder: Path) -> list[str]:
         f"model.moe.layers=[{LAYER}]",
         f"model.moe.num_experts={sizes.experts}",
         "model.moe.balance=none",
+        f"method.attack.steps={STEPS}",
         f"eval.limit={sizes.validated}",
         "run.epochs=10000",  # as many as are asked for
         f"run.batch_size={sizes.batch}",
@@ -226,7 +227,7 @@ def _plain(answer: Answer, config: TrainConfig, sizes: Sizes, device: torch.devi
     images, labels = _read(folder / "images" / "train")
     data, held_out = (_PerImage(images[part], labels[part]) for part in (slice(sizes.images), slice(sizes.validated)))
     # started once: what a start costs depends on how this process was started, and is no part of an epoch
-    kept = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
+    kept: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
     loader = torch.utils.data.DataLoader(data, sizes.batch, shuffle=True, drop_last=True, **kept)
     scored = torch.utils.data.DataLoader(held_out, sizes.batch)
     clock = Clock(device)
@@ -315,12 +316,12 @@ def run(options: Options) -> list[Row]:
         with own_worker(_ours, config) as ours, own_worker(_plain, *plain) as loop:
             asked = {"ours": ours, "plain loop trainer": loop}
             seen: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
-            variants = {
-                name: lambda number, name=name, ask=ask: seen[name].append(ask(number)) for name, ask in asked.items()
-            }
-            attack = config.method.build(config.model).attack
-            assert isinstance(attack, PGD)
-            case = {"epoch": f"PGD-{attack.steps}", "model": f"resnet18, {LAYER}", "E": sizes.experts}
+
+            def one(number: int, name: str) -> None:
+                seen[name].append(asked[name](number))
+
+            variants: dict[str, Run] = {name: partial(one, name=name) for name in asked}
+            case: dict[str, Any] = {"epoch": f"PGD-{STEPS}", "model": f"resnet18, {LAYER}", "E": sizes.experts}
             case |= {"images": sizes.images, "B": sizes.batch, "width": sizes.width, "validated": sizes.validated}
             rows = compare(case | {"threads": torch.get_num_threads()}, variants, options, warmup=1)
     return [dataclasses.replace(row, extra=_medians(seen[row.variant][1:])) for row in rows]

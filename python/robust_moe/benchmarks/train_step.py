@@ -37,7 +37,7 @@ from robust_moe.precision import full_precision
 from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.ops.attack_step import random_start
 
-__all__ = ["EPS", "INPUTS", "LAYER", "check_step", "method_step", "plain_attack", "run", "with_loop"]
+__all__ = ["EPS", "INPUTS", "LAYER", "STEPS", "check_step", "method_step", "plain_attack", "run", "with_loop"]
 
 LAYER = "layer4.1"
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7

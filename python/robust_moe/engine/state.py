@@ -210,9 +210,9 @@ class RunState:
             self.interval.load_state_dict(state["meters"]["interval"], device)
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
-            if (before := len(state["rng"])) != (now := _processes()):
+            if (saved := len(state["rng"])) != (processes := _processes()):
                 self.notes.append(
-                    f"processes: checkpoint has {before}, got {now}; order, augmentation and attacks stay, random "
+                    f"processes: checkpoint has {saved}, got {processes}; order, augmentation and attacks stay, random "
                     "numbers of a process and the rounding of sums over processes do not"
                 )
             return int(state["log_lines"]), list(changed.values())
