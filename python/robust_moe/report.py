@@ -17,13 +17,7 @@ from robust_moe.engine.foreign import Foreign, load_measured
 from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.world import World, agree
-from robust_moe.evaluation import (
-    PresetEvaluation,
-    plot_routing,
-    plot_training,
-    read_results,
-    robustbench_json,
-)
+from robust_moe.evaluation import PresetEvaluation, read_results, robustbench_json
 from robust_moe.evaluation.common import checkpoint_name, expect_comparable, run_name
 from robust_moe.evaluation.scorer import device_of
 from robust_moe.evaluation.shards import Shards
@@ -224,6 +218,8 @@ def _result_file(
 def draw(folder: str | Path, name: str | None = None, say: Callable[[str], object] | None = None) -> list[Path]:
     """Write the figures of a run folder into it; returns their paths. ``name``: of the run, for the titles; ``say``: as
     for :func:`~robust_moe.engine.read_metrics`."""
+    from robust_moe.evaluation import plot_routing, plot_training  # with matplotlib, only now
+
     folder = Path(folder)
     name = name or folder.name
     drawn = []

@@ -29,6 +29,15 @@ ABSENT = (
     "yaml",
 )
 
+SLOW = (
+    "lightning_fabric",
+    "matplotlib",
+    "scipy.stats",
+    "timm",
+    "torch._dynamo",
+    "torchvision",
+)  # a second each, and more
+
 BARE = """
 import json, sys
 for name in json.loads(sys.argv[1]):
@@ -115,3 +124,11 @@ def test_a_distribution_that_is_missing_is_said_and_ends_nothing(monkeypatch: py
     found = provenance.versions()
     assert found["lightning-fabric"] == found["torchvision"] == found["robust-moe-kernels"] == "not installed"
     assert found["torch"] != "not installed"
+
+
+def test_a_command_starts_without_what_it_may_not_need():
+    code = (
+        "import json, sys, robust_moe.commands.train, robust_moe.commands.evaluate; print(json.dumps([*sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(SLOW) & set(json.loads(done.stdout))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import torch
-from scipy.stats import beta, binomtest
 from torch import Tensor, nn
 
 from robust_moe.analysis.rounding import RELATIVE
@@ -51,6 +50,8 @@ def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
     The p with P(Bin(trials, p) ≥ successes) = alpha: whatever the true proportion, it is below p with probability at
     most alpha. 0 without successes.
     """
+    from scipy.stats import beta  # a third of the time in which an evaluation starts
+
     _count("trials", trials, 1)
     _count("successes", successes, 0)
     expect(successes <= trials, "successes", f"at most trials = {trials}", successes)
@@ -131,6 +132,8 @@ class Smoothed:
         The two most frequent classes are compared by a two-sided binomial test; a class that is returned is another
         than the smoothed classifier's with probability at most ``alpha``. Arguments as for :meth:`certify`.
         """
+        from scipy.stats import binomtest
+
         _count("samples", samples, 1)
         _share("alpha", alpha)
         classes = []

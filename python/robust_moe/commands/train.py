@@ -24,7 +24,7 @@ from robust_moe.config import load_config, preset_names
 from robust_moe.console import make_console
 from robust_moe.data import suggesting_settings
 from robust_moe.dry_run import training_facts
-from robust_moe.engine import Reporter, Trainer
+from robust_moe.engine import Reporter
 from robust_moe.engine.run_folder import expect_other_folder
 from robust_moe.report import assess, draw
 
@@ -59,6 +59,8 @@ def train(
             make_console().print(f"{what}: {value}", soft_wrap=True)
         return
     expect_other_folder(config, settings.run.out)
+    from robust_moe.engine import Trainer  # with Lightning Fabric, only now: a refused setting is said in half the time
+
     reporter = Reporter(console=make_console())
     with Trainer(settings, reporter) as trainer:  # the folder is this command's until the evaluation is written
         with suggesting_settings(settings.data):

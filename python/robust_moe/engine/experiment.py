@@ -27,10 +27,11 @@ from robust_moe.data import (
 )
 from robust_moe.data.image_set import expect_room
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
-from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state
+from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state, with_own_head
 from robust_moe.methods import Method
 from robust_moe.models import NetworkConfig, build_model
 from robust_moe.settings import plain, replaced
+from robust_moe_kernels.modules.experts import by_expert
 
 __all__ = [
     "EVALUATION",
@@ -126,7 +127,7 @@ def description_of(model: nn.Module) -> dict[str, Any] | None:
 def _without_files(tree: dict[str, Any]) -> dict[str, Any]:
     """Settings of a model without the files that it started from."""
     below = {name: _without_files(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    return {name: value for name, value in below.items() if name != "init_from"}
+    return {name: value for name, value in below.items() if name not in ("init_from", "init_head")}
 
 
 def _expect_room_for(build: Callable[[], nn.Module]) -> None:
@@ -155,14 +156,32 @@ class _Saved(NamedTuple):
     path: Path
     state: PlainState | dict[str, torch.Tensor]  # from elsewhere, or a checkpoint's
     dense: bool  # of the network without the experts that the model has
+    classes: int  # of the model
+    fresh_head: bool  # the last layer of a model of other classes is not taken
 
     def load(self, model: nn.Module) -> None:
         """Into a model of the same architecture. Raises CheckpointError for another one."""
         try:
-            state = fitted(self.state, model, self.path) if isinstance(self.state, PlainState) else self.state
-            load_model_state(model, state, self.path)
+            load_model_state(model, self._fitted(model, self.fresh_head), self.path)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.key}: {error}") from error
+            advice = ""
+            if not self.fresh_head and self._fits_without_head(model):
+                advice = f"; {self.key.removesuffix('init_from')}init_head=fresh starts the last layer anew"
+            raise CheckpointError(f"{self.key}: {error}{advice}") from error
+
+    def _fitted(self, model: nn.Module, fresh_head: bool) -> Mapping[str, torch.Tensor]:
+        if isinstance(self.state, PlainState):
+            return fitted(self.state, model, self.path, self.classes if fresh_head else None)
+        if not fresh_head:
+            return self.state
+        return with_own_head(by_expert(self.state, model), model.state_dict(), self.classes)
+
+    def _fits_without_head(self, model: nn.Module) -> bool:
+        """Of weights from elsewhere; a checkpoint says its classes itself."""
+        try:
+            return isinstance(self.state, PlainState) and bool(self._fitted(model, fresh_head=True))
+        except CheckpointError:
+            return False
 
 
 def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int]) -> _Saved:
@@ -173,9 +192,10 @@ def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int])
     if foreign is None:
         checkpoint = load_checkpoint(path)
         classes = len(data_of(checkpoint, path)["class_names"])
-        if classes != size["num_classes"]:
+        if classes != size["num_classes"] and half.init_head == "copy":
             raise ConfigError(
-                f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}"
+                f"{key}: expected a model of {size['num_classes']} classes, got one of {classes} in {path}; "
+                f"model.{place}init_head=fresh starts the last layer anew"
             )
         state = measured_weights(checkpoint)
     else:
@@ -195,7 +215,8 @@ def _saved(place: str, half: NetworkConfig, dual: bool, size: Mapping[str, int])
             f"{key}: expected a model with experts, got a dense one in {path}; model.{place}{section}.init=copy starts "
             "every expert as its block or network"
         )
-    return _Saved(key, path, state if foreign is None else foreign._replace(tensors=state), dense)
+    weights = state if foreign is None else foreign._replace(tensors=state)
+    return _Saved(key, path, weights, dense, size["num_classes"], half.init_head == "fresh")
 
 
 def _refuse_other_data(config: DataSet.Config, data: dict[str, Any]) -> None:

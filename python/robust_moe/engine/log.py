@@ -12,7 +12,6 @@ from typing import Any, Self
 from torch import Tensor
 
 from robust_moe.engine.events import Events
-from robust_moe.evaluation.html_report.pictures import attack_sheet
 from robust_moe.files import WaitingLines, replace_file
 
 __all__ = ["MetricLog", "curves", "read_metrics"]
@@ -134,6 +133,8 @@ class MetricLog:
     def attacked(self, step: int, clean: Tensor, adversarial: Tensor) -> None:
         """A picture of images [K, C, H, W] in [0, 1], before and after an attack, for TensorBoard alone."""
         if self.enabled:
+            from robust_moe.evaluation.html_report.pictures import attack_sheet  # with matplotlib, only now
+
             self._events.add_picture(step, SHEET, attack_sheet(clean.numpy(), adversarial.numpy()))
 
     def close(self) -> None:

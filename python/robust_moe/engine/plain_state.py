@@ -27,7 +27,16 @@ from robust_moe.engine.checkpoint import KEYS, CheckpointError, expect_content, 
 from robust_moe.engine.checkpoint_fields import STATE_DICT
 from robust_moe_kernels.modules.experts import by_expert
 
-__all__ = ["PlainState", "canonical", "fitted", "is_plain", "normalises", "read_plain_state", "read_tensors"]
+__all__ = [
+    "PlainState",
+    "canonical",
+    "fitted",
+    "is_plain",
+    "normalises",
+    "read_plain_state",
+    "read_tensors",
+    "with_own_head",
+]
 
 WRAPPERS = ("state_dict", "model_state_dict", "net", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -117,8 +126,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def fitted(state: PlainState, model: nn.Module, source: str | Path) -> dict[str, Tensor]:
+def fitted(state: PlainState, model: nn.Module, source: str | Path, own_head: int | None = None) -> dict[str, Tensor]:
     """The tensors of ``state`` under the names of ``model``, all of them and no other.
+
+    own_head: the model's classes, for :func:`with_own_head`; None: the last layer is the file's as all others.
 
     The normalisation in front of a network stays the model's where the file has none, as do counters of batches that
     older versions of PyTorch did not keep, and gates where the state has none.
@@ -141,10 +152,27 @@ def fitted(state: PlainState, model: nn.Module, source: str | Path) -> dict[str,
     for name, value in own.items():
         if name not in found and (name.endswith(kept) or (state.left_out and ".gate." in f".{name}")):
             found[name] = value
+    if own_head is not None:
+        found = with_own_head(found, own, own_head)
     faults = _differences(own, found)
     if faults:
         raise CheckpointError(f"{source}: weights of another model: {'; '.join(faults)}")
     return found
+
+
+def with_own_head(found: Mapping[str, Tensor], own: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """``found`` with a model's ``own`` tensors where those have a row for each of its ``classes``, and the found ones
+    differ in the number of rows alone: the last layer of a network that was trained on other classes."""
+    heads = {
+        name: value
+        for name, value in own.items()
+        if name in found
+        and value.shape[:1] == (classes,)
+        and found[name].shape[1:] == value.shape[1:]
+        and found[name].dim() == value.dim()
+        and len(found[name]) != classes
+    }
+    return {**found, **heads}
 
 
 def normalises(names: Iterable[str]) -> bool:

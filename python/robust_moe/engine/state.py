@@ -43,7 +43,9 @@ FIXED = (
     "run.batch_size",
     "optim.name",
     "model.init_from",
+    "model.init_head",
     "model.dual.standard.init_from",
+    "model.dual.standard.init_head",
 )
 
 # Changes after which a validation measures another model, or measures it otherwise, or on other images.
@@ -56,7 +58,8 @@ def differing_settings(old: dict[str, Any], new: TrainConfig) -> dict[str, str]:
     before, after = flatten(config_from_dict(old)), flatten(new)
     absent = "(not set)"
     # of an optional section that is not there nothing is initialised from anywhere
-    before, after = ({"model.dual.standard.init_from": None, **settings} for settings in (before, after))
+    nowhere = {"model.dual.standard.init_from": None, "model.dual.standard.init_head": "copy"}
+    before, after = ({**nowhere, **settings} for settings in (before, after))
     return {
         key: f"{key}: checkpoint has {before.get(key, absent)!r}, got {after.get(key, absent)!r}"
         for key in sorted(before.keys() | after.keys())

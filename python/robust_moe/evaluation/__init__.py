@@ -1,12 +1,18 @@
-"""Evaluation: attacks in turn under one scorer, sanity checks, result files, figures."""
+"""Evaluation: attacks in turn under one scorer, sanity checks, result files, figures.
+
+What draws is imported when it is asked for: matplotlib takes as long to import as all else here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from robust_moe.evaluation.accuracy import EvalResult, accuracy, routing_shares
 from robust_moe.evaluation.backdoor import backdoor_report
 from robust_moe.evaluation.curve import curve_radii, error_curve
-from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.moe import evaluate_moe, run_moe
 from robust_moe.evaluation.outcome import Flag, Stage, StageResult, SuiteResult
-from robust_moe.evaluation.plots import plot_comparison, plot_routing, plot_training
 from robust_moe.evaluation.presets import PRESETS, PresetEvaluation, preset_stages
 from robust_moe.evaluation.pruning import keep_highest, pruning_curve
 from robust_moe.evaluation.results import (
@@ -26,6 +32,10 @@ from robust_moe.evaluation.store import Journal, ResumeError
 from robust_moe.evaluation.suite import run_suite, with_stages
 from robust_moe.evaluation.tables import attack_table, results_table
 from robust_moe.evaluation.vmoe import vmoe_curve
+
+if TYPE_CHECKING:
+    from robust_moe.evaluation.html_report import write_report
+    from robust_moe.evaluation.plots import plot_comparison, plot_routing, plot_training
 
 __all__ = [
     "PRESETS",
@@ -71,3 +81,16 @@ __all__ = [
     "write_report",
     "write_results",
 ]
+
+_DRAWING = {
+    "plot_comparison": "plots",
+    "plot_routing": "plots",
+    "plot_training": "plots",
+    "write_report": "html_report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DRAWING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_DRAWING[name]}"), name)

@@ -18,7 +18,6 @@ from robust_moe.attacks.autoattack import VERSIONS
 from robust_moe.attacks.losses import LOSSES
 from robust_moe.evaluation.curve import curve_radii, error_curve
 from robust_moe.evaluation.full import full_notes, full_stages
-from robust_moe.evaluation.html_report import write_report
 from robust_moe.evaluation.moe import run_moe
 from robust_moe.evaluation.moe_numbers import mixture_attacks
 from robust_moe.evaluation.outcome import MOE, Stage, SuiteResult
@@ -182,7 +181,7 @@ class PresetEvaluation:
         if done is not None:
             self.say(f"{results}: finished already; --fresh (resume=False) evaluates again")
             if results is not None and report is not None and writes:  # it may be another evaluation's
-                write_report(done, read_samples(samples_file(results)), report, beside)
+                _write_report(done, read_samples(samples_file(results)), report, beside)
             return done
         first = results or report
         with Journal(first and first.with_suffix(".journal"), self.identity, resume, self.shards) as journal:
@@ -200,7 +199,7 @@ class PresetEvaluation:
             if results is not None and writes:
                 content = write_results(content, samples, results)
             if report is not None and writes:
-                write_report(content, samples, report, beside)
+                _write_report(content, samples, report, beside)
             journal.remove()
         return content
 
@@ -258,3 +257,9 @@ class PresetEvaluation:
         assert suite.robust is not None  # there are attacks
         robust = float(suite.robust.mean())
         return suite, {**moe, "union": robust, "union_interval": list(wilson_interval(robust, len(self.labels)))}
+
+
+def _write_report(*what: Any) -> None:
+    from robust_moe.evaluation.html_report import write_report  # with matplotlib, only now
+
+    write_report(*what)

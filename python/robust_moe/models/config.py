@@ -149,6 +149,9 @@ class NetworkConfig(Config):
         "checkpoint, run folder or plain state dict that weights are taken from; in a dual model those of this half",
         path=True,
     )
+    init_head: Literal["copy", "fresh"] = setting(
+        "copy", "of init_from; fresh: where the file is of other classes, the last layer keeps the weights it draws"
+    )
     moe: MoEConfig = setting(MoEConfig(), "experts inside the network")
     mixture: MixtureConfig = setting(MixtureConfig(), "the network as the expert of a mixture of networks")
 

@@ -13,7 +13,6 @@ from robust_moe.engine.log import read_metrics
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.run_folder import expect_other_folder, is_running
 from robust_moe.engine.state import NEUTRAL
-from robust_moe.engine.trainer import Trainer
 from robust_moe.outputs import expect_folder
 from robust_moe.runs.grid import grid
 from robust_moe.runs.summary import FINISHED, RunSummary, read_run, settings_in
@@ -100,6 +99,8 @@ def plan_sweep(source: str, settings: Sequence[str], out: str | Path, common: Se
             raise ConfigError(f"sweep: expected runs that differ, got the same for {known[content]} and {point.name}")
         known[content] = point.name
         runs.append(SweptRun(point.name, place, arguments, config, found))
+    from robust_moe.engine import Trainer  # with Lightning Fabric, only now
+
     for run in runs:
         expect_other_folder(source, run.folder)
         Trainer(run.config, Reporter(enabled=False))

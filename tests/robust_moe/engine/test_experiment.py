@@ -16,7 +16,7 @@ from robust_moe.config import (
     load_config,
 )
 from robust_moe.data import DataError, image_set, load_splits
-from robust_moe.engine import CheckpointError, Reporter, Trainer, save_checkpoint
+from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, save_checkpoint
 from robust_moe.engine.experiment import describe_data, load_experiment, make_model
 from robust_moe.models import ROUTERS, DualConfig, MixtureConfig, MoEConfig, ResNetSmallConfig
 from robust_moe.report import assess
@@ -88,6 +88,22 @@ def test_warm_start_takes_the_moving_average(tmp_path: Path):
     assert same(make_model(config(init_from=str(tmp_path / "last.pt")), DATA), average)
 
 
+@pytest.mark.parametrize("experts", [{}, {"mixture": MIXTURE}], ids=["one network", "mixture"])
+def test_a_warm_start_on_other_classes_keeps_the_last_layers_that_are_drawn(tmp_path: Path, experts: dict):
+    few = {**DATA, "class_names": ["a", "b"]}
+    saved(tmp_path / "ten.pt", config(**experts))
+    asked = config(**experts, init_from=str(tmp_path / "ten.pt"), init_head="fresh")
+    torch.manual_seed(0)
+    drawn = make_model(asked, few, warm_start=False).state_dict()
+    torch.manual_seed(0)
+    found = make_model(asked, few).state_dict()
+    trained = load_checkpoint(tmp_path / "ten.pt")["model"]
+    kept = {name for name, value in found.items() if torch.equal(value, drawn[name])}
+    heads = {name for name in found if ".fc." in f".{name}"}
+    assert kept == heads and len(heads) == (4 if experts else 2)
+    assert all(torch.equal(value, trained[name]) for name, value in found.items() if name not in heads)
+
+
 def test_a_warm_start_that_does_not_fit_is_named(tmp_path: Path):
     path = tmp_path / "other.pt"
     saved(path, config())
@@ -97,7 +113,8 @@ def test_a_warm_start_that_does_not_fit_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"model\.dual\.standard\.init_from: .* another architecture"):
         make_model(config(dual=source), DATA)
     few = {**DATA, "class_names": ["a", "b"]}
-    with pytest.raises(ConfigError, match=r"model\.init_from: expected a model of 2 classes, got one of 10 in .*other"):
+    named = r"model\.init_from: expected a model of 2 classes, got one of 10 in .*other.*; model\.init_head=fresh"
+    with pytest.raises(ConfigError, match=named):
         make_model(config(init_from=str(path)), few)
     with pytest.raises(CheckpointError, match="expected a checkpoint file, found nothing"):
         make_model(config(init_from=str(tmp_path / "none.pt")), DATA)

@@ -10,7 +10,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from robust_moe.commands import app
-from robust_moe.commands import train as train_command
 from robust_moe.config import load_config, save_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer, load_checkpoint, read_metrics, save_checkpoint
 from robust_moe.optim import OPTIMIZERS, SCHEDULES
@@ -70,7 +69,7 @@ def test_the_command_hands_override_on(tiny, tmp_path, monkeypatch):
             asked.update(options)
             raise CheckpointError("enough")
 
-    monkeypatch.setattr(train_command, "Trainer", Recorded)
+    monkeypatch.setattr("robust_moe.engine.trainer.Trainer", Recorded)
     save_config(tiny(), tmp_path / "run.yaml")
     for flags, expected in (((), False), (("--override",), True)):
         assert CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), *flags]).exit_code == 2

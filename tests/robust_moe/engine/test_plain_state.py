@@ -192,6 +192,18 @@ def test_what_is_missing_left_over_and_of_other_shapes_is_said(tmp_path: Path):
         started(file, "model.name=resnet18", "model.width=4", "model.blocks=[2,1]")
 
 
+def test_the_last_layer_of_another_number_of_classes_is_drawn_where_that_is_asked_for(tmp_path: Path):
+    file = save(unsettled(ReleasedResNet(width=4, classes=7)), tmp_path / "w.pt")
+    advice = r"of other shapes 2 of \d+: fc\.weight .*; model\.init_head=fresh starts the last layer anew$"
+    with pytest.raises(CheckpointError, match=advice):
+        started(file, *SMALL)
+    state, theirs = started(file, *SMALL, "model.init_head=fresh").state_dict(), torch.load(file)
+    assert state["fc.weight"].shape == (10, 8)
+    torch.testing.assert_close(state["layer1.0.conv1.weight"].float(), theirs["layer1.0.conv1.weight"])
+    with pytest.raises(CheckpointError, match=r"of other shapes \d+ of \d+: conv1\.weight"):  # more than the last layer
+        started(file, "model.name=resnet18", "model.width=8", "model.blocks=[2,2]", "model.init_head=fresh")
+
+
 REFUSED: dict[str, Any] = {
     r"expected tensors by name, or those under one of state_dict, .*, got a dict of 'epoch', 'args'$": {
         "epoch": 3,
