@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from robust_moe.engine.world import World
+from robust_moe.engine.meeting import join_group
+from robust_moe.engine.world import PATIENCE, World
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -76,6 +77,9 @@ class Processes:
         ours = self.count > 1 and not self.world.torchrun
         if ours and isinstance(launcher := self.fabric.strategy.launcher, _SubprocessScriptLauncher):
             launcher.procs = _Taken(self._children)
+        if self.count > 1 and self.world.torchrun and not torch.distributed.is_initialized():
+            backend = self.fabric.strategy.process_group_backend  # of DDP, which finds the group made
+            join_group(backend, self.rank, self.count, PATIENCE)
         self.fabric.launch()
         if self.count == 1:
             return
