@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import secrets
 import time
@@ -30,6 +31,13 @@ def join_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     store = torch.distributed.PrefixStore("robust-moe", store)
     part = torch.distributed.PrefixStore(meeting(store, rank, size), store)
     torch.distributed.init_process_group(backend, store=part, rank=rank, world_size=size, timeout=timeout)
+    if backend == "nccl":
+        atexit.register(_leave)  # PyTorch warns of a group that is still there
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def meeting(store: Any, rank: int, size: int) -> str:

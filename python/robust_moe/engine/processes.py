@@ -12,7 +12,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from socket import gethostbyname
 from subprocess import Popen, TimeoutExpired
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -78,8 +78,8 @@ class Processes:
         if ours and isinstance(launcher := self.fabric.strategy.launcher, _SubprocessScriptLauncher):
             launcher.procs = _Taken(self._children)
         if self.count > 1 and self.world.torchrun and not torch.distributed.is_initialized():
-            backend = self.fabric.strategy.process_group_backend  # of DDP, which finds the group made
-            join_group(backend, self.rank, self.count, PATIENCE)
+            strategy: Any = self.fabric.strategy  # DDP, which finds the group made
+            join_group(strategy.process_group_backend, self.rank, self.count, PATIENCE)
         self.fabric.launch()
         if self.count == 1:
             return
