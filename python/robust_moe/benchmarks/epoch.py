@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from robust_moe.benchmarks.harness import Options, Row, Run, compare
@@ -274,6 +273,8 @@ def _model(config: TrainConfig, device: torch.device) -> nn.Module:
 
 
 def _read(folder: Path) -> tuple[list[np.ndarray[Any, Any]], list[int]]:
+    from PIL import Image  # of the extra, as the trainer
+
     files = sorted(folder.glob("*/*.png"), key=lambda path: path.name)
     return [np.array(Image.open(path)) for path in files], [int(path.parent.name) for path in files]
 
@@ -283,6 +284,8 @@ def _read(folder: Path) -> tuple[list[np.ndarray[Any, Any]], list[int]]:
 
 def _write(folder: Path, sizes: Sizes) -> None:
     """Made-up images of ten classes as an image folder, a fifth of them for validation."""
+    from PIL import Image
+
     noise = np.random.default_rng(0)
     for part, count in (("train", -(-sizes.images * 5 // 4 // CLASSES)), ("test", 1)):
         for label in range(CLASSES):
