@@ -79,8 +79,8 @@ def average_buffers(model: nn.Module) -> None:
     if whole:
         counts = torch.cat([buffer.reshape(-1).long() for buffer in whole])
         dist.all_reduce(counts, dist.ReduceOp.MAX)
-        for buffer, value in zip(whole, counts.split([buffer.numel() for buffer in whole]), strict=True):
-            buffer.copy_(value.view_as(buffer))
+        parts = counts.split([buffer.numel() for buffer in whole])
+        torch._foreach_copy_(whole, [part.view_as(buffer) for part, buffer in zip(parts, whole, strict=True)])
 
 
 def _average(tensors: list[Tensor]) -> None:
@@ -93,8 +93,7 @@ def _average(tensors: list[Tensor]) -> None:
         assert sum_of_all is not None  # this process is in the group
         sum_of_all.wait()
         parts = flat.div_(count).split([tensor.numel() for tensor in bucket])
-        for tensor, part in zip(bucket, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:

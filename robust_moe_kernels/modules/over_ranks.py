@@ -46,8 +46,12 @@ def batch_over_ranks(model: nn.Module, norms: bool = False) -> None:
             module.over_ranks = True
         elif norms and isinstance(module, BlockExperts):
             inside = any(isinstance(part, _BatchNorm) for part in modules_of(module))
-            wanted = "experts that may be given no rows on a rank, as residual blocks, or none with batch norms"
-            expect(not inside, "norms", wanted, type(module[0]).__name__)
+            expect(
+                not inside,
+                "norms",
+                "experts that may be given no rows on a rank, as residual blocks, or none with batch norms",
+                type(module[0]).__name__,
+            )
     if not norms:
         return
     for layer in (module for module in modules if isinstance(module, MoELayer)):

@@ -193,12 +193,12 @@ def _listening(world: World, key: bytes) -> Listener:
     """A listener of the first process, at the interface of that address where it has one here: a machine may know its
     own name as a loopback address, at which no other reaches it."""
     place = _meeting_place(world)
-    if world.nodes > 1 and gethostbyname(place).startswith("127."):
-        place = "0.0.0.0"
     try:
-        return Listener((place, 0), backlog=world.size, authkey=key)
+        if world.nodes == 1 or not gethostbyname(place).startswith("127."):
+            return Listener((place, 0), backlog=world.size, authkey=key)
     except OSError:  # an address that only the others know this machine by
-        return Listener(("0.0.0.0", 0), backlog=world.size, authkey=key)
+        pass
+    return Listener(("0.0.0.0", 0), backlog=world.size, authkey=key)
 
 
 class _Taken(list["Popen[bytes]"]):

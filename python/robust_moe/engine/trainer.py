@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from robust_moe.averaging import average_buffers
-from robust_moe.config import ConfigError, TrainConfig, flatten, save_config
+from robust_moe.config import ConfigError, TrainConfig, save_config
 from robust_moe.data import Batch, BatchLoader, data_digest, load_splits
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
@@ -23,6 +23,7 @@ from robust_moe.engine.log import MetricLog
 from robust_moe.engine.meters import NEGATIVE_BALANCE, Speed
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
+from robust_moe.engine.ranks import expect_one_data_set, expect_one_run, join_ranks
 from robust_moe.engine.rng import seed_all
 from robust_moe.engine.run_checkpoints import BEST, LAST, CheckpointReader, find_checkpoint
 from robust_moe.engine.run_folder import alone_in
@@ -30,18 +31,15 @@ from robust_moe.engine.state import RunState, clear_run, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.engine.view import View, epoch_line, expert_line, memory_in_use, seconds_left, view_lines
-from robust_moe.engine.world import agree, world_of
+from robust_moe.engine.world import world_of
 from robust_moe.engine.writer import CheckpointWriter
 from robust_moe.evaluation.shards import Shards
 from robust_moe.optim import expect_warmup_within, learning_rate
 from robust_moe.outputs import CONFIG, expect_folder, expect_outputs, is_free, run_outputs
-from robust_moe.provenance import versions
 from robust_moe.seeding import derive_seed
-from robust_moe_kernels.modules import batch_over_ranks, check_finite
+from robust_moe_kernels.modules import check_finite
 
 __all__ = ["TrainResult", "Trainer"]
-
-_OWN = ("run.devices", "run.threads")  # settings that processes may have each its own of
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class Trainer:
         with self._in_run_folder():
             source = None if reader is None else find_checkpoint(self.folder)
         checkpoint = None if reader is None or source is None else reader.take(source)
-        self._expect_agreement(number_format, source, checkpoint)
+        expect_one_run(self.world, config, number_format, source, checkpoint)
         self.splits = splits = load_splits(config.data, config.run.seed)
         for note in splits.notes:
             self.reporter.line(note)
@@ -194,8 +192,7 @@ class Trainer:
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
-        if self.world.size > 1:
-            self._join_ranks()
+        join_ranks(self.model, config.run, self.world, None if self.loader.drop_last else len(splits.train))
         self.method = make_method(config, self.world.size)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
@@ -206,6 +203,7 @@ class Trainer:
         average = WeightAverage(self.model, decay) if decay > 0 else None
         precision = fabric.strategy.precision
         digest = data_digest(splits)
+        expect_one_data_set(self.world, digest)
         self.state = RunState(config, data, digest, self.model, optimizer, precision, self.method, average)
         lines = 0
         if source is not None and checkpoint is not None:
@@ -230,45 +228,23 @@ class Trainer:
             )
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
-        # what is saved first was last.pt's state, or nothing is to be kept of it
+        # of the last.pt that is there, which the next one makes a past one
         step = self.state.step if source is not None and source.name == LAST else None
         self.writer = CheckpointWriter(
             self.folder,
             config.run.keep,
             step,
             say=self.reporter.warn,
-            before=lambda: self._expect_alone(),
+            before=lambda: self._expect_alone(),  # the first process's
             after=self._keep_config,
         )
         self.guard = CrashGuard(fabric, self.state, self.log, self.writer)
-        if len(self.validation) == 0:
+        if len(self.validation) == 0 and fabric.is_global_zero:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self.speed = Speed()  # of this epoch, in this call
         self.view = View(best=self.state.best.get("robust"))
         self._warned: set[tuple[str, str]] = set()
         self._told = False  # what a balance loss below 0 means
-
-    def _join_ranks(self) -> None:
-        """Make a batch of the model that of all processes."""
-        try:
-            batch_over_ranks(self.model, norms=self.config.run.sync_batch_norm)
-        except ValueError as error:
-            raise ConfigError(f"run.sync_batch_norm: {error}") from error
-        if not self.loader.drop_last and len(self.splits.train) % self.world.size:
-            raise ConfigError(
-                f"run.batch_size: expected at most the {len(self.splits.train)} training images where these are no "
-                f"multiple of the {self.world.size} processes, got {self.config.run.batch_size}"
-            )
-
-    def _expect_agreement(self, precision: str, source: Path | None, checkpoint: dict[str, Any] | None) -> None:
-        """Raise ConfigError unless all processes have one configuration, software and checkpoint: on several machines
-        each reads files of its own, unless a file system is common to them."""
-        facts = {name: value for name, value in flatten(self.config).items() if name not in _OWN}
-        facts |= {f"version of {name}": version for name, version in versions().items()}
-        position = None if checkpoint is None else checkpoint["position"]
-        agree(
-            self.world, {**facts, "precision": precision, "checkpoint in run.out": source and [source.name, position]}
-        )
 
     @contextmanager
     def _in_run_folder(self) -> Iterator[None]:

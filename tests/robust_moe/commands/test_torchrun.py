@@ -1,6 +1,7 @@
 """The commands under torchrun: one run folder, one journal, one voice, and the verdicts of one process."""
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from small_runs import TINY
 
 from robust_moe.config import config_from_dict, load_config, save_config
 from robust_moe.engine import load_checkpoint, read_metrics
-from robust_moe.evaluation import read_results, read_samples
+from robust_moe.evaluation.results import read_results, read_samples
 from robust_moe.evaluation.store import Journal
 from robust_moe.outputs import samples_file
 from robust_moe.report import assess
@@ -52,15 +53,28 @@ def test_torchrun_trains_in_one_folder_with_one_voice(run):
 
 # Under torchrun: a validation by all processes beside one by each alone, then the command itself.
 EVALUATE = """
-    import json, os, sys
+    import json, os, signal
     import torch
     from robust_moe.cli import main
     from robust_moe.engine.experiment import load_experiment
     from robust_moe.engine.validation import Validation
     from robust_moe.engine.world import meet, world_of
     from robust_moe.evaluation.shards import Shards
+    from robust_moe.evaluation.staged import StagedEvaluation
 
-    run, out = os.environ["RUN"], os.environ["OUT"]
+    run, out, lost = os.environ["RUN"], os.environ["OUT"], os.environ.get("LOST")
+    if lost == os.environ["RANK"]:  # this process, in its second batch
+        take, taken = StagedEvaluation.take, []
+
+        def killed(self, rows):
+            taken.append(rows)
+            if len(taken) == 3:  # the sanity checks take one
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(self, rows)
+
+        StagedEvaluation.take = killed
+    if lost:
+        main()
     world = world_of(1)
     meet(world)
     config, model, splits, _ = load_experiment(run)
@@ -79,17 +93,18 @@ EVALUATE = """
 
 @pytest.fixture(scope="module")
 def evaluate(run, tmp_path_factory):
-    """``evaluate(processes, out)`` runs the command, which writes the result file ``out``."""
+    """``evaluate(processes, out)`` runs the command that writes the result file ``out``; returns (exit status, output,
+    errors) of each process. ``lost``: the process that is killed."""
     script = tmp_path_factory.mktemp("evaluate") / "evaluate.py"
     script.write_text(textwrap.dedent(EVALUATE))
     options = ["--preset", EVAL["preset"], "--n", str(EVAL["count"]), *EVAL["overrides"]]
 
-    def evaluated(processes, out):
+    def evaluated(processes, out, lost=""):
         command = [sys.executable, str(script), "eval", str(run[0]), *options, "--out", str(out)]
-        environments = [{**other, "RUN": str(run[0]), "OUT": str(out)} for other in as_torchrun(processes)]
-        done = run_all(command, environments)
-        assert all(status == 0 for status, _, _ in done), done
-        return [said for _, said, _ in done]
+        more = {"RUN": str(run[0]), "OUT": str(out), "LOST": lost}
+        done = run_all(command, [{**other, **more} for other in as_torchrun(processes)])
+        assert lost or all(status == 0 for status, _, _ in done), done
+        return done
 
     return evaluated
 
@@ -116,9 +131,9 @@ def alone(run, tmp_path_factory):
 
 
 def test_three_processes_find_what_one_does(alone, evaluate, tmp_path):
-    said = evaluate(3, tmp_path / "three.json")
+    done = evaluate(3, tmp_path / "three.json")
     assert content(tmp_path / "three.json") == alone
-    assert [text.count("results: ") for text in said] == [1, 0, 0]
+    assert [said.count("results: ") for _, said, _ in done] == [1, 0, 0]
     for rank in range(3):
         (one, all_of_them), advanced = json.loads((tmp_path / f"three.json.{rank}").read_text())
         assert one == all_of_them
@@ -148,3 +163,11 @@ def test_two_processes_go_on_where_one_was_killed(run, alone, evaluate, tmp_path
     evaluate(2, out)
     assert content(out) == alone
     assert not out.with_suffix(".journal").exists()
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_sentence(evaluate, tmp_path):
+    (status, _, said), (killed, _, _) = evaluate(2, tmp_path / "lost.json", lost="1")
+    assert (status, killed) == (2, -signal.SIGKILL)
+    (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "expected 2 processes to the end, got none from another any more; the same command goes on" in sentence
+    assert (tmp_path / "lost.journal").exists()

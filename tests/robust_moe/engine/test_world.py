@@ -65,15 +65,15 @@ def test_gpus_without_nccl_exchange_by_gloo_and_a_line_says_so(monkeypatch):
 REFUSED = """
     import json, os, sys
     from robust_moe.config import ConfigError, load_config
-    from robust_moe.engine import Reporter, Trainer, trainer
+    from robust_moe.engine import Reporter, Trainer, ranks
 
     folder, rank = sys.argv[1], int(os.environ["RANK"])
-    versions, said = trainer.versions, {}
+    versions, said = ranks.versions, {}
     for name in json.load(open(os.path.join(folder, "names.json"))):
         own = os.path.join(folder, f"{name} {rank}.yaml")
         config = load_config(own if os.path.exists(own) else os.path.join(folder, f"{name}.yaml"))
         older = {"torch": "1.0"} if name == "versions" and rank == 1 else {}
-        trainer.versions = lambda older=older: {**versions(), **older}
+        ranks.versions = lambda older=older: {**versions(), **older}
         try:
             Trainer(config, Reporter(enabled=False)).fit()
         except ConfigError as error:

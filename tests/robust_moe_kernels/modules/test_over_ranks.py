@@ -173,7 +173,8 @@ def test_without_a_process_group_nothing_changes():
 
 def test_norms_of_blocks_that_need_rows_are_refused():
     block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
-    layer = FusedBlockMoE.from_block(block, num_experts=2)
+    with pytest.warns(UserWarning, match="its experts run one by one"):
+        layer = FusedBlockMoE.from_block(block, num_experts=2)
     with pytest.raises(ValueError, match=r"norms: expected experts that may be given no rows on a rank, .* Sequential"):
         batch_over_ranks(nn.Sequential(layer), norms=True)
     batch_over_ranks(nn.Sequential(layer))  # statistics of the routing alone
