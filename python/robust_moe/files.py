@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +16,16 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__all__ = ["append_line", "lock", "naming", "remove_leftovers", "replace_file", "replacing", "temporary_file"]
+__all__ = [
+    "WaitingLines",
+    "append_line",
+    "lock",
+    "naming",
+    "remove_leftovers",
+    "replace_file",
+    "replacing",
+    "temporary_file",
+]
 
 
 def temporary_file(path: Path) -> Path:
@@ -101,6 +110,43 @@ def append_line(file: BinaryIO, line: bytes, path: Path, sync: bool = True) -> N
         raise
 
 
+class WaitingLines:
+    """Appends lines, or records, whole to an unbuffered file. What cannot be written waits in memory for the next one:
+    a disk that is full for a while costs nothing.
+
+    Args:
+        file: is closed by :meth:`close`.
+        path: of the file, for errors.
+        say: called with a sentence when lines begin to wait; None: nobody is told.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, say: Callable[[str], object] | None = None) -> None:
+        self.file, self.path, self._say = file, path, say
+        self._waiting = b""
+
+    def append(self, line: bytes) -> None:
+        """Write ``line``, after those that wait."""
+        waited = bool(self._waiting)
+        self._waiting += line
+        try:
+            self._write()
+        except OSError as error:
+            if not waited and self._say is not None:
+                self._say(f"{self.path}: could not be written ({error.strerror or error}); its lines wait in memory")
+
+    def _write(self) -> None:
+        append_line(self.file, self._waiting, self.path, sync=False)
+        self._waiting = b""
+
+    def close(self) -> None:
+        """Write what waits, and close the file. Raises OSError, which names it, where that cannot be written."""
+        try:
+            if self._waiting:
+                self._write()
+        finally:
+            self.file.close()
+
+
 def lock(file: BinaryIO, shared: bool = False) -> bool:
     """Whether no other open file of that name has the lock, which ``file`` then keeps until it is closed. A file system
     without locks is taken to have none.
@@ -125,9 +171,9 @@ def _sync_folder(folder: Path) -> None:
     """Force a rename to the disk, where the system can do that for a folder."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is on the disk
+    with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is on the disk
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)

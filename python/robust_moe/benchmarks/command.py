@@ -31,6 +31,7 @@ BENCHMARKS = {
     "train_step": Benchmark(3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
     "ranks": Benchmark(5, "that step in one process and in two: strong and weak scaling; CPU only: minutes"),
     "rt_er_step": Benchmark(3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
+    "epoch": Benchmark(3, "a whole epoch of training a ResNet-18, beside a plain loop trainer; CPU: ~15 minutes"),
     "expert_mlp": Benchmark(
         5, "a ViT-S's routed MLP beside the dense one, loops and the grouped product; CPU: minutes"
     ),
@@ -84,7 +85,9 @@ def main(prog: str = "python -m robust_moe.benchmarks", programs: Mapping[str, s
         help="timed runs of each variant (default: 9; expert_sweep and loader 5, whole steps and attacks 3)",
     )
     parser.add_argument("--seconds", type=float, help="a case starts no further round after so long (two at least)")
-    parser.add_argument("--batch", type=int, help="images of train_step (128; on the CPU 32) and rt_er_step (64)")
+    parser.add_argument(
+        "--batch", type=int, help="images of a step: train_step (128; on the CPU 32), rt_er_step (64), epoch (128)"
+    )
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet files: autoattack's second network")
     parser.add_argument("--compile", action="store_true", help="expert_sweep: also torch.compile of (b) and (d)")
     parser.add_argument("--quick", action="store_true", help="one small case each, to see that everything works")

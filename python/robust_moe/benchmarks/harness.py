@@ -34,7 +34,9 @@ class Options:
     quick: bool = False  # smaller sweeps, to see that everything works
     seconds: float | None = None  # a case starts no further round after so long, warm-up included; None: no limit
     compile: bool = False  # torch.compile's baselines too, in the benchmarks that have them
-    batch: int | None = None  # batch size of train_step, images of autoattack's CIFAR-10 case; None: their own choice
+    batch: int | None = (
+        None  # batch size of train_step and epoch, images of autoattack's CIFAR-10 case; None: their own choice
+    )
     data: Path | None = None  # folder of CIFAR-10 as Parquet files, for autoattack's CIFAR-10 case; None: left out
 
 
@@ -163,7 +165,9 @@ def show(rows: list[Row]) -> None:
         more += f"  {row.extra['images_per_second']:8.1f} images/s" if "images_per_second" in row.extra else ""
         more += f"  {row.extra['gflops']:8.1f} GFLOP/s" if "gflops" in row.extra else ""
         more += f"  {row.extra['share']:4.0%}" if "share" in row.extra else ""
+        more += f"  {row.extra['images_per_second']:8.1f} images/s" if "images_per_second" in row.extra else ""
         more += f"  scaling {row.extra['scaling']:.2f}" if "scaling" in row.extra else ""
+        more += "".join(f"  {name} {share:.0%}" for name, share in row.extra.get("shares", {}).items())
         spread = f"{row.low_ms:.3f}..{row.high_ms:.3f}"
         print(f"  {row.variant:24} {row.median_ms:10.3f} ms  ({spread:>22})  x{row.ratio:.2f}{more}", flush=True)
 

@@ -14,7 +14,7 @@ import torch
 
 from robust_moe.benchmarks.harness import peak_bytes
 
-__all__ = ["OwnProcess", "own_process"]
+__all__ = ["OwnProcess", "own_process", "own_worker"]
 
 Step = Callable[[int], object]
 
@@ -29,37 +29,54 @@ class OwnProcess:
         self._connection.send((what, number))
         return self._connection.recv()  # EOFError where the process has ended; it has printed why
 
-    def __call__(self, number: int) -> None:
-        self._ask("run", number)
+    def __call__(self, number: int) -> Any:
+        """What the step returns, plain types."""
+        return self._ask("run", number)
 
     def peak_bytes(self, number: int) -> int:
         """As the harness's."""
         return self._ask("peak", number)
 
 
-def _serve(connection: Connection, threads: int, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(threads)
-    step = make(*arguments)
+def _answer(connection: Connection, step: Step) -> None:
+    """Run ``step`` as often as the caller asks."""
     while (request := connection.recv()) is not None:
         what, number = request
         if what == "peak":
             connection.send(peak_bytes(partial(step, number), torch.device("cpu")))
         else:
-            step(number)
-            connection.send(None)
+            connection.send(step(number))
+
+
+def _serve(connection: Connection, threads: int, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    work(partial(_answer, connection), *arguments)
+
+
+def _make_and_answer(answer: Callable[[Step], None], make: Callable[..., Step], *arguments: Any) -> None:
+    answer(make(*arguments))
 
 
 @contextmanager
-def own_process(make: Callable[..., Step], *arguments: Any) -> Iterator[OwnProcess]:
-    """The CPU step that ``make(*arguments)``, a function of a module, makes in a fresh process of as many threads."""
+def own_worker(work: Callable[..., object], *arguments: Any) -> Iterator[OwnProcess]:
+    """``work(answer, *arguments)``, a function of a module, in a fresh process of as many threads. Somewhere inside, it
+    calls ``answer(step)``, which returns when the block is left."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, torch.get_num_threads(), make, arguments), daemon=True)
+    # no daemon: a loader inside may have processes of its own
+    process = context.Process(target=_serve, args=(theirs, torch.get_num_threads(), work, arguments))
     process.start()
     theirs.close()
     try:
         yield OwnProcess(ours)
         ours.send(None)
     finally:
-        ours.close()
+        ours.close()  # the end of the process, too, where the block is left by an error
         process.join()
+
+
+@contextmanager
+def own_process(make: Callable[..., Step], *arguments: Any) -> Iterator[OwnProcess]:
+    """The CPU step that ``make(*arguments)``, a function of a module, makes in a fresh process of as many threads."""
+    with own_worker(_make_and_answer, make, *arguments) as process:
+        yield process

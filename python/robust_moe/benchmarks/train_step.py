@@ -37,7 +37,7 @@ from robust_moe.precision import full_precision
 from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.ops.attack_step import random_start
 
-__all__ = ["INPUTS", "method_step", "plain_attack", "run"]
+__all__ = ["EPS", "INPUTS", "LAYER", "STEPS", "check_step", "method_step", "plain_attack", "run", "with_loop"]
 
 LAYER = "layer4.1"
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
@@ -52,11 +52,11 @@ def _config(experts: int, width: int) -> TrainConfig:
     return TrainConfig(model=ResNet18Config(width=width, moe=moe), method=PGDAdversarialTraining.Config(attack=attack))
 
 
-def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
+def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor, steps: int = STEPS) -> Tensor:
     """PGD as it is usually written: the whole backward, its weight gradients thrown away."""
     model.eval()
     x = start.clone()
-    for _ in range(STEPS):
+    for _ in range(steps):
         x.requires_grad_()
         model.zero_grad()
         F.cross_entropy(model(x), labels).backward()
@@ -100,7 +100,7 @@ def method_step(model: nn.Module, method: Method, batches: list[Batch]) -> Calla
     return step
 
 
-def _check(ours: nn.Module, plain: nn.Module, method: Method, batch: Batch) -> None:
+def check_step(ours: nn.Module, plain: nn.Module, method: Method, batch: Batch) -> None:
     """Adversarial images as near to those of float64 as the plain loop's, the same training gradients.
 
     A gradient next to zero has either sign, seven times over, so rounding moves pixels: ours may differ from float64 in
@@ -150,7 +150,8 @@ def _in_bfloat16(model: nn.Module) -> nn.Module:
     return model
 
 
-def _with_loop(model: nn.Module) -> nn.Module:
+def with_loop(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose routed block is a masked loop."""
     model = copy.deepcopy(model)
     layer = model.get_submodule(LAYER)
     assert isinstance(layer, MoELayer)
@@ -161,7 +162,7 @@ def _with_loop(model: nn.Module) -> nn.Module:
 def _plain_trainer(
     experts: int, width: int, count: int, device: torch.device, mixed: bool = False
 ) -> Callable[[int], object]:
-    plain = _with_loop(_model(_config(experts, width), experts, device)).to(memory_format=torch.contiguous_format)
+    plain = with_loop(_model(_config(experts, width), experts, device)).to(memory_format=torch.contiguous_format)
     return _plain_step(_in_bfloat16(plain) if mixed else plain, _images(count, device))
 
 
@@ -192,9 +193,9 @@ def _case(
 ) -> list[Row]:
     batches = _images(count, options.device)
     ours = _model(config, experts, options.device)
-    looped, half, method = _with_loop(ours), _in_bfloat16(copy.deepcopy(ours)), config.method.build(config.model)
+    looped, half, method = with_loop(ours), _in_bfloat16(copy.deepcopy(ours)), config.method.build(config.model)
     with full_precision():  # TF32 would move more pixels than rounding may
-        _check(ours, _with_loop(ours), method, batches[0])
+        check_step(ours, with_loop(ours), method, batches[0])
     steps = {
         "ours": method_step(ours, method, batches),
         "ours, bfloat16": method_step(half, method, batches),

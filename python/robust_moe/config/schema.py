@@ -52,6 +52,9 @@ class RunConfig(Config):
     checkpoint_steps: int | None = setting(
         None, "between further checkpoints inside an epoch; null: none", unit="steps", at_least=1
     )
+    keep: int = setting(
+        0, "past checkpoints that stay beside last.pt and best.pt, as step-N.pt", at_least=0, at_most=1000
+    )
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", "Fabric's")
     devices: int = setting(1, "processes, one for each device; 1 under torchrun", at_least=1, at_most=256)
     sync_batch_norm: bool = setting(

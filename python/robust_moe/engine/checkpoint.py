@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from robust_moe_kernels.modules.experts import by_expert
 __all__ = [
     "FORMAT",
     "CheckpointError",
-    "CheckpointReader",
+    "DamagedError",
     "data_of",
     "expect_content",
     "load_checkpoint",
@@ -34,6 +34,7 @@ __all__ = [
 
 FORMAT = 2  # of the dict; raised when a reader of the old one would misread the new one
 OLD = 1  # still read: the configuration has the settings of all components in one section
+PASSING = (errno.ESTALE, errno.EIO)  # errors of a network file system after which a second try may succeed
 KEYS = ("config", "data", "model", "position")  # what every checkpoint carries, and by which it is known
 
 
@@ -41,20 +42,46 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, written or used; the message names the file, what was expected and got."""
 
 
+class DamagedError(CheckpointError):
+    """A file that is not as it was written: cut short, or with other bytes."""
+
+
 def save_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
     """Write ``state`` (plain types and tensors) to ``path`` whole or not at all (:func:`~robust_moe.files.replacing`).
+
+    A network file system loses a handle when its server restarts (ESTALE), or a write on the way (EIO): such a file is
+    written once more, from the beginning.
 
     Raises:
         CheckpointError: it could not be written; an earlier file at ``path`` is untouched.
     """
     path = Path(path)
+    content = {"format": FORMAT, **state}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns some failed writes into RuntimeError
+        try:
+            _write(content, path)
+        except (OSError, RuntimeError) as error:
+            if _errno(error) not in PASSING:
+                raise
+            _write(content, path)
+    except (OSError, RuntimeError) as error:
         kept = "the last good one is kept" if path.exists() else "there is no earlier one"
         raise CheckpointError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """Of the OSError that ``error`` is or hides: PyTorch's writer turns some failed writes into RuntimeError."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -104,7 +131,7 @@ def read_archive(path: Path, device: str | torch.device = "cpu", *, legacy: bool
 
 
 def _expect_whole(path: Path) -> None:
-    """Raise CheckpointError unless the archive is as it was written."""
+    """Raise DamagedError unless the archive is as it was written, by the CRC-32 that it has of each entry."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -114,37 +141,9 @@ def _expect_whole(path: Path) -> None:
                 raise ValueError("entries larger than the file")
             damaged = archive.testzip()  # PyTorch itself does not look at the checksums
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: expected a whole checkpoint, got a truncated or damaged file ({error})"
-        ) from error
+        raise DamagedError(f"{path}: expected a whole checkpoint, got a truncated or damaged file ({error})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: expected a whole checkpoint, got a wrong checksum in its entry {damaged!r}")
-
-
-class CheckpointReader:
-    """Reads a checkpoint, and the same file no second time. One that was written since is another file, as each takes
-    the place of the one before, whole; that is read."""
-
-    def __init__(self) -> None:
-        self._file: tuple[int, ...] | None = None
-        self._state: dict[str, Any] = {}
-
-    def read(self, path: Path) -> dict[str, Any]:
-        """As :func:`load_checkpoint`, which also says what it raises."""
-        file = None
-        with suppress(OSError):  # it is named below
-            found = path.stat()
-            file = found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
-        if file is None or file != self._file:
-            self._state = load_checkpoint(path)
-            self._file = file
-        return self._state
-
-    def take(self, path: Path) -> dict[str, Any]:
-        """Likewise, for the last time: nothing of it is kept here."""
-        state = self.read(path)
-        self._file, self._state = None, {}
-        return state
+        raise DamagedError(f"{path}: expected a whole checkpoint, got a wrong checksum in its entry {damaged!r}")
 
 
 def expect_content(check: Check, state: Mapping[str, Any], source: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
@@ -13,7 +12,9 @@ from torch import Tensor
 from robust_moe.engine.checkpoint import save_checkpoint
 from robust_moe.engine.guards import state_is_finite
 from robust_moe.engine.log import MetricLog
-from robust_moe.engine.state import RunState, find_checkpoint
+from robust_moe.engine.run_checkpoints import find_checkpoint
+from robust_moe.engine.state import RunState
+from robust_moe.engine.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -25,12 +26,11 @@ class CrashGuard:
     """Reads what the device gathered, and ends a run that is lost with its state in ``crash.pt``.
 
     Args:
-        fabric, state, log: the run's.
-        folder: the run folder.
+        fabric, state, log, writer: the run's.
     """
 
-    def __init__(self, fabric: Fabric, state: RunState, log: MetricLog, folder: Path) -> None:
-        self.fabric, self.state, self.log, self.folder = fabric, state, log, folder
+    def __init__(self, fabric: Fabric, state: RunState, log: MetricLog, writer: CheckpointWriter) -> None:
+        self.fabric, self.state, self.log, self.writer = fabric, state, log, writer
 
     def means(self) -> dict[str, float]:
         """Means since the last line; a NaN stops the run, with the state it was in beside the last good one."""
@@ -63,7 +63,9 @@ class CrashGuard:
 
     def crash(self, text: str, kind: type[Exception] = FloatingPointError, cause: Exception | None = None) -> NoReturn:
         """Save the state, in the first process, and raise ``kind``, which says where the last good state is."""
-        crash, good = self.folder / "crash.pt", find_checkpoint(self.folder)
+        self.writer.wait()  # the last good one may be on its way
+        folder = self.writer.folder
+        crash, good = folder / "crash.pt", find_checkpoint(folder)
         where = f"the last good state is in {good}" if good else "there is no good state yet"
         if self.fabric.is_global_zero:
             save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)

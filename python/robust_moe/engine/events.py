@@ -6,7 +6,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from robust_moe.files import append_line, naming
+from robust_moe.files import WaitingLines, naming
 from robust_moe.outputs import EVENTS_SUFFIX
 
 __all__ = ["Events"]
@@ -31,22 +31,21 @@ class Events:
     Args:
         first: the first step that this file has; TensorBoard drops those of earlier files from there on. None: all
             are kept.
+        say: as for :class:`~robust_moe.files.WaitingLines`, whose records wait where the disk is full.
 
     Raises:
-        OSError: of any method; it names the file, which keeps whole records.
+        OSError: the file cannot be made, or :meth:`close` cannot write what waits; it names the file, which keeps whole
+            records.
     """
 
-    def __init__(self, folder: Path, first: int | None = None) -> None:
+    def __init__(self, folder: Path, first: int | None = None, say: Callable[[str], object] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self._file = _new_file(folder)
-        try:
-            self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
-            if first is not None:
-                started = SessionLog(status=SessionLog.START)
-                self._append(Event(wall_time=time.time(), step=first, session_log=started))
-        except BaseException:
-            self._file.close()
-            raise
+        self.path, file = _new_file(folder)
+        self._file = WaitingLines(file, self.path, say)
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if first is not None:
+            started = SessionLog(status=SessionLog.START)
+            self._append(Event(wall_time=time.time(), step=first, session_log=started))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """The values, by their tags, as one record."""
@@ -68,7 +67,7 @@ class Events:
     def _append(self, event: Event) -> None:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
-        append_line(self._file, record.getvalue(), self.path, sync=False)
+        self._file.append(record.getvalue())
 
     def close(self) -> None:
         with naming(self.path):
@@ -76,8 +75,12 @@ class Events:
 
 
 def _new_file(folder: Path) -> tuple[Path, BinaryIO]:
-    """The name is one that TensorBoard looks for: time, host, process, number."""
-    begins = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+    """The name is one that TensorBoard looks for: time, host, process, number. It reads files in the order of their
+    names: one that is made after the clock was put back still comes last."""
+    names = (path.name.split(".") for path in folder.glob("events.out.tfevents.*"))
+    before = [int(parts[3]) for parts in names if len(parts) > 3 and parts[3].isdecimal()]
+    seconds = max([int(time.time()), *(each + 1 for each in before if each >= time.time())])
+    begins = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
     for number in count():
         path = folder / f"{begins}.{number}{EVENTS_SUFFIX}"
         try:

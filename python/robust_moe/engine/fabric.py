@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import FrameType
@@ -28,6 +31,8 @@ __all__ = [
     "precision_notes",
     "resolve_precision",
 ]
+
+ASKING = 2.0  # seconds between two moments at which processes ask one another whether to stop
 
 
 def resolve_precision(config: TrainConfig, began: str | None = None) -> TrainConfig:
@@ -157,24 +162,41 @@ def _unchanged(data: Any) -> Any:
 
 
 class StopRequest(StopSignals):
-    """While active, SIGINT and SIGTERM ask the loop to stop at the next safe point; a second one interrupts at once."""
+    """While active, SIGINT and SIGTERM ask the loop to stop at the next safe point; a second SIGINT interrupts at once.
+    A second SIGTERM does not: where a batch system ends a job, it and its launcher may both send one.
 
-    def __init__(self, fabric: Fabric) -> None:
-        self.fabric = fabric
-        self.requested = False
+    Several processes stop after the same step, which they have to agree on; that costs a wait for all of them, and on a
+    GPU for the device. They ask one another after as many steps as last :data:`ASKING` seconds at the pace of the
+    slowest since they did so last, a number that all of them know.
+
+    Args:
+        fabric: launched.
+        clock: seconds, of any beginning.
+    """
+
+    def __init__(self, fabric: Fabric, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fabric, self._clock = fabric, clock
+        self.requested = False  # of this process
+        self._steps, self._next = 0, 1  # since the last question, until the next one
+        self._asked_at = clock()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 
-    def agreed(self, at_interval: bool) -> bool:
-        """Whether to stop now. Several processes agree at logging intervals only: it costs a wait for all of them."""
+    def agreed(self) -> bool:
+        """Whether to stop after this step, in all processes alike; each calls it after every step."""
         if self.fabric.world_size == 1:
             return self.requested
-        if not at_interval:
+        self._steps += 1
+        if self._steps < self._next:
             return False
-        flag = torch.tensor(float(self.requested), device=self.fabric.device)
-        asked = self.fabric.all_reduce(flag, reduce_op="sum")
-        assert isinstance(asked, Tensor)  # as the flag
-        return bool(asked > 0)
+        pace = (self._clock() - self._asked_at) / self._steps
+        own = torch.tensor([float(self.requested), pace], dtype=torch.float64, device=self.fabric.device)
+        most = self.fabric.all_reduce(own, reduce_op="max")
+        assert isinstance(most, Tensor)  # as it went in
+        asked, slowest = most.tolist()
+        self._steps, self._next = 0, max(1, int(ASKING / max(slowest, 1e-6)))
+        self._asked_at = self._clock()
+        return asked > 0

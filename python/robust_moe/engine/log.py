@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 
 from robust_moe.engine.events import Events
-from robust_moe.files import append_line, replace_file
+from robust_moe.files import WaitingLines, replace_file
 
 __all__ = ["MetricLog", "curves", "read_metrics"]
 
@@ -90,7 +92,10 @@ class MetricLog:
             again, are dropped. 0: a new run.
         step: optimiser steps done at that checkpoint; TensorBoard drops later events.
         enabled: False on all processes but the first: every call is then a no-op.
-        say: called with a sentence where written lines are damaged or missing; None: nobody is told.
+        say: called with a sentence where written lines are damaged or missing, or cannot be written; None: nobody is
+            told.
+
+    As a context manager it is closed at the end, and an error that ends the block is not hidden by one of closing.
     """
 
     def __init__(
@@ -107,21 +112,20 @@ class MetricLog:
             say(f"{folder / FILE}: expected {lines} lines as the checkpoint, got {len(kept)}")
         self.lines = len(kept)
         replace_file(folder / FILE, b"".join(text + b"\n" for text in kept))
-        self._path = folder / FILE
-        self._events = Events(folder / "tensorboard", step + 1 if step else None)
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        self._events = Events(folder / "tensorboard", step + 1 if step else None, say)
+        file = open(folder / FILE, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        self._file = WaitingLines(file, folder / FILE, say)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line ``{"kind", "step", **values}``.
+        """One line ``{"kind", "step", **values}``; one that cannot be written waits in memory for the next.
 
         Raises:
             ValueError: a value is NaN or infinite (JSON has neither).
-            OSError: it cannot be written; it names the file, which keeps whole lines or records.
         """
         if not self.enabled:
             return
         line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n"
-        append_line(self._file, line.encode(), self._path, sync=False)
+        self._file.append(line.encode())
         self.lines += 1
         if found := curves(kind, values):
             self._events.add(step, found)
@@ -134,6 +138,17 @@ class MetricLog:
             self._events.add_picture(step, SHEET, attack_sheet(clean.numpy(), adversarial.numpy()))
 
     def close(self) -> None:
+        """Raises OSError where lines that wait still cannot be written; it names the file, which keeps whole lines or
+        records."""
         if self.enabled:
-            self._file.close()
-            self._events.close()
+            try:
+                self._file.close()
+            finally:
+                self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with nullcontext() if kind is None else suppress(OSError):
+            self.close()

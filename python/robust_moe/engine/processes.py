@@ -12,12 +12,13 @@ from multiprocessing.connection import Client, Connection, Listener
 from socket import gethostbyname
 from subprocess import Popen, TimeoutExpired
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from robust_moe.engine.world import World
+from robust_moe.engine.meeting import join_group
+from robust_moe.engine.world import PATIENCE, World
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -76,6 +77,9 @@ class Processes:
         ours = self.count > 1 and not self.world.torchrun
         if ours and isinstance(launcher := self.fabric.strategy.launcher, _SubprocessScriptLauncher):
             launcher.procs = _Taken(self._children)
+        if self.count > 1 and self.world.torchrun and not torch.distributed.is_initialized():
+            strategy: Any = self.fabric.strategy  # DDP, which finds the group made
+            join_group(strategy.process_group_backend, self.rank, self.count, PATIENCE)
         self.fabric.launch()
         if self.count == 1:
             return
@@ -103,7 +107,7 @@ class Processes:
         if self.count == 1:
             return
         unreachable = isinstance(error, torch.distributed.DistError)
-        broken = unreachable or type(error) is RuntimeError  # gloo's own
+        broken = unreachable or type(error) in (RuntimeError, ConnectionError)  # gloo's own, a shared validation's
         if broken:
             last = self.beats + GRACE  # a connection breaks before the reason is known
             while self.beats < last and not self._known.wait(BEAT):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -20,31 +21,57 @@ LOOKS, PAUSE = 10, 0.05  # tries for the lock, and seconds between two: is_runni
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[Callable[[], None]]:
     """No other training is in ``folder``, which is made, meanwhile. The lock goes with its process, however that ends;
     its file is removed at the end, and the folder too where it was made here and nothing is in it.
+
+    What is yielded is to be called before something is written, and raises ConfigError where another training has begun
+    all the same: some network file systems have no locks, and a lock's file may be removed by hand. The file says whose
+    it is, and the training that began last has the folder.
 
     Raises:
         ConfigError: another training is.
         OSError: the folder cannot be made or written to.
     """
+    mine = secrets.token_hex(16).encode()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         while True:
             file = held.enter_context(open(folder / LOCK, "ab"))
             if not _take(file):
-                raise ConfigError(f"run.out: expected a folder that no other training works in, got {folder}")
+                raise _not_alone(folder)
             with suppress(FileNotFoundError):
                 if os.path.samefile(folder / LOCK, file.fileno()):
                     break  # otherwise another training has removed it since it was opened
+        file.truncate(0)
+        file.write(mine)
+        file.flush()
+
+        def expect_alone() -> None:
+            if not _is_mine(folder, mine):
+                raise _not_alone(folder, ", where another one has begun since")
+
         try:
-            yield
+            yield expect_alone
         finally:
             with suppress(OSError):  # an open file stays on some systems, a folder with other files on all
-                (folder / LOCK).unlink()
+                if _is_mine(folder, mine):
+                    (folder / LOCK).unlink()
                 for path in made:
                     path.rmdir()
+
+
+def _is_mine(folder: Path, mine: bytes) -> bool:
+    """Also where there is no such file, or it cannot be read: it is no other's for that."""
+    try:
+        return (folder / LOCK).read_bytes() in (mine, b"")
+    except OSError:
+        return True
+
+
+def _not_alone(folder: Path, more: str = "") -> ConfigError:
+    return ConfigError(f"run.out: expected a folder that no other training works in, got {folder}{more}")
 
 
 def _take(file: BinaryIO) -> bool:

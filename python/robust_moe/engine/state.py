@@ -25,11 +25,11 @@ from robust_moe.outputs import CONFIG, clear_outputs, run_outputs
 from robust_moe.provenance import git_revision, versions
 from robust_moe.settings import plain, shown
 
-__all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "find_checkpoint", "precision_of"]
+__all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "precision_of"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
 _WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
-_HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps")
+_HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps", "keep")
 NEUTRAL = frozenset({"data.workers", *(f"run.{name}" for name in _WHERE + _HOW_OFTEN)})
 
 # What no override changes: the order of the images, what is held out, what the optimiser's state means, where the
@@ -105,6 +105,7 @@ class RunState:
     best: dict[str, Any] = field(default_factory=dict)  # of the best validation so far: robust, clean, epoch, step
     interval: Meter = field(default_factory=Meter)  # since the last log line
     running: Meter = field(default_factory=Meter)  # since the epoch began
+    git: str | None = field(default_factory=git_revision)  # of the code that this process has loaded
     notes: list[str] = field(default_factory=list)  # what differs from the checkpoint and changes nothing
 
     def state_dict(self, log_lines: int, gather: bool = True) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class RunState:
             "processes": processes[1:],  # what they have otherwise than the first
             "log_lines": log_lines,
             "versions": versions(),
-            "git": git_revision(),
+            "git": self.git,
         }
 
     def _meters(self) -> dict[str, Any]:
@@ -212,6 +213,11 @@ class RunState:
             self.interval.load_state_dict(state["meters"]["interval"], device)
             self.running.load_state_dict(state["meters"]["running"], device)
             restore_rng(state["rng"][rank % len(state["rng"])])
+            if (saved := len(state["rng"])) != (processes := _processes()):
+                self.notes.append(
+                    f"processes: checkpoint has {saved}, got {processes}; order, augmentation and attacks stay, random "
+                    "numbers of a process and the rounding of sums over processes do not"
+                )
             return int(state["log_lines"]), list(changed.values())
         except CheckpointError:
             raise
@@ -260,18 +266,19 @@ def _as_process(state: dict[str, Any], rank: int) -> dict[str, Any]:
     return mine
 
 
+def _processes() -> int:
+    """Of the run."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return 1 if alone else torch.distributed.get_world_size()
+
+
 def _all_ranks(value: Any) -> list[Any]:
     """``value`` of every process, in order of rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if _processes() == 1:
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
+    values: list[Any] = [None] * _processes()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Where a run in ``folder`` goes on from: ``last.pt``, or ``best.pt``, a whole state too, if killed before it."""
-    return next((path for path in (folder / "last.pt", folder / "best.pt") if path.is_file()), None)
 
 
 def clear_run(folder: Path, anew: bool = True) -> None:

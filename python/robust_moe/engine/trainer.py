@@ -14,7 +14,6 @@ from typing import Any, Self
 from robust_moe.averaging import average_buffers
 from robust_moe.config import ConfigError, TrainConfig, save_config
 from robust_moe.data import Batch, data_digest, load_splits, make_loader
-from robust_moe.engine.checkpoint import CheckpointReader, save_checkpoint
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
@@ -26,12 +25,14 @@ from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
 from robust_moe.engine.ranks import expect_one_data_set, expect_one_run, join_ranks
 from robust_moe.engine.rng import seed_all
+from robust_moe.engine.run_checkpoints import BEST, LAST, CheckpointReader, find_checkpoint
 from robust_moe.engine.run_folder import alone_in
-from robust_moe.engine.state import RunState, clear_run, find_checkpoint, precision_of
+from robust_moe.engine.state import RunState, clear_run, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
 from robust_moe.engine.view import View, epoch_line, expert_line, memory_in_use, seconds_left, view_lines
 from robust_moe.engine.world import world_of
+from robust_moe.engine.writer import CheckpointWriter
 from robust_moe.evaluation.shards import Shards
 from robust_moe.optim import expect_warmup_within, learning_rate
 from robust_moe.outputs import CONFIG, expect_folder, expect_outputs, is_free, run_outputs
@@ -59,11 +60,13 @@ class _Interrupted(Exception):
 class Trainer:
     """Trains as a configuration says and leaves a run folder behind.
 
-    ``config.yaml``; ``metrics.jsonl`` and TensorBoard events; ``last.pt``, to go on from; ``best.pt``, by the robust
-    accuracy on validation images, then the clean one, then the earliest; ``crash.pt`` if a loss, a gradient or a weight
-    became NaN. With ``run.ema_decay`` or ``run.ema_epochs`` a moving average of the weights is kept, in every
-    checkpoint, and (``eval.ema_eval``) is what is validated. A run that is killed and fitted again gives the numbers of
-    one that was not, on the same software and device (and with ``run.deterministic``, the default).
+    ``config.yaml``; ``metrics.jsonl`` and TensorBoard events; ``last.pt``, to go on from; ``step-N.pt``, what that was
+    before, as often as ``run.keep`` says; ``best.pt``, by the robust accuracy on validation images, then the clean one,
+    then the earliest; ``crash.pt`` if a loss, a gradient or a weight became NaN. Checkpoints are written in the
+    background (:class:`~robust_moe.engine.writer.CheckpointWriter`). With ``run.ema_decay`` or ``run.ema_epochs`` a
+    moving average of the weights is kept, in every checkpoint, and (``eval.ema_eval``) is what is validated. A run that
+    is killed and fitted again gives the numbers of one that was not, on the same software and device (and with
+    ``run.deterministic``, the default).
 
     While it trains no other training may work in the run folder. As a context manager it keeps the folder so until the
     end of the ``with`` block, for an evaluation that writes there too.
@@ -108,9 +111,11 @@ class Trainer:
 
         Raises:
             CheckpointError: ``last.pt`` is damaged, of another configuration or other data, or with ``override``
-                already at the new configuration's end; or a checkpoint cannot be written.
+                already at the new configuration's end; or the last checkpoint cannot be written (an earlier one that
+                cannot is told, and tried again with the next).
             ConfigError: the run folder cannot be written, or another training works in it, or its config.yaml would be
                 written over and has comments, or the warm-up is longer than the run.
+            OSError: the metrics cannot be written at the end; while it trains they wait for it.
             DataError: the data cannot be read.
             FloatingPointError: a loss, gradient or gate became NaN or infinite.
             LostProcessError: of ``run.devices`` processes another has ended or stands still
@@ -128,11 +133,11 @@ class Trainer:
             self.processes = held.enter_context(Processes(self.fabric, self.world))
             self._set_up(reader if resume else None, override)
             try:
-                with StopRequest(self.fabric) as self.stop, library_algorithms(self.config.run.deterministic):
+                algorithms = library_algorithms(self.config.run.deterministic)
+                with self.log, self.writer, StopRequest(self.fabric) as self.stop, algorithms:
                     finished = self._run()
             finally:
                 self.reporter.below = None
-                self.log.close()
         state = self.state
         return TrainResult(self.folder, finished, state.step, dict(state.best), time.perf_counter() - began)
 
@@ -140,9 +145,9 @@ class Trainer:
 
     def _lock(self, fit: ExitStack) -> None:
         if self._alone is None:
-            fit.enter_context(alone_in(self.folder))
+            self._expect_alone = fit.enter_context(alone_in(self.folder))
         elif not self._locked:
-            self._alone.enter_context(alone_in(self.folder))
+            self._expect_alone = self._alone.enter_context(alone_in(self.folder))
             self._locked = True
 
     def _began_in(self, reader: CheckpointReader) -> str | None:
@@ -189,7 +194,7 @@ class Trainer:
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
-        join_ranks(self.model, config.run, self.world, None if self.loader.drop_last else len(splits.train))
+        join_ranks(self.model, config.run, self.world, None if self.loader.order.drop_last else len(splits.train))
         self.method = make_method(config, self.world.size)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
@@ -225,7 +230,17 @@ class Trainer:
             )
             if checkpoint is None and fabric.is_global_zero:  # later it changes with a checkpoint only
                 save_config(config, self.folder / "config.yaml")
-        self.guard = CrashGuard(fabric, self.state, self.log, self.folder)
+        # of the last.pt that is there, which the next one makes a past one
+        step = self.state.step if source is not None and source.name == LAST else None
+        self.writer = CheckpointWriter(
+            self.folder,
+            config.run.keep,
+            step,
+            say=self.reporter.warn,
+            before=lambda: self._expect_alone(),  # the first process's
+            after=self._keep_config,
+        )
+        self.guard = CrashGuard(fabric, self.state, self.log, self.writer)
         if len(self.validation) == 0 and fabric.is_global_zero:
             self.reporter.warn("no validation images (data.validation_fraction=0): no best.pt will be kept")
         self.speed = Speed()  # of this epoch, in this call
@@ -253,10 +268,16 @@ class Trainer:
                 self._train_epoch()
                 self._finish_epoch()
             except _Interrupted:
-                self._save("last.pt")
+                self._save(LAST)
+                self._wait_for_files()
                 self.reporter.line(f"stopped after {state.step} of {self.total_steps} steps; the same command goes on")
                 return False
+        self._wait_for_files()
         return True
+
+    def _wait_for_files(self) -> None:
+        self.writer.finish()
+        self.fabric.barrier()  # no process is over before the files are there
 
     def _train_epoch(self) -> None:
         """The batches of this epoch that are left; raises :class:`_Interrupted` after the step that a signal met."""
@@ -276,8 +297,8 @@ class Trainer:
                     note = self._write_interval()
                 advance(1, note)
                 if run.checkpoint_steps and state.step % run.checkpoint_steps == 0:
-                    self._save("last.pt")
-                if self.stop.agreed(at_interval=note is not None):
+                    self._save(LAST)
+                if self.stop.agreed():
                     raise _Interrupted
 
     def _step(self, batch: Batch) -> None:
@@ -313,6 +334,7 @@ class Trainer:
             self._warn_once(("attack", ""), describe_gain(values["attack_gain"]))
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         self.log.write("train", state.step, {"epoch": state.epoch + 1, **values})
+        self.writer.check()
         state.interval.reset()
         self.view.interval = values
         self._tell_pace()
@@ -351,10 +373,9 @@ class Trainer:
         state.running.reset()
         state.epoch, state.batch = state.epoch + 1, 0
         self._announce(values)
-        if improved:
-            self._save("best.pt")
-        if last or state.epoch % config.run.checkpoint_every == 0:
-            self._save("last.pt")
+        due = last or state.epoch % config.run.checkpoint_every == 0
+        if improved or due:
+            self._save(*[BEST] * improved, *[LAST] * due)
 
     def _validate(self) -> dict[str, float | None]:
         """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images."""
@@ -381,7 +402,7 @@ class Trainer:
         def on_batch(count: int) -> None:
             advance(count)
             self.processes.check()
-            if self.stop.agreed(at_interval=False):
+            if self.stop.requested:  # of this process; the others hear of it where they join their results
                 raise _Interrupted
 
         return on_batch
@@ -401,12 +422,15 @@ class Trainer:
             self._warned.add(key)
             self.reporter.warn(text)
 
-    def _save(self, name: str) -> None:
+    def _save(self, *names: str) -> None:
+        """Has the state of now written in the background, under each of the names, the first one first."""
         self.guard.means()
         self.guard.expect_finite_weights()
         content = self.state.state_dict(self.log.lines)  # gathers random states: on every process
         if self.fabric.is_global_zero:
-            save_checkpoint(content, self.folder / name)
-            if is_free(self.folder / "config.yaml", CONFIG):  # not a file that a user has put comments in
-                save_config(self.config, self.folder / "config.yaml")  # an override's settings, from here on
-        self.fabric.barrier()
+            self.writer.save(content, *names)
+
+    def _keep_config(self) -> None:
+        """An override's settings hold from the first checkpoint on."""
+        if is_free(self.folder / "config.yaml", CONFIG):  # not a file that a user has put comments in
+            save_config(self.config, self.folder / "config.yaml")

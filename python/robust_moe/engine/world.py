@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from robust_moe.config import ConfigError
+from robust_moe.engine.meeting import join_group
 
 __all__ = ["World", "agree", "gathered", "meet", "world_of"]
 
@@ -83,7 +84,7 @@ def meet(world: World) -> None:
                 f"{world.local_size}"
             )
         torch.cuda.set_device(world.local_rank)
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    join_group("gloo", world.rank, world.size, PATIENCE)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -174,6 +174,7 @@ def run_outputs(folder: Path) -> list[Output]:
         (folder / "config.yaml", CONFIG),
         (folder / "metrics.jsonl", METRICS),
         *((folder / name, CHECKPOINT) for name in ("last.pt", "best.pt", "crash.pt")),
+        *((path, CHECKPOINT) for path in sorted(folder.glob("step-*.pt")) if re.fullmatch(r"step-\d+\.pt", path.name)),
         *((path, EVENTS) for path in sorted(folder.glob("tensorboard/events.out.tfevents.*")) if _events(path)),
         *((folder / name, kind) for name, kind in RUN_FIGURES.items()),
         *evaluation_outputs(folder / "results.json", folder / "results.html"),

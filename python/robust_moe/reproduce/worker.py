@@ -21,7 +21,7 @@ from robust_moe.data import Splits, load_splits
 from robust_moe.engine import Reporter, Trainer, read_metrics
 from robust_moe.engine.experiment import cpu_threads, describe_data, load_experiment, make_model, resolve_device
 from robust_moe.engine.rng import seed_all
-from robust_moe.engine.state import find_checkpoint
+from robust_moe.engine.run_checkpoints import find_checkpoint
 from robust_moe.provenance import provenance
 from robust_moe.reproduce.jobs import MEASURED, Job
 from robust_moe.reproduce.measures import measure

@@ -74,6 +74,50 @@ def test_full_disk_keeps_the_last_good_one(tmp_path, monkeypatch, room):
     assert load_checkpoint(path)["position"] == {"step": 3}
 
 
+@pytest.mark.parametrize(
+    ("code", "fails", "written"),
+    [
+        (errno.ESTALE, 1, True),  # the server of a network file system has restarted
+        (errno.EIO, 1, True),
+        (errno.ESTALE, 2, False),
+        (errno.ENOSPC, 1, False),  # a full disk is no fuller for a second try at once
+    ],
+)
+def test_a_handle_that_a_server_lost_is_written_once_more(tmp_path, monkeypatch, code, fails, written):
+    save_checkpoint(STATE, tmp_path / "last.pt")
+    left, real = [None] * fails, os.fsync
+
+    def lose(handle):
+        if left:
+            left.pop()
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", lose)
+    newer = {**STATE, "position": {"step": 4}}
+    if written:
+        save_checkpoint(newer, tmp_path / "last.pt")
+    else:
+        with pytest.raises(CheckpointError, match=os.strerror(code)):
+            save_checkpoint(newer, tmp_path / "last.pt")
+    assert load_checkpoint(tmp_path / "last.pt")["position"] == {"step": 4 if written else 3}
+    assert contents(tmp_path) == ["last.pt"]
+
+
+def test_a_folder_that_cannot_be_synchronised_is_no_failure(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path, *arguments, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    save_checkpoint(STATE, tmp_path / "last.pt")
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "last.pt")["position"] == {"step": 3}
+
+
 def test_no_room_at_all_says_that_there_is_no_earlier_one(tmp_path, monkeypatch):
     def refuse(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

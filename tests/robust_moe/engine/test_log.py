@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from robust_moe import files
 from robust_moe.engine import MetricLog, Reporter, Trainer, progress, read_metrics
+from robust_moe.engine import events as events_of_runs
 from robust_moe.engine.log import curves
 from robust_moe.engine.meters import Meter, Speed
 from robust_moe.evaluation import accuracy
@@ -170,6 +174,52 @@ def test_lines_that_are_missing_are_counted(tmp_path):
     log.close()
     assert said == [f"{tmp_path / 'metrics.jsonl'}: expected 3 lines as the checkpoint, got 1"]
     assert log.lines == 1
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, monkeypatch, for_good):
+    said, full, real = [], [False], files.append_line
+
+    def append(file, line, path, sync):
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(file, line, path, sync)
+
+    monkeypatch.setattr(files, "append_line", append)
+    log = MetricLog(tmp_path, say=said.append)
+    for step in range(1, 6):
+        full[0] = step in (2, 3) or (for_good and step > 3)
+        log.write("train", step, {"loss": float(step)})
+    assert log.lines == 5  # a checkpoint counts those that wait
+    path = tmp_path / "metrics.jsonl"
+    assert said == [
+        f"{name}: could not be written (No space left on device); its lines wait in memory"
+        for name in (path, next((tmp_path / "tensorboard").iterdir()))
+    ]
+    if for_good:
+        with pytest.raises(OSError, match="No space left on device"):
+            log.close()
+        with pytest.raises(KeyError), MetricLog(tmp_path, lines=1) as log:  # the error that ends the run is shown
+            full[0] = True
+            log.write("train", 2, {"loss": 2.0})
+            raise KeyError
+        return
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_events_after_a_clock_was_put_back_come_last(tmp_path, monkeypatch):
+    for now, step in ((2_000_000_000, 1), (1_000_000_000, 2), (1_000_000_000, 3)):
+        monkeypatch.setattr(events_of_runs.time, "time", lambda now=now: float(now))
+        log = MetricLog(tmp_path, lines=step - 1, step=step - 1)
+        log.write("train", step, {"loss": float(step)})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
