@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_moe.config import ConfigError, config_from_dict
-from robust_moe.content import ContentError, anything, fields, items, mapping, text, whole
-from robust_moe.engine.checkpoint import CheckpointError, data_of, load_model_state
-from robust_moe.engine.checkpoint_fields import DATA
-from robust_moe.engine.experiment import description_of, make_model, resolve_device
-from robust_moe.engine.plain_state import read_tensors
+from robust_moe.config import ConfigError
+from robust_moe.engine.experiment import description_of, resolve_device
+from robust_moe.engine.plain_state import SAVED_WEIGHTS
+from robust_moe.engine.saved_model import DESCRIPTION, FORMAT, read_saved_model
 from robust_moe.files import replace_file, replacing
 from robust_moe.outputs import (
     EXPORT_MARK,
@@ -31,22 +29,9 @@ from robust_moe.outputs import (
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules import general_path
 
-__all__ = ["CONFIG", "WEIGHTS", "export_model", "from_pretrained", "save_pretrained"]
+__all__ = ["export_model", "from_pretrained", "save_pretrained"]
 
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.pt")  # the first where safetensors is installed
-FORMAT = 1
-LARGEST_FILE = 2**24  # bytes of config.json
 BATCH = 4  # images of the export: no number that a layer has too
-_DESCRIPTION = fields(
-    {
-        "format": whole(FORMAT, FORMAT),
-        "robust_moe": text,
-        "model": mapping(anything),  # read as a configuration
-        "imports": items(text, 0, 2**10),
-        "data": fields(DATA),
-    }
-)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> list[Path]:
@@ -67,7 +52,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> list[Path]:
     described = description_of(model)
     expect(described is not None, "model", "one that robust_moe has made (load_model)", type(model).__name__)
     folder = expect_folder("folder", folder)
-    expect_outputs("folder", pretrained_outputs(folder / CONFIG, [folder / name for name in WEIGHTS]))
+    expect_outputs("folder", pretrained_outputs(folder / DESCRIPTION, [folder / name for name in SAVED_WEIGHTS]))
     folder.mkdir(parents=True, exist_ok=True)
     # as they lie: experts' tensors are parts of one, and safetensors takes whole ones alone
     state = {
@@ -76,11 +61,11 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> list[Path]:
     }
     content = {"format": FORMAT, "robust_moe": metadata.version("robust-moe-kernels"), **(described or {})}
     safe = find_spec("safetensors") is not None
-    weights, other = (folder / name for name in (WEIGHTS if safe else WEIGHTS[::-1]))
+    weights, other = (folder / name for name in (SAVED_WEIGHTS if safe else SAVED_WEIGHTS[::-1]))
     _write(weights, state)
     other.unlink(missing_ok=True)  # of an earlier model
-    replace_file(folder / CONFIG, f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
-    return [weights, folder / CONFIG]
+    replace_file(folder / DESCRIPTION, f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+    return [weights, folder / DESCRIPTION]
 
 
 def from_pretrained(folder: str | Path, *, device: str | torch.device | None = None) -> nn.Module:
@@ -96,15 +81,7 @@ def from_pretrained(folder: str | Path, *, device: str | torch.device | None = N
         CheckpointError: a file that is missing, damaged or of another model.
         ConfigError: a component from a module that cannot be imported.
     """
-    folder = Path(folder).expanduser()
-    described = _description(folder / CONFIG)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder}: expected {' or '.join(WEIGHTS)}, got neither")
-    tree = {"model": described["model"], "run": {"imports": described["imports"]}}
-    data = data_of(described, folder / CONFIG)
-    model = make_model(config_from_dict(tree, where=str(folder / CONFIG)), data, warm_start=False)
-    load_model_state(model, read_tensors(weights), weights)
+    _, model, _ = read_saved_model(Path(folder).expanduser())
     return model.to(resolve_device("auto") if device is None else torch.device(device)).eval()
 
 
@@ -178,17 +155,3 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
             file.write(save(state, metadata={"format": "pt"}))
         else:
             torch.save(state, file)
-
-
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise CheckpointError(f"{path}: expected at most {LARGEST_FILE:,} bytes, got {path.stat().st_size:,}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _DESCRIPTION(content, "")
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected the description of a model, got: {error.strerror}") from error
-    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError, ContentError) as error:
-        raise CheckpointError(f"{path}: expected the description of a model, got: {error}") from error
-    found: dict[str, Any] = content
-    return found

@@ -19,6 +19,7 @@ from robust_moe.commands import app
 from robust_moe.config import load_config
 from robust_moe.engine import CheckpointError, Reporter, Trainer
 from robust_moe.engine.experiment import make_model
+from robust_moe.engine.plain_state import SAVED_WEIGHTS
 from robust_moe.outputs import export_outputs, is_free
 
 SIZE = 8
@@ -63,7 +64,7 @@ def images(count: int = 6, size: int = SIZE) -> Tensor:
 # --- a folder
 
 
-@pytest.mark.parametrize("weights", pretrained.WEIGHTS)
+@pytest.mark.parametrize("weights", SAVED_WEIGHTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_folder_gives_the_same_model_bit_for_bit(tmp_path: Path, monkeypatch, kind: str, weights: str):
     if weights == "model.pt":
@@ -233,3 +234,20 @@ def test_a_run_is_exported_and_the_file_is_measured_alike(tiny, tmp_path: Path):
     run("eval", tmp_path / "m.pt2", *settings, *steps, "--out", tmp_path / "b.json")
     clean = [json.loads((tmp_path / name).read_text())["clean"] for name in ("a.json", "b.json")]
     assert clean[0] == clean[1]
+    # the folder is the run's model with what it knows of its images: only these are named
+    run("eval", tmp_path / "folder", *settings, *steps, "--out", tmp_path / "c.json")
+    first, again = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "c.json"))
+    assert (first["clean"], first["model"]["name"]) == (again["clean"], again["model"]["name"])
+
+
+def test_a_folder_is_evaluated_as_the_model_that_it_is(tmp_path: Path):
+    robust_moe.save_pretrained(made("blocks"), tmp_path / "folder")
+
+    def refused(*settings: str) -> str:
+        done = CliRunner().invoke(app, ["eval", str(tmp_path / "folder"), *settings], env={"COLUMNS": "400"})
+        assert done.exit_code == 2
+        return done.stderr
+
+    assert "data: expected the images beside a model from elsewhere" in refused()
+    assert "model.width=8" in refused("data=digits", "model.width=8")
+    assert "expected class names ['a', 'b', 'c', 'd', 'e']" in refused("data=digits")

@@ -30,7 +30,14 @@ from robust_moe.data import (
 )
 from robust_moe.data.image_set import expect_room
 from robust_moe.engine.checkpoint import CheckpointError, data_of, load_checkpoint, load_model_state, measured_weights
-from robust_moe.engine.plain_state import PlainState, fitted, is_plain, read_plain_state, with_own_head
+from robust_moe.engine.plain_state import (
+    SAVED_WEIGHTS,
+    PlainState,
+    fitted,
+    is_plain,
+    read_plain_state,
+    with_own_head,
+)
 from robust_moe.methods import Method
 from robust_moe.models import NetworkConfig, build_model
 from robust_moe.settings import plain, replaced
@@ -42,10 +49,13 @@ __all__ = [
     "cpu_threads",
     "describe_data",
     "description_of",
+    "expect_images_of",
     "load_experiment",
     "make_method",
     "make_model",
+    "refuse_retraining",
     "resolve_device",
+    "with_image_size",
 ]
 
 # Settings of an evaluation; all others belong to the checkpoint: they made the model, or drew its training images. The
@@ -264,11 +274,13 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """``path``, or for a run folder its best.pt, or its last.pt where there was no validation."""
+    """``path``, or for a run folder its best.pt, or its last.pt where there was no validation; for a folder of
+    :func:`robust_moe.save_pretrained` its weights."""
     path = Path(path)
     if not path.is_dir():
         return path
-    return path / "best.pt" if (path / "best.pt").is_file() else path / "last.pt"
+    known = (path / name for name in ("best.pt", "last.pt", *SAVED_WEIGHTS))
+    return next((file for file in known if file.is_file()), path / "last.pt")
 
 
 def load_experiment(
@@ -289,32 +301,44 @@ def load_experiment(
     path = checkpoint_file(path)
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint["config"], overrides, where=str(path))
-    _refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
+    refuse_retraining(config_from_dict(checkpoint["config"], where=str(path)), config)
     device = resolve_device(config.run.accelerator)
     data = data_of(checkpoint, path)
-    if config.data.owner.finds_size and config.data.image_size is None:  # the training images', wherever these are
-        config = replaced(config, "data.image_size", data["image_size"])
+    config = with_image_size(config, data)
     splits = load_splits(config.data, config.run.seed, task) if splits is None else splits
+    expect_images_of(config, splits, data, path)
+    model = make_model(config, data, warm_start=False)
+    load_model_state(model, measured_weights(checkpoint, config.eval.ema_eval), path)
+    return config, model.to(device).eval(), splits, checkpoint
+
+
+def with_image_size(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
+    """Where a data set finds out the size of its images, that of a model's training images, wherever these are."""
+    if config.data.owner.finds_size and config.data.image_size is None:
+        return replaced(config, "data.image_size", data["image_size"])
+    return config
+
+
+def expect_images_of(config: TrainConfig, splits: Splits, data: Mapping[str, Any], source: Path) -> None:
+    """Raise DataError unless the images are of the kind that the model in ``source`` was made for."""
     for name, expected, got in (
         ("class names", list(data["class_names"]), list(splits.test.class_names)),
         ("channels", data["channels"], splits.test.channels),
         ("image size", data["image_size"], min(splits.test.shape[1:])),
     ):
         if expected != got:
-            raise DataError(f"data.name={config.data.name}: expected {name} {expected} as in {path}, got {got}")
-    model = make_model(config, data, warm_start=False)
-    load_model_state(model, measured_weights(checkpoint, config.eval.ema_eval), path)
-    return config, model.to(device).eval(), splits, checkpoint
+            raise DataError(f"data.name={config.data.name}: expected {name} {expected} as in {source}, got {got}")
 
 
-def _refuse_retraining(trained: TrainConfig, asked: TrainConfig) -> None:
-    """Raise ConfigError if ``asked`` differs from ``trained`` in more than :data:`EVALUATION`."""
+def refuse_retraining(trained: TrainConfig, asked: TrainConfig, of: str = "") -> None:
+    """Raise ConfigError if ``asked`` differs from ``trained`` in more than :data:`EVALUATION`, among the settings whose
+    names begin with ``of``."""
     before, after = flatten(trained), flatten(asked)
     absent = "(not set)"
     changed = []
     for key in before | after:
         was, now = before.get(key, absent), after.get(key, absent)
-        if was != now and not any(fnmatchcase(key, pattern) for pattern in EVALUATION):
+        if was != now and key.startswith(of) and not any(fnmatchcase(key, pattern) for pattern in EVALUATION):
             changed.append(f"{key}={now} (the checkpoint has {was})")
     if changed:
         hint = "; eval.seed is the attack's" if before["run.seed"] != after["run.seed"] else ""

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from robust_moe.config import ConfigError, TrainConfig, load_config, preset_names
 from robust_moe.data import CHANNEL_STATISTICS, ImageSet, Splits, StreamedSet, Task, load_splits, silent
 from robust_moe.engine.checkpoint import CheckpointError
-from robust_moe.engine.experiment import describe_data, load_experiment, make_model, resolve_device
+from robust_moe.engine.experiment import (
+    checkpoint_file,
+    describe_data,
+    expect_images_of,
+    load_experiment,
+    make_model,
+    resolve_device,
+    with_image_size,
+)
 from robust_moe.engine.nearest import nearest_model
 from robust_moe.engine.plain_state import PlainState, fitted, is_plain, normalises, read_plain_state
+from robust_moe.engine.saved_model import is_saved_model, read_saved_model
 from robust_moe.models import Normalize
 from robust_moe.settings import shown
 
@@ -61,6 +70,8 @@ def load_measured(
         ConfigError: as in training; no data named; a normalisation that is none.
         DataError: as in training.
     """
+    if foreign is None and is_saved_model(checkpoint_file(path)):
+        return _saved(checkpoint_file(path).parent, overrides or [], task)
     if foreign is None:
         try:
             return load_experiment(path, overrides, task=task)
@@ -71,10 +82,8 @@ def load_measured(
     file = Path(path)
     source = foreign.model if foreign.model is not None and _is_configuration(foreign.model) else None
     named = [] if foreign.model is None or source is not None else [f"model.name={foreign.model}"]
-    if source is None and not any(item.startswith(("data.", "data=")) for item in overrides or []):
-        raise ConfigError(
-            "data: expected the images beside a model from elsewhere, data.root=FOLDER or data.name=..., got none"
-        )
+    if source is None:
+        _expect_data_named(overrides or [])
     config = load_config(source, [*named, *(overrides or [])])
     splits = load_splits(config.data, config.run.seed, task)
     data = describe_data(splits.train)
@@ -95,6 +104,24 @@ def load_measured(
         facts, notes = {}, (*state.notes, f"{file}: images are normalised by {'its own numbers' if own else said}")
     device = resolve_device(config.run.accelerator)
     return config, model.to(device).eval(), splits, {"data": data, "position": position, "notes": notes, "facts": facts}
+
+
+def _saved(folder: Path, overrides: list[str], task: Task) -> Measured:
+    """The model in a folder of :func:`robust_moe.save_pretrained`."""
+    _expect_data_named(overrides)
+    config, model, data = read_saved_model(folder, overrides)
+    config = with_image_size(config, data)
+    splits = load_splits(config.data, config.run.seed, task)
+    expect_images_of(config, splits, data, folder)
+    device = resolve_device(config.run.accelerator)
+    return config, model.to(device).eval(), splits, {"data": data, "position": {}}
+
+
+def _expect_data_named(overrides: list[str]) -> None:
+    if not any(item.startswith(("data.", "data=")) for item in overrides):
+        raise ConfigError(
+            "data: expected the images beside a model from elsewhere, data.root=FOLDER or data.name=..., got none"
+        )
 
 
 def _is_configuration(name: str) -> bool:

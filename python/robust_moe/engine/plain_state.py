@@ -28,6 +28,7 @@ from robust_moe.engine.checkpoint_fields import STATE_DICT
 from robust_moe_kernels.modules.experts import by_expert
 
 __all__ = [
+    "SAVED_WEIGHTS",
     "PlainState",
     "canonical",
     "fitted",
@@ -41,6 +42,7 @@ __all__ = [
 WRAPPERS = ("state_dict", "model_state_dict", "net", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 SAFETENSORS = ".safetensors"
+SAVED_WEIGHTS = ("model.safetensors", "model.pt")  # of robust_moe.save_pretrained; the first where safetensors is there
 NORMALISATION = ("normalize.mean", "normalize.std")
 COUNTERS = ("num_batches_tracked",)
 _RENAMED = (  # of the dual-model paper's code
