@@ -43,8 +43,8 @@ def evaluate_checkpoint(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A run folder: its best.pt; a checkpoint; a folder of save_pretrained; with --model a plain state dict; "
-            "an exported model (.pt2), whose code may run here.",
+            help="A run folder: its best.pt; a checkpoint; a folder of save_pretrained; with --model a plain state "
+            "dict; an exported model (.pt2), whose code may run here.",
             show_default=False,
         ),
     ],
