@@ -181,6 +181,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, kind: str):
 def test_shards_without_numbers_and_two_series_are_taken_as_they_are(tmp_path: Path):
     for name in ("x", "a-3", "a-4", "b-7"):
         write_tar(tmp_path / "train" / f"{name}.tar", sample("k"))
+    (tmp_path / "train" / "._a-3.tar").write_bytes(b"what macOS puts beside a file")
     write_tar(tmp_path / "test" / "t.tar", sample("t"))
     assert len(load(tmp_path)[0]) == 4
 
