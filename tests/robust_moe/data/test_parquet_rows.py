@@ -60,6 +60,21 @@ def test_labels_that_are_none_are_named(tmp_path: Path, kind: str):
         load(write(tmp_path, pa.array(train), None if test is None else pa.array(test)))
 
 
+@pytest.mark.parametrize("labels", [[0, None, 1, 0, None], ["a", None, "b", "a", None]])
+def test_rows_without_a_label_are_left_out_counted_and_named(tmp_path: Path, labels: list[int | str | None]):
+    """As samples of tar shards are."""
+    root = write(tmp_path, pa.array(labels), pa.array([label for label in labels if label is not None]))
+    train, test = load(root, on_error="skip")
+    assert (train.labels.tolist(), len(test)) == ([0, 1, 0], 3)
+    whole, _ = load(write(tmp_path, pa.array([0, 1, 1, 0, 1])))
+    assert torch.equal(train.images, whole.images[[0, 2, 3]])
+    (note,) = train.notes
+    assert note.startswith("left out 2 of 5 rows, which have no label (data.on_error=skip): ")
+    assert note.endswith(f"train.parquet: row 1, {root}/train.parquet: row 4")
+    with pytest.raises(DataError, match=r"train\.parquet: row 0: expected a label, got null"):
+        load(write(tmp_path, pa.array([None, None], pa.int64()), pa.array([0])), on_error="skip")
+
+
 def test_rows_are_read_in_any_order_before_and_after_they_are_copied(tmp_path: Path):
     file = write(tmp_path, pa.array([0, 1] * 4)) / "train.parquet"
     rows = ParquetImages(file, open_parquet(file), "image")
