@@ -6,7 +6,7 @@ the folder and out of a tar shard. Both have two worker processes and give batch
 one round is an epoch. Decoded pixels are compared first.
 
 Memory is that of the process and its workers together, shared pages counted once (proportional set size), while
-``MANY`` images pass: names of a few files, so that the disk holds them.
+``MANY`` images pass, which are hard links to ``DISTINCT`` files, so that the disk holds them.
 """
 
 from __future__ import annotations

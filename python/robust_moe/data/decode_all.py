@@ -20,7 +20,7 @@ from robust_moe.data.encoded import EncodedImages
 from robust_moe.data.image_set import DataError, expect_room, listed
 from robust_moe.data.progress import Task, silent
 
-__all__ = ["Decoded", "Headers", "Side", "decode_all", "read_headers", "spread"]
+__all__ = ["Decoded", "Headers", "OtherSize", "Side", "decode_all", "read_headers", "spread"]
 
 THREADS_FROM = 96 * 96  # pixels
 CHUNK = 128  # images a task

@@ -39,8 +39,8 @@ class Names:
 
 
 class EncodedImages(ABC):
-    """N encoded images (JPEG, PNG, ...), or some of them in an order. Given to worker processes, it carries no open
-    file.
+    """N encoded images (JPEG, PNG, ...), or some of them in an order. What :meth:`for_any_order` gives can be sent to
+    worker processes.
 
     Args:
         count: images that the source has.

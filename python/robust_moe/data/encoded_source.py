@@ -48,8 +48,8 @@ class EncodedDataSet(FolderDataSet):
 
         on_error: Literal["stop", "skip"] = setting(
             "stop",
-            "an image that cannot be read: stop; skip: leave it out, and count and name it (of streamed images, the "
-            "next one that can be read takes its place in the batch)",
+            "an image that cannot be read, or a row or sample without a label: stop; skip: leave it out, and count and "
+            "name it (of streamed images, the next one that can be read takes its place in the batch)",
         )
         loading: Literal["memory", "stream", "auto"] = setting(
             "auto",

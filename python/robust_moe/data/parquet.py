@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robust_moe.content import items, text
 from robust_moe.data.dataset import DATASETS
-from robust_moe.data.encoded import EncodedPart
+from robust_moe.data.encoded import EncodedImages, EncodedPart
 from robust_moe.data.encoded_source import EncodedDataSet
-from robust_moe.data.image_set import DataError, expect_room, import_extra
+from robust_moe.data.image_set import DataError, expect_room, import_extra, listed
 from robust_moe.data.labels import FoundLabels, resolve_labels
 from robust_moe.data.parquet_images import ParquetImages, open_parquet
 
@@ -26,6 +28,15 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 BYTES_OF_ROW = 64  # at least, in memory
 NAMES = items(text, 1, 2**17)  # of classes
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """The rows of a file, or those of them that have a label."""
+
+    images: EncodedImages
+    labels: FoundLabels
+    notes: tuple[str, ...]
 
 
 @DATASETS.register("parquet")
@@ -43,15 +54,31 @@ class Parquet(EncodedDataSet):
         files = [self.root / f"{part}.parquet" for part in ("train", "test")]
         sources = [open_parquet(file) for file in files]
         columns = [_label_column(source, file) for source, file in zip(sources, files, strict=True)]
-        found = [_labels(*each) for each in zip(sources, columns, files, strict=True)]
+        parts = [
+            self._labelled(
+                file, _labels(source, column, file), ParquetImages(file, source, _image_column(source, file))
+            )
+            for source, column, file in zip(sources, columns, files, strict=True)
+        ]
         names = _hub_names(sources[0], columns[0])
-        class_names, *labels = resolve_labels(found[0], found[1], names)
+        class_names, *labels = resolve_labels(parts[0].labels, parts[1].labels, names)
         name = f"parquet:{self.root.resolve().name}"
         train, test = (
-            EncodedPart(ParquetImages(file, source, _image_column(source, file)), values, class_names, name, file)
-            for file, source, values in zip(files, sources, labels, strict=True)
+            EncodedPart(part.images, values, class_names, name, file, part.notes)
+            for file, part, values in zip(files, parts, labels, strict=True)
         )
         return train, test
+
+    def _labelled(self, file: Path, values: list[Any], images: EncodedImages) -> _Labelled:
+        """The rows of a file that are used."""
+        missing = [row for row, value in enumerate(values) if value is None]
+        notes: tuple[str, ...] = ()
+        if self.config.on_error == "skip" and 0 < len(missing) < len(values):
+            what = f"left out {len(missing)} of {len(values)} rows, which have no label (data.on_error=skip)"
+            notes = (f"{what}: {listed([images.where(row) for row in missing])}",)
+            images = images.select(torch.tensor([row for row, value in enumerate(values) if value is not None]))
+            values = [value for value in values if value is not None]
+        return _Labelled(images, FoundLabels(values, images.where, file), notes)
 
 
 def _column(source: Any, names: tuple[str, ...], file: Path) -> str:
@@ -71,14 +98,14 @@ def _label_column(source: Any, file: Path) -> str:
     return name
 
 
-def _labels(source: Any, column: str, file: Path) -> FoundLabels:
+def _labels(source: Any, column: str, file: Path) -> list[Any]:
     rows = source.metadata.num_rows
     expect_room(rows * BYTES_OF_ROW, f"{file}: {rows:,} rows")
     try:
-        values = source.read(columns=[column]).column(column).to_pylist()
+        values: list[Any] = source.read(columns=[column]).column(column).to_pylist()
     except Exception as error:
         raise DataError(f"{file}: expected a whole Parquet file, got: {error}") from error
-    return FoundLabels(values, lambda row: f"{file}: row {row}", file)
+    return values
 
 
 def _hub_names(source: Any, column: str) -> tuple[str, ...] | None:

@@ -86,13 +86,20 @@ class _Groups:
         counts = [source.metadata.row_group(group).num_rows for group in range(source.metadata.num_row_groups)]
         self._starts = np.cumsum([0, *counts], dtype=np.int64)
         self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._faults: dict[int, str] = {}  # of groups that cannot be read, each of which is tried once
         self._lock = Lock()
 
     def row(self, position: int) -> bytes | None:
         group = int(np.searchsorted(self._starts, position, side="right")) - 1
         with self._lock:
+            if group in self._faults:
+                raise DataError(self._faults[group])
             if group not in self._kept:
-                self._kept[group] = self._read(group)
+                try:
+                    self._kept[group] = self._read(group)
+                except DataError as error:
+                    self._faults[group] = str(error)
+                    raise
                 while len(self._kept) > KEPT_GROUPS:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
@@ -129,19 +136,24 @@ class _CopiedImages(EncodedImages):
         self._rows, places = np.unique(source._index, return_inverse=True)
         super().__init__(len(self._rows))
         sizes = []
+        self._faults: dict[int, str] = {}  # by position: why there is no image; said when it is asked for
         try:
             self._copy = _TemporaryFile()
             with task("copying training images", len(self._rows)) as advance:
-                for row in self._rows:  # ascending
-                    data = source._groups.row(int(row))
+                for position, row in enumerate(self._rows):  # ascending
+                    try:
+                        data = source._groups.row(int(row))
+                    except DataError as error:
+                        data, self._faults[position] = None, str(error)
                     sizes.append(NULL if data is None else len(data))
                     self._copy.append(data or b"")
                     advance(1)
                 self._copy.flush()
         except OSError as error:
+            folder = tempfile.tempdir or "temporary files"  # None: there is none that can be written to
             raise DataError(
-                f"{tempfile.gettempdir()}: expected room for the encoded images of {self._file} (TMPDIR chooses the "
-                f"folder), got: {error}"
+                f"{folder}: expected room for the encoded images of {self._file} (TMPDIR chooses the folder), got: "
+                f"{error}"
             ) from error
         source.forget()
         self._sizes = np.array(sizes, dtype=np.int64)
@@ -149,6 +161,8 @@ class _CopiedImages(EncodedImages):
         self._index = places.reshape(-1)
 
     def _read(self, position: int) -> bytes:
+        if position in self._faults:
+            raise DataError(self._faults[position])
         size = int(self._sizes[position])
         if size == NULL:
             raise ValueError("null instead of the encoded image")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from robust_moe.data.decode_all import OtherSize
 from robust_moe.data.image_set import DataError, ImageSet, listed
 from robust_moe.data.loader import BatchLoader, Fetched, Loader
 from robust_moe.data.order import Planned
@@ -80,6 +81,8 @@ class _Decoder(Dataset[_Answer]):
             i = (asked + step) % len(images)
             try:
                 return i, images.pixels(i, crop, ratio)
+            except OtherSize:
+                raise
             except DataError as error:
                 if images.on_error == "stop":
                     raise

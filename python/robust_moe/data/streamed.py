@@ -70,7 +70,7 @@ class StreamedSet(LabelledImages):
     def decoded(self) -> ImageSet:
         found = decode_all(self.images, self.side, self.on_error, cure="fewer of them (-n, or data.train_limit)")
         if self.grey and not found.grey:
-            first = next(i for i in range(len(self)) if open_image(self.images, i).mode not in GREY_MODES)
+            first = next(i for i in found.kept.tolist() if open_image(self.images, i).mode not in GREY_MODES)
             raise self._in_colour(first)
         pixels = found.tensor(self.shape[0])
         if self.poison is not None and self.poisoned is not None:

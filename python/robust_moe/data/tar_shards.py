@@ -106,6 +106,8 @@ def read_shard(shard: Path) -> Iterator[Sample | DataError]:
         with tarfile.open(shard, "r:") as file:  # uncompressed alone: a member of another cannot be read by itself
             key, members = None, list[tarfile.TarInfo]()
             for member in file:
+                if member.size < 0:  # its header is damaged, and tarfile would go back, for ever
+                    raise tarfile.ReadError(f"a member of {member.size} bytes, {member.name}")
                 name = member.name.rpartition("/")[2]
                 if not member.isreg() or name.startswith("."):
                     continue
@@ -118,7 +120,7 @@ def read_shard(shard: Path) -> Iterator[Sample | DataError]:
             _expect_end(shard, file)  # before it is said what the last sample lacks
             if members:
                 yield _sample(shard, file, members)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError: a size that no file can have
         raise DataError(f"{shard}: expected a whole tar file, not compressed, got: {error}") from error
 
 
@@ -132,7 +134,12 @@ def _expect_end(shard: Path, file: tarfile.TarFile) -> None:
 
 def _sample(shard: Path, file: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Sample | DataError:
     """Of the members of one key; names in an error are the first member's."""
-    kinds = {member.name.rpartition("/")[2].partition(".")[2].lower(): member for member in members}
+    kinds: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        kind = member.name.rpartition("/")[2].partition(".")[2].lower()
+        if kind in kinds:  # two samples of one key: which label belongs to which image is not known
+            return DataError(f"{shard}: {member.name}: expected each member of a sample once, got it again")
+        kinds[kind] = member
     images = [member for kind, member in kinds.items() if f".{kind}" in SUFFIXES]
     where = f"{shard}: {members[0].name}"
     if len(images) != 1:

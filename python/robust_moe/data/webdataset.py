@@ -99,5 +99,6 @@ class WebDataset(EncodedDataSet):
 
 
 def _shards(root: Path, part: str) -> list[Path]:
-    inside = sorted((root / part).glob("*.tar")) if (root / part).is_dir() else []
+    """In the order of their names; as of images, names that begin with a dot are passed over."""
+    inside = sorted((root / part).glob("[!.]*.tar")) if (root / part).is_dir() else []
     return inside or sorted(root.glob(f"{part}-*.tar"))

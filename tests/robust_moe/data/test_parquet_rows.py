@@ -14,7 +14,7 @@ import torch
 
 from robust_moe.config import load_config
 from robust_moe.data import DATASETS, DataError, ImageSet, StreamedSet, load_splits, make_loader
-from robust_moe.data.parquet_images import ParquetImages, open_parquet
+from robust_moe.data.parquet_images import ParquetImages, _Groups, open_parquet
 from robust_moe.data.progress import silent
 
 from .conftest import encoded
@@ -60,6 +60,21 @@ def test_labels_that_are_none_are_named(tmp_path: Path, kind: str):
         load(write(tmp_path, pa.array(train), None if test is None else pa.array(test)))
 
 
+@pytest.mark.parametrize("labels", [[0, None, 1, 0, None], ["a", None, "b", "a", None]])
+def test_rows_without_a_label_are_left_out_counted_and_named(tmp_path: Path, labels: list[int | str | None]):
+    """As samples of tar shards are."""
+    root = write(tmp_path, pa.array(labels), pa.array([label for label in labels if label is not None]))
+    train, test = load(root, on_error="skip")
+    assert (train.labels.tolist(), len(test)) == ([0, 1, 0], 3)
+    whole, _ = load(write(tmp_path, pa.array([0, 1, 1, 0, 1])))
+    assert torch.equal(train.images, whole.images[[0, 2, 3]])
+    (note,) = train.notes
+    assert note.startswith("left out 2 of 5 rows, which have no label (data.on_error=skip): ")
+    assert note.endswith(f"train.parquet: row 1, {root}/train.parquet: row 4")
+    with pytest.raises(DataError, match=r"train\.parquet: row 0: expected a label, got null"):
+        load(write(tmp_path, pa.array([None, None], pa.int64()), pa.array([0])), on_error="skip")
+
+
 def test_rows_are_read_in_any_order_before_and_after_they_are_copied(tmp_path: Path):
     file = write(tmp_path, pa.array([0, 1] * 4)) / "train.parquet"
     rows = ParquetImages(file, open_parquet(file), "image")
@@ -89,31 +104,50 @@ def _first() -> bytes:
     return remembered.read(0)
 
 
+def streamed(root: Path, *settings: str) -> StreamedSet:
+    how = ("data.loading=stream", "data.workers=0", "data.validation_fraction=0", "data.image_size=6", *settings)
+    images = load_splits(load_config(None, ["data.name=parquet", f"data.root={root}", *how]).data, 0).train
+    assert isinstance(images, StreamedSet)
+    return images
+
+
 def test_a_null_row_is_named_and_skipped_when_streamed(tmp_path: Path):
     write(tmp_path, pa.array([0, 1] * 4), pa.array([0, 1]), images=[*IMAGES[:4], None, *IMAGES[5:]])
-
-    def train(*settings: str) -> StreamedSet:
-        how = ("data.loading=stream", "data.workers=0", "data.validation_fraction=0", "data.image_size=6", *settings)
-        images = load_splits(load_config(None, ["data.name=parquet", f"data.root={tmp_path}", *how]).data, 0).train
-        assert isinstance(images, StreamedSet)
-        return images
-
     with pytest.raises(DataError, match=r"train\.parquet: row 4: expected an image that decodes, got: null instead of"):
-        list(make_loader(train(), 4, device="cpu").epoch(0))
-    batches = list(make_loader(train("data.on_error=skip"), 4, device="cpu").epoch(0))
+        list(make_loader(streamed(tmp_path), 4, device="cpu").epoch(0))
+    batches = list(make_loader(streamed(tmp_path, "data.on_error=skip"), 4, device="cpu").epoch(0))
     assert torch.cat([batch.index for batch in batches]).tolist() == [0, 1, 2, 3, 5, 5, 6, 7]
 
 
-def test_a_damaged_row_group_is_named(tmp_path: Path):
-    file = write(tmp_path, pa.array([0, 1] * 4)) / "train.parquet"
+def damage_second_group(file: Path) -> None:
     content = bytearray(file.read_bytes())
     at = content.index(IMAGES[4][20:60]) - 400  # of the second group; its header, before the values
     content[at : at + 380] = bytes(380)
     file.write_bytes(content)
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path):
+    damage_second_group(write(tmp_path, pa.array([0, 1] * 4)) / "train.parquet")
     with pytest.raises(
         DataError, match=r"train\.parquet: (row group 1: expected whole rows|row \d: expected an image)"
     ):
         load(tmp_path)
+
+
+def test_a_damaged_row_group_is_skipped_when_streamed_and_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not more than its rows is lost, as of images in memory."""
+    damage_second_group(write(tmp_path, pa.array([0, 1] * 4), pa.array([0, 1])) / "train.parquet")
+    tried: list[int] = []
+    read = _Groups._read
+    monkeypatch.setattr(_Groups, "_read", lambda self, group: (tried.append(group), read(self, group))[1])
+    images = streamed(tmp_path, "data.on_error=skip")
+    said: list[str] = []
+    batches = list(make_loader(images, 4, device="cpu", say=said.append).epoch(0))
+    assert torch.cat([batch.index for batch in batches]).tolist() == [0, 1, 2, 6, 6, 6, 6, 7]
+    assert "row group 1: expected whole rows" in said[0]
+    assert tried.count(1) == 1
+    with pytest.raises(DataError, match=r"train\.parquet: row group 1: expected whole rows, got: "):
+        list(make_loader(streamed(tmp_path), 4, device="cpu").epoch(0))
 
 
 def test_no_room_for_the_copy_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -123,6 +157,7 @@ def test_no_room_for_the_copy_names_the_folder(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "gettempdir", full)  # where no folder can be written to, it raises too
     with pytest.raises(DataError, match=r"expected room for the encoded images of .*TMPDIR chooses .*No space left"):
         ParquetImages(file, open_parquet(file), "image").for_any_order(silent)
 

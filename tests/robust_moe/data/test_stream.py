@@ -11,9 +11,12 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -220,6 +223,22 @@ def test_where_nothing_can_be_read_skipping_is_an_error(source: Callable[[str], 
         batches(images)
 
 
+def test_an_image_of_another_size_is_no_damage_that_is_skipped(source: Callable[[str], Path]):
+    """As in memory: of a set of many sizes, those of the first image's would be left."""
+    root = source("parquet")
+    table = pq.read_table(root / "train.parquet").to_pylist()
+    Image.new("RGB", (5, 5)).save(other := io.BytesIO(), "PNG")
+    table[7]["image"]["bytes"] = other.getvalue()
+    pq.write_table(pa.Table.from_pylist(table), root / "train.parquet")
+    how = ("data.on_error=skip", "data.workers=0", "data.validation_fraction=0")
+    message = r"row 7: expected 12x9 pixels, as the first image, got 5x5; data.image_size brings all to one size"
+    with pytest.raises(DataError, match=message):
+        load("parquet", root, "data.loading=memory", *how, image_size=None)
+    streamed = load("parquet", root, "data.loading=stream", *how, image_size=None).train
+    with pytest.raises(DataError, match=message):
+        batches(streamed)
+
+
 def test_a_coloured_image_among_grey_ones_is_named(tmp_path: Path):
     for part in ("train", "test"):
         for name in ("a", "b"):
@@ -236,6 +255,9 @@ def test_a_coloured_image_among_grey_ones_is_named(tmp_path: Path):
         DataError, match=rf"{late}: expected a grey image, as those are that were looked at, got colour"
     ):
         batches(splits.train)
+    damaged(tmp_path, 0)  # before it, and skipped
+    with pytest.raises(DataError, match=rf"{late}: expected a grey image"):
+        replace(splits.train, on_error="skip").decoded()
 
 
 def test_a_worker_that_is_killed_ends_the_epoch_in_one_sentence(source: Callable[[str], Path]):

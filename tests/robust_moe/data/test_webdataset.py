@@ -75,6 +75,7 @@ BAD = {  # training members, test members, message
     "no label": ([("a.png", PNG), *sample("b")], None, r"train-000\.tar: a\.png: expected a label beside the image"),
     "no image": ([("a.cls", b"0"), *sample("b")], None, r"train-000\.tar: a\.cls: expected one image .*got 0 \(cls\)"),
     "two images": ([("a.png", PNG), ("a.jpg", PNG), ("a.cls", b"0")], None, r"expected one image .*, got 2 \(png, jpg"),
+    "two samples of one key": (sample("a") + sample("a", 1), None, r"a\.png: expected each member of a sample once"),
     "empty label": ([("a.png", PNG), ("a.cls", b" ")], None, r"a\.cls: expected a class, got ' '"),
     "no JSON": ([("a.png", PNG), ("a.json", b"{")], None, r"a\.json: expected a JSON object with a class .*, got"),
     "JSON without a label": ([("a.png", PNG), ("a.json", b"{}")], None, r'under "label", got \'\{\}\''),
@@ -145,6 +146,21 @@ def test_a_shard_that_is_no_tar_or_compressed_is_named(tmp_path: Path):
             load(root)
 
 
+@pytest.mark.parametrize("size", [-512, -(10**6), 2**62, 2**80])
+def test_a_member_of_an_impossible_size_is_named(tmp_path: Path, size: int):
+    """A header that goes back in the file would be read for ever; one beyond every file is no tarfile error."""
+    root = write(tmp_path, sample("a") + sample("b"))
+    shard = root / "train-000.tar"
+    content = bytearray(shard.read_bytes())
+    header = content.index(b"b.png")
+    content[header + 124 : header + 136] = (256**12 + size if size < 0 else 2**95 + size).to_bytes(12, "big")
+    content[header + 148 : header + 156] = b" " * 8  # what the sum is taken with
+    content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-000\.tar: expected a whole tar file, not compressed, got: .+"):
+        load(root)
+
+
 MISSING = {  # names of shards, the one that is missing
     "between": (("train-0000.tar", "train-0003.tar", "train-0001.tar"), "train-0002.tar"),
     "of a count": (("train-00000-of-00003.tar", "train-00001-of-00003.tar"), "train-00002-of-00003.tar"),
@@ -165,6 +181,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, kind: str):
 def test_shards_without_numbers_and_two_series_are_taken_as_they_are(tmp_path: Path):
     for name in ("x", "a-3", "a-4", "b-7"):
         write_tar(tmp_path / "train" / f"{name}.tar", sample("k"))
+    (tmp_path / "train" / "._a-3.tar").write_bytes(b"what macOS puts beside a file")
     write_tar(tmp_path / "test" / "t.tar", sample("t"))
     assert len(load(tmp_path)[0]) == 4
 
