@@ -385,7 +385,7 @@ class Trainer:
         if len(self.validation):
             with self.reporter.task(f"validation {epoch}", len(self.validation)) as advance:
                 result = self.validation.accuracy(model, self._interruptible(advance))
-        for split, name, shares in self.validation.routing(model, result):
+        for split, name, shares in self.validation.routing(model, result, self._interruptible()):
             line = {"epoch": epoch, "split": split, "layer": name, "collapsed": shares.collapsed}
             self.log.write("routing", self.state.step, line | {"selected": shares.selected, "first": shares.first})
             if split == "test":
@@ -398,7 +398,7 @@ class Trainer:
             self.log.attacked(self.state.step, *result.examples)
         return {"val_clean": result.clean, "val_robust": result.robust, "val_seconds": result.seconds}
 
-    def _interruptible(self, advance: Callable[[int], None]) -> Callable[[int], None]:
+    def _interruptible(self, advance: Callable[[int], None] = lambda _: None) -> Callable[[int], None]:
         def on_batch(count: int) -> None:
             advance(count)
             self.processes.check()

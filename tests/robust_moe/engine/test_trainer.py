@@ -112,7 +112,7 @@ def test_killed_in_mid_epoch_a_run_goes_on_to_the_same_bits(tiny, tmp_path, ever
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("when", ["step", "validation"])
+@pytest.mark.parametrize("when", ["step", "validation", "routing of test images"])
 def test_signal_saves_stops_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path, when):
     fit(tiny(out="whole"))
     config = tiny(out="stopped")
@@ -130,7 +130,17 @@ def test_signal_saves_stops_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path,
         original = trainer._validate
 
         def validate():
-            os.kill(os.getpid(), signal.SIGINT)
+            if when == "validation":
+                os.kill(os.getpid(), signal.SIGINT)
+                return original()
+            accuracy = trainer.validation.accuracy
+
+            def measured(*arguments):
+                result = accuracy(*arguments)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return result
+
+            trainer.validation.accuracy = measured
             return original()
 
         trainer._validate = validate
