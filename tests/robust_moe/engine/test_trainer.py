@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -313,6 +314,28 @@ def test_without_a_checkpoint_a_crash_names_none(tiny):
         trainer.fit()
     assert "last.pt" not in str(error.value)
     assert (trainer.folder / "crash.pt").is_file()
+
+
+def test_a_full_disk_does_not_hide_what_was_lost(tiny, monkeypatch):
+    trainer, real = Trainer(tiny("run.log_every=1"), Reporter(enabled=False, console=Console(quiet=True))), os.replace
+    step = trainer._step
+
+    def poisoned(batch):
+        with torch.no_grad():
+            trainer.model.conv1.weight[0] = torch.nan
+        step(batch)
+
+    def full(source, target):
+        if str(target).endswith(".pt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    trainer._step = poisoned
+    monkeypatch.setattr(os, "replace", full)
+    said = r"NaN or infinity.*; the state could not be written \(.*No space left.*crash.pt'\), there is no good state"
+    with pytest.raises((FloatingPointError, ValueError), match=said):
+        trainer.fit()
+    assert not list(trainer.folder.glob("*.pt"))
 
 
 def test_weights_broken_by_the_last_update_are_never_saved(tiny):
