@@ -30,15 +30,16 @@ TABLE = """
     from robust_moe.engine.world import gathered
 
     STEPS = {steps}
-    make, loader = trainer.make_model, trainer.BatchLoader
+    make, load = trainer.make_model, trainer.make_loader
 
-    class Double(loader):
-        def epoch(self, *position):
-            for batch in super().epoch(*position):
-                yield batch._replace(images=batch.images.double())
+    def load_double(*args, **options):
+        loader = load(*args, **options)
+        epoch = loader.epoch
+        loader.epoch = lambda *position: (b._replace(images=b.images.double()) for b in epoch(*position))
+        return loader
 
     trainer.make_model = lambda *args, **options: make(*args, **options).double()
-    trainer.BatchLoader = Double
+    trainer.make_loader = load_double
 
     class Done(BaseException):
         pass
