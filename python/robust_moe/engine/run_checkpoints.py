@@ -88,12 +88,19 @@ def drop_past(folder: Path, keep: int, before: int) -> None:
 
 
 def newest_whole(folder: Path, but: Path) -> Path | None:
-    """The checkpoint of the most steps beside the file ``but`` that a run could go on from; each is read for that."""
-    steps = {}
-    for path in (*past_checkpoints(folder).values(), folder / LAST, folder / BEST):
+    """The checkpoint of the most steps beside the file ``but`` that a run could go on from. They are read for that, of
+    the past ones no more than there have to be."""
+    steps: dict[Path, int] = {}
+
+    def is_whole(path: Path) -> bool:
+        with suppress(CheckpointError, LookupError, OSError):
+            steps[path] = load_checkpoint(path)["position"]["step"]
+        return path in steps
+
+    for path in (folder / LAST, folder / BEST):
         if path != but:
-            with suppress(CheckpointError, LookupError, OSError):
-                steps[path] = load_checkpoint(path)["position"]["step"]
+            is_whole(path)
+    any(map(is_whole, reversed(past_checkpoints(folder).values())))  # up to the first
     return max(steps, key=lambda path: (steps[path], path.name), default=None)
 
 

@@ -66,7 +66,11 @@ class CheckpointWriter:
             self._pending[LAST] = self._pending.pop(LAST)
         self._whole = False
         self._thread = Thread(target=self._write, name="checkpoints")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system allows no further one: the training waits
+            self._thread = None
+            self._write()
 
     def check(self) -> None:
         """As :meth:`wait`, if there is nothing to wait for."""

@@ -178,6 +178,17 @@ def test_another_error_of_the_thread_is_raised_at_the_next_save_and_nothing_is_w
     assert steps(tmp_path) == {}
 
 
+def test_where_the_system_allows_no_thread_the_training_waits_for_the_file(tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    checkpoints = CheckpointWriter(tmp_path)
+    checkpoints.save(state(1), "last.pt")
+    assert steps(tmp_path) == {"last.pt": 1}
+    checkpoints.finish()
+
+
 def test_what_follows_the_files_fails_as_they_do(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
@@ -288,7 +299,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-400])
 
 
-def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on(tmp_path):
+def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on(tmp_path, monkeypatch):
     folder = tmp_path / "a run"
     with CheckpointWriter(folder, keep=3) as checkpoints:
         checkpoints.save(state(2), "best.pt", "last.pt")
@@ -298,9 +309,12 @@ def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on
     assert reader.read(folder / "last.pt")["position"]["step"] == 8
     for name in ("last.pt", "step-6.pt"):
         cut(folder / name)
+    read, load = [], run_checkpoints.load_checkpoint
+    monkeypatch.setattr(run_checkpoints, "load_checkpoint", lambda path: read.append(path.name) or load(path))
     advice = rf"to go on from the newest whole one: cp '{folder}/step-4.pt' '{folder}/last.pt'$"
     with pytest.raises(CheckpointError, match=rf"last.pt: expected a whole checkpoint, got .*; {advice}"):
         reader.read(folder / "last.pt")
+    assert read == ["last.pt", "best.pt", "step-6.pt", "step-4.pt"]  # each may be many gigabytes
     cut(folder / "step-4.pt")
     for path in (folder / "step-2.pt", folder / "best.pt"):  # of the same steps: the one that is always there last
         with pytest.raises(CheckpointError, match=rf"cp '{path}' "):
