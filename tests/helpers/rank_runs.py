@@ -32,14 +32,19 @@ TABLE = """
     STEPS = {steps}
     make, load = trainer.make_model, trainer.make_loader
 
-    def load_double(*args, **options):
+    def make_loader(*args, **options):
         loader = load(*args, **options)
         epoch = loader.epoch
-        loader.epoch = lambda *position: (b._replace(images=b.images.double()) for b in epoch(*position))
+
+        def doubled(*position):
+            for batch in epoch(*position):
+                yield batch._replace(images=batch.images.double())
+
+        loader.epoch = doubled
         return loader
 
     trainer.make_model = lambda *args, **options: make(*args, **options).double()
-    trainer.make_loader = load_double
+    trainer.make_loader = make_loader
 
     class Done(BaseException):
         pass
