@@ -65,7 +65,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
                 raise
             _write(content, path)
     except (OSError, RuntimeError) as error:
-        kept = "the last good one is kept" if path.exists() else "there is no earlier one"
+        kept = "the last good one is kept" if _may_be_there(path) else "there is no earlier one"
         raise CheckpointError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
 
 
@@ -73,6 +73,14 @@ def _write(content: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(content, file)
+
+
+def _may_be_there(path: Path) -> bool:
+    """Also where the file system that has just failed does not even answer this."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
 
 
 def _errno(error: BaseException | None) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
-from robust_moe.engine.checkpoint import save_checkpoint
+from robust_moe.engine.checkpoint import CheckpointError, save_checkpoint
 from robust_moe.engine.guards import state_is_finite
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.run_checkpoints import find_checkpoint
@@ -68,9 +68,13 @@ class CrashGuard:
         crash, good = folder / "crash.pt", find_checkpoint(folder)
         where = f"the last good state is in {good}" if good else "there is no good state yet"
         if self.fabric.is_global_zero:
-            save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
-            kept = f"the last good one in {good}" if good else "there is no earlier one"
-            where = f"the state is in {crash}, {kept}"
+            try:
+                save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
+            except CheckpointError as error:  # hides what was lost from nobody
+                where = f"the state could not be written ({error.__cause__}), {where}"
+            else:
+                kept = f"the last good one in {good}" if good else "there is no earlier one"
+                where = f"the state is in {crash}, {kept}"
         raise kind(f"{text}; {where}") from cause
 
     def mean_of_processes(self, values: Tensor) -> Tensor:

@@ -76,10 +76,10 @@ class Events:
 
 def _new_file(folder: Path) -> tuple[Path, BinaryIO]:
     """The name is one that TensorBoard looks for: time, host, process, number. It reads files in the order of their
-    names: one that is made after the clock was put back still comes last."""
+    names: one that is made in the same second, or after the clock was put back, still comes last."""
     names = (path.name.split(".") for path in folder.glob("events.out.tfevents.*"))
     before = [int(parts[3]) for parts in names if len(parts) > 3 and parts[3].isdecimal()]
-    seconds = max([int(time.time()), *(each + 1 for each in before if each >= time.time())])
+    seconds = max([int(time.time()), *(each + 1 for each in before)])
     begins = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
     for number in count():
         path = folder / f"{begins}.{number}{EVENTS_SUFFIX}"

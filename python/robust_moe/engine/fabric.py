@@ -95,8 +95,8 @@ def library_algorithms(deterministic: bool) -> AbstractContextManager[None]:
 
 
 class _Averaging(DDPStrategy):
-    """One process a device, which all have the same weights; the gradients are averaged by ``robust_moe.engine.
-    averaging`` once a backward is over. PyTorch's wrapper, which sends them on the way, allows one forward a backward,
+    """One process a device, which all have the same weights; the gradients are averaged by :mod:`robust_moe.averaging`
+    once a backward is over. PyTorch's wrapper, which sends them on the way, allows one forward a backward,
     and most methods make more."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]

@@ -51,11 +51,10 @@ def keep_past(folder: Path, step: int) -> None:
         CheckpointError: it could not be kept.
     """
     last, past = folder / LAST, folder / f"step-{step}.pt"
-    if not last.is_file():
-        return
     try:
         with naming(past):
-            _link(last, past)
+            if last.is_file():
+                _link(last, past)
     except OSError as error:
         raise CheckpointError(f"{past}: the past checkpoint could not be kept ({error})") from error
 
@@ -89,12 +88,19 @@ def drop_past(folder: Path, keep: int, before: int) -> None:
 
 
 def newest_whole(folder: Path, but: Path) -> Path | None:
-    """The checkpoint of the most steps beside the file ``but`` that a run could go on from; each is read for that."""
-    steps = {}
-    for path in (*past_checkpoints(folder).values(), folder / LAST, folder / BEST):
+    """The checkpoint of the most steps beside the file ``but`` that a run could go on from. They are read for that, of
+    the past ones no more than there have to be."""
+    steps: dict[Path, int] = {}
+
+    def is_whole(path: Path) -> bool:
+        with suppress(CheckpointError, LookupError, OSError):
+            steps[path] = load_checkpoint(path)["position"]["step"]
+        return path in steps
+
+    for path in (folder / LAST, folder / BEST):
         if path != but:
-            with suppress(CheckpointError, LookupError):
-                steps[path] = load_checkpoint(path)["position"]["step"]
+            is_whole(path)
+    any(map(is_whole, reversed(past_checkpoints(folder).values())))  # up to the first
     return max(steps, key=lambda path: (steps[path], path.name), default=None)
 
 
@@ -119,7 +125,7 @@ class CheckpointReader:
             except DamagedError as error:
                 if (whole := newest_whole(path.parent, path)) is None:
                     raise
-                copied = f"cp {shlex.quote(str(whole))} {shlex.quote(str(path))}"
+                copied = f"cp {shlex.quote(str(whole))} {shlex.quote(str(path.with_name(LAST)))}"
                 raise DamagedError(f"{error}; to go on from the newest whole one: {copied}") from error
             self._file = file
         return self._state

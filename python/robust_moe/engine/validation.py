@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,9 +37,12 @@ class Validation:
         """On the validation images, of which there must be some."""
         return accuracy(model, self.val, self.attack, **self.how, on_batch=on_batch)
 
-    def routing(self, model: nn.Module, validated: EvalResult | None) -> Iterator[tuple[str, str, LayerRouting]]:
+    def routing(
+        self, model: nn.Module, validated: EvalResult | None, on_batch: Callable[[int], None] | None = None
+    ) -> list[tuple[str, str, LayerRouting]]:
         """(split, layer, shares of the clean images) of every MoE layer; test images are routed, never scored."""
-        for name, shares in ({} if validated is None else validated.routing).items():
-            yield "val", name, shares
-        for name, shares in routing_shares(model, self.test, **self.how).items():
-            yield "test", name, shares
+        of_split = {
+            "val": {} if validated is None else validated.routing,
+            "test": routing_shares(model, self.test, **self.how, on_batch=on_batch),
+        }
+        return [(split, name, shares) for split, layers in of_split.items() for name, shares in layers.items()]

@@ -49,6 +49,7 @@ class CheckpointWriter:
         self.folder, self.keep, self._step = folder, keep, step
         self._say, self._before, self._after = say, before, after
         self._pending: dict[str, dict[str, Any]] = {}  # by file name, the first to write first
+        self._whole = True  # nothing is to be written, what follows the files included
         self._copied: torch.cuda.Event | None = None  # when the copies from a GPU are whole
         self._thread: Thread | None = None
         self._error: BaseException | None = None  # of the thread
@@ -61,8 +62,15 @@ class CheckpointWriter:
         self.wait()
         held, self._copied = on_host(state)
         self._pending |= dict.fromkeys(names, held)
+        if LAST in self._pending:  # at the end, also where an earlier one has waited: it says which best.pt there is
+            self._pending[LAST] = self._pending.pop(LAST)
+        self._whole = False
         self._thread = Thread(target=self._write, name="checkpoints")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system allows no further one: the training waits
+            self._thread = None
+            self._write()
 
     def check(self) -> None:
         """As :meth:`wait`, if there is nothing to wait for."""
@@ -81,7 +89,7 @@ class CheckpointWriter:
         """Until everything is written. Raises :class:`CheckpointError` for a file that cannot be; waiting costs one
         write, or two where the first one fails."""
         error = self._join()
-        if self._pending:
+        if not self._whole:
             self._write()
             error = self._join()
         if error is not None:
@@ -122,11 +130,13 @@ class CheckpointWriter:
                     f"{error.filename or self.folder}: the settings beside the checkpoint could not be written "
                     f"({error.strerror or error})"
                 ) from error
+            self._whole = True
         except CheckpointError as error:
             self._error = error
         except BaseException as error:
             self._error = error
-            self._pending.clear()  # nothing more of this run
+            self._pending.clear()
+            self._whole = True  # nothing more of this run
 
     def _write_file(self, name: str, state: dict[str, Any]) -> None:
         path = self.folder / name

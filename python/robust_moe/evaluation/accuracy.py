@@ -16,7 +16,7 @@ from robust_moe.data import Batch, ImageSet
 from robust_moe.evaluation.routing_measures import expert_use, routes
 from robust_moe.evaluation.scorer import LayerRouting, score
 from robust_moe.evaluation.shards import ONE, Shards
-from robust_moe.evaluation.staged import StagedEvaluation, share
+from robust_moe.evaluation.staged import StagedEvaluation, Task, share
 from robust_moe_kernels.modules import moe_layers
 
 __all__ = ["EvalResult", "accuracy", "routing_shares", "used_experts"]
@@ -70,10 +70,8 @@ def accuracy(
     if len(images) == 0:
         raise ValueError("images: expected at least one image to evaluate on, got an empty set")
     began = time.perf_counter()
-    task = None if on_batch is None else lambda *_: nullcontext(lambda advance=1, note=None: on_batch(advance))
-    run = StagedEvaluation(
-        model, images.images, images.labels, batch_size=batch_size, device=device, task=task, shards=shards, waits=False
-    )
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "task": _task(on_batch), "shards": shards}
+    run = StagedEvaluation(model, images.images, images.labels, **how, waits=False)
     layers = moe_layers(model)
 
     examples: list[Tensor] = []
@@ -108,14 +106,15 @@ def routing_shares(
     *,
     batch_size: int = 256,
     device: str | torch.device | None = None,
+    on_batch: Callable[[int], None] | None = None,
     shards: Shards = ONE,
 ) -> dict[str, LayerRouting]:
-    """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run). ``shards``: as
-    for :func:`accuracy`."""
+    """Where each MoE layer sends the clean ``images``; empty for a dense model (which is then not run). ``on_batch``
+    and ``shards``: as for :func:`accuracy`."""
     layers = moe_layers(model)
     if not layers or len(images) == 0:
         return {}
-    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "shards": shards}
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "task": _task(on_batch), "shards": shards}
     run = StagedEvaluation(model, images.images, images.labels, **how, waits=False)
 
     def look(batch: Batch) -> dict[str, Tensor]:
@@ -123,6 +122,10 @@ def routing_shares(
         return routes(layers)
 
     return used_experts(run.over("routing", look), layers)
+
+
+def _task(on_batch: Callable[[int], None] | None) -> Task | None:
+    return None if on_batch is None else lambda *_: nullcontext(lambda advance=1, note=None: on_batch(advance))
 
 
 def used_experts(found: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, LayerRouting]:

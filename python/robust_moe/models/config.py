@@ -150,7 +150,8 @@ class NetworkConfig(Config):
         path=True,
     )
     init_head: Literal["copy", "fresh"] = setting(
-        "copy", "of init_from; fresh: where the file is of other classes, the last layer keeps the weights it draws"
+        "copy",
+        "of init_from; fresh: where the file has another number of classes, the last layer keeps the weights it draws",
     )
     moe: MoEConfig = setting(MoEConfig(), "experts inside the network")
     mixture: MixtureConfig = setting(MixtureConfig(), "the network as the expert of a mixture of networks")

@@ -211,9 +211,10 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, monkeypatch, fo
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
-def test_events_after_a_clock_was_put_back_come_last(tmp_path, monkeypatch):
-    for now, step in ((2_000_000_000, 1), (1_000_000_000, 2), (1_000_000_000, 3)):
+def test_events_of_the_same_second_or_after_a_clock_was_put_back_come_last(tmp_path, monkeypatch):
+    for now, step, process in ((2_000_000_000.5, 1, 30), (2_000_000_000.7, 2, 200), (1_000_000_000, 3, 1000)):
         monkeypatch.setattr(events_of_runs.time, "time", lambda now=now: float(now))
+        monkeypatch.setattr(events_of_runs.os, "getpid", lambda process=process: process)
         log = MetricLog(tmp_path, lines=step - 1, step=step - 1)
         log.write("train", step, {"loss": float(step)})
         log.close()

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -112,7 +113,7 @@ def test_killed_in_mid_epoch_a_run_goes_on_to_the_same_bits(tiny, tmp_path, ever
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("when", ["step", "validation"])
+@pytest.mark.parametrize("when", ["step", "validation", "routing of test images"])
 def test_signal_saves_stops_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path, when):
     fit(tiny(out="whole"))
     config = tiny(out="stopped")
@@ -130,7 +131,17 @@ def test_signal_saves_stops_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path,
         original = trainer._validate
 
         def validate():
-            os.kill(os.getpid(), signal.SIGINT)
+            if when == "validation":
+                os.kill(os.getpid(), signal.SIGINT)
+                return original()
+            accuracy = trainer.validation.accuracy
+
+            def measured(*arguments):
+                result = accuracy(*arguments)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return result
+
+            trainer.validation.accuracy = measured
             return original()
 
         trainer._validate = validate
@@ -303,6 +314,28 @@ def test_without_a_checkpoint_a_crash_names_none(tiny):
         trainer.fit()
     assert "last.pt" not in str(error.value)
     assert (trainer.folder / "crash.pt").is_file()
+
+
+def test_a_full_disk_does_not_hide_what_was_lost(tiny, monkeypatch):
+    trainer, real = Trainer(tiny("run.log_every=1"), Reporter(enabled=False, console=Console(quiet=True))), os.replace
+    step = trainer._step
+
+    def poisoned(batch):
+        with torch.no_grad():
+            trainer.model.conv1.weight[0] = torch.nan
+        step(batch)
+
+    def full(source, target):
+        if str(target).endswith(".pt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    trainer._step = poisoned
+    monkeypatch.setattr(os, "replace", full)
+    said = r"NaN or infinity.*; the state could not be written \(.*No space left.*crash.pt'\), there is no good state"
+    with pytest.raises((FloatingPointError, ValueError), match=said):
+        trainer.fit()
+    assert not list(trainer.folder.glob("*.pt"))
 
 
 def test_weights_broken_by_the_last_update_are_never_saved(tiny):

@@ -88,6 +88,19 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, monkeypatch):
     assert said == [sentence] * 2
 
 
+@pytest.mark.parametrize("names", [("best.pt", "last.pt"), ("best.pt",)])
+def test_a_best_one_is_written_before_a_last_one_that_has_waited(tmp_path, monkeypatch, names):
+    disk = Disk(monkeypatch)
+    checkpoints = CheckpointWriter(tmp_path)
+    disk.refused = 1
+    checkpoints.save(state(1), "last.pt")
+    checkpoints.wait()
+    checkpoints.save(state(2), *names)
+    checkpoints.finish()
+    assert disk.asked == ["last.pt", "best.pt", "last.pt"]
+    assert steps(tmp_path) == {"best.pt": 2, "last.pt": len(names)}
+
+
 def test_a_failure_is_told_as_soon_as_it_is_known(tmp_path, monkeypatch):
     disk, said = Disk(monkeypatch), []
     checkpoints = CheckpointWriter(tmp_path, say=said.append)
@@ -119,6 +132,28 @@ def test_only_a_last_checkpoint_that_fails_twice_ends_a_run(tmp_path, monkeypatc
     assert steps(tmp_path) == {"last.pt": 1}
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_file_system_that_does_not_even_tell_what_is_there_is_no_end(tmp_path, monkeypatch, keep):
+    checkpoints = CheckpointWriter(tmp_path, keep=keep)
+    checkpoints.save(state(1), "last.pt")
+    checkpoints.wait()
+    real = os.stat
+
+    def lost(path, *arguments, **options):
+        if str(path).endswith("last.pt"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lost)
+        patch.setattr(os, "fsync", lambda _: lost("last.pt"))
+        checkpoints.save(state(2), "last.pt")
+        with pytest.raises(CheckpointError, match=r"\.pt: the .* could not be .*Input/output error"):
+            checkpoints.finish()
+    checkpoints.finish()
+    assert steps(tmp_path) == {"last.pt": 2, **({"step-1.pt": 1} if keep else {})}
+
+
 def test_an_error_that_ends_the_run_is_not_hidden_by_a_full_disk(tmp_path, monkeypatch):
     disk, said = Disk(monkeypatch), []
     with (
@@ -143,6 +178,17 @@ def test_another_error_of_the_thread_is_raised_at_the_next_save_and_nothing_is_w
     assert steps(tmp_path) == {}
 
 
+def test_where_the_system_allows_no_thread_the_training_waits_for_the_file(tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    checkpoints = CheckpointWriter(tmp_path)
+    checkpoints.save(state(1), "last.pt")
+    assert steps(tmp_path) == {"last.pt": 1}
+    checkpoints.finish()
+
+
 def test_what_follows_the_files_fails_as_they_do(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
@@ -152,6 +198,26 @@ def test_what_follows_the_files_fails_as_they_do(tmp_path):
     with pytest.raises(CheckpointError, match=r"config.yaml: the settings .* \(No space left on device\)$"):
         checkpoints.finish()
     assert steps(tmp_path) == {"last.pt": 1}
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_follows_the_files_is_tried_again_at_the_end(tmp_path, told):
+    fails = iter([OSError(errno.ENOSPC, "No space left on device", "config.yaml")])
+    calls, said = [], []
+
+    def after():
+        calls.append(steps(tmp_path))
+        for error in fails:
+            raise error
+
+    checkpoints = CheckpointWriter(tmp_path, after=after, say=said.append)
+    checkpoints.save(state(1), "last.pt")
+    if told:
+        checkpoints.wait()
+    checkpoints.finish()
+    checkpoints.finish()  # nothing is left
+    assert calls == [{"last.pt": 1}] * 2
+    assert len(said) == told
 
 
 # --- past checkpoints -------------------------------------------------------------------------------------------------
@@ -233,7 +299,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-400])
 
 
-def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on(tmp_path):
+def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on(tmp_path, monkeypatch):
     folder = tmp_path / "a run"
     with CheckpointWriter(folder, keep=3) as checkpoints:
         checkpoints.save(state(2), "best.pt", "last.pt")
@@ -243,9 +309,12 @@ def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on
     assert reader.read(folder / "last.pt")["position"]["step"] == 8
     for name in ("last.pt", "step-6.pt"):
         cut(folder / name)
+    read, load = [], run_checkpoints.load_checkpoint
+    monkeypatch.setattr(run_checkpoints, "load_checkpoint", lambda path: read.append(path.name) or load(path))
     advice = rf"to go on from the newest whole one: cp '{folder}/step-4.pt' '{folder}/last.pt'$"
     with pytest.raises(CheckpointError, match=rf"last.pt: expected a whole checkpoint, got .*; {advice}"):
         reader.read(folder / "last.pt")
+    assert read == ["last.pt", "best.pt", "step-6.pt", "step-4.pt"]  # each may be many gigabytes
     cut(folder / "step-4.pt")
     for path in (folder / "step-2.pt", folder / "best.pt"):  # of the same steps: the one that is always there last
         with pytest.raises(CheckpointError, match=rf"cp '{path}' "):
@@ -253,6 +322,17 @@ def test_the_error_of_a_damaged_file_names_the_newest_whole_one_and_how_to_go_on
         path.unlink()
     with pytest.raises(CheckpointError, match=r"truncated or damaged file \([^;]*$"):
         reader.read(folder / "last.pt")
+
+
+def test_a_damaged_best_one_is_gone_on_from_as_the_last_and_stays_the_best(tmp_path):
+    with CheckpointWriter(tmp_path, keep=1) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(state(step), "last.pt")
+        checkpoints.save(state(4), "best.pt")
+    (tmp_path / "last.pt").unlink()
+    cut(tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=rf"best.pt: .*cp {tmp_path}/step-2.pt {tmp_path}/last.pt$"):
+        run_checkpoints.CheckpointReader().read(run_checkpoints.find_checkpoint(tmp_path))
 
 
 def test_another_fault_than_damage_names_no_file_to_write_over_it(tmp_path):

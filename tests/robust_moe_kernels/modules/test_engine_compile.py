@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from robust_moe_kernels import FusedBlockMoE, FusedConvMoE
 from robust_moe_kernels.modules import attack_mode, routed_block
 from robust_moe_kernels.modules.casts import CastFilters
-from robust_moe_kernels.modules.experts import _ENGINE, engine_computes
+from robust_moe_kernels.modules.experts import _ENGINE, _runs, engine_computes
 from robust_moe_kernels.ops import OPS
 from robust_moe_kernels.ops.expert_conv import EXPERT_CONV
 
@@ -37,6 +37,12 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     loss = model(x).square().mean()
     gradients = torch.autograd.grad(loss, (x, *model[-1].parameters()))
     return (loss.detach(), *gradients, *(buffer.detach().clone() for buffer in model.buffers()))
+
+
+def test_what_runs_is_a_constant_to_the_compiler():
+    """The mark that is put there by hand is what PyTorch's own decorator leaves."""
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(marked) and vars(marked).items() <= vars(_runs).items()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
