@@ -30,15 +30,21 @@ TABLE = """
     from robust_moe.engine.world import gathered
 
     STEPS = {steps}
-    make, loader = trainer.make_model, trainer.BatchLoader
+    make, load = trainer.make_model, trainer.make_loader
 
-    class Double(loader):
-        def epoch(self, *position):
-            for batch in super().epoch(*position):
+    def make_loader(*args, **options):
+        loader = load(*args, **options)
+        epoch = loader.epoch
+
+        def doubled(*position):
+            for batch in epoch(*position):
                 yield batch._replace(images=batch.images.double())
 
+        loader.epoch = doubled
+        return loader
+
     trainer.make_model = lambda *args, **options: make(*args, **options).double()
-    trainer.BatchLoader = Double
+    trainer.make_loader = make_loader
 
     class Done(BaseException):
         pass
