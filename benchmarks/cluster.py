@@ -21,6 +21,7 @@ __all__ = ["Network", "Step", "main", "network", "step", "tables"]
 IMAGES_PER_SECOND = 12_158
 PEAK = 989e12  # FLOP/s of an H100 SXM in bfloat16, dense: NVIDIA's data sheet
 PASSES = 2 * 7 + 3  # forwards' worth: seven attack steps of a forward and a gradient to the image; one training pass
+EXCHANGES = PASSES - 1  # of them over a layer with maps going there and back: the weights' gradient needs no others
 
 GPUS = 8  # in a machine
 NVLINK = 450e9  # bytes/s of a GPU in each direction, H100 SXM
@@ -119,7 +120,7 @@ def _exchange(net: Network, images: int, sharded: int, cards: int) -> float:
     inside = min(sharded, GPUS)
     within = size * (inside - 1) / sharded / NVLINK + HOP_INSIDE * (inside - 1)
     outside = size * (sharded - inside) / sharded * (GPUS / cards) / INFINIBAND + HOP * (sharded > GPUS)
-    return PASSES * 2 * max(within, outside)
+    return EXCHANGES * 2 * max(within, outside)
 
 
 def tables() -> list[str]:

@@ -21,10 +21,12 @@ fi
 
 nodes=${SLURM_JOB_NUM_NODES:?run this by sbatch}
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}
+cpus=${SLURM_CPUS_PER_TASK:?ask for cores with --cpus-per-task}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 40000))
 
-srun --kill-on-bad-exit=1 torchrun \
+# srun does not take over sbatch's --cpus-per-task (Slurm 22.05 and later): torchrun would get a single core
+srun --kill-on-bad-exit=1 --cpus-per-task="$cpus" torchrun \
     --nnodes="$nodes" \
     --nproc-per-node="$gpus" \
     --rdzv-id="$SLURM_JOB_ID" \

@@ -181,21 +181,22 @@ def test_slurm_script_parses_and_starts_torchrun_on_every_machine(tmp_path: Path
         "SLURM_JOB_ID": "4242",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "64",
         "SLURM_JOB_NODELIST": "node[03-04]",
     }
     command = ["bash", str(script), "my config.yaml", "run.batch_size=2048"]
     done = subprocess.run(command, env=job, capture_output=True, text=True, check=True)
     words = done.stdout.splitlines()
-    assert words[:2] == ["--kill-on-bad-exit=1", "torchrun"]
+    assert words[:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=64", "torchrun"]
     assert words[-5:] == ["-m", "robust_moe", "train", "my config.yaml", "run.batch_size=2048"]
     # torchrun itself reads the rest, and starts what the script means
     from torch.distributed.run import config_from_args, parse_args
 
-    config, _, arguments = config_from_args(parse_args(words[2:]))
+    config, _, arguments = config_from_args(parse_args(words[3:]))
     assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (2, 2, 8, 3)
     assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "node03:24242", "4242")
     assert arguments[-4:] == ["robust_moe", "train", "my config.yaml", "run.batch_size=2048"]
-    for missing in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE"):
+    for missing in ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE", "SLURM_CPUS_PER_TASK"):
         less = {key: value for key, value in job.items() if key != missing}
         refused = subprocess.run(command, env=less, capture_output=True, text=True, check=False)
         assert refused.returncode != 0 and refused.stdout == ""

@@ -69,13 +69,19 @@ def average_buffers(model: nn.Module) -> None:
 
     Each has moved them by its own images: the mean of the means is that of all images, the mean of the variances what
     one process would have without the differences between the shares. All processes then attack, average and validate
-    one and the same model.
+    one and the same model. What they all have alike, such as a data set's mean, stays as it is: the means are taken in
+    float64, as in float32 a sum of equal numbers may round, and step after step they would move.
     """
     if rank_count() == 1:
         return
     buffers = list(model.buffers())
-    _average([buffer for buffer in buffers if buffer.is_floating_point()])
-    whole = [buffer for buffer in buffers if not buffer.is_floating_point() and buffer.dtype != torch.bool]
+    floating = [buffer for buffer in buffers if buffer.is_floating_point()]
+    means = [buffer.double() for buffer in floating]
+    _average(means)
+    if floating:
+        torch._foreach_copy_(floating, means)
+    whole = [buffer for buffer in buffers if not (buffer.is_floating_point() or buffer.is_complex())]
+    whole = [buffer for buffer in whole if buffer.dtype != torch.bool]
     if whole:
         counts = torch.cat([buffer.reshape(-1).long() for buffer in whole])
         dist.all_reduce(counts, dist.ReduceOp.MAX)

@@ -35,7 +35,7 @@ class ExpertBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.over_ranks and self.training and rank_count() > 1:
-            return self._of_all_ranks(x)
+            return _of_all_ranks(self, x)
         if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
         if x.shape[0] > 0 and self.track_running_stats and self.running_mean is not None:
@@ -45,24 +45,17 @@ class ExpertBatchNorm2d(nn.BatchNorm2d):
         zeros = _zeros(x)
         return (zeros.to(self.weight.dtype) * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
-    def _of_all_ranks(self, x: Tensor) -> Tensor:
-        batches: Any = self.num_batches_tracked
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-        out, count = norm_over_ranks(x, self.running_mean, self.running_var, self.weight, self.bias, momentum, self.eps)
-        if batches is not None:
-            batches += (count > 0).to(batches.dtype)
-        return out
-
 
 class _FewRows(_BatchNorm):
     """What :class:`ExpertBatchNorm2d` does, before a batch norm of another class, which may do more than normalise
     (timm's activate too): two rows of zeros stand for the single one, which normalises to zeros as they do."""
 
     replaces: ClassVar[type[nn.Module]]
+    over_ranks = False  # as of ExpertBatchNorm2d; for a class that does no more than normalise
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.over_ranks and self.training and rank_count() > 1:
+            return _of_all_ranks(self, x)
         if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
         if x.shape[0] == 0:
@@ -87,6 +80,17 @@ class _FewRows(_BatchNorm):
         # The class has no name that a pickle could find it by.
         found: Any = super().__reduce_ex__(protocol)
         return _made, (self.replaces,), *found[2:]
+
+
+def _of_all_ranks(norm: _BatchNorm, x: Tensor) -> Tensor:
+    batches: Any = norm.num_batches_tracked
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
+    out, count = norm_over_ranks(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, momentum, norm.eps)
+    if batches is not None:
+        batches += (count > 0).to(batches.dtype)
+    return out
 
 
 def _zeros(x: Tensor) -> Tensor:

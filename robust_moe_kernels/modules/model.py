@@ -137,7 +137,8 @@ def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor]
             function of one layer's record.
 
     Of layers whose batch lies on several ranks (``batch_over_ranks``) the record, and so the loss, is that of the whole
-    batch, the same on every rank.
+    batch, the same on every rank: in training mode, and in eval mode where gradients are recorded, as the loss is
+    trained on then.
 
     Returns:
         A scalar on the graph of that forward; 0 for a model without such layers.
@@ -157,7 +158,7 @@ def balance_loss(model: nn.Module, kind: str | Callable[[RoutingRecord], Tensor]
             _expect_graph(name, layer, records[name])
     several = rank_count() > 1
     layers = moe_layers(model).values()
-    of_all = [several and layer.over_ranks and layer.training for layer in layers]
+    of_all = [several and layer.over_ranks and (layer.training or torch.is_grad_enabled()) for layer in layers]
     rows = [r.of_all_ranks() if wide else r for r, wide in zip(records.values(), of_all, strict=True)]
     losses = [loss(record) for record in rows]
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())

@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from robust_moe_kernels.checks import expect
 from robust_moe_kernels.modules.block_experts import BlockExperts
-from robust_moe_kernels.modules.expert_norms import ExpertBatchNorm2d
 from robust_moe_kernels.modules.norm_over_ranks import norm_over_ranks
 from robust_moe_kernels.modules.ranks import rank_count
 from robust_moe_kernels.modules.routed_layer import MoELayer
@@ -60,10 +59,10 @@ def batch_over_ranks(model: nn.Module, norms: bool = False) -> None:
         for part in (each for each in modules_of(experts) if isinstance(each, _BatchNorm)):
             part.__dict__["own_rows"] = True  # no parameter, buffer or module
     for norm in (module for module in modules if isinstance(module, _BatchNorm)):
-        if isinstance(norm, ExpertBatchNorm2d):
-            norm.over_ranks = True
+        kind: Any = type(norm)
+        if hasattr(norm, "over_ranks"):  # of an expert, whose few rows it knows what to do with
+            norm.__dict__["over_ranks"] = True
         elif not isinstance(norm, _OfAllRanks):
-            kind: Any = type(norm)
             norm.__class__ = _for_ranks(kind)
 
 

@@ -112,6 +112,8 @@ class AutoAttack(Attack):
             another ball.
     """
 
+    keeps_all = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Attack.Config):
         """Settings of AutoAttack."""

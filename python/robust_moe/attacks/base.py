@@ -156,6 +156,9 @@ class Attack(ABC):
             restarts = settings.get("restarts", 1)
             return f"{self.name}{settings.get('steps', '')}{f'x{restarts}' if restarts > 1 else ''}"
 
+    # Whether the forwards of :meth:`craft` do not depend on what is fooled. False: images leave on the way.
+    keeps_all: ClassVar[bool] = True
+
     # Of a subclass that has a ball, from its constructor.
     eps: float  # radius, pixels being in [0, 1]
     norm: str  # "Linf" or "L2"

@@ -77,6 +77,8 @@ class FAB(Attack):
         ValueError: a value of another type or out of its range.
     """
 
+    keeps_all = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Attack.Config):
         """Settings of FAB; its name decides whether it is targeted."""

@@ -52,6 +52,8 @@ class Square(Attack):
             model that changes its input in place.
     """
 
+    keeps_all = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Attack.Config):
         """Settings of the Square attack."""

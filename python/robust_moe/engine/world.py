@@ -88,11 +88,15 @@ def meet(world: World) -> None:
 
 
 def gathered(value: Any) -> list[Any]:
-    """``value``, which can be pickled, of every process, in order of rank; all of them have to call this."""
+    """``value``, which can be pickled, of every process, in order of rank; all of them have to call this. Raises
+    ConnectionError where another process has ended."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    try:
+        torch.distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise ConnectionError(f"expected {len(values)} processes, got no answer from one that has ended") from error
     return values
 
 

@@ -88,6 +88,7 @@ def accuracy(
     found = run.over("accuracy", look)
     clean = found["clean"].cpu()
     robust = found["robust"].cpu() if attack is not None else None
+    shown = shards.first(lambda: examples[0].cpu() if examples else None)  # the first process has the first batch
     return EvalResult(
         count=len(images),
         clean=share(clean),
@@ -96,7 +97,7 @@ def accuracy(
         robust_mask=robust,
         routing=used_experts(found, layers),
         seconds=time.perf_counter() - began,
-        examples=examples[0].cpu() if examples else None,
+        examples=shown,
     )
 
 

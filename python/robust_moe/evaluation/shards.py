@@ -28,14 +28,6 @@ class Shards:
     def __init__(self, count: int = 1, rank: int = 0) -> None:
         self.count, self.rank = count, rank
 
-    @classmethod
-    def of_group(cls) -> Shards:
-        """All processes of the group; one without a group."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return cls()
-        return cls(distributed.get_world_size(), distributed.get_rank())
-
     def each(self, compute: Callable[[], T]) -> list[T]:
         """What ``compute`` returns in every process, in their order; it can be pickled. All have to call this.
 

@@ -208,7 +208,7 @@ class StagedEvaluation:
             return self._found(key, lambda: look(self.take(batches[key])))
 
         for key, rows in batches.items():
-            if number.get(key, 1) % self.shards.count == 0:
+            if key in number and number[key] % self.shards.count == 0:
                 begun = new[number[key] :][: self.shards.count]
                 for each, found in zip(begun, self.shards.each(partial(own, begun)), strict=False):
                     assert found is not None  # there are no more keys than processes

@@ -63,6 +63,12 @@ class AdversarialMethod(Method):
             self.attack: Attack = config.attack.build(mode=config.attack_mode, **changes)
         except ConfigError as error:
             raise ConfigError(f"method.attack: {error}") from error
+        if devices > 1 and self.attack.mode == "train" and not self.attack.keeps_all:
+            # in train mode forwards may wait for those of the others, which have other images left
+            raise ConfigError(
+                f"method.attack_mode: expected eval with method.attack.name={config.attack.name} in several processes, "
+                "as fooled images leave that attack on the way, got 'train'"
+            )
         self._pieces = _pieces(config, self.attack)
 
     def craft(self, model: nn.Module, batch: Batch, seed: int, attack: Attack | None = None) -> Crafted:

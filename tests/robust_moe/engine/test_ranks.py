@@ -16,6 +16,7 @@ OTHERS = {
     "weight perturbation": ("method.awp_gamma=0.01", "method=trades"),
     "average": ("run.ema_decay=0.9", "optim.grad_clip=0.1"),
     "attack in train mode": ("method.attack_mode=train",),
+    "training in eval mode": ("method.train_mode=eval",),
     "noise": ("model.moe.noise_std=0.5", "model.moe.noise=logits", "model.moe.balance=load"),
     "released noise": ("model.moe.noise_std=0.5", "model.moe.noise=released", "model.moe.balance=switch"),
     "importance": ("model.moe.balance=importance", "model.moe.num_experts=8"),

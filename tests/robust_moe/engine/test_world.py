@@ -110,3 +110,26 @@ def test_processes_that_do_not_go_together_are_refused_by_each_with_one_sentence
     assert first["few images"].startswith("run.batch_size: expected at most the 9 training images")
     assert first["blocks"].startswith("run.sync_batch_norm: norms: expected experts that may be given no rows")
     assert first.keys() == CASES.keys()
+
+
+LOST = """
+    import sys
+    from robust_moe.engine.world import agree, meet, world_of
+
+    world = world_of(1)
+    meet(world)
+    if world.rank == 1:
+        sys.exit(3)
+    try:
+        agree(world, {"fact": 1})
+    except ConnectionError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_ended_before_all_agree_is_told_by_a_sentence(tmp_path):
+    (tmp_path / "lost.py").write_text(textwrap.dedent(LOST))
+    (status, said, errors), (ended, _, _) = run_all([sys.executable, str(tmp_path / "lost.py")], as_torchrun(2))
+    assert (status, ended) == (0, 3), errors
+    assert said == "expected 2 processes, got no answer from one that has ended\n"

@@ -244,3 +244,13 @@ def test_each_number_of_steps_is_captured_as_a_graph_of_its_own(tiny):
         assert torch.equal(method.craft(model, batch, number).images, eager.craft(model, batch, number).images)
     assert recorder.captured == [1, 3]  # the second batch of each piece
     assert recorder.replayed == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("attack", ["fab", "square", "autoattack"])
+def test_several_processes_refuse_an_attack_that_images_leave_in_train_mode(tiny, attack):
+    chosen, train = f"method.attack={attack}", "method.attack_mode=train"
+    with pytest.raises(ConfigError, match=f"method.attack_mode: expected eval with method.attack.name={attack}"):
+        make_method(tiny(chosen, train), 2)
+    make_method(tiny(chosen), 2)
+    make_method(tiny(chosen, train), 1)
+    make_method(tiny("method.attack_mode=train"), 2)  # PGD keeps all images

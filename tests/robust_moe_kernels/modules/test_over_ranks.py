@@ -7,6 +7,7 @@ import pytest
 import torch
 from rank_runs import as_torchrun, run_all
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from robust_moe_kernels.modules import FusedBlockMoE, batch_over_ranks, mean_over_ranks, rank_count, sum_over_ranks
 from robust_moe_kernels.modules.ranks import drawn_over_ranks, gather_over_ranks, offsets_over_ranks
@@ -65,13 +66,16 @@ SCRIPT = """
         norm(rows, pixels=1)
         norm(rows, pixels=4)
 
-    def blocks(kind, bound, stride):
+    class Own(nn.BatchNorm2d):
+        "a class that expert norms of another kind take the place of"
+
+    def blocks(kind, bound, stride, norm=nn.BatchNorm2d):
         "a routed block of the engine, or in double of modules, on half a batch beside the whole"
         torch.manual_seed(1)
         skip = None
         if stride > 1:
             skip = nn.Sequential(nn.Conv2d(4, 8, 1, stride, bias=False), nn.BatchNorm2d(8))
-        block = BasicBlock(4, 8 if skip else 4, stride, skip).to(kind)
+        block = BasicBlock(4, 8 if skip else 4, stride, skip, norm_layer=norm).to(kind)
         wide = FusedBlockMoE.from_block(block, num_experts=5, top_k=2).train()
         for parameter in wide.parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -96,6 +100,8 @@ SCRIPT = """
     for stride in (1, 2):
         blocks(torch.float32, 2e-5, stride)
         blocks(torch.float64, 1e-12, stride)
+    blocks(torch.float32, 2e-5, 1, Own)
+    blocks(torch.float64, 1e-12, 1, Own)
 
     def losses(kind):
         "of a noisy layer, values and gradients to the gate"
@@ -169,6 +175,22 @@ def test_without_a_process_group_nothing_changes():
     drawn = drawn_over_ranks(x, (3,))
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.randn_like(x))
+
+
+def test_norms_of_another_class_train_without_a_process_group():
+    torch.manual_seed(0)
+    own = type("Own", (nn.BatchNorm2d,), {})
+    plain, other = (
+        FusedBlockMoE.from_block(BasicBlock(4, 4, norm_layer=norm), num_experts=3, top_k=1).train()
+        for norm in (nn.BatchNorm2d, own)
+    )
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 4, 6, 6)
+    for layer in (plain, other):
+        layer(x).square().sum().backward()
+    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    torch.testing.assert_close(dict(plain.named_buffers()), dict(other.named_buffers()))
 
 
 def test_norms_of_blocks_that_need_rows_are_refused():
