@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from robust_moe.data.dataset import FolderDataSet, Read
+from robust_moe.data.dataset import MOST_SIDE, FolderDataSet, Read
 from robust_moe.data.decode import open_image
 from robust_moe.data.decode_all import Decoded, Headers, Side, decode_all, read_headers, spread
 from robust_moe.data.encoded import EncodedImages, EncodedPart
@@ -18,7 +18,7 @@ from robust_moe.data.image_set import DataError, ImageSet, Labelled, expect_room
 from robust_moe.data.streamed import StreamedSet
 from robust_moe.settings import setting
 
-__all__ = ["MOST_FOUND_SIDE", "EncodedDataSet"]
+__all__ = ["EncodedDataSet", "found_image_size"]
 
 LOOKED_AT = 10_000  # headers, spread evenly over the training images, that size and channels are found out from
 MOST_FOUND_SIDE = 224  # pixels: what networks for photographs take; more only where it is asked for
@@ -29,6 +29,18 @@ CURES = {
     "validation": "a smaller data.validation_fraction holds out fewer",
     "test": "data.test_limit takes fewer",
 }
+
+
+def found_image_size() -> Any:
+    """The setting ``image_size`` of a data set that finds out the size of its images."""
+    return setting(
+        None,
+        f"side that images are scaled to cover and cut to the centre of; null: the median of the training images' "
+        f"shorter sides, at most {MOST_FOUND_SIDE}",
+        unit="pixels",
+        at_least=1,
+        at_most=MOST_SIDE,
+    )
 
 
 class EncodedDataSet(FolderDataSet):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from robust_moe.data.dataset import DATASETS, MOST_SIDE
+from robust_moe.data.dataset import DATASETS
 from robust_moe.data.encoded import EncodedPart, ImageFiles
-from robust_moe.data.encoded_source import MOST_FOUND_SIDE, EncodedDataSet
+from robust_moe.data.encoded_source import EncodedDataSet, found_image_size
 from robust_moe.data.folder_layout import class_folders, find_layout
 from robust_moe.data.image_set import DataError
 from robust_moe.data.image_tree import SUFFIXES, ImageTree
@@ -41,14 +41,7 @@ class ImageFolder(EncodedDataSet):
     class Config(EncodedDataSet.Config):
         """Settings of a folder of images."""
 
-        image_size: int | None = setting(
-            None,
-            f"side that images are scaled to cover and cut to the centre of; null: the median of the training images' "
-            f"shorter sides, at most {MOST_FOUND_SIDE}",
-            unit="pixels",
-            at_least=1,
-            at_most=MOST_SIDE,
-        )
+        image_size: int | None = found_image_size()
         test_fraction: float | None = setting(
             None,
             f"share of the images that is held out as test images where the folder has none; null: {TEST_FRACTION}",

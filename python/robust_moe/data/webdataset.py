@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from robust_moe.data.dataset import DATASETS, MOST_SIDE
+from robust_moe.data.dataset import DATASETS
 from robust_moe.data.encoded import EncodedPart
-from robust_moe.data.encoded_source import MOST_FOUND_SIDE, EncodedDataSet
+from robust_moe.data.encoded_source import EncodedDataSet, found_image_size
 from robust_moe.data.image_set import DataError, listed
 from robust_moe.data.labels import FoundLabels, resolve_labels
 from robust_moe.data.tar_shards import Member, TarImages, expect_all_shards, read_shard
-from robust_moe.settings import setting
 
 __all__ = ["WebDataset"]
 
@@ -40,14 +39,7 @@ class WebDataset(EncodedDataSet):
     class Config(EncodedDataSet.Config):
         """Settings of tar shards."""
 
-        image_size: int | None = setting(
-            None,
-            f"side that images are scaled to cover and cut to the centre of; null: the median of the training images' "
-            f"shorter sides, at most {MOST_FOUND_SIDE}",
-            unit="pixels",
-            at_least=1,
-            at_most=MOST_SIDE,
-        )
+        image_size: int | None = found_image_size()
 
     config: Config
     files = "tar shards, in train and test (or val), or named train-*.tar and test-*.tar (or val-*.tar)"
