@@ -22,7 +22,8 @@ fi
 nodes=${SLURM_JOB_NUM_NODES:?run this by sbatch}
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}
 cpus=${SLURM_CPUS_PER_TASK:?ask for cores with --cpus-per-task}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${first%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 40000))
 
 # srun does not take over sbatch's --cpus-per-task (Slurm 22.05 and later): torchrun would get a single core

@@ -158,7 +158,7 @@ def test_the_notebook_runs(capsys, monkeypatch):
 def test_the_page_of_examples_has_all_of_them():
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"\]\(\.\./examples/([\w.]+)\)", page))
-    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb", ".sh")}
 
 
 SRUN = """#!/bin/bash

@@ -9,14 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from robust_moe.data.encoded import EncodedImages
 
 __all__ = [
     "DataError",
@@ -102,6 +99,16 @@ class LabelledImages(Labelled):
         """These images in memory. Raises :class:`DataError` where they cannot be read, or are more than memory."""
 
 
+class Origin(Protocol):
+    """What images were decoded from, as :class:`~robust_moe.data.encoded.EncodedImages`."""
+
+    def select(self, index: Tensor) -> Self:
+        """The images at ``index`` (int64 [M]), in that order."""
+
+    def identities(self) -> Tensor:
+        """int64 [N], of each image."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet(LabelledImages):
     """Labelled images in memory, kept as bytes.
@@ -119,7 +126,7 @@ class ImageSet(LabelledImages):
     class_names: tuple[str, ...]
     name: str
     notes: tuple[str, ...] = ()
-    origin: EncodedImages | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:

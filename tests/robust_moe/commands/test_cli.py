@@ -527,7 +527,7 @@ def test_the_console_script_is_installed():
 
 @pytest.mark.parametrize(
     ("blocked", "command"),
-    [("typer", ["env"]), ("lightning_fabric", ["train"]), ("yaml", ["train", "digits-dense"])],
+    [("typer", ["env"]), ("lightning_fabric", ["train", "digits-dense"]), ("yaml", ["train", "digits-dense"])],
 )
 def test_without_the_extra_one_sentence_names_it(blocked, command):
     script = f"import sys; sys.modules[{blocked!r}] = None; from robust_moe.cli import main; main()"

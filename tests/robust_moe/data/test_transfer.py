@@ -124,7 +124,7 @@ def test_three_steps_of_training_copy_no_more_than_their_batches(engine_on_meta)
 
 def test_a_validation_is_read_at_its_end_only(engine_on_meta, monkeypatch):
     """Images, attack, scores and routing: one copy a batch that the host does not wait for, nothing read before the
-    end, and then flags, masks, the experts of a layer and the images to be shown once each."""
+    end, and then flags, masks, the images to be shown and the experts of a layer once each."""
     read, batches = [], []
     monkeypatch.setattr(staged, "refuse_nonfinite", lambda bad, what: read.append(bad.shape))
     monkeypatch.setattr(
@@ -142,7 +142,7 @@ def test_a_validation_is_read_at_its_end_only(engine_on_meta, monkeypatch):
     assert seen.copies == [("cpu to meta", False)] * 3
     assert not seen.reads
     assert batches == [(8, []), (8, []), (4, [])]
-    assert read == [(), (20,), (20,), (2, 4), (2, 4, 3, 32, 32)]
+    assert read == [(), (20,), (20,), (2, 4, 3, 32, 32), (2, 4)]
     assert result.routing["layer4.1"].first == [0.25] * 4
 
 

@@ -19,9 +19,9 @@ from robust_moe.engine import (
     CheckpointError,
     Reporter,
     Trainer,
-    checkpoint,
     fabric,
     load_checkpoint,
+    run_checkpoints,
     save_checkpoint,
 )
 from robust_moe.engine.experiment import make_model
@@ -128,7 +128,7 @@ def reads(monkeypatch) -> list[str]:
         found.append(path.name)
         return load_checkpoint(path, **options)
 
-    monkeypatch.setattr(checkpoint, "load_checkpoint", reading)
+    monkeypatch.setattr(run_checkpoints, "load_checkpoint", reading)
     return found
 
 
