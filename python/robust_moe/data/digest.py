@@ -102,7 +102,7 @@ def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
         found["image shape"] = f"image shape: {old['shape']} became {new['shape']}"
     by, now_by = (digest.get("told_by", PIXELS) for digest in (old, new))
     if by != now_by:
-        told = f"images were told apart by their {shown(by)}, and are by their {shown(now_by)} (data.loading)"
+        told = f"images were told apart by their {by}, and are by their {now_by} (data.loading)"
         found["told by"] = f"{told}: whether they are the same is not known"
     parts = list(NOUNS)
     both = [torch.cat([digest[name]["images"] for name in ("train", "val")]) for digest in (old, new)]
