@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from robust_moe.lazy import lazily
 
 if TYPE_CHECKING:
     from robust_moe.api import evaluate, list_presets, load_model, train
@@ -22,13 +24,13 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from robust_moe import api, pretrained
-
-    return getattr(api if name in api.__all__ else pretrained, name)
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("evaluate", "list_presets", "load_model", "train"), "api"),
+        **dict.fromkeys(("export_model", "from_pretrained", "save_pretrained"), "pretrained"),
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -5,14 +5,14 @@ The loop is imported when it is asked for: Lightning Fabric takes longer to impo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from robust_moe.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from robust_moe.engine.cost import epochs_within, passes_of_run
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.log import MetricLog, read_metrics
 from robust_moe.engine.progress import Reporter
+from robust_moe.lazy import lazily
 
 if TYPE_CHECKING:
     from robust_moe.engine.processes import LostProcessError
@@ -34,9 +34,4 @@ __all__ = [
 ]
 
 _TRAINING = {"LostProcessError": "processes", "TrainResult": "trainer", "Trainer": "trainer"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_TRAINING[name]}"), name)
+__getattr__ = lazily(__name__, _TRAINING)

@@ -18,6 +18,7 @@ from robust_moe.content import (
     text,
     whole,
 )
+from robust_moe.data.digest import FILES, PIXELS
 
 __all__ = ["DATA", "DESCRIPTION", "STATE_DICT"]
 
@@ -38,7 +39,7 @@ def _digest(value: Any, place: str) -> None:
     """Of the images, as robust_moe.data.data_digest has it; older ones do not say what tells images apart."""
     sections = dict.fromkeys(("train", "val", "test"), _PART)
     fields({"class_names": items(text, 1, 2**17), "shape": items(whole(1), 3, 3), **sections})(value, place)
-    fields({"told_by": one_of("pixels", "files")}, required=False)(value, place)
+    fields({"told_by": one_of(PIXELS, FILES)}, required=False)(value, place)
 
 
 def _python(value: Any, place: str) -> None:

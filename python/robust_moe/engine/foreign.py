@@ -70,9 +70,9 @@ def load_measured(
         ConfigError: as in training; no data named; a normalisation that is none.
         DataError: as in training.
     """
-    if foreign is None and is_saved_model(checkpoint_file(path)):
-        return _saved(checkpoint_file(path).parent, overrides or [], task)
     if foreign is None:
+        if is_saved_model(found := checkpoint_file(path)):
+            return _saved(found.parent, overrides or [], task)
         try:
             return load_experiment(path, overrides, task=task)
         except CheckpointError as error:

@@ -5,8 +5,7 @@ What draws is imported when it is asked for: matplotlib takes as long to import 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from robust_moe.evaluation.accuracy import EvalResult, accuracy, routing_shares
 from robust_moe.evaluation.backdoor import backdoor_report
@@ -32,6 +31,7 @@ from robust_moe.evaluation.store import Journal, ResumeError
 from robust_moe.evaluation.suite import run_suite, with_stages
 from robust_moe.evaluation.tables import attack_table, results_table
 from robust_moe.evaluation.vmoe import vmoe_curve
+from robust_moe.lazy import lazily
 
 if TYPE_CHECKING:
     from robust_moe.evaluation.html_report import write_report
@@ -88,9 +88,4 @@ _DRAWING = {
     "plot_training": "plots",
     "write_report": "html_report",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _DRAWING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_DRAWING[name]}"), name)
+__getattr__ = lazily(__name__, _DRAWING)

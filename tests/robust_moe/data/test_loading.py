@@ -43,7 +43,7 @@ def root(source: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the image files that are read, as they are."""
+    """The names of the image files that are read, in their order."""
     names: list[str] = []
     whole = ImageFiles._read
 

@@ -121,7 +121,7 @@ def test_a_run_keeps_the_precision_it_began_with_on_another_machine(tiny, monkey
 
 
 def reads(monkeypatch) -> list[str]:
-    """Which files checkpoints are read from, as they are."""
+    """Which files checkpoints are read from, in the order of reading."""
     found: list[str] = []
 
     def reading(path, **options):
