@@ -37,6 +37,7 @@ def test_a_second_training_is_refused_and_nothing_is_lost(tiny, tmp_path):
 
     def disturbed(batch):
         step(batch)
+        first.writer.wait()  # a checkpoint of the first may be on its way
         before = files(first.folder)
         for resume in (True, False):
             with pytest.raises(ConfigError) as error:
