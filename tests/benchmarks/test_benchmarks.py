@@ -293,6 +293,26 @@ def test_the_load_is_that_of_the_timed_rounds(monkeypatch):
     assert row.load == Load(1.0, 0.0, 2.0)
 
 
+@pytest.mark.parametrize(("busy", "kept"), [(0, 1), (1, 2), (2, 3), (9, 3)])
+def test_a_case_beside_which_the_machine_was_busy_is_timed_again_twice_at_most(monkeypatch, capsys, busy, kept):
+    """``busy`` tries are disturbed; the rounds of try number ``kept`` are the case's."""
+    tries = []
+
+    class Told(Watch):
+        def load(self) -> Load:
+            tries.append(len(calls))
+            return Load(1.0, 0.5 if len(tries) <= busy else 0.0, 0.0)
+
+    calls: list[int] = []
+    monkeypatch.setattr(harness, "Watch", Told)
+    (row,) = compare({"E": 4}, {"a": calls.append}, Options(CPU, repeats=2), warmup=1)
+    assert calls == [-1, 0, 1] + [0, 1] * (kept - 1)
+    assert tries == [3 + 2 * more for more in range(kept)]
+    assert row.repeats == 2 and row.load == Load(1.0, 0.5 if busy >= kept else 0.0, 0.0)
+    said = capsys.readouterr().out
+    assert said.count("other processes took 50% of its processors' time, at most 8% is quiet; timed again") == kept - 1
+
+
 def test_the_model_adds_up_amdahls_law_operation_by_operation():
     alone = {"convolution": 80.0, "sort": 3.0, "slower together": 5.0}
     together = {"convolution": 50.0, "sort": 3.0, "slower together": 9.0}  # w = 60 of the convolution's 80

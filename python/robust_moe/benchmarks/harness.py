@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_moe.benchmarks.load import Load, Watch, stretches, why_busy
+from robust_moe.benchmarks.load import LEAST, Load, Watch, stretches, why_busy
 from robust_moe.benchmarks.records import write_record
 from robust_moe.provenance import provenance
 
@@ -23,6 +23,7 @@ __all__ = ["BusyMachine", "Options", "Row", "Run", "check_close", "compare", "pe
 Run = Callable[[int], object]  # called with the number of the repetition, to choose its input
 WAITED = 200_000  # clock cycles, about 0.1 ms: many times what the host needs to ask for a graph and two events
 FEWEST = 2  # timed rounds of a case, however slow it is
+TRIES = 3  # times that a case is timed, until the machine was quiet beside it
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,26 @@ def _seconds(run: Run, number: int, device: torch.device, queued: bool = False) 
     return time.perf_counter() - begin
 
 
+def _rounds(
+    variants: dict[str, Run], options: Options, warmup: int, replays: Collection[str]
+) -> tuple[dict[str, list[float]], Load | None]:
+    """Seconds of every timed round of each variant, and the load beside them; see :func:`compare`."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    spent = 0.0
+    watch = Watch()
+    for number in range(-warmup, options.repeats):
+        if number == 0:
+            watch = Watch()
+        if options.seconds is not None and number >= FEWEST and spent > options.seconds:
+            break
+        for name, run in variants.items():
+            elapsed = _seconds(run, number, options.device, name in replays)
+            spent += elapsed
+            if number >= 0:
+                times[name].append(elapsed)
+    return times, watch.load() if options.device.type == "cpu" else None
+
+
 def compare(
     case: dict[str, Any],
     variants: dict[str, Run],
@@ -97,23 +118,17 @@ def compare(
 
     ``ratio`` compares runs of the same round with the first variant. ``warmup`` rounds are not counted. With
     ``options.seconds`` a slow case gets fewer rounds than ``options.repeats``, two at least (or as many as asked for).
+    Rounds beside which the machine was busy are dropped, all of the case, and timed again, twice at most (not if quick).
     ``replays`` names the variants that replay a graph: on a GPU their launch is not part of their time.
     """
     names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    spent = 0.0
-    watch = Watch()
-    for number in range(-warmup, options.repeats):
-        if number == 0:
-            watch = Watch()
-        if options.seconds is not None and number >= FEWEST and spent > options.seconds:
+    for left in reversed(range(1 if options.quick else TRIES)):
+        times, load = _rounds(variants, options, warmup, replays)
+        reason = why_busy(load) if load is not None and load.seconds >= LEAST else None
+        if reason is None or not left:
             break
-        for name in names:
-            elapsed = _seconds(variants[name], number, options.device, name in replays)
-            spent += elapsed
-            if number >= 0:
-                times[name].append(elapsed)
-    load = watch.load() if options.device.type == "cpu" else None
+        print(f"  {case}: {reason}; timed again", flush=True)
+        warmup = 0
     rows = []
     for name in names:
         ordered = sorted(times[name])
@@ -165,7 +180,6 @@ def show(rows: list[Row]) -> None:
         more += f"  {row.extra['images_per_second']:8.1f} images/s" if "images_per_second" in row.extra else ""
         more += f"  {row.extra['gflops']:8.1f} GFLOP/s" if "gflops" in row.extra else ""
         more += f"  {row.extra['share']:4.0%}" if "share" in row.extra else ""
-        more += f"  {row.extra['images_per_second']:8.1f} images/s" if "images_per_second" in row.extra else ""
         more += f"  scaling {row.extra['scaling']:.2f}" if "scaling" in row.extra else ""
         more += "".join(f"  {name} {share:.0%}" for name, share in row.extra.get("shares", {}).items())
         spread = f"{row.low_ms:.3f}..{row.high_ms:.3f}"
