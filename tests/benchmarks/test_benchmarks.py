@@ -286,6 +286,19 @@ def test_what_others_took_is_the_processors_work_without_our_own(monkeypatch):
     assert Watch().load() == Load(seconds=4.0, others=0.25, switches=5.0)
 
 
+def test_of_workers_that_share_the_processors_switches_say_nothing(monkeypatch):
+    monkeypatch.setattr(load, "_processors", lambda: frozenset({0}))
+    for workers, switches in ((False, 1e4), (True, None)):
+        counters = iter([(0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1e4)])
+        monkeypatch.setattr(load, "_counters", lambda _, counters=counters: next(counters))
+        (row,) = compare({}, {"a": lambda _: None}, Options(CPU, repeats=1, quick=True), warmup=0, workers=workers)
+        assert row.load == Load(1.0, 0.0, switches)
+        assert (why_busy(row.load) is None) == workers
+    one, none = ("1", Load(0.3, 0.2, 8.0)), ("2", Load(0.3, 0.1, None))
+    assert load.stretches([one, none]) == [("1 to 2", Load(0.6, pytest.approx(0.15), None))]
+    assert "other processes took 15%" in str(why_busy(load.stretches([one, none])[0][1]))
+
+
 def test_the_load_is_that_of_the_timed_rounds(monkeypatch):
     counters = iter([(0.0, 0.0, 0.0, 0.0), (10.0, 10.0, 0.0, 900.0), (11.0, 10.0, 0.0, 902.0)])
     monkeypatch.setattr(load, "_counters", lambda _: next(counters))

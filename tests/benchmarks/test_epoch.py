@@ -65,8 +65,11 @@ def test_one_tiny_epoch_of_each_trainer(tmp_path: Path, monkeypatch: pytest.Monk
     def answer(step):
         found.append([step(0), step(1)])
 
+    mixed = load_config(None, [*epoch._settings(SIZES, CPU, tmp_path, "bf16-mixed"), *settings])
     epoch._ours(answer, config)
+    epoch._ours(answer, mixed)
     epoch._plain(answer, config, SIZES, CPU, tmp_path)
+    epoch._plain(answer, config, SIZES, CPU, tmp_path, True)
     for first, second in found:
         for result in (first, second):
             shares = [result[name] for name in PARTS]
@@ -79,8 +82,10 @@ def test_one_tiny_epoch_of_each_trainer(tmp_path: Path, monkeypatch: pytest.Monk
             (first["images_per_second"] + second["images_per_second"]) / 2
         )
         assert sum(made["shares"].values()) == pytest.approx(1, abs=0.2) and set(made["shares"]) == {*PARTS, "other"}
-    position = load_checkpoint(tmp_path / "run" / "last.pt")["position"]
-    assert position == {"epoch": 2, "batch": 0, "step": 2 * SIZES.images // SIZES.batch}
+    for precision in ("32-true", "bf16-mixed"):
+        state = load_checkpoint(tmp_path / precision / "last.pt")
+        assert state["position"] == {"epoch": 2, "batch": 0, "step": 2 * SIZES.images // SIZES.batch}
+        assert state["config"]["run"]["precision"] == precision
     assert set(torch.load(tmp_path / "plain.pt")) == {"model", "optimizer"}
     with pytest.raises(AssertionError, match="loss: expected finite numbers"):
         epoch._medians([{**found[0][0], "loss": float("nan")}])

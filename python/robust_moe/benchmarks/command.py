@@ -31,7 +31,7 @@ BENCHMARKS = {
     "train_step": Benchmark(3, "a whole PGD-7 training step of a ResNet-18; CPU: minutes"),
     "ranks": Benchmark(5, "that step in one process and in two: strong and weak scaling; CPU only: minutes"),
     "rt_er_step": Benchmark(3, "a whole RT-ER step of four small ResNets; CPU: minutes"),
-    "epoch": Benchmark(3, "a whole epoch of training a ResNet-18, beside a plain loop trainer; CPU: ~15 minutes"),
+    "epoch": Benchmark(3, "a whole epoch of training a ResNet-18, beside a plain loop trainer; CPU: ~20 minutes"),
     "expert_mlp": Benchmark(
         5, "a ViT-S's routed MLP beside the dense one, loops and the grouped product; CPU: minutes"
     ),

@@ -3,8 +3,9 @@
 Ours is the product's trainer on a CIFAR ResNet-18 whose layer4.1 is four experts, adversarial training by PGD-7 as is
 the default, crop and flip. Against it a trainer as papers publish one, in plain PyTorch: the masked loop, an attack
 that calls ``loss.backward()``, a DataLoader of two workers that changes image by image, ``torch.save`` while the
-training waits. Both score as many validation images by PGD-20, and write their state once. Each has a process of its
-own; memory is the most that it held, imports and images included, but not the loader's workers.
+training waits. Both score as many validation images by PGD-20, and write their state once. Both are timed in float32,
+and ours as ``run.precision=bf16-mixed`` makes it, the plain trainer by autocast. Each has a process of its own; memory
+is the most that it held, imports and images included, but not the loader's workers.
 
 512 images an epoch on a CPU, 16,384 on a GPU, made up: the pixels do not matter for the time. Where the time goes is
 told by a clock around the trainer's own methods; on a GPU it waits for the device at every boundary. What a checkpoint
@@ -17,7 +18,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from robust_moe.benchmarks.harness import Options, Row, Run, compare
 from robust_moe.benchmarks.own_process import own_worker
-from robust_moe.benchmarks.train_step import EPS, LAYER, STEPS, check_step, plain_attack, with_loop
+from robust_moe.benchmarks.train_step import EPS, LAYER, STEPS, check_step, in_bfloat16, plain_attack, with_loop
 from robust_moe.config import TrainConfig, load_config
 from robust_moe.data import Batch
 from robust_moe.models import build_model
@@ -127,7 +128,7 @@ def _result(clock: Clock, images: int, loss: float, device: torch.device) -> dic
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def _settings(sizes: Sizes, device: torch.device, folder: Path) -> list[str]:
+def _settings(sizes: Sizes, device: torch.device, folder: Path, precision: str = "32-true") -> list[str]:
     return [
         "data.name=image_folder",
         f"data.root={folder / 'images'}",
@@ -144,9 +145,9 @@ def _settings(sizes: Sizes, device: torch.device, folder: Path) -> list[str]:
         "run.epochs=10000",  # as many as are asked for
         f"run.batch_size={sizes.batch}",
         f"run.accelerator={device.type}",
-        "run.precision=32-true",
+        f"run.precision={precision}",
         f"run.threads={torch.get_num_threads()}",
-        f"run.out={folder / 'run'}",
+        f"run.out={folder / precision}",
     ]
 
 
@@ -219,9 +220,12 @@ class _PerImage(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return image.float().div(255), self.labels[number]
 
 
-def _plain(answer: Answer, config: TrainConfig, sizes: Sizes, device: torch.device, folder: Path) -> None:
-    """Training as papers publish it; each question is one epoch."""
+def _plain(
+    answer: Answer, config: TrainConfig, sizes: Sizes, device: torch.device, folder: Path, mixed: bool = False
+) -> None:
+    """Training as papers publish it; each question is one epoch. ``mixed``: by autocast to bfloat16."""
     model = with_loop(_model(config, device)).to(memory_format=torch.contiguous_format)
+    model = in_bfloat16(model) if mixed else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     images, labels = _read(folder / "images" / "train")
     data, held_out = (_PerImage(images[part], labels[part]) for part in (slice(sizes.images), slice(sizes.validated)))
@@ -313,11 +317,19 @@ def run(options: Options) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write(folder, sizes)
-        config = load_config(None, _settings(sizes, options.device, folder))
+        config, mixed = (
+            load_config(None, _settings(sizes, options.device, folder, precision))
+            for precision in ("32-true", "bf16-mixed")
+        )
         _check(config, sizes, options.device)
         plain = (config, sizes, options.device, folder)
-        with own_worker(_ours, config) as ours, own_worker(_plain, *plain) as loop:
-            asked = {"ours": ours, "plain loop trainer": loop}
+        with ExitStack() as stack:
+            asked = {
+                "ours": stack.enter_context(own_worker(_ours, config)),
+                "ours, bfloat16": stack.enter_context(own_worker(_ours, mixed)),
+                "plain loop trainer": stack.enter_context(own_worker(_plain, *plain)),
+                "plain loop trainer, bfloat16": stack.enter_context(own_worker(_plain, *plain, True)),
+            }
             seen: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
 
             def one(number: int, name: str) -> None:
@@ -327,7 +339,7 @@ def run(options: Options) -> list[Row]:
             case: dict[str, Any] = {"epoch": f"PGD-{STEPS}", "model": f"resnet18, {LAYER}", "E": sizes.experts}
             case |= {"images": sizes.images, "B": sizes.batch, "width": sizes.width, "validated": sizes.validated}
             rows = compare(case | {"threads": torch.get_num_threads()}, variants, options, warmup=1)
-    return [dataclasses.replace(row, extra=_medians(seen[row.variant][1:])) for row in rows]
+    return [dataclasses.replace(row, extra=_medians(seen[row.variant][-row.repeats :])) for row in rows]
 
 
 def _medians(epochs: list[dict[str, float]]) -> dict[str, Any]:

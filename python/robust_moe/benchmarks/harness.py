@@ -87,15 +87,15 @@ def _seconds(run: Run, number: int, device: torch.device, queued: bool = False) 
 
 
 def _rounds(
-    variants: dict[str, Run], options: Options, warmup: int, replays: Collection[str]
+    variants: dict[str, Run], options: Options, warmup: int, replays: Collection[str], workers: bool
 ) -> tuple[dict[str, list[float]], Load | None]:
     """Seconds of every timed round of each variant, and the load beside them; see :func:`compare`."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     spent = 0.0
-    watch = Watch()
+    watch = Watch(workers)
     for number in range(-warmup, options.repeats):
         if number == 0:
-            watch = Watch()
+            watch = Watch(workers)
         if options.seconds is not None and number >= FEWEST and spent > options.seconds:
             break
         for name, run in variants.items():
@@ -113,17 +113,19 @@ def compare(
     extra: dict[str, dict[str, Any]] | None = None,
     warmup: int = 2,
     replays: Collection[str] = (),
+    workers: bool = False,
 ) -> list[Row]:
     """Time variants of one case in turn, A B C A B C, so that a drift of the machine's speed hits all alike.
 
     ``ratio`` compares runs of the same round with the first variant. ``warmup`` rounds are not counted. With
     ``options.seconds`` a slow case gets fewer rounds than ``options.repeats``, two at least (or as many as asked for).
-    Rounds beside which the machine was busy are dropped, all of the case, and timed again, twice at most (not if quick).
-    ``replays`` names the variants that replay a graph: on a GPU their launch is not part of their time.
+    Rounds beside which the machine was busy are dropped, all of the case, and timed again, twice at most; not if quick.
+    ``replays`` names the variants that replay a graph: on a GPU their launch is not part of their time. ``workers`` is
+    that of :class:`~robust_moe.benchmarks.load.Watch`.
     """
     names = list(variants)
     for left in reversed(range(1 if options.quick else TRIES)):
-        times, load = _rounds(variants, options, warmup, replays)
+        times, load = _rounds(variants, options, warmup, replays, workers)
         reason = why_busy(load) if load is not None and load.seconds >= LEAST else None
         if reason is None or not left:
             break

@@ -26,14 +26,15 @@ class Load:
 
     seconds: float  # how long it was
     others: float  # share that other processes, the system and other machines took of the processors that it may use
-    switches: float  # how often a second a thread of this process had to give up its processor
+    switches: float | None  # how often a second a thread of this process had to give up its processor; None: that says
+    # nothing, for its own workers want the processors too
 
 
 def why_busy(load: Load) -> str | None:
     """Reason why numbers timed under this load are no result, or ``None``."""
     if load.others > MOST_OTHERS:
         return f"other processes took {load.others:.0%} of its processors' time, at most {MOST_OTHERS:.0%} is quiet"
-    if load.switches > MOST_SWITCHES:
+    if load.switches is not None and load.switches > MOST_SWITCHES:
         return f"{load.switches:.0f} involuntary context switches a second, at most {MOST_SWITCHES:.0f} is quiet"
     return None
 
@@ -41,11 +42,14 @@ def why_busy(load: Load) -> str | None:
 class Watch:
     """Started when it is made; Linux only, elsewhere ``load`` is None.
 
+    workers: what is timed has more processes than it may use processors, which give way to each other.
+
     It looks at the processors that this process may use: what others do on the rest of a machine of many takes no time
     from a benchmark that is held to a few, and a mean over all of them would hide what others do on these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: bool = False) -> None:
+        self._workers = workers
         self._processors = _processors()
         self._began = _counters(self._processors)
 
@@ -55,7 +59,8 @@ class Watch:
             return None
         seconds, busy, own, switches = (after - before for before, after in zip(self._began, now, strict=True))
         seconds = max(seconds, 1e-3)
-        return Load(seconds, max(0.0, busy - own) / seconds / len(self._processors), switches / seconds)
+        others = max(0.0, busy - own) / seconds / len(self._processors)
+        return Load(seconds, others, None if self._workers else switches / seconds)
 
 
 def stretches(loads: Iterable[tuple[str, Load]]) -> list[tuple[str, Load]]:
@@ -77,7 +82,9 @@ def _together(one: tuple[str, Load], other: tuple[str, Load]) -> tuple[str, Load
     (first, a), (last, b) = one, other
     seconds = a.seconds + b.seconds
     others = (a.others * a.seconds + b.others * b.seconds) / seconds
-    switches = (a.switches * a.seconds + b.switches * b.seconds) / seconds
+    switches = None
+    if a.switches is not None and b.switches is not None:
+        switches = (a.switches * a.seconds + b.switches * b.seconds) / seconds
     return f"{first.partition(' to ')[0]} to {last.rpartition(' to ')[2]}", Load(seconds, others, switches)
 
 

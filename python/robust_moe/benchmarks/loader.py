@@ -61,7 +61,7 @@ def _speed(root: Path, size: int, count: int, options: Options) -> list[Row]:
     variants: dict[str, Run] = {PLAIN: lambda number: deque(plain, maxlen=0)}
     variants |= {name: partial(_epoch, loader) for name, loader in ours.items()}
     case = {"pixels": size, "images": count, "batch": BATCH, "workers": WORKERS}
-    rows = compare(case, variants, options, warmup=1)
+    rows = compare(case, variants, options, warmup=1, workers=True)
     return [replace(row, extra={"images_per_second": round(count / row.median_ms * 1e3, 1)}) for row in rows]
 
 
@@ -80,7 +80,7 @@ def _memory(root: Path, options: Options) -> list[Row]:
         found.update(first_mib=seen[0], middle_mib=middle, peak_mib=max(seen), last_mib=seen[-1])
 
     case = {"pixels": 32, "images": loader.order.count, "batch": BATCH, "workers": WORKERS, "what": "memory"}
-    return compare(case, {FOLDER: epoch}, replace(options, repeats=1), extra={FOLDER: found}, warmup=0)
+    return compare(case, {FOLDER: epoch}, replace(options, repeats=1), extra={FOLDER: found}, warmup=0, workers=True)
 
 
 def _set(loader: Loader) -> StreamedSet:

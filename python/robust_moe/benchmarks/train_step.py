@@ -37,7 +37,18 @@ from robust_moe.precision import full_precision
 from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.ops.attack_step import random_start
 
-__all__ = ["EPS", "INPUTS", "LAYER", "STEPS", "check_step", "method_step", "plain_attack", "run", "with_loop"]
+__all__ = [
+    "EPS",
+    "INPUTS",
+    "LAYER",
+    "STEPS",
+    "check_step",
+    "in_bfloat16",
+    "method_step",
+    "plain_attack",
+    "run",
+    "with_loop",
+]
 
 LAYER = "layer4.1"
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
@@ -142,7 +153,7 @@ def _model(config: TrainConfig, experts: int, device: torch.device) -> nn.Module
     return build_model(config.model, num_classes=10, channels=3, image_size=32).to(device).train()
 
 
-def _in_bfloat16(model: nn.Module) -> nn.Module:
+def in_bfloat16(model: nn.Module) -> nn.Module:
     """The model with autocast to bfloat16 around its forward, and logits in float32, as Fabric's ``bf16-mixed``."""
     device = next(model.parameters()).device.type
     forward = torch.autocast(device, torch.bfloat16)(model.forward)
@@ -163,7 +174,7 @@ def _plain_trainer(
     experts: int, width: int, count: int, device: torch.device, mixed: bool = False
 ) -> Callable[[int], object]:
     plain = with_loop(_model(_config(experts, width), experts, device)).to(memory_format=torch.contiguous_format)
-    return _plain_step(_in_bfloat16(plain) if mixed else plain, _images(count, device))
+    return _plain_step(in_bfloat16(plain) if mixed else plain, _images(count, device))
 
 
 def run(options: Options) -> list[Row]:
@@ -193,7 +204,7 @@ def _case(
 ) -> list[Row]:
     batches = _images(count, options.device)
     ours = _model(config, experts, options.device)
-    looped, half, method = with_loop(ours), _in_bfloat16(copy.deepcopy(ours)), config.method.build(config.model)
+    looped, half, method = with_loop(ours), in_bfloat16(copy.deepcopy(ours)), config.method.build(config.model)
     with full_precision():  # TF32 would move more pixels than rounding may
         check_step(ours, with_loop(ours), method, batches[0])
     steps = {
