@@ -182,7 +182,7 @@ def show(rows: list[Row]) -> None:
         more += f"  {row.extra['images_per_second']:8.1f} images/s" if "images_per_second" in row.extra else ""
         more += f"  {row.extra['gflops']:8.1f} GFLOP/s" if "gflops" in row.extra else ""
         more += f"  {row.extra['share']:4.0%}" if "share" in row.extra else ""
-        more += f"  scaling {row.extra['scaling']:.2f}" if "scaling" in row.extra else ""
+        more += "".join(f"  {name} {row.extra[name]:.2f}" for name in ("scaling", "efficiency") if name in row.extra)
         more += "".join(f"  {name} {share:.0%}" for name, share in row.extra.get("shares", {}).items())
         spread = f"{row.low_ms:.3f}..{row.high_ms:.3f}"
         print(f"  {row.variant:24} {row.median_ms:10.3f} ms  ({spread:>22})  x{row.ratio:.2f}{more}", flush=True)
