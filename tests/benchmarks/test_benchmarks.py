@@ -336,19 +336,18 @@ def test_the_model_adds_up_amdahls_law_operation_by_operation():
 
 def test_scaling_compares_thread_counts_and_models_from_the_first_and_last(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(scaling, "_operations", lambda step: {"convolution": 1e9, "small": 1e-9})
+    monkeypatch.setattr(scaling, "_operations", lambda step, others: {"convolution": 1e9, "small": 1e-9 * len(others)})
     try:
         rows = scaling._point(TINY, Options(CPU, repeats=1), 3)
     finally:
         torch.set_num_threads(threads)
-    assert [(row.case["threads"], row.variant) for row in rows[:6]] == [
-        (n, v) for n in (1, 2, 3) for v in (OURS, DENSE)
-    ]
-    for first, row in zip(rows[:2], rows[4:6], strict=True):
+    variants = (OURS, DENSE, f"{OURS}, bfloat16", f"{DENSE}, bfloat16")
+    assert [(row.case["threads"], row.variant) for row in rows[:12]] == [(n, v) for n in (1, 2, 3) for v in variants]
+    for first, row in zip(rows[:4], rows[8:12], strict=True):
         assert row.extra["scaling"] == pytest.approx(first.median_ms / row.median_ms)
         assert row.extra["operations_ms"] == pytest.approx({"convolution": row.median_ms, "rest": 0.0})
         assert row.extra["model_ms"]["1"] == pytest.approx(first.median_ms)
-    assert "model_ms" not in rows[0].extra and "operations_ms" not in rows[2].extra
+    assert "model_ms" not in rows[0].extra and "operations_ms" not in rows[4].extra
 
 
 @pytest.mark.slow

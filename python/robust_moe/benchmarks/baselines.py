@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_moe_kernels.modules import MoELayer
 
-__all__ = ["AllExperts", "DenseBlock", "MaskedLoop", "SortedLoop", "first_line", "why_no_compiler"]
+__all__ = ["AllExperts", "DenseBlock", "MaskedLoop", "SortedLoop", "first_line", "in_bfloat16", "why_no_compiler"]
 
 
 class _Routed(nn.Module):
@@ -148,6 +148,14 @@ def _joined_norm(norms: list[nn.BatchNorm2d] | tuple[nn.BatchNorm2d, ...]) -> nn
     }
     joined.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     return joined.requires_grad_(True)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """The model with autocast to bfloat16 around its forward, its result in float32, as Fabric's ``bf16-mixed``."""
+    device = next(model.parameters()).device.type
+    forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    model.forward = lambda x: forward(x).float()
+    return model
 
 
 def why_no_compiler(device: torch.device) -> str | None:

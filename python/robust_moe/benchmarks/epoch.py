@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_moe.benchmarks.baselines import in_bfloat16
 from robust_moe.benchmarks.harness import Options, Row, Run, compare
 from robust_moe.benchmarks.own_process import own_worker
-from robust_moe.benchmarks.train_step import EPS, LAYER, STEPS, check_step, in_bfloat16, plain_attack, with_loop
+from robust_moe.benchmarks.train_step import EPS, LAYER, STEPS, check_step, plain_attack, with_loop
 from robust_moe.config import TrainConfig, load_config
 from robust_moe.data import Batch
 from robust_moe.models import build_model

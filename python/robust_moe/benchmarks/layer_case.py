@@ -198,14 +198,11 @@ def check(variants: dict[str, nn.Module], x: Tensor, modes: tuple[str, ...]) -> 
 
 
 @full_precision()
-def check_same(name: str, module: nn.Module, wanted: nn.Module, x: Tensor) -> None:
-    """Output and input gradient of a module against another's, both in the mode they are in. Raises AssertionError."""
+def check_same(name: str, module: nn.Module, wanted: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Output and input gradient of a module against another's, both in the mode they are in, within the bound of
+    ``dtype`` (None: of x). Raises AssertionError."""
     with torch.no_grad():
         gradient = torch.randn_like(wanted(x))
+    got, bounds = _results(module, x, gradient, weights=False), BOUNDS[dtype or x.dtype]
     for what, value in _results(wanted, x, gradient, weights=False).items():
-        check_close(
-            f"{name}: {what}",
-            _results(module, x, gradient, weights=False)[what],
-            value,
-            BOUNDS[x.dtype]["gradient" in what],
-        )
+        check_close(f"{name}: {what}", got[what], value, bounds["gradient" in what])

@@ -2,7 +2,8 @@
 
 Both centres of ``expert_sweep`` (E = 4 and 16, k = 2, B = 128, 512 channels, 4x4 maps), the passes of training and of
 an attack, with 1, 2, 4, ... threads up to PyTorch's own number. ``scaling`` is the time with one thread over that with
-as many as the row says. The process keeps freed memory, as an attack lets it: neither side waits for fresh pages.
+as many as the row says. The process keeps freed memory, as an attack lets it: neither side waits for fresh pages. Both
+are timed once more under autocast to bfloat16, where each pass casts the filters; an attack casts them once.
 
 The model is no measurement. It takes each operation's time with one thread and with the most threads (PyTorch's
 profiler), splits it into a serial part and one that divides among threads, as Amdahl's law does (t(p) = s + w / p), and
@@ -12,6 +13,7 @@ memory bandwidth beyond that of the measured threads, nor of caches, uneven expe
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from robust_moe.benchmarks import layer_case
+from robust_moe.benchmarks.baselines import in_bfloat16
 from robust_moe.benchmarks.expert_sweep import CENTRES, PASSES
 from robust_moe.benchmarks.harness import Options, Row, compare
 from robust_moe.benchmarks.layer_case import DENSE, Case, one_pass
@@ -47,10 +50,12 @@ def amdahl(alone: Operations, together: Operations, threads: int) -> dict[str, f
     return found
 
 
-def _operations(step: Callable[[int], object]) -> Operations:
-    step(0)
+def _operations(step: Callable[[int], object], others: list[Callable[[int], object]]) -> Operations:
+    """Of ``step``, between passes of ``others``, which take the caches and the freed memory as in the timed rounds."""
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(_PROFILED):
+        for other in others:
+            other(number)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             step(number)
         for event in seen.key_averages():
@@ -74,6 +79,10 @@ def _point(case: Case, options: Options, most: int) -> list[Row]:
     variants = case.variants(case.layer(options.device), (DENSE,))
     inputs = case.inputs(options.device)
     layer_case.check(variants, inputs[0], PASSES)
+    for name in tuple(variants):
+        half = in_bfloat16(copy.deepcopy(variants[name]))
+        layer_case.check_same(f"{name}, bfloat16", half, variants[name], inputs[0], torch.bfloat16)
+        variants[f"{name}, bfloat16"] = half
     rows = []
     for mode in PASSES:
         layer_case.set_mode(variants, mode)
@@ -86,7 +95,8 @@ def _point(case: Case, options: Options, most: int) -> list[Row]:
                 alone.setdefault(row.variant, row.median_ms)
                 extra: dict[str, Any] = {"scaling": alone[row.variant] / row.median_ms}
                 if threads in (1, most):
-                    extra["operations_ms"] = _with_rest(_operations(steps[row.variant]), row.median_ms)
+                    others = [step for name, step in steps.items() if name != row.variant]
+                    extra["operations_ms"] = _with_rest(_operations(steps[row.variant], others), row.median_ms)
                     one = operations.setdefault(row.variant, extra["operations_ms"])
                     if threads > 1:
                         names = one.keys() | extra["operations_ms"].keys()

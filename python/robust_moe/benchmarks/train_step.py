@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_moe.attacks import PGD
-from robust_moe.benchmarks.baselines import MaskedLoop
+from robust_moe.benchmarks.baselines import MaskedLoop, in_bfloat16
 from robust_moe.benchmarks.harness import Options, Row, check_close, compare, peak_bytes
 from robust_moe.benchmarks.own_process import OwnProcess, own_process
 from robust_moe.config import TrainConfig
@@ -43,7 +43,6 @@ __all__ = [
     "LAYER",
     "STEPS",
     "check_step",
-    "in_bfloat16",
     "method_step",
     "plain_attack",
     "run",
@@ -151,14 +150,6 @@ def _images(count: int, device: torch.device) -> list[Batch]:
 def _model(config: TrainConfig, experts: int, device: torch.device) -> nn.Module:
     torch.manual_seed(experts)
     return build_model(config.model, num_classes=10, channels=3, image_size=32).to(device).train()
-
-
-def in_bfloat16(model: nn.Module) -> nn.Module:
-    """The model with autocast to bfloat16 around its forward, and logits in float32, as Fabric's ``bf16-mixed``."""
-    device = next(model.parameters()).device.type
-    forward = torch.autocast(device, torch.bfloat16)(model.forward)
-    model.forward = lambda x: forward(x).float()
-    return model
 
 
 def with_loop(model: nn.Module) -> nn.Module:
