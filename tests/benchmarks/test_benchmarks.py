@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.plots import plot_sweep, plot_train_step
 from robust_moe.benchmarks import expert_sweep, harness, layer_case, load, ranks, scaling, train_step
-from robust_moe.benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop
+from robust_moe.benchmarks.baselines import AllExperts, DenseBlock, MaskedLoop, SortedLoop, in_bfloat16
 from robust_moe.benchmarks.expert_sweep import baselines, sweep
 from robust_moe.benchmarks.harness import BusyMachine, Options, Row, check_close, compare, peak_bytes, save
 from robust_moe.benchmarks.layer_case import DENSE, MASKED, OURS, SORTED, Case
@@ -355,12 +355,42 @@ def test_two_processes_of_the_benchmark_train_what_one_does():
     ranks.check(8)
 
 
-def test_efficiency_is_the_share_of_twice_the_speed():
+def test_efficiency_is_the_share_of_twice_the_speed_of_the_same_rounds():
     rows = [
-        harness.Row({}, name, median, median, median, 1.0, 1, {})
-        for name, median in (("1", 100.0), ("strong", 80.0), ("weak", 125.0))
+        harness.Row({}, name, 1e9, 0.0, 1e9, ratio, 1, {})
+        for name, ratio in (("1", 1.0), ("strong", 0.8), ("weak", 1.25))
     ]
-    assert [row.extra["efficiency"] for row in ranks.with_efficiency(rows)] == [1.0, 50 / 80, 0.8]
+    assert [row.extra["efficiency"] for row in ranks.with_efficiency(rows)] == [1.0, 0.5 / 0.8, 0.8]
+
+
+def test_in_bfloat16_products_are_and_the_result_is_float32():
+    seen = []
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    network[0].register_forward_hook(lambda module, inputs, y: seen.append(y.dtype))
+    x = torch.randn(2, 3, 8, 8)
+    plain = network(x)
+    half = in_bfloat16(network)(x)
+    assert half.dtype == torch.float32 and 0 < (half - plain).abs().max() < 0.1
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_the_step_in_bfloat16_casts_the_weights_once_an_attack():
+    """As the trainer, and not in each of its steps: counted casts of tensors as large as a filter bank."""
+    config = train_step._config(4, 8)
+    batches, method = train_step._images(4, CPU), config.method.build(config.model)
+    counted = {}
+    for mixed in (True, False):
+        step = train_step.method_step(in_bfloat16(train_step._model(config, 4, CPU)), method, batches, mixed)
+        with torch.profiler.profile(record_shapes=True) as seen:
+            step(0)
+        counted[mixed] = sum(
+            event.name == "aten::_to_copy"
+            and bool(event.input_shapes[0])
+            and len(event.input_shapes[0]) == 4
+            and event.input_shapes[0][-1] == 3
+            for event in seen.events()
+        )
+    assert counted[True] < counted[False] - 7 * 10
 
 
 def test_the_plain_attack_stays_in_its_ball_and_leaves_no_gradients():

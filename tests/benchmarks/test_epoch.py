@@ -86,7 +86,8 @@ def test_one_tiny_epoch_of_each_trainer(tmp_path: Path, monkeypatch: pytest.Monk
         state = load_checkpoint(tmp_path / precision / "last.pt")
         assert state["position"] == {"epoch": 2, "batch": 0, "step": 2 * SIZES.images // SIZES.batch}
         assert state["config"]["run"]["precision"] == precision
-    assert set(torch.load(tmp_path / "plain.pt")) == {"model", "optimizer"}
+    for name in ("fp32", "bf16"):
+        assert set(torch.load(tmp_path / f"plain-{name}.pt")) == {"model", "optimizer"}
     with pytest.raises(AssertionError, match="loss: expected finite numbers"):
         epoch._medians([{**found[0][0], "loss": float("nan")}])
 

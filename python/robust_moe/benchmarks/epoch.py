@@ -4,7 +4,8 @@ Ours is the product's trainer on a CIFAR ResNet-18 whose layer4.1 is four expert
 the default, crop and flip. Against it a trainer as papers publish one, in plain PyTorch: the masked loop, an attack
 that calls ``loss.backward()``, a DataLoader of two workers that changes image by image, ``torch.save`` while the
 training waits. Both score as many validation images by PGD-20, and write their state once. Both are timed in float32,
-and ours as ``run.precision=bf16-mixed`` makes it, the plain trainer by autocast. Each has a process of its own; memory
+and ours as ``run.precision=bf16-mixed`` makes it, which scores in float32; the plain trainer by autocast, scoring
+included. Each has a process of its own; memory
 is the most that it held, imports and images included, but not the loader's workers.
 
 512 images an epoch on a CPU, 16,384 on a GPU, made up: the pixels do not matter for the time. Where the time goes is
@@ -227,6 +228,7 @@ def _plain(
     """Training as papers publish it; each question is one epoch. ``mixed``: by autocast to bfloat16."""
     model = with_loop(_model(config, device)).to(memory_format=torch.contiguous_format)
     model = in_bfloat16(model) if mixed else model
+    written = folder / ("plain-bf16.pt" if mixed else "plain-fp32.pt")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     images, labels = _read(folder / "images" / "train")
     data, held_out = (_PerImage(images[part], labels[part]) for part in (slice(sizes.images), slice(sizes.validated)))
@@ -266,7 +268,10 @@ def _plain(
         with clock.part("validation"):
             validate()
         with clock.part("checkpoint"):
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "plain.pt")
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                folder / f"plain-{'bf16' if mixed else 'fp32'}.pt",
+            )
         return _result(clock, len(loader) * sizes.batch, total / len(loader), device)
 
     answer(step)
@@ -339,7 +344,7 @@ def run(options: Options) -> list[Row]:
             variants: dict[str, Run] = {name: partial(one, name=name) for name in asked}
             case: dict[str, Any] = {"epoch": f"PGD-{STEPS}", "model": f"resnet18, {LAYER}", "E": sizes.experts}
             case |= {"images": sizes.images, "B": sizes.batch, "width": sizes.width, "validated": sizes.validated}
-            rows = compare(case | {"threads": torch.get_num_threads()}, variants, options, warmup=1)
+            rows = compare(case | {"threads": torch.get_num_threads()}, variants, options, warmup=1, workers=True)
     return [dataclasses.replace(row, extra=_medians(seen[row.variant][-row.repeats :])) for row in rows]
 
 

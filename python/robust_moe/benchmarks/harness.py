@@ -33,7 +33,7 @@ class Options:
     device: torch.device
     repeats: int  # timed runs of each variant
     quick: bool = False  # smaller sweeps, to see that everything works
-    seconds: float | None = None  # a case starts no further round after so long, warm-up included; None: no limit
+    seconds: float | None = None  # a try of a case starts no round after so long, warm-up included; None: no limit
     compile: bool = False  # torch.compile's baselines too, in the benchmarks that have them
     batch: int | None = (
         None  # batch size of train_step and epoch, images of autoattack's CIFAR-10 case; None: their own choice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,7 @@ class Load:
 
     seconds: float  # how long it was
     others: float  # share that other processes, the system and other machines took of the processors that it may use
-    switches: float | None  # how often a second a thread of this process had to give up its processor; None: that says
-    # nothing, for its own workers want the processors too
+    switches: float | None  # how often a second a thread of this process had to give up its processor; None: not judged
 
 
 def why_busy(load: Load) -> str | None:
@@ -42,7 +41,8 @@ def why_busy(load: Load) -> str | None:
 class Watch:
     """Started when it is made; Linux only, elsewhere ``load`` is None.
 
-    workers: what is timed has more processes than it may use processors, which give way to each other.
+    workers: processes of its own do the work; how often this one gives way says nothing about them, and they may give
+        way to each other.
 
     It looks at the processors that this process may use: what others do on the rest of a machine of many takes no time
     from a benchmark that is held to a few, and a mean over all of them would hide what others do on these.
@@ -95,7 +95,7 @@ def _processors() -> frozenset[int]:
 
 
 def _counters(processors: frozenset[int]) -> tuple[float, float, float, float] | None:
-    """Seconds: of the clock, of ``processors`` at work, of this process and its children; and context switches. None
+    """Seconds: of the clock, of ``processors`` at work, of this process and its descendants; and context switches. None
     where the system does not tell of each of them."""
     stat = PROC / "stat"
     if not stat.exists() or (busy := _busy(stat.read_text(), processors)) is None:
@@ -104,7 +104,7 @@ def _counters(processors: frozenset[int]) -> tuple[float, float, float, float] |
 
     tick = os.sysconf("SC_CLK_TCK")
     own = os.times()
-    children = sum(_ticks(child) for thread in (PROC / "self" / "task").iterdir() for child in _children(thread))
+    children = sum(map(_ticks, _descendants("self")))
     return (
         time.monotonic(),
         busy / tick,
@@ -126,11 +126,16 @@ def _busy(stat: str, processors: frozenset[int]) -> int | None:
     return sum(found.values()) if found.keys() == processors else None
 
 
-def _children(thread: Path) -> list[str]:
-    try:
-        return (thread / "children").read_text().split()
-    except OSError:  # the thread has ended, or the system does not tell
-        return []
+def _descendants(process: str) -> Iterator[str]:
+    """Numbers of the processes that ``process`` has started, of those that they have, and so on."""
+    for thread in (PROC / process / "task").glob("*/children"):
+        try:
+            children = thread.read_text().split()
+        except OSError:  # the thread has ended, or the system does not tell
+            continue
+        for child in children:
+            yield child
+            yield from _descendants(child)
 
 
 def _ticks(process: str) -> int:

@@ -138,7 +138,7 @@ def run(options: Options) -> list[Row]:
                 "2 processes, weak": stack.enter_context(ranks(PROCESSES, PROCESSES * images, width, sync, False)),
             }
             case = {"model": "ResNet-18", "width": width, "E": EXPERTS, "B": images, "threads": 1, "sync_norms": sync}
-            found = compare(case, variants, options)
+            found = compare(case, variants, options, workers=True)
         rows += with_efficiency(found)
     return rows
 
@@ -146,11 +146,9 @@ def run(options: Options) -> list[Row]:
 def with_efficiency(rows: list[Row]) -> list[Row]:
     """The rows of one process, of two with the same images and of two with twice as many, each with its share of the
     ideal speed."""
-    alone, *_ = rows
-    ideal = (alone.median_ms, alone.median_ms / PROCESSES, alone.median_ms)
+    ideal = (1.0, 1 / PROCESSES, 1.0)  # of the time of one process in the same round
     return [
-        replace(row, extra={**row.extra, "efficiency": best / row.median_ms})
-        for row, best in zip(rows, ideal, strict=True)
+        replace(row, extra={**row.extra, "efficiency": best / row.ratio}) for row, best in zip(rows, ideal, strict=True)
     ]
 
 

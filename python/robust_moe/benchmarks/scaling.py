@@ -80,9 +80,12 @@ def _point(case: Case, options: Options, most: int) -> list[Row]:
     inputs = case.inputs(options.device)
     layer_case.check(variants, inputs[0], PASSES)
     for name in tuple(variants):
-        half = in_bfloat16(copy.deepcopy(variants[name]))
-        layer_case.check_same(f"{name}, bfloat16", half, variants[name], inputs[0], torch.bfloat16)
-        variants[f"{name}, bfloat16"] = half
+        variants[f"{name}, bfloat16"] = in_bfloat16(copy.deepcopy(variants[name]))
+    for mode in PASSES:
+        layer_case.set_mode(variants, mode)
+        for name in tuple(variants)[:2]:
+            half = variants[f"{name}, bfloat16"]
+            layer_case.check_same(f"{name}, bfloat16", half, variants[name], inputs[0], torch.bfloat16)
     rows = []
     for mode in PASSES:
         layer_case.set_mode(variants, mode)

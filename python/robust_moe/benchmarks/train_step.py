@@ -37,17 +37,7 @@ from robust_moe.precision import full_precision
 from robust_moe_kernels.modules import MoELayer
 from robust_moe_kernels.ops.attack_step import random_start
 
-__all__ = [
-    "EPS",
-    "INPUTS",
-    "LAYER",
-    "STEPS",
-    "check_step",
-    "method_step",
-    "plain_attack",
-    "run",
-    "with_loop",
-]
+__all__ = ["EPS", "INPUTS", "LAYER", "STEPS", "check_step", "method_step", "plain_attack", "run", "with_loop"]
 
 LAYER = "layer4.1"
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
@@ -97,12 +87,19 @@ def _plain_step(model: nn.Module, batches: list[Batch]) -> Callable[[int], objec
     return step
 
 
-def method_step(model: nn.Module, method: Method, batches: list[Batch]) -> Callable[[int], object]:
-    """One batch of ``method`` as the trainer does it, of the ``INPUTS`` in turn."""
+def method_step(model: nn.Module, method: Method, batches: list[Batch], mixed: bool = False) -> Callable[[int], object]:
+    """One batch of ``method`` as the trainer does it, of the ``INPUTS`` in turn. ``mixed``: the model is that of
+    ``in_bfloat16``, and autocast is around the method too: an attack casts the weights once then."""
     optimizer = _optimizer(model, foreach=True)
+    device = next(model.parameters()).device.type
 
     def step(number: int) -> None:
-        for update in method.updates(model, batches[number % INPUTS], step_seed=number + 2**16):
+        updates = method.updates(model, batches[number % INPUTS], step_seed=number + 2**16)
+        while True:
+            with torch.autocast(device, torch.bfloat16, enabled=mixed):  # the method computes when asked
+                update = next(updates, None)
+            if update is None:
+                return
             update.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -200,7 +197,7 @@ def _case(
         check_step(ours, with_loop(ours), method, batches[0])
     steps = {
         "ours": method_step(ours, method, batches),
-        "ours, bfloat16": method_step(half, method, batches),
+        "ours, bfloat16": method_step(half, method, batches, mixed=True),
         "masked loop, our attack": method_step(looped, method, batches),
         "plain loop trainer": plain[0],
         "plain loop trainer, bfloat16": plain[1],
