@@ -268,10 +268,7 @@ def _plain(
         with clock.part("validation"):
             validate()
         with clock.part("checkpoint"):
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                folder / f"plain-{'bf16' if mixed else 'fp32'}.pt",
-            )
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, written)
         return _result(clock, len(loader) * sizes.batch, total / len(loader), device)
 
     answer(step)
