@@ -3,10 +3,10 @@
 Ours is the product's trainer on a CIFAR ResNet-18 whose layer4.1 is four experts, adversarial training by PGD-7 as is
 the default, crop and flip. Against it a trainer as papers publish one, in plain PyTorch: the masked loop, an attack
 that calls ``loss.backward()``, a DataLoader of two workers that changes image by image, ``torch.save`` while the
-training waits. Both score as many validation images by PGD-20, and write their state once. Both are timed in float32,
-and ours as ``run.precision=bf16-mixed`` makes it, which scores in float32; the plain trainer by autocast, scoring
-included. Each has a process of its own; memory
-is the most that it held, imports and images included, but not the loader's workers.
+training waits. Both score as many validation images by PGD-20, and write their state once. Both are timed in float32
+and in bfloat16: ours as ``run.precision=bf16-mixed`` makes it, which scores in float32, the plain trainer by autocast,
+scoring included. Each has a process of its own; memory is the most that it held, imports and images included, but not
+the loader's workers.
 
 512 images an epoch on a CPU, 16,384 on a GPU, made up: the pixels do not matter for the time. Where the time goes is
 told by a clock around the trainer's own methods; on a GPU it waits for the device at every boundary. What a checkpoint

@@ -79,16 +79,13 @@ def _point(case: Case, options: Options, most: int) -> list[Row]:
     variants = case.variants(case.layer(options.device), (DENSE,))
     inputs = case.inputs(options.device)
     layer_case.check(variants, inputs[0], PASSES)
-    for name in tuple(variants):
-        variants[f"{name}, bfloat16"] = in_bfloat16(copy.deepcopy(variants[name]))
-    for mode in PASSES:
-        layer_case.set_mode(variants, mode)
-        for name in tuple(variants)[:2]:
-            half = variants[f"{name}, bfloat16"]
-            layer_case.check_same(f"{name}, bfloat16", half, variants[name], inputs[0], torch.bfloat16)
+    halves = {f"{name}, bfloat16": (in_bfloat16(copy.deepcopy(module)), module) for name, module in variants.items()}
+    variants |= {name: half for name, (half, _) in halves.items()}
     rows = []
     for mode in PASSES:
         layer_case.set_mode(variants, mode)
+        for name, (half, module) in halves.items():
+            layer_case.check_same(name, half, module, inputs[0], torch.bfloat16)
         steps = {name: one_pass(module, inputs, mode) for name, module in variants.items()}
         alone: dict[str, float] = {}
         operations: dict[str, Operations] = {}
