@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LEAST", "MOST_OTHERS", "MOST_SWITCHES", "Load", "Watch", "why_busy"]
+__all__ = ["LEAST", "MOST_OTHERS", "MOST_SWITCHES", "Load", "Watch", "descendants", "why_busy"]
 
 # Measured on two cores of a Zen 4, layers timed with one and two threads: quiet, others took 0.003 to 0.021 and threads
 # had to give way 3 to 103 times a second; beside one process that always computes, 0.14 to 0.51 and 4 to 161, and two
@@ -104,7 +104,7 @@ def _counters(processors: frozenset[int]) -> tuple[float, float, float, float] |
 
     tick = os.sysconf("SC_CLK_TCK")
     own = os.times()
-    children = sum(map(_ticks, _descendants("self")))
+    children = sum(map(_ticks, descendants("self")))
     return (
         time.monotonic(),
         busy / tick,
@@ -126,8 +126,9 @@ def _busy(stat: str, processors: frozenset[int]) -> int | None:
     return sum(found.values()) if found.keys() == processors else None
 
 
-def _descendants(process: str) -> Iterator[str]:
-    """Numbers of the processes that ``process`` has started, of those that they have, and so on."""
+def descendants(process: str) -> Iterator[str]:
+    """Numbers of the processes that ``process`` (a number or "self") has started, that they have, and so on; none where
+    the system does not tell."""
     for thread in (PROC / process / "task").glob("*/children"):
         try:
             children = thread.read_text().split()
@@ -135,7 +136,7 @@ def _descendants(process: str) -> Iterator[str]:
             continue
         for child in children:
             yield child
-            yield from _descendants(child)
+            yield from descendants(child)
 
 
 def _ticks(process: str) -> int:

@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from robust_moe.benchmarks.harness import Options, Row, Run, check_close, compare
+from robust_moe.benchmarks.load import descendants
 from robust_moe.data import DATASETS, AugmentConfig, Loader, StreamedSet, load_splits, make_loader
 
 __all__ = ["run"]
@@ -120,12 +121,9 @@ def _check(plain: DataLoader[Any], ours: dict[str, Loader], size: int) -> None:
 
 
 def _own_mib() -> float:
-    """Of this process and its children; 0 where the system does not tell."""
-    processes = ["self"]
-    for thread in Path("/proc/self/task").glob("*/children"):
-        processes += thread.read_text().split()
+    """Of this process and its descendants; 0 where the system does not tell."""
     total = 0
-    for process in processes:
+    for process in ("self", *descendants("self")):
         try:
             text = Path("/proc", process, "smaps_rollup").read_text()
         except OSError:  # it has ended
