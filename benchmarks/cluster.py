@@ -1,4 +1,5 @@
-"""What a training step takes on many GPUs, on paper: computing, sums of gradients, and what sharded experts would save.
+"""What a training step takes on many GPUs, on paper: computing, sums of gradients, what weights in parts save of
+memory (``run.strategy=fsdp``), and what experts spread over the GPUs would save.
 
 ``python -m benchmarks cluster`` prints the tables of docs/clusters.md. Nothing here was measured on more than one GPU:
 every assumption is a constant below.
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from robust_moe.analysis.cost import model_cost
-from robust_moe.models import MoEConfig, ResNet18Config, build_model
+from robust_moe.models import LinearGateConfig, ModelConfig, MoEConfig, ResNet18Config, ViTSmallConfig, build_model
 from robust_moe_kernels.modules import MoELayer
 
-__all__ = ["Network", "Step", "main", "network", "step", "tables"]
+__all__ = ["Network", "Step", "exchanged", "held", "main", "network", "step", "tables", "transformer"]
 
 # Of one GPU: a PGD-7 step of a ResNet-18 with four experts in bf16-mixed, README.md and benchmarks/results/h100. More
 # experts cost it next to nothing, as k of them run for an image; fewer images a GPU cost it speed, which is left out.
@@ -30,39 +31,81 @@ HOP = 5e-6  # seconds that a message takes besides its bytes, between machines
 HOP_INSIDE = 1e-6  # inside of one
 
 GRADIENT = 4  # bytes of a number: gradients are float32 in bf16-mixed
+WEIGHT = 4  # likewise weights, their momentum and their moving average
+STATE = WEIGHT + GRADIENT + 4 + 4  # of all four
+CAST = 2  # bytes of a number of the copies that a pass computes with: bfloat16
 MAP = 2  # bytes of a number of a map: bfloat16
 TOP_K = 2
 
 
 @dataclass(frozen=True)
 class Network:
-    """A ResNet-18 at 32 pixels whose layer4.1 is E experts."""
+    """A network with MoE layers of E experts."""
 
     experts: int
     flop: float  # of a forward of an image
     dense: int  # parameters outside of the experts
     expert: int  # parameters of one
     row: int  # numbers of a map that an expert takes, and of one that it gives
+    layers: int = 1  # that are routed
 
     @property
     def gradient_bytes(self) -> int:
         """Of all parameters."""
-        return GRADIENT * (self.dense + self.experts * self.expert)
+        return GRADIENT * self.parameters
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.dense + self.layers * self.experts * self.expert
 
 
 def network(experts: int) -> Network:
-    """By the package's own counter. Raises ValueError for fewer than two experts."""
-    moe = MoEConfig(layers=("layer4.1",), num_experts=TOP_K)
-    model = build_model(ResNet18Config(moe=moe), num_classes=10, channels=3, image_size=32)
-    cost = model_cost(model, torch.rand(1, 3, 32, 32))
-    layer = model.get_submodule("layer4.1")
-    assert isinstance(layer, MoELayer)
-    expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // TOP_K
-    gate = sum(parameter.numel() for parameter in layer.gate.parameters()) // TOP_K  # an output for each expert
+    """A ResNet-18 at 32 pixels whose layer4.1 is ``experts`` experts, by the package's own counter. Raises ValueError
+    for fewer than two."""
+    return _counted(ResNet18Config(moe=MoEConfig(layers=("layer4.1",), num_experts=TOP_K)), 32, experts, 512 * 4 * 4)
+
+
+def transformer(experts: int) -> Network:
+    """Likewise a ViT-S/16 at 224 pixels, every second of its twelve MLPs routed token by token."""
+    layers = tuple(f"blocks.{i}.mlp" for i in range(1, 12, 2))
+    moe = MoEConfig(layers=layers, num_experts=TOP_K, gate=LinearGateConfig())
+    return _counted(ViTSmallConfig(moe=moe), 224, experts, 384)
+
+
+def _counted(config: ModelConfig, pixels: int, experts: int, row: int) -> Network:
     if experts < TOP_K:
         raise ValueError(f"experts: expected at least {TOP_K}, got {experts}")
-    dense = cost.parameters - TOP_K * (expert + gate) + experts * gate
-    return Network(experts, 2.0 * cost.multiply_adds, dense, expert, 512 * 4 * 4)
+    model = build_model(config, num_classes=10, channels=3, image_size=pixels)
+    cost = model_cost(model, torch.rand(1, 3, pixels, pixels))
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    expert = sum(parameter.numel() for parameter in layers[0].experts.parameters()) // TOP_K
+    gate = sum(parameter.numel() for parameter in layers[0].gate.parameters()) // TOP_K  # an output for each expert
+    dense = cost.parameters + len(layers) * (experts * gate - TOP_K * (expert + gate))
+    return Network(experts, 2.0 * cost.multiply_adds, dense, expert, row, len(layers))
+
+
+def held(net: Network, gpus: int) -> int:
+    """Bytes of weights, gradients, momentum and moving average that a GPU holds at the most, ``gpus`` of them with a
+    part each; 1: each has all of them. The bfloat16 copies of the experts' filters are among them.
+
+    In parts, the fullest moment is that of an attack, for which all weights are gathered and before which the gradients
+    are gone, or that of the backward through the largest part, which is whole: its weights, its gradients, and these
+    once more in the buffer that is scattered.
+    """
+    copies = CAST * net.layers * net.experts * net.expert
+    if gpus == 1:
+        return STATE * net.parameters + copies
+    largest = max(net.experts * net.expert, net.dense)
+    attacked = (STATE - GRADIENT) * net.parameters // gpus + WEIGHT * net.parameters
+    return max(attacked, STATE * net.parameters // gpus + (WEIGHT + 2 * GRADIENT) * largest) + copies
+
+
+def exchanged(net: Network, gpus: int, parts: bool) -> float:
+    """Seconds in which gradients, and in ``parts`` weights too, go between all GPUs in a step: a sum is a scatter and a
+    gather; with parts, gradients are scattered once, and weights are gathered for the attack, for the training pass's
+    forward and for its backward."""
+    return _sum(net.gradient_bytes, gpus, GPUS) * (2 if parts else 1)
 
 
 @dataclass(frozen=True)
@@ -150,6 +193,18 @@ def tables() -> list[str]:
         found = [step(net, gpus, 128, sharded) for gpus in (64, 512)]
         cells = [f"{_ms(each.sums)} | {_ms(each.exchange)} | {each.talking:.0%}" for each in found]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| network | E | parameters | all on every GPU | in parts, 8 GPUs | 64 GPUs | sums, 8 GPUs | in parts | "
+        "sums, 64 GPUs | in parts |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, make in (("ResNet-18, `layer4.1`", network), ("ViT-S/16, six MLPs", transformer)):
+        for experts in (32, 128, 512):
+            net = make(experts)
+            sizes = [f"{held(net, gpus) / 1e9:.1f} GB" for gpus in (1, 8, 64)]
+            times = [_ms(exchanged(net, gpus, parts)) for gpus in (8, 64) for parts in (False, True)]
+            lines.append(f"| {name} | {experts} | {net.parameters / 1e6:,.0f} M | {' | '.join([*sizes, *times])} |")
     return lines
 
 

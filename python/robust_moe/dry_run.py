@@ -15,6 +15,7 @@ from robust_moe.data.image_set import LabelledImages
 from robust_moe.engine.cost import passes_of_run, steps_of_run
 from robust_moe.engine.experiment import describe_data, make_method, make_model
 from robust_moe.engine.foreign import Foreign, load_measured
+from robust_moe.engine.ranks import expect_shardable
 from robust_moe.evaluation import preset_stages
 from robust_moe.optim import expect_warmup_within
 from robust_moe.report import chosen_images, expect_choice
@@ -35,7 +36,7 @@ def training_facts(config: TrainConfig) -> Facts:
         ConfigError, DataError, CheckpointError: as training would.
     """
     splits = load_splits(config.data, config.run.seed)
-    make_method(config)  # refuses what it cannot train
+    expect_shardable(config, make_method(config))  # both refuse what they cannot train
     model = make_model(config, describe_data(splits.train))
     train, val, test = len(splits.train), len(splits.val), len(splits.test)
     expect_warmup_within(config.optim, *steps_of_run(config, train))

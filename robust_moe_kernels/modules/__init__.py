@@ -32,6 +32,7 @@ from robust_moe_kernels.modules.route_control import (
 from robust_moe_kernels.modules.route_options import DrawnReroute, Reroute, RouteOptions
 from robust_moe_kernels.modules.routed_layer import MoELayer
 from robust_moe_kernels.modules.routing_record import RoutingRecord
+from robust_moe_kernels.modules.sharded import whole_weights
 from robust_moe_kernels.modules.shared_launches import shared_launches
 from robust_moe_kernels.modules.token_gates import TOKEN_GATES, AdaptiveClusteringGate, LinearGate, NoisyTopKGate
 
@@ -78,4 +79,5 @@ __all__ = [
     "rerouted",
     "shared_launches",
     "sum_over_ranks",
+    "whole_weights",
 ]

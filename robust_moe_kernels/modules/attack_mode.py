@@ -16,6 +16,7 @@ from robust_moe_kernels.modules.experts import Experts
 from robust_moe_kernels.modules.norm_folding import backbone_folded
 from robust_moe_kernels.modules.residual import ResidualExperts
 from robust_moe_kernels.modules.routed_layer import MoELayer
+from robust_moe_kernels.modules.sharded import whole_weights
 from robust_moe_kernels.modules.shared_launches import shared_launches
 from robust_moe_kernels.modules.token_gates import AdaptiveClusteringGate
 from robust_moe_kernels.modules.walk import modules_of, parameters_of
@@ -45,6 +46,8 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     With a model on the CPU the process keeps freed memory from then on (:func:`~.native.keep_freed_memory`, which says
     how to prevent that): an attack allocates the same large maps again and again.
 
+    Weights that FSDP2 has spread over processes are whole inside (:func:`~.sharded.whole_weights`).
+
     Flags are restored one submodule and one parameter at a time, so a partly frozen model or a batch norm held in eval
     mode comes back as it was; so does each MoE layer's ``routing``, the record of the caller's last forward, and what
     linked layers have left for the next. The running spreads of :class:`AdaptiveClusteringGate` never move. May be
@@ -59,6 +62,12 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         ValueError: another mode.
     """
     expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
+    with whole_weights(model), _attacked(model, mode):
+        yield
+
+
+@contextmanager
+def _attacked(model: nn.Module, mode: str) -> Iterator[None]:
     modules = modules_of(model)
     parameters = parameters_of(modules)
     if any(parameter.device.type == "cpu" for parameter in parameters):

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
 def test_the_page_has_the_programs_tables():
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     wanted = [line for line in cluster.tables() if line]
-    assert len(wanted) == 10 + 5
+    assert len(wanted) == 10 + 5 + 8
     assert [line for line in wanted if line not in lines] == []
 
 
@@ -40,3 +40,17 @@ def test_spread_experts_are_summed_over_the_gpus_that_have_the_same():
     assert alone.sums == pytest.approx(cluster._sum(4 * net.dense, 32, 8))
     assert alone.exchange > cluster.step(net, 32, 128, sharded=8).exchange > 0
     assert cluster.step(net, 32, 128).exchange == 0
+
+
+def test_parts_hold_no_less_than_a_step_needs_and_move_twice_a_sum():
+    net = cluster.transformer(32)
+    assert net.layers == 6
+    assert net.expert == 2 * 384 * 1536 + 384 + 1536  # an MLP with its biases
+    copies = 2 * 6 * 32 * net.expert
+    assert cluster.held(net, 1) == 16 * net.parameters + copies
+    sizes = [cluster.held(net, gpus) for gpus in (1, 8, 64, 512)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] > 4 * net.parameters + copies  # an attack has all weights, and their copies in bfloat16
+    one = cluster.network(32)  # its largest part is nearly all of it: whole weights, gradients, and these once more
+    assert cluster.held(one, 512) > 12 * 32 * one.expert
+    assert cluster.exchanged(net, 64, parts=True) == 2 * cluster.exchanged(net, 64, parts=False)

@@ -57,6 +57,9 @@ class RunConfig(Config):
     )
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", "Fabric's")
     devices: int = setting(1, "processes, one for each device; 1 under torchrun", at_least=1, at_most=256)
+    strategy: Literal["ddp", "fsdp"] = setting(
+        "ddp", "of several processes, each has all weights; fsdp: a part of weights, optimiser state and averages"
+    )
     sync_batch_norm: bool = setting(
         False, "of several processes, batch norms take their statistics from all images of a step, and not their own"
     )

@@ -15,6 +15,7 @@ from torch import nn
 from robust_moe.config.legacy import modernised
 from robust_moe.content import Check, ContentError, fields
 from robust_moe.engine.checkpoint_fields import DATA, DESCRIPTION
+from robust_moe.engine.sharding import spread
 from robust_moe.files import replacing
 from robust_moe_kernels.modules.experts import by_expert
 
@@ -212,7 +213,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], source
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: spread(state[name], tensor) for name, tensor in own.items()})
 
 
 def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor
 
 from robust_moe.engine.checkpoint import CheckpointError, save_checkpoint
@@ -31,6 +32,7 @@ class CrashGuard:
 
     def __init__(self, fabric: Fabric, state: RunState, log: MetricLog, writer: CheckpointWriter) -> None:
         self.fabric, self.state, self.log, self.writer = fabric, state, log, writer
+        self._in_parts = state.config.run.strategy == "fsdp"
 
     def means(self) -> dict[str, float]:
         """Means since the last line; a NaN stops the run, with the state it was in beside the last good one."""
@@ -48,7 +50,10 @@ class CrashGuard:
 
     def expect_finite_weights(self) -> None:
         """The last update may have broken what the loss has not seen yet."""
-        if not state_is_finite(self.state.model):
+        finite = state_is_finite(self.state.model)
+        if self._in_parts:
+            finite = bool(self.mean_of_processes(torch.tensor(float(finite), device=self.fabric.device)) == 1)
+        if not finite:
             self.crash(f"weights: expected finite numbers, got NaN or infinity after step {self.state.step}")
 
     @contextmanager
@@ -67,7 +72,9 @@ class CrashGuard:
         folder = self.writer.folder
         crash, good = folder / "crash.pt", find_checkpoint(folder)
         where = f"the last good state is in {good}" if good else "there is no good state yet"
-        if self.fabric.is_global_zero:
+        if self._in_parts:
+            where = f"no state could be written, as its weights lie in parts (run.strategy=fsdp); {where}"
+        elif self.fabric.is_global_zero:
             try:
                 save_checkpoint(self.state.state_dict(self.log.lines, gather=False), crash)
             except CheckpointError as error:  # hides what was lost from nobody

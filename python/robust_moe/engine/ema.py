@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robust_moe.config import RunConfig
 from robust_moe.engine.checkpoint import load_model_state
+from robust_moe.engine.sharding import here
 
 __all__ = ["WeightAverage", "average_decay"]
 
@@ -67,4 +68,4 @@ class WeightAverage:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    return [here(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]

@@ -100,8 +100,6 @@ class _Averaging(DDPStrategy):
     and most methods make more."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        for tensor in (*module.parameters(), *module.buffers()):
-            torch.distributed.broadcast(tensor.detach(), 0)
         return module
 
 

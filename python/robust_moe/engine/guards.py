@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from robust_moe.engine.sharding import here, whole
 from robust_moe.evaluation.scorer import COLLAPSE_SHARE, LayerRouting
 from robust_moe_kernels.modules import moe_layers
 
@@ -16,8 +17,11 @@ __all__ = ["GateWatch", "describe_collapse", "describe_gain", "state_is_finite"]
 
 
 def state_is_finite(model: nn.Module) -> bool:
-    """Whether every parameter and floating buffer is free of NaN and infinity. Reads the host once."""
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    """Whether every parameter and floating buffer, what lies of them in this process, is free of NaN and infinity.
+    Reads the host once."""
+    tensors = [
+        here(tensor.detach()) for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()
+    ]
     # the sum of |x| is NaN or infinite as soon as one element is, and needs no mask in memory
     return not tensors or bool(torch.isfinite(torch.stack([tensor.double().abs().sum() for tensor in tensors])).all())
 
@@ -51,7 +55,8 @@ class GateWatch:
         layer; none for a layer whose gate got no gradient at all."""
         found = {}
         for name, layer in self.layers.items():
-            flags = [parameter.grad.any() for parameter in layer.gate.parameters() if parameter.grad is not None]
+            parameters = layer.gate.parameters()
+            flags = [whole(parameter.grad.any()) for parameter in parameters if parameter.grad is not None]
             if flags:
                 found[name] = reduce(torch.logical_or, flags)
         return found
@@ -75,7 +80,8 @@ class GateWatch:
         for name, layer in self.layers.items():
             if layer.fixed_expert is not None or name not in self.asked:
                 continue
-            moved = [(p != old).any() for p, old in zip(layer.gate.parameters(), self.weights[name], strict=True)]
+            pairs = zip(layer.gate.parameters(), self.weights[name], strict=True)
+            moved = [whole((p != old).any()) for p, old in pairs]
             if name not in self.seen or not bool(self.seen[name]):
                 found[name] = f"{name or 'the mixture'}: its gate gets no gradient, so its routing does not learn"
             elif self.steps and not bool(torch.stack(moved).any()):

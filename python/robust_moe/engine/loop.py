@@ -31,7 +31,7 @@ from robust_moe.engine.writer import CheckpointWriter
 from robust_moe.methods import Method
 from robust_moe.optim import learning_rate
 from robust_moe.seeding import derive_seed
-from robust_moe_kernels.modules import check_finite
+from robust_moe_kernels.modules import check_finite, whole_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -188,9 +188,14 @@ class Loop:
 
     def _validate(self) -> dict[str, float | None]:
         """Clean and robust accuracy on validation images; writes the experts' shares of validation and test images."""
-        epoch, result = self.state.epoch + 1, None
+        epoch = self.state.epoch + 1
         average = self.state.average
         model = average.model if average is not None and self.config.eval.ema_eval else self.model
+        with whole_weights(model):
+            return self._measured(model, epoch)
+
+    def _measured(self, model: nn.Module, epoch: int) -> dict[str, float | None]:
+        result = None
         if len(self.validation):
             with self.reporter.task(f"validation {epoch}", len(self.validation)) as advance:
                 result = self.validation.accuracy(model, self._interruptible(advance))

@@ -7,16 +7,37 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robust_moe.config import ConfigError, RunConfig, TrainConfig, flatten
 from robust_moe.engine.world import World, agree
+from robust_moe.methods import Method
 from robust_moe.provenance import versions
 from robust_moe_kernels.modules import batch_over_ranks
 
-__all__ = ["expect_one_data_set", "expect_one_run", "join_ranks"]
+__all__ = ["expect_one_data_set", "expect_one_run", "expect_shardable", "join_ranks"]
 
 _OWN = ("run.devices", "run.threads")  # settings that processes may have each its own of
+
+
+def expect_shardable(config: TrainConfig, method: Method, world: World | None = None) -> None:
+    """Raise :class:`ConfigError` for a run that its ``run.strategy`` cannot train; ``world`` None: it is not known."""
+    why = None
+    if config.run.strategy == "ddp":
+        return
+    if world is not None and world.size == 1:
+        why = "one process, which has all weights"
+    elif config.run.precision == "16-mixed":
+        why = "run.precision=16-mixed, whose gradient scaler looks for infinity in each process alone"
+    elif config.model.mixture.num_experts > 0 or config.model.dual.enabled:
+        why = "whole networks as experts, of which a process may have no image for one"
+    elif method.perturbation is not None:
+        why = "method.awp_gamma, whose ascent takes the gradient of whole weights"
+    elif not method.of_outputs:
+        why = f"method.name={config.method.name}, whose loss reads gates in the middle of a forward"
+    if why is not None:
+        raise ConfigError(f"run.strategy: expected ddp with {why}, got fsdp")
 
 
 def expect_one_run(
@@ -53,7 +74,8 @@ def _checksum(part: Any) -> str:
 
 
 def join_ranks(model: nn.Module, run: RunConfig, world: World, only_batch: int | None) -> None:
-    """Make a batch of ``model`` that of all processes; nothing with one.
+    """Give all processes the weights of the first one's ``model``, and make a batch that of all of them; nothing with
+    one.
 
     Args:
         only_batch: images of the one batch of an epoch, where that is smaller than ``run.batch_size``; None: it is not.
@@ -63,6 +85,8 @@ def join_ranks(model: nn.Module, run: RunConfig, world: World, only_batch: int |
     """
     if world.size == 1:
         return
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), 0)
     try:
         batch_over_ranks(model, norms=run.sync_batch_norm)
     except ValueError as error:

@@ -19,6 +19,7 @@ from robust_moe.engine.checkpoint import CheckpointError, load_model_state, refu
 from robust_moe.engine.ema import WeightAverage
 from robust_moe.engine.meters import Meter
 from robust_moe.engine.rng import restore_rng, rng_state
+from robust_moe.engine.sharding import on_first, spread_state
 from robust_moe.methods import Method
 from robust_moe.optim import keep_with_parameters, regrouped
 from robust_moe.outputs import CONFIG, clear_outputs, run_outputs
@@ -28,7 +29,7 @@ from robust_moe.settings import plain, shown
 __all__ = ["NEUTRAL", "RunState", "clear_run", "differing_settings", "precision_of"]
 
 # Fields that may differ between a run and its continuation: where it runs and how often it reports or saves.
-_WHERE = ("out", "threads", "accelerator", "devices", "graph", "imports")
+_WHERE = ("out", "threads", "accelerator", "devices", "strategy", "graph", "imports")
 _HOW_OFTEN = ("log_every", "checkpoint_every", "checkpoint_steps", "keep")
 NEUTRAL = frozenset({"data.workers", *(f"run.{name}" for name in _WHERE + _HOW_OFTEN)})
 
@@ -112,7 +113,7 @@ class RunState:
         """Plain types and tensors only. ``gather``: what differs between the processes, of all of them, which must then
         all call this; False: this process's alone."""
         processes = _all_ranks(self._own()) if gather else [self._own()]
-        return {
+        state = {
             "config": plain(self.config),
             "data": self.data,
             "data_digest": self.digest,
@@ -132,6 +133,7 @@ class RunState:
             "versions": versions(),
             "git": self.git,
         }
+        return on_first(state, torch.distributed.get_rank() == 0) if self.config.run.strategy == "fsdp" else state
 
     def _meters(self) -> dict[str, Any]:
         return {"interval": self.interval.state_dict(), "running": self.running.state_dict()}
@@ -201,7 +203,8 @@ class RunState:
             options = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
             before = old.optim.weight_decay_on  # of older checkpoints, which had no choice: all
             now = self.config.optim.weight_decay_on
-            self.optimizer.load_state_dict(regrouped(state["optimizer"], self.model, before, now))
+            optimised = regrouped(state["optimizer"], self.model, before, now)
+            self.optimizer.load_state_dict(spread_state(optimised, self.optimizer))
             for group, configured in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(configured)
             self._expect_state_of_parameters(source)

@@ -20,10 +20,11 @@ from robust_moe.engine.loop import Loop
 from robust_moe.engine.meters import Speed
 from robust_moe.engine.processes import Processes
 from robust_moe.engine.progress import Reporter
-from robust_moe.engine.ranks import expect_one_data_set, expect_one_run, join_ranks
+from robust_moe.engine.ranks import expect_one_data_set, expect_one_run, expect_shardable, join_ranks
 from robust_moe.engine.rng import seed_all
 from robust_moe.engine.run_checkpoints import LAST, CheckpointReader, find_checkpoint
 from robust_moe.engine.run_folder import alone_in
+from robust_moe.engine.sharding import shard
 from robust_moe.engine.state import RunState, clear_run, precision_of
 from robust_moe.engine.updates import Updater
 from robust_moe.engine.validation import Validation
@@ -80,7 +81,7 @@ class Trainer(Loop):
         expect_outputs("run.out", run_outputs(self.folder), read)
         self.reporter = reporter or Reporter()
         self._alone: ExitStack | None = None  # of a with block: holds the folder's lock from the first fit on
-        make_method(config, self.world.size)  # refuses what it cannot train
+        expect_shardable(config, make_method(config, self.world.size), self.world)  # both refuse what they cannot train
 
     def __enter__(self) -> Self:
         self._alone = ExitStack()
@@ -186,15 +187,19 @@ class Trainer(Loop):
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
+        self.model.to(fabric.device)
         join_ranks(self.model, config.run, self.world, None if self.loader.order.drop_last else len(splits.train))
         self.method = make_method(config, self.world.size)  # fresh: it may carry a perturbation from an earlier call
         # a scaler's fused step would unscale by itself, after the clipping
         fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
+        decay = average_decay(config.run, len(self.loader))
+        average = WeightAverage(self.model, decay) if decay > 0 else None
+        if config.run.strategy == "fsdp":
+            for model in (self.model, *([] if average is None else [average.model])):
+                shard(model, fabric.device)
         optimizer = config.optim.build(self.model, fused)
         wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
-        decay = average_decay(config.run, len(self.loader))
-        average = WeightAverage(self.model, decay) if decay > 0 else None
         precision = fabric.strategy.precision
         digest = data_digest(splits)
         expect_one_data_set(self.world, digest)

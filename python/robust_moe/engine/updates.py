@@ -13,8 +13,10 @@ from robust_moe.averaging import average_gradients, may_lack_gradients
 from robust_moe.data import Batch
 from robust_moe.engine.guards import GateWatch
 from robust_moe.engine.pass_graph import PassGraphs
+from robust_moe.engine.sharding import whole
 from robust_moe.graphs import Capturer
 from robust_moe.methods import Method, Update
+from robust_moe_kernels.modules.sharded import sharded_parts
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -53,6 +55,7 @@ class Updater:
         self.method, self.max_norm = method, max_norm
         self.gates = GateWatch(model)
         self.some_have_none = may_lack_gradients(model)
+        self.in_parts = bool(sharded_parts(model.modules()))
         # a gradient scaler's norms are scaled, and may be infinite in a step that it then leaves out
         self.measures = fabric.strategy.precision.precision != "16-mixed"
         self.passes = PassGraphs(model, fabric.backward, self._finish, self._why_no_graph(), graph, capturer)
@@ -102,7 +105,8 @@ class Updater:
             for parameter in self.model.parameters():
                 if id(parameter) not in moving:
                     parameter.grad = None  # the optimiser skips it: no momentum, no weight decay
-        average_gradients(self.model.parameters(), self.some_have_none)
+        if not self.in_parts:  # FSDP2 has averaged them on the way
+            average_gradients(self.model.parameters(), self.some_have_none)
         return self._finish()
 
     def _finish(self) -> dict[str, Tensor]:
@@ -132,7 +136,7 @@ class Updater:
         else:
             return {}
         assert norm is not None  # Fabric has none only where it clips by value
-        return {"grad_norm": norm.detach()} if self.measures else {}
+        return {"grad_norm": whole(norm.detach())} if self.measures else {}
 
     def _expect_modes(self, modes: list[bool]) -> None:
         for before, (name, module) in zip(modes, self.model.named_modules(), strict=True):

@@ -114,6 +114,7 @@ class Method(ABC):
             """
             return batches * self.passes(attack_steps)
 
+    of_outputs: ClassVar[bool] = True  # every loss is one of what whole forwards return; False: a gate's, or a map's
     dense: ClassVar[str | None] = None  # name of the method for a network without experts; None: this one trains it
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:

@@ -91,6 +91,8 @@ class RouterConsistency(RoutedMethod):
             PGD.
     """
 
+    of_outputs = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config(LabelSmoothing, BetaOption, RoutedMethod.Config):
         """Settings of adversarial training with router consistency."""

@@ -61,6 +61,8 @@ class RobustGate(RoutedMethod):
         ConfigError: a model without two routed experts, a dual model.
     """
 
+    of_outputs = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config(LabelSmoothing, RoutedMethod.Config):
         """Settings of robustness-aware gating."""
