@@ -126,10 +126,16 @@ class Stack(NamedTuple):
 def same(stacks: list[Stack], others: list[Stack]) -> bool:
     """Whether they are of the same tensors, and where all experts' lie together, in the same memory."""
     return stacks is others or all(
-        all(a is b for a, b in zip(s.tensors, o.tensors, strict=True))
-        and (None if s.named is None else s.named.data_ptr()) == (None if o.named is None else o.named.data_ptr())
+        all(a is b for a, b in zip(s.tensors, o.tensors, strict=True)) and _address(s.named) == _address(o.named)
         for s, o in zip(stacks, others, strict=True)
     )
+
+
+def _address(tensor: Tensor | None) -> tuple[int, int] | int | None:
+    """Where it lies; of a tensor without numbers, in whose memory."""
+    if isinstance(tensor, FakeTensor):
+        return _memory_of(tensor), int(tensor.storage_offset())
+    return None if tensor is None else tensor.data_ptr()
 
 
 def states(stacks: list[Stack]) -> list[Snapshot]:
