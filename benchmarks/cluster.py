@@ -86,19 +86,21 @@ def _counted(config: ModelConfig, pixels: int, experts: int, row: int) -> Networ
 
 
 def held(net: Network, gpus: int) -> int:
-    """Bytes of weights, gradients, momentum and moving average that a GPU holds at the most, ``gpus`` of them with a
-    part each; 1: each has all of them. The bfloat16 copies of the experts' filters are among them.
+    """Bytes of weights, gradients, momentum and moving average that a GPU holds in a step's fullest moment, ``gpus`` of
+    them with a part each; 1: each has all of them. The bfloat16 copies of the experts' filters are among them, buffers
+    of a fixed size are not.
 
     In parts, the fullest moment is that of an attack, for which all weights are gathered and before which the gradients
-    are gone, or that of the backward through the largest part, which is whole: its weights, its gradients, and these
-    once more in the buffer that is scattered.
+    are gone, or that of the backward through a layer: its weights, its gradients, and these once more in the buffer
+    that is scattered; the weights of the next layer, which FSDP2 gathers ahead, and of what is in no layer.
     """
-    copies = CAST * net.layers * net.experts * net.expert
+    layer = net.experts * net.expert
+    copies = CAST * net.layers * layer
     if gpus == 1:
         return STATE * net.parameters + copies
-    largest = max(net.experts * net.expert, net.dense)
     attacked = (STATE - GRADIENT) * net.parameters // gpus + WEIGHT * net.parameters
-    return max(attacked, STATE * net.parameters // gpus + (WEIGHT + 2 * GRADIENT) * largest) + copies
+    learned = STATE * net.parameters // gpus + (WEIGHT + 2 * GRADIENT) * layer + WEIGHT * net.dense
+    return max(attacked, learned + WEIGHT * layer * (net.layers > 1)) + copies
 
 
 def exchanged(net: Network, gpus: int, parts: bool) -> float:

@@ -7,7 +7,9 @@ there is little to hide the sums behind (docs/clusters.md has the numbers).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from robust_moe_kernels.modules.experts import Experts
 
 __all__ = ["average_buffers", "average_gradients", "may_lack_gradients", "mean_gradients"]
 
+UNDER_WAY = 4  # sums at once
 BUCKET = 2**25  # bytes that are summed at once: fewer, and the messages' latency counts
 
 
@@ -91,15 +94,22 @@ def average_buffers(model: nn.Module) -> None:
 
 def _average(tensors: list[Tensor]) -> None:
     """Replace the tensors by the processes' means, in place; the order of the sums follows from their forms alone."""
-    count, sums = rank_count(), []
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        sums.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-    for bucket, flat, sum_of_all in sums:
-        assert sum_of_all is not None  # this process is in the group
+    count = rank_count()
+    under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+
+    def finish_first() -> None:
+        bucket, flat, sum_of_all = under_way.popleft()
         sum_of_all.wait()
         parts = flat.div_(count).split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
+
+    for bucket in _buckets(tensors):
+        if len(under_way) == UNDER_WAY:  # all at once would be a second copy of every gradient
+            finish_first()
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    while under_way:
+        finish_first()
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:

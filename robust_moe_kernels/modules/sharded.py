@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from robust_moe_kernels.modules.walk import modules_of
@@ -28,12 +29,16 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     """Inside, every process has all weights of a model that ``fully_shard`` has spread; nothing for any other model.
 
     They are gathered once, on entry, and let go on exit, instead of around every forward and backward of a part.
-    Forwards and gradients to the inputs then ask nothing of the other processes, and each may make as many as it likes.
-    All processes have to enter and to leave; may be nested. For attacks and evaluations: what is computed inside leaves
-    no gradient of the weights behind.
+    Forwards in evaluation mode and their gradients to the inputs then ask nothing of the other processes, and each may
+    make as many as it likes. All processes have to enter and to leave; may be nested, and entered in
+    ``inference_mode``. For attacks and evaluations: what is computed inside leaves no gradient of the weights behind.
 
-    Afterwards every part is let go after its forward and its backward, also one that was made with
-    ``reshard_after_forward=False``.
+    Afterwards the parts are let go, also where they were whole before, and from then on after each forward and
+    backward, also where ``fully_shard`` was told ``reshard_after_forward=False``.
+
+    Raises:
+        ValueError: ``model`` is inside of the module that ``fully_shard`` was called on, or is made of its children:
+            parameters of others than these stay in parts.
     """
     parts = sharded_parts(modules_of(model))
     begun = []
@@ -42,15 +47,29 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             begun.append(part)
             _held[part] = _held.get(part, 0) + 1
             if _held[part] == 1:
-                part.unshard()
+                with torch.inference_mode(False):  # or what is gathered could not be learned from afterwards
+                    part.unshard()
                 _reshards(part, False)
+        if parts:
+            _expect_whole(model)
         yield
     finally:
         for part in begun:
             _held[part] -= 1
             if _held[part] == 0:
                 _reshards(part, True)
-                part.reshard()
+                with torch.inference_mode(False):
+                    part.reshard()
+
+
+def _expect_whole(model: nn.Module) -> None:
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, kind)]
+    if names:
+        raise ValueError(
+            f"model: expected the module that fully_shard was called on, so that all its weights can be gathered, got "
+            f"one with {len(names)} parameters of another part ({names[0]})"
+        )
 
 
 def _reshards(part: Any, after_passes: bool) -> None:

@@ -48,6 +48,13 @@ class WeightAverage:
         self.batches = 0
 
     @torch.no_grad()
+    def begin(self, model: nn.Module) -> None:
+        """Start anew, at the present weights of ``model``."""
+        self.batches = 0
+        for mine, new in zip(_tensors(self.model), _tensors(model), strict=True):
+            mine.copy_(new)
+
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights of ``model``; never waits for the device."""
         self.batches += 1

@@ -16,7 +16,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment, TorchEla
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from robust_moe.config import ConfigError, TrainConfig
+from robust_moe.config import ConfigError, RunConfig, TrainConfig
 from robust_moe.engine.experiment import resolve_device
 from robust_moe.engine.world import PATIENCE, World
 from robust_moe.precision import bfloat16_of
@@ -30,6 +30,7 @@ __all__ = [
     "make_fabric",
     "precision_notes",
     "resolve_precision",
+    "steps_fused",
 ]
 
 ASKING = 2.0  # seconds between two moments at which processes ask one another whether to stop
@@ -95,9 +96,9 @@ def library_algorithms(deterministic: bool) -> AbstractContextManager[None]:
 
 
 class _Averaging(DDPStrategy):
-    """One process a device, which all have the same weights; the gradients are averaged by :mod:`robust_moe.averaging`
-    once a backward is over. PyTorch's wrapper, which sends them on the way, allows one forward a backward,
-    and most methods make more."""
+    """One process a device, and the model as it is: all have the same weights (:func:`~robust_moe.engine.ranks.
+    join_ranks`), and gradients are averaged by :mod:`robust_moe.averaging` once a backward is over, or by FSDP2.
+    PyTorch's wrapper, which sends them on the way, allows one forward a backward, and most methods make more."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         return module
@@ -157,6 +158,12 @@ def backend_notes(world: World, device: torch.device) -> list[str]:
 
 def _unchanged(data: Any) -> Any:
     return data
+
+
+def steps_fused(run: RunConfig, device: torch.device) -> bool:
+    """Whether the optimiser's step is one kernel: on a GPU, unless a scaler has to unscale first, which the fused step
+    would do after the clipping, or weights lie in parts, for which PyTorch has no fused SGD."""
+    return device.type == "cuda" and run.precision != "16-mixed" and run.strategy == "ddp"
 
 
 class StopRequest(StopSignals):

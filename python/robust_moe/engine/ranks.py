@@ -23,9 +23,9 @@ _OWN = ("run.devices", "run.threads")  # settings that processes may have each i
 
 def expect_shardable(config: TrainConfig, method: Method, world: World | None = None) -> None:
     """Raise :class:`ConfigError` for a run that its ``run.strategy`` cannot train; ``world`` None: it is not known."""
-    why = None
     if config.run.strategy == "ddp":
         return
+    why = None
     if world is not None and world.size == 1:
         why = "one process, which has all weights"
     elif config.run.precision == "16-mixed":
@@ -35,7 +35,7 @@ def expect_shardable(config: TrainConfig, method: Method, world: World | None = 
     elif method.perturbation is not None:
         why = "method.awp_gamma, whose ascent takes the gradient of whole weights"
     elif not method.of_outputs:
-        why = f"method.name={config.method.name}, whose loss reads gates in the middle of a forward"
+        why = f"method.name={config.method.name}, whose passes end at the gates, where FSDP2 follows whole forwards"
     if why is not None:
         raise ConfigError(f"run.strategy: expected ddp with {why}, got fsdp")
 

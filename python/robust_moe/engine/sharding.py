@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust_moe.config import ConfigError
 from robust_moe_kernels.modules import moe_layers, rank_count
 
 __all__ = ["here", "is_in_parts", "on_first", "shard", "spread", "spread_state", "whole"]
@@ -25,15 +26,21 @@ __all__ = ["here", "is_in_parts", "on_first", "shard", "spread", "spread_state",
 
 def shard(model: nn.Module, device: torch.device) -> None:
     """Spread the weights of ``model``, the same in all processes, over them: each keeps a part. Its filters become
-    contiguous, as FSDP2 wants them."""
+    contiguous, as FSDP2 wants them.
+
+    Raises:
+        ConfigError: weights that FSDP2 does not take.
+    """
     from torch.distributed.device_mesh import init_device_mesh  # imported here: these take a second
     from torch.distributed.fsdp import fully_shard
 
     model.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (rank_count(),))
-    for layer in moe_layers(model).values():
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    try:
+        for part in (*moe_layers(model).values(), model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    except (NotImplementedError, ValueError) as error:  # a scalar parameter, for one
+        raise ConfigError(f"run.strategy: expected weights that FSDP2 can spread, got {error}") from error
 
 
 def is_in_parts(tensor: Any) -> bool:

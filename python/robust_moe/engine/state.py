@@ -196,7 +196,7 @@ class RunState:
                 self.method.load_state_dict(state["method"])
             if self.average is not None:
                 if state["ema"] is None:  # switched on by an override: it starts here
-                    self.average = WeightAverage(self.model, self.average.decay)
+                    self.average.begin(self.model)
                 else:
                     self.average.load_state_dict(state["ema"], source)
             kept = ("params", "lr")  # the rate is the last step's

@@ -14,7 +14,14 @@ from robust_moe.data import data_digest, load_splits, make_loader
 from robust_moe.engine.crash import CrashGuard
 from robust_moe.engine.ema import WeightAverage, average_decay
 from robust_moe.engine.experiment import checkpoint_file, cpu_threads, describe_data, make_method, make_model
-from robust_moe.engine.fabric import StopRequest, backend_notes, library_algorithms, make_fabric, precision_notes
+from robust_moe.engine.fabric import (
+    StopRequest,
+    backend_notes,
+    library_algorithms,
+    make_fabric,
+    precision_notes,
+    steps_fused,
+)
 from robust_moe.engine.log import MetricLog
 from robust_moe.engine.loop import Loop
 from robust_moe.engine.meters import Speed
@@ -187,17 +194,18 @@ class Trainer(Loop):
         expect_warmup_within(config.optim, self.total_steps, len(self.loader))
         seed_all(config.run.seed)
         self.model = make_model(config, data, warm_start=checkpoint is None)
+        decay = average_decay(config.run, len(self.loader))
+        average = WeightAverage(self.model, decay) if decay > 0 else None  # on the host, until the other is in parts
         self.model.to(fabric.device)
         join_ranks(self.model, config.run, self.world, None if self.loader.order.drop_last else len(splits.train))
         self.method = make_method(config, self.world.size)  # fresh: it may carry a perturbation from an earlier call
-        # a scaler's fused step would unscale by itself, after the clipping
-        fused = fabric.device.type == "cuda" and config.run.precision != "16-mixed"
-        decay = average_decay(config.run, len(self.loader))
-        average = WeightAverage(self.model, decay) if decay > 0 else None
-        if config.run.strategy == "fsdp":
-            for model in (self.model, *([] if average is None else [average.model])):
+        for model in (self.model, *([] if average is None else [average.model])):
+            model.to(fabric.device)
+            if config.run.strategy == "fsdp":
                 shard(model, fabric.device)
-        optimizer = config.optim.build(self.model, fused)
+        if average is not None:
+            average.begin(self.model)
+        optimizer = config.optim.build(self.model, steps_fused(config.run, fabric.device))
         wrapped, self.optimizer = fabric.setup(self.model, optimizer)
         seed_all(derive_seed(config.run.seed, "rank", fabric.global_rank))
         precision = fabric.strategy.precision

@@ -114,7 +114,10 @@ class Method(ABC):
             """
             return batches * self.passes(attack_steps)
 
-    of_outputs: ClassVar[bool] = True  # every loss is one of what whole forwards return; False: a gate's, or a map's
+    # Every loss is one of what whole forwards of the model return, besides the layers' balance. False, of a method that
+    # calls a part of the model or leaves a forward early: run.strategy=fsdp, which gathers weights around forwards, is
+    # refused.
+    of_outputs: ClassVar[bool] = True
     dense: ClassVar[str | None] = None  # name of the method for a network without experts; None: this one trains it
 
     def __init__(self, config: Config, model: ModelConfig, devices: int = 1) -> None:

@@ -9,16 +9,17 @@ import torch
 from rank_runs import RUNS, SYNC, assert_same_training, assert_same_weights, double_runs, ends
 from small_runs import TOKENS
 
-from robust_moe.config import ConfigError, save_config
+from robust_moe.config import ConfigError, RunConfig, save_config
 from robust_moe.engine import Reporter, Trainer, load_checkpoint
+from robust_moe.engine.fabric import steps_fused
 from robust_moe.methods import METHODS
 
 FSDP = "run.strategy=fsdp"
 REFUSED = {
     "jtdmoe": "whole networks as experts, of which a process may have no image for one",
     "networks": "whole networks as experts, of which a process may have no image for one",
-    "prc": "method.name=prc, whose loss reads gates in the middle of a forward",
-    "robust_gate": "method.name=robust_gate, whose loss reads gates in the middle of a forward",
+    "prc": "method.name=prc, whose passes end at the gates, where FSDP2 follows whole forwards",
+    "robust_gate": "method.name=robust_gate, whose passes end at the gates, where FSDP2 follows whole forwards",
     "weight perturbation": "method.awp_gamma, whose ascent takes the gradient of whole weights",
 }
 LINKED = ("model.depth=3", "model.moe.layers=[blocks.1.mlp,blocks.2.mlp]")
@@ -96,18 +97,24 @@ def test_a_run_goes_on_in_parts_from_whole_weights(alone, tmp_path):
     assert_same_weights(alone, tmp_path, "average", 2)
 
 
-def train(tiny, tmp_path, *settings):
+def train(tiny, tmp_path, *settings, options=()):
     save_config(tiny("run.devices=2", FSDP, *settings), tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "robust_moe", "train", str(tmp_path / "run.yaml")]
+    command = [sys.executable, "-m", "robust_moe", "train", str(tmp_path / "run.yaml"), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
 
 
 @pytest.mark.slow
 def test_the_command_leaves_a_checkpoint_like_any_other(tiny, tmp_path):
-    done = train(tiny, tmp_path, "run.epochs=1", "run.ema_decay=0.9", "run.precision=bf16-mixed")
+    done = train(tiny, tmp_path, "run.epochs=1", "run.precision=bf16-mixed")
+    assert done.returncode == 0, done.stderr
+    # an average that is switched on later begins where the weights are
+    done = train(
+        tiny, tmp_path, "run.epochs=2", "run.ema_decay=0.9", "run.precision=bf16-mixed", options=["--override"]
+    )
     assert done.returncode == 0, done.stderr
     state = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert state["position"]["step"] == 4
+    assert state["position"]["step"] == 8
+    assert state["ema"]["batches"] == 4
     assert {type(value) for value in state["model"].values()} == {torch.Tensor}
     assert {type(value) for value in state["ema"]["model"].values()} == {torch.Tensor}
     assert (tmp_path / "run" / "results.json").exists()  # it was evaluated, from that file
@@ -135,3 +142,11 @@ def test_one_process_and_scaled_gradients_are_refused(tiny):
         Trainer(tiny(FSDP), Reporter(enabled=False))
     with pytest.raises(ConfigError, match="whose gradient scaler looks for infinity in each process alone, got fsdp"):
         Trainer(tiny(FSDP, "run.devices=2", "run.precision=16-mixed"), Reporter(enabled=False))
+
+
+def test_steps_are_fused_where_the_optimiser_can():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert steps_fused(RunConfig(precision="bf16-mixed"), gpu)
+    assert not steps_fused(RunConfig(precision="bf16-mixed", strategy="fsdp"), gpu)  # PyTorch has no such SGD
+    assert not steps_fused(RunConfig(precision="16-mixed"), gpu)
+    assert not steps_fused(RunConfig(), cpu)

@@ -55,6 +55,26 @@ SCRIPT = """
         assert in_parts(parts) == {False}
     assert in_parts(parts) == {True}
 
+    # also in inference mode, in which the model may meet its first pass
+    fresh, other = routed(), routed()
+    for layer in (fresh[3], fresh[4]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(fresh, mesh=mesh)
+    with torch.inference_mode():
+        assert torch.equal(gradient(fresh), gradient(other))
+        with whole_weights(fresh):
+            fresh(x)
+    F.cross_entropy(fresh.train()(x), y).backward()
+
+    # what is not all of it is refused
+    try:
+        gradient(torch.nn.Sequential(*parts))
+    except ValueError as error:
+        assert "expected the module that fully_shard was called on" in str(error), error
+    else:
+        raise AssertionError
+    assert in_parts(parts) == {True}
+
     # an error inside lets go too
     try:
         with attack_mode(parts):
