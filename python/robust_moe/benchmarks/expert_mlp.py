@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -149,10 +150,10 @@ def _check(case: _Case, variants: list[str]) -> None:
 
 
 def run(options: Options) -> list[Row]:
-    """A ViT-S's routed MLP beside the dense one, loops and the grouped product; float32."""
+    """A ViT-S's routed MLP beside the dense one, loops and the grouped product; in float32, and in bfloat16."""
     tokens, channels, hidden = (97, 32, 128) if options.quick else (197 * 32, 384, 1536)
     rows = []
-    for dtype, experts in ((torch.float32, 8), (torch.float32, 32)):
+    for dtype, experts in product((torch.float32, torch.bfloat16), (8, 32)):
         case = _case(tokens, channels, hidden, experts, dtype, options.device)
         variants = list(_VARIANTS)
         try:
