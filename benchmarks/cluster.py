@@ -15,7 +15,7 @@ from robust_moe.analysis.cost import model_cost
 from robust_moe.models import LinearGateConfig, ModelConfig, MoEConfig, ResNet18Config, ViTSmallConfig, build_model
 from robust_moe_kernels.modules import MoELayer
 
-__all__ = ["Network", "Step", "exchanged", "held", "main", "network", "step", "tables", "transformer"]
+__all__ = ["Network", "Step", "held", "main", "network", "step", "tables", "transformer"]
 
 # Of one GPU: a PGD-7 step of a ResNet-18 with four experts in bf16-mixed, README.md and benchmarks/results/h100. More
 # experts cost it next to nothing, as k of them run for an image; fewer images a GPU cost it speed, which is left out.
@@ -101,13 +101,6 @@ def held(net: Network, gpus: int) -> int:
     attacked = (STATE - GRADIENT) * net.parameters // gpus + WEIGHT * net.parameters
     learned = STATE * net.parameters // gpus + (WEIGHT + 2 * GRADIENT) * layer + WEIGHT * net.dense
     return max(attacked, learned + WEIGHT * layer * (net.layers > 1)) + copies
-
-
-def exchanged(net: Network, gpus: int, parts: bool) -> float:
-    """Seconds in which gradients, and in ``parts`` weights too, go between all GPUs in a step: a sum is a scatter and a
-    gather; with parts, gradients are scattered once, and weights are gathered for the attack, for the training pass's
-    forward and for its backward."""
-    return _sum(net.gradient_bytes, gpus, GPUS) * (2 if parts else 1)
 
 
 @dataclass(frozen=True)
@@ -197,16 +190,14 @@ def tables() -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| network | E | parameters | all on every GPU | in parts, 8 GPUs | 64 GPUs | sums, 8 GPUs | in parts | "
-        "sums, 64 GPUs | in parts |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| network | E | parameters | all on every GPU | in parts on 8 GPUs | on 64 |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for name, make in (("ResNet-18, `layer4.1`", network), ("ViT-S/16, six MLPs", transformer)):
         for experts in (32, 128, 512):
             net = make(experts)
             sizes = [f"{held(net, gpus) / 1e9:.1f} GB" for gpus in (1, 8, 64)]
-            times = [_ms(exchanged(net, gpus, parts)) for gpus in (8, 64) for parts in (False, True)]
-            lines.append(f"| {name} | {experts} | {net.parameters / 1e6:,.0f} M | {' | '.join([*sizes, *times])} |")
+            lines.append(f"| {name} | {experts} | {net.parameters / 1e6:,.0f} M | {' | '.join(sizes)} |")
     return lines
 
 

@@ -42,7 +42,7 @@ def test_spread_experts_are_summed_over_the_gpus_that_have_the_same():
     assert cluster.step(net, 32, 128).exchange == 0
 
 
-def test_parts_hold_no_less_than_a_step_needs_and_move_twice_a_sum():
+def test_parts_hold_no_less_than_a_step_needs():
     net = cluster.transformer(32)
     assert net.layers == 6
     assert net.expert == 2 * 384 * 1536 + 384 + 1536  # an MLP with its biases
@@ -53,4 +53,3 @@ def test_parts_hold_no_less_than_a_step_needs_and_move_twice_a_sum():
     assert sizes[-1] > 4 * net.parameters + copies  # an attack has all weights, and their copies in bfloat16
     one = cluster.network(32)  # its largest part is nearly all of it: whole weights, gradients, and these once more
     assert cluster.held(one, 512) > 12 * 32 * one.expert
-    assert cluster.exchanged(net, 64, parts=True) == 2 * cluster.exchanged(net, 64, parts=False)
