@@ -186,6 +186,13 @@ def plot_sweep(record: Line, path: Path, what: str) -> None:
     save_figure(figure, path, COMMAND)
 
 
+def _step_color(variant: str) -> tuple[str, float]:
+    """Of a variant's bar: one for each way to train, paler in bfloat16."""
+    name = variant.removesuffix(", bfloat16")
+    color = {"ours": STYLES[OURS][0], "plain loop trainer": "#64748b"}.get(name, STYLES[MASKED][0])
+    return color, 1.0 if name == variant else 0.55
+
+
 def plot_train_step(record: Line, path: Path) -> None:
     """Bars of seconds a step, with how many times the first variant's."""
     rows = record["rows"]
@@ -194,14 +201,15 @@ def plot_train_step(record: Line, path: Path) -> None:
     title = f"One {first['step']} training step, ResNet-18 with layer4.1 as BlockMoE, batch {first['B']}"
     figure = figure_of(9, 1.6 + 1.1 * len(cases), title, record)
     panels = figure.subplots(len(cases), 1, squeeze=False, sharex=True)[:, 0]
-    colors = ("#c2410c", "#90a4bd", "#2b6cb0")
     for axes, case in zip(panels, cases, strict=True):
         own = [row for row in rows if json.dumps(row["case"]) == case]
         seconds = [row["median_ms"] / 1e3 for row in own]
         spread = [[(row["median_ms"] - row["low_ms"]) / 1e3 for row in own],
                   [(row["high_ms"] - row["median_ms"]) / 1e3 for row in own]]  # fmt: skip
         names = [row["variant"] for row in own]
-        bars = axes.barh(names, seconds, color=colors, height=0.62, xerr=spread, ecolor=INK)
+        bars = axes.barh(
+            names, seconds, color=[_step_color(name) for name in names], height=0.62, xerr=spread, ecolor=INK
+        )
         notes = [f"  {row['ratio']:.2f}×   {row['extra']['peak_mib']:.0f} MiB" for row in own]
         axes.bar_label(bars, notes, fontsize=9, color=INK)
         axes.invert_yaxis()
