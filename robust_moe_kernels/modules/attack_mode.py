@@ -62,13 +62,13 @@ def attack_mode(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         ValueError: another mode.
     """
     expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
-    with whole_weights(model), _attacked(model, mode):
+    modules = modules_of(model)  # once: the walk takes time in every attack
+    with whole_weights(model, modules), _attacked(model, modules, mode):
         yield
 
 
 @contextmanager
-def _attacked(model: nn.Module, mode: str) -> Iterator[None]:
-    modules = modules_of(model)
+def _attacked(model: nn.Module, modules: list[nn.Module], mode: str) -> Iterator[None]:
     parameters = parameters_of(modules)
     if any(parameter.device.type == "cpu" for parameter in parameters):
         native.keep_freed_memory()

@@ -13,19 +13,25 @@ from torch import nn
 
 from robust_moe_kernels.modules.walk import modules_of
 
-__all__ = ["sharded_parts", "whole_weights"]
+__all__ = ["is_in_parts", "sharded_parts", "whole_weights"]
 
 _held: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many hold each part whole
 
 
+def is_in_parts(tensor: Any) -> bool:
+    """Whether each process has a part of the tensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # where it is not imported there is no such tensor
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
 def sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those that ``fully_shard`` was called on."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: it takes half a second
+    """Those of the modules that ``fully_shard`` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it is not imported nobody has called it
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def whole_weights(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Inside, every process has all weights of a model that ``fully_shard`` has spread; nothing for any other model.
 
     They are gathered once, on entry, and let go on exit, instead of around every forward and backward of a part.
@@ -36,11 +42,15 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     Afterwards the parts are let go, also where they were whole before, and from then on after each forward and
     backward, also where ``fully_shard`` was told ``reshard_after_forward=False``.
 
+    Args:
+        model: any module.
+        modules: all of ``model``, where the caller has listed them already; None: they are listed here.
+
     Raises:
         ValueError: ``model`` is inside of the module that ``fully_shard`` was called on, or is made of its children:
             parameters of others than these stay in parts.
     """
-    parts = sharded_parts(modules_of(model))
+    parts = sharded_parts(modules_of(model) if modules is None else modules)
     begun = []
     try:
         for part in parts:
@@ -63,8 +73,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _expect_whole(model: nn.Module) -> None:
-    kind = sys.modules["torch.distributed.tensor"].DTensor
-    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, kind)]
+    names = [name for name, parameter in model.named_parameters() if is_in_parts(parameter)]
     if names:
         raise ValueError(
             f"model: expected the module that fully_shard was called on, so that all its weights can be gathered, got "

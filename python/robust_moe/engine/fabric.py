@@ -96,9 +96,9 @@ def library_algorithms(deterministic: bool) -> AbstractContextManager[None]:
 
 
 class _Averaging(DDPStrategy):
-    """One process a device, and the model as it is: all have the same weights (:func:`~robust_moe.engine.ranks.
-    join_ranks`), and gradients are averaged by :mod:`robust_moe.averaging` once a backward is over, or by FSDP2.
-    PyTorch's wrapper, which sends them on the way, allows one forward a backward, and most methods make more."""
+    """Runs one process for each device and does not wrap the model. :func:`~robust_moe.engine.ranks.join_ranks` gives
+    all processes the same weights. Gradients are averaged by :mod:`robust_moe.averaging` after a backward, or by FSDP2
+    during it. PyTorch's ``DistributedDataParallel`` allows one forward for each backward; most methods make more."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         return module

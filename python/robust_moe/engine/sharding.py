@@ -11,7 +11,6 @@ A tensor in parts is PyTorch's ``DTensor``. What is asked of tensors here takes 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 
 from robust_moe.config import ConfigError
 from robust_moe_kernels.modules import moe_layers, rank_count
+from robust_moe_kernels.modules.sharded import is_in_parts
 
-__all__ = ["here", "is_in_parts", "on_first", "shard", "spread", "spread_state", "whole"]
+__all__ = ["here", "on_first", "shard", "spread", "spread_state", "whole"]
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -41,12 +41,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
     except (NotImplementedError, ValueError) as error:  # a scalar parameter, for one
         raise ConfigError(f"run.strategy: expected weights that FSDP2 can spread, got {error}") from error
-
-
-def is_in_parts(tensor: Any) -> bool:
-    """Whether each process has a part of it."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # where it is not imported there is no such tensor
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from small_runs import TOKENS
 from robust_moe.config import ConfigError, RunConfig, save_config
 from robust_moe.engine import Reporter, Trainer, load_checkpoint
 from robust_moe.engine.fabric import steps_fused
+from robust_moe.engine.sharding import shard
 from robust_moe.methods import METHODS
 
 FSDP = "run.strategy=fsdp"
@@ -150,3 +151,15 @@ def test_steps_are_fused_where_the_optimiser_can():
     assert not steps_fused(RunConfig(precision="bf16-mixed", strategy="fsdp"), gpu)  # PyTorch has no such SGD
     assert not steps_fused(RunConfig(precision="16-mixed"), gpu)
     assert not steps_fused(RunConfig(), cpu)
+
+
+def test_weights_that_fsdp_does_not_take_are_refused_with_a_sentence(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    meeting = (tmp_path / "meeting").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigError, match=r"^run\.strategy: expected weights that FSDP2 can spread, got "):
+            shard(model, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
